@@ -1,0 +1,34 @@
+# One .venv for everything: made from nothing, made anew whenever constraints.txt or pyproject.toml change.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help demo test check chaos clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): constraints.txt pyproject.toml
+	@rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,s3]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## poison, train, purify and evaluate on synthetic data; a table and one picture
+	$(BIN)/eclipse-ray demo --output runs/demo
+
+test: $(STAMP) ## every test but the long fault tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## style, types and the walls between packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+chaos: $(STAMP) ## every fault test: real processes are killed
+	$(BIN)/python -m pytest -m chaos
+
+clean: ## remove the virtual environment and all runs
+	rm -rf .venv runs

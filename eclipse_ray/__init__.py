@@ -1,0 +1,1 @@
+"""Purify availability-poisoned image datasets with sparse diffusion denoisers, on Ray."""

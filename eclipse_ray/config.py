@@ -1,0 +1,319 @@
+"""Every setting and its default: pydantic sections, YAML in and out, overrides, presets, fingerprint.
+
+This is the one place with defaults. A resolved `Config` is written beside every output, so that any result
+can be reproduced with `--config`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eclipse_ray.errors import ConfigError
+
+Settings = Mapping[str, Any]
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(Section):
+    """Where images come from and how they are written; every location is a path or an fsspec URL."""
+
+    source: str | None = Field(None, description="Dataset to read.")
+    output: str | None = Field(None, description="Folder to write.")
+    clean: str | None = Field(None, description="Sparse clean set the denoiser is fitted on.")
+    test: str | None = Field(None, description="Clean labelled test set.")
+    image_column: str = Field("image", description="Parquet column holding the images.")
+    label_column: str = Field("label", description="Parquet column holding the labels.")
+    encoding: str = Field("png", description="png, webp-lossless, or jpeg:Q with allow_lossy.")
+    allow_lossy: bool = Field(False, description="Permit an encoding that changes pixels.")
+    max_pixels: int = Field(40_000_000, ge=1, description="Images with more pixels become error rows.")
+
+
+class DenoiserConfig(Section):
+    """Network and training of the denoiser (METHOD: steps 1 and 2)."""
+
+    preset: Literal["debug", "small", "paper"] = Field("small", description="Named group of defaults.")
+    output: str | None = Field(None, description="Folder of the trained denoiser.")
+    image_size: int = Field(32, ge=8, description="Training size in pixels.")
+    block_out_channels: tuple[int, ...] = Field((32, 64), min_length=1, description="Channels of each level.")
+    layers_per_block: int = Field(2, ge=1, description="Residual blocks of each level.")
+    attention_levels: tuple[int, ...] = Field((), description="Levels with self-attention, 0 = full size.")
+    attention_head_dim: int = Field(8, ge=1, description="Channels of one attention head.")
+    norm_num_groups: int = Field(8, ge=1, description="Groups of every group normalisation.")
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = Field("scale_shift")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    num_train_timesteps: int = Field(4000, ge=2, description="T of the cosine schedule.")
+    variance_type: Literal["fixed_small"] = Field("fixed_small", description="Variance of a reverse step.")
+    t_star: int = Field(100, ge=1, description="Recommended purification depth, in steps of T.")
+    num_inference_steps: int = Field(1, ge=1, description="Recommended number of respaced steps.")
+    t_max: int | None = Field(None, ge=1, description="Training draws t < t_max; null: 1.25 t_star.")
+    replication: int = Field(4, ge=0, description="M: copies of each sparse image added to the clean set.")
+    iterations: int = Field(3000, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(32, ge=1, description="Images of one optimiser step, over all workers.")
+    learning_rate: float = Field(1e-3, gt=0)
+    lr_decay: Literal["none", "cosine"] = Field("cosine")
+    weight_decay: float = Field(0.0, ge=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    heldout_fraction: float = Field(
+        0.05, gt=0, lt=0.5, description="Part of the sparse set never trained on."
+    )
+    report_every: int = Field(100, ge=1, description="Optimiser steps between progress reports.")
+    checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
+    num_workers: int = Field(1, ge=1, description="Ray Train workers.")
+    use_gpu: bool | None = Field(None, description="null: a GPU a worker when the cluster has enough.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DenoiserConfig:
+        if self.t_max is None:
+            # Past pydantic's bookkeeping, so that a later override of t_star moves this default along.
+            self.__dict__["t_max"] = min(self.num_train_timesteps, -(-self.t_star * 5 // 4))
+        if not self.t_star <= int(self.t_max or 0) <= self.num_train_timesteps:
+            raise ValueError(
+                f"t_star {self.t_star} <= t_max {self.t_max} <= num_train_timesteps {self.num_train_timesteps} "
+                "must hold: the denoiser is only trained on timesteps below t_max"
+            )
+        if self.num_inference_steps > self.t_star:
+            raise ValueError(f"num_inference_steps {self.num_inference_steps} exceeds t_star {self.t_star}")
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError(
+                f"norm_num_groups {self.norm_num_groups} must divide every one of block_out_channels "
+                f"{list(self.block_out_channels)}"
+            )
+        return self
+
+
+class PurifyConfig(Section):
+    """Absorb and eliminate (METHOD: steps 3 and 4), and how the work is spread."""
+
+    denoiser: str | None = Field(None, description="Folder of the trained denoiser.")
+    t_star: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
+    num_inference_steps: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
+    shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
+    shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
+    batch_size: int = Field(64, ge=1, description="Images of one pass through the denoiser.")
+    actors: int | None = Field(None, ge=1, description="null: one for each GPU, else one for each CPU core.")
+    num_gpus: float | None = Field(None, ge=0, description="GPUs of an actor; null: 1 if there are any.")
+    max_failed_fraction: float = Field(0.01, ge=0, le=1, description="More failed images end in exit 3.")
+    watchdog_seconds: float = Field(1800, gt=0, description="No finished shard for so long ends the run.")
+
+
+class CompensationConfig(Section):
+    """Lightweight corruption compensation (METHOD: step 5)."""
+
+    mode: Literal["augment", "baked", "none"] = Field(
+        "augment", description="augment: anew for every image and epoch; baked: written once into the output."
+    )
+    p: float = Field(0.4, ge=0, le=1, description="Probability of grayscale.")
+    sigma: float = Field(0.05, ge=0, description="Standard deviation of the noise, on [0, 1].")
+
+
+class PoisonConfig(Section):
+    """An availability poison; null means the published value."""
+
+    name: Literal["urp", "lsp", "ar"] = Field("ar")
+    eps_255: float | None = Field(None, gt=0, description="Bound in 1/255: L-inf for urp, L2 for lsp and ar.")
+    scope: Literal["sample", "class"] | None = Field(None, description="One draw an image, or one a class.")
+    distribution: Literal["uniform", "gaussian"] = Field("uniform", description="urp only.")
+    patch: int | None = Field(None, ge=1, description="lsp only: side of a constant patch, in pixels.")
+    cost: Literal["full", "reduced"] = Field("full", description="Compute spent on optimised poisons.")
+
+
+class VictimConfig(Section):
+    """The classifier that is trained to judge a dataset."""
+
+    arch: Literal["small", "resnet18"] = Field("small")
+    epochs: int = Field(12, ge=1)
+    batch_size: int = Field(128, ge=1)
+    learning_rate: float = Field(0.1, gt=0)
+    lr_schedule: Literal["constant", "one_cycle"] = Field("one_cycle")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    crop_padding: int = Field(4, ge=0, description="Random crop after padding by so many pixels.")
+    flip: bool = Field(True, description="Random horizontal flip.")
+
+
+class EvaluateConfig(Section):
+    """How a dataset is judged."""
+
+    seeds: int = Field(3, ge=1, description="Victims trained, with seeds run.seed, run.seed + 1, ...")
+    clean: str | None = Field(None, description="Sparse set, checked to be disjoint from train and test.")
+
+
+class RunConfig(Section):
+    """What concerns the whole run."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, else a local cluster.")
+    progress_seconds: float = Field(10, gt=0, description="Seconds between progress lines off a terminal.")
+
+
+class Config(Section):
+    """All settings of all commands."""
+
+    data: DataConfig = Field(default_factory=DataConfig)
+    denoiser: DenoiserConfig = Field(default_factory=DenoiserConfig)
+    purify: PurifyConfig = Field(default_factory=PurifyConfig)
+    compensation: CompensationConfig = Field(default_factory=CompensationConfig)
+    poison: PoisonConfig = Field(default_factory=PoisonConfig)
+    victim: VictimConfig = Field(default_factory=VictimConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+
+# `small` is the defaults above. `paper`: METHOD.md, steps 1 to 5; what the paper leaves open follows the public
+# improved-diffusion recipe.
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {},
+    "debug": {
+        "image_size": 16,
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "num_train_timesteps": 20,
+        "t_star": 4,
+        "t_max": 5,
+        "iterations": 40,
+        "batch_size": 16,
+        "ema_decay": 0.9,
+        "report_every": 10,
+        "checkpoint_every": 20,
+    },
+    "paper": {
+        "block_out_channels": [128, 256, 256, 256],
+        "layers_per_block": 3,
+        "attention_levels": [1, 2],
+        "attention_head_dim": 64,
+        "norm_num_groups": 32,
+        "dropout": 0.3,
+        "t_max": 4000,
+        "num_inference_steps": 100,
+        "iterations": 250_000,
+        "batch_size": 128,
+        "learning_rate": 1e-4,
+        "lr_decay": "none",
+        "ema_decay": 0.9999,
+        "report_every": 1000,
+        "checkpoint_every": 5000,
+    },
+}
+
+
+def load_config(file: str | None = None, overrides: Settings | None = None) -> Config:
+    """Return defaults <- preset <- YAML `file` <- `overrides` ({"section.key": value}).
+
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one) or a bad value.
+    """
+    tree = _read_yaml(file) if file else {}
+    for key, value in (overrides or {}).items():
+        _assign(tree, key, value)
+    denoiser = tree.get("denoiser")
+    if isinstance(denoiser, dict):
+        preset = PRESETS.get(str(denoiser.get("preset", "small")), {})
+        tree["denoiser"] = {**preset, **denoiser}
+    return _validate(tree)
+
+
+def with_overrides(config: Config, overrides: Settings) -> Config:
+    """Return a copy of `config` with {"section.key": value} replaced and everything validated again."""
+    tree = config.model_dump(exclude_unset=True)
+    for key, value in overrides.items():
+        _assign(tree, key, value)
+    return _validate(tree)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Split one `--set section.key=value`; the value is read as YAML. Raises ConfigError."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {text}: expected section.key=value, for example purify.t_star=100")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved settings as YAML that `load_config` reads back to an equal Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def digest(value: Any) -> str:
+    """Return the first 16 hex digits of SHA-256 of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as {"a.b": value}, for differences people can read."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, path + ".") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one line "a.b: old -> new" for every setting that differs."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not a readable YAML file: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected sections such as `purify:`, found {type(tree).__name__}")
+    return tree
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    section, separator, name = key.partition(".")
+    if not separator:
+        raise ConfigError(f"{key}: settings are named section.key, for example purify.t_star")
+    fields = tree.setdefault(section, {})
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{section}: expected a section with keys, found {fields!r}")
+    fields[name] = value
+
+
+def _validate(tree: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(dict(item)) for item in error.errors())) from None
+
+
+def _explain(item: dict[str, Any]) -> str:
+    path = [str(part) for part in item["loc"]]
+    if item["type"] != "extra_forbidden":
+        return f"{'.'.join(path)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"[:500]
+    known = _keys_at(path[:-1])
+    close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
+    return f"{'.'.join(path)}: unknown setting; did you mean {'.'.join([*path[:-1], *close])}?"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    if not path:
+        return list(Config.model_fields)
+    section = Config.model_fields[path[0]].annotation
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

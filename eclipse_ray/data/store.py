@@ -1,0 +1,173 @@
+"""A folder on any filesystem, with the one operation that commits rest on: put-if-absent. The only fsspec."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from eclipse_ray.errors import InputError, StorageError
+
+_MEMORY_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stored object: key relative to the store, size in bytes, version (ETag, or mtime_ns on disk)."""
+
+    key: str
+    size: int
+    version: str
+
+
+class Store:
+    """One folder or one file at a path or fsspec URL; keys are relative, with forward slashes."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{url}: cannot open this kind of location: {error}") from error
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.root = os.path.abspath(root) if self.local else root.rstrip("/")
+        self.url = self.root if self.local else url.rstrip("/")
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        # A store crosses process borders as its URL: connections and locks are made anew there.
+        return Store, (self.url,)
+
+    @property
+    def in_this_process_only(self) -> bool:
+        """Whether other processes cannot see what is stored here (memory://)."""
+        return isinstance(self.fs, MemoryFileSystem)
+
+    def path(self, key: str) -> str:
+        """Return the filesystem's own path of `key`."""
+        return posixpath.join(self.root, key) if key else self.root
+
+    def exists(self, key: str = "") -> bool:
+        """Return whether an object or folder `key` is there now."""
+        return bool(self.fs.exists(self.path(key)))
+
+    def is_file(self) -> bool:
+        """Return whether the store's own URL is a single file."""
+        return bool(self.fs.isfile(self.root))
+
+    def read(self, key: str = "") -> bytes:
+        """Return the whole object. Raises FileNotFoundError if it is not there."""
+        return cast(bytes, self.fs.cat_file(self.path(key)))
+
+    def open(self, key: str = "") -> BinaryIO:
+        """Open an object for random access. Raises FileNotFoundError if it is not there."""
+        return cast(BinaryIO, self.fs.open(self.path(key), "rb"))
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """Yield every object below the folder `prefix`, sorted by key; nothing if there is no such folder.
+
+        Names that start with `_` or `.` are the business of whoever wrote them and are passed over, below
+        `prefix` only.
+        """
+        self.fs.invalidate_cache()
+        base = self.path(prefix)
+        found = self.fs.find(base, detail=True) if self.fs.isdir(base) else {}
+        for path, info in sorted(found.items()):
+            relative = path[len(base) :].lstrip("/")
+            if not any(part.startswith(("_", ".")) for part in relative.split("/")):
+                yield Entry(posixpath.join(prefix, relative), int(info["size"]), _version(info))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Store an object whole, replacing any other; a reader never sees half of it."""
+        if self.local:
+            temporary = self._write_temporary(key, data)
+            os.replace(temporary, self.path(key))
+        else:
+            self.fs.pipe_file(self.path(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Store an object unless `key` is taken; return whether this call stored it (put-if-absent)."""
+        if self.local:
+            return self._link_into_place(key, data)
+        if isinstance(self.fs, MemoryFileSystem):
+            with _MEMORY_LOCK:
+                if self.exists(key):
+                    return False
+                self.fs.pipe_file(self.path(key), data)
+                return True
+        try:
+            self.fs.pipe_file(self.path(key), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is already gone is no error."""
+        try:
+            self.fs.rm_file(self.path(key))
+        except FileNotFoundError:
+            return
+
+    def probe(self) -> None:
+        """Prove that put-if-absent works here. Raises StorageError, as without it two runs could mix."""
+        key = f"_eclipse/probe-{uuid.uuid4().hex}"
+        try:
+            first, second = self.create(key, b"1"), self.create(key, b"2")
+            content = self.read(key)
+            self.delete(key)
+        except (OSError, NotImplementedError) as error:
+            raise StorageError(f"{self.url}: cannot write here: {error}; choose another output") from error
+        if not first or second or content != b"1":
+            raise StorageError(
+                f"{self.url}: this store cannot create an object only if it is absent, so commits are not "
+                "safe here; choose a local folder or a store with conditional writes as output"
+            )
+
+    def _link_into_place(self, key: str, data: bytes) -> bool:
+        temporary = self._write_temporary(key, data)
+        try:
+            os.link(temporary, self.path(key))
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        _sync_folder(os.path.dirname(self.path(key)))
+        return True
+
+    def _write_temporary(self, key: str, data: bytes) -> str:
+        folder = os.path.dirname(self.path(key))
+        os.makedirs(folder, exist_ok=True)
+        temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+            raise
+        return temporary
+
+
+def _sync_folder(folder: str) -> None:
+    # A new name survives a power cut only once its folder is on disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _version(info: dict[str, object]) -> str:
+    if "ETag" in info:
+        return str(info["ETag"]).strip('"')
+    if "mtime" in info:
+        return str(os.stat(str(info["name"])).st_mtime_ns)
+    return str(info.get("created", ""))

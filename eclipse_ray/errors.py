@@ -1,0 +1,37 @@
+"""The errors a user can cause or mend; each message says what was wrong, where, and what to do."""
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+EXIT_TOO_MANY_FAILED = 3
+EXIT_RUN_AGAIN = 75
+
+
+class EclipseError(Exception):
+    """A condition reported to people as one sentence, without a stack trace; exits with `exit_code`."""
+
+    exit_code = EXIT_FAILURE
+
+
+class ConfigError(EclipseError):
+    """A setting is unknown, malformed or contradicts another one."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class InputError(EclipseError):
+    """A dataset, image or denoiser folder is missing, unreadable or not what the command needs."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class ResumeError(EclipseError):
+    """An output folder belongs to a run with another config, weights or input."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class StorageError(EclipseError):
+    """A store cannot do what the commit protocol needs, or refused an operation."""
+
+    exit_code = EXIT_FAILURE

@@ -1,0 +1,94 @@
+"""What each command returns; `to_json` gives exactly the keys that `--json` prints (DESIGN.md)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A trained denoiser; PSNR in dB of held-out images at t_star, denoised and before denoising."""
+
+    iterations: int
+    denoise_psnr: float
+    noisy_psnr: float
+    denoiser: str
+
+
+@dataclass(frozen=True)
+class PurifyResult:
+    """Counts of images after a run; `images_per_second` covers only what this run did."""
+
+    planned: int
+    ok: int
+    failed: int
+    images_per_second: float
+    output: str
+
+
+@dataclass(frozen=True)
+class StatusResult:
+    """How far a run is, in images and shards."""
+
+    planned: int
+    ok: int
+    failed: int
+    shards: int
+    shards_done: int
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """An audit of an output from its bytes; `mismatched` names what is wrong, one sentence each."""
+
+    ok: bool
+    planned: int
+    images: int
+    failed: int
+    mismatched: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Test accuracy (0-100) after the last epoch: mean and standard deviation over victims."""
+
+    test_accuracy: float
+    test_accuracy_std: float
+    seeds: int
+    epochs: int
+    victim: str
+    best_epoch_accuracy: float
+    compensation: str
+    accuracies: list[float]
+
+
+@dataclass(frozen=True)
+class DatasetResult:
+    """A dataset written by convert, split or poison."""
+
+    images: int
+    output: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Test accuracies (0-100) of the demo's victims."""
+
+    clean: float
+    poisoned: float
+    purified: float
+    images_per_second: float
+    seconds: float
+    output: str
+
+
+Result = (
+    TrainResult | PurifyResult | StatusResult | VerifyResult | EvaluateResult | DatasetResult | DemoResult
+)
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """Return the result as one JSON object."""
+    return asdict(result)

@@ -42,7 +42,7 @@ class DataConfig(Section):
 
 
 class DenoiserConfig(Section):
-    """Network and training of the denoiser (METHOD: steps 1 and 2)."""
+    """Network and training of the denoiser (arXiv 2406.15093, Algorithm 1)."""
 
     preset: Literal["debug", "small", "paper"] = Field("small", description="Named group of defaults.")
     output: str | None = Field(None, description="Folder of the trained denoiser.")
@@ -81,8 +81,8 @@ class DenoiserConfig(Section):
             self.__dict__["t_max"] = min(self.num_train_timesteps, -(-self.t_star * 5 // 4))
         if not self.t_star <= int(self.t_max or 0) <= self.num_train_timesteps:
             raise ValueError(
-                f"t_star {self.t_star} <= t_max {self.t_max} <= num_train_timesteps {self.num_train_timesteps} "
-                "must hold: the denoiser is only trained on timesteps below t_max"
+                f"t_star {self.t_star} <= t_max {self.t_max} <= num_train_timesteps "
+                f"{self.num_train_timesteps} must hold: only timesteps below t_max are trained"
             )
         if self.num_inference_steps > self.t_star:
             raise ValueError(f"num_inference_steps {self.num_inference_steps} exceeds t_star {self.t_star}")
@@ -95,7 +95,7 @@ class DenoiserConfig(Section):
 
 
 class PurifyConfig(Section):
-    """Absorb and eliminate (METHOD: steps 3 and 4), and how the work is spread."""
+    """Absorb and eliminate (arXiv 2406.15093, Algorithm 1), and how the work is spread."""
 
     denoiser: str | None = Field(None, description="Folder of the trained denoiser.")
     t_star: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
@@ -110,7 +110,7 @@ class PurifyConfig(Section):
 
 
 class CompensationConfig(Section):
-    """Lightweight corruption compensation (METHOD: step 5)."""
+    """Lightweight corruption compensation (arXiv 2406.15093, Algorithm 1)."""
 
     mode: Literal["augment", "baked", "none"] = Field(
         "augment", description="augment: anew for every image and epoch; baked: written once into the output."
@@ -172,8 +172,8 @@ class Config(Section):
     run: RunConfig = Field(default_factory=RunConfig)
 
 
-# `small` is the defaults above. `paper`: METHOD.md, steps 1 to 5; what the paper leaves open follows the public
-# improved-diffusion recipe.
+# `small` is the defaults above. `paper` is the published setting; what the paper leaves open (batch size,
+# learning rate, dropout) follows the public improved-diffusion recipe.
 PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
     "debug": {

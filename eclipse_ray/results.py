@@ -1,4 +1,4 @@
-"""What each command returns; `to_json` gives exactly the keys that `--json` prints (DESIGN.md)."""
+"""What each command returns; `to_json` gives exactly the keys that `--json` prints."""
 
 from __future__ import annotations
 

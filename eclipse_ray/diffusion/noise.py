@@ -1,0 +1,79 @@
+"""Random numbers keyed by (seed, image id, timestep): counter-based Philox 4x32-10 in torch integer operations.
+
+Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". The integers are exact on every device; normals
+are computed in float64 and rounded to float32, so they are exact on one device and within 1 ulp across devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
+    """Return four int64 tensors of 32-bit words from four counter words and two key words (int64, < 2**32)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(multiplier: int, words: Tensor) -> tuple[Tensor, Tensor]:
+    # The low 64 bits of the product are right in int64; its sign bit is masked off after the shift.
+    product = words * multiplier
+    return (product >> 32) & _MASK, product & _MASK
+
+
+def _identity_words(seed: int, ids: Sequence[str], device: torch.device | str | None) -> Tensor:
+    """Return (B, 4) int64 words, a 128-bit hash of (seed, id) for each id."""
+    prefix = seed.to_bytes(8, "little")
+    digests = b"".join(hashlib.blake2b(prefix + text.encode(), digest_size=16).digest() for text in ids)
+    words = torch.frombuffer(bytearray(digests), dtype=torch.int32).view(len(ids), 4)
+    return (words.to(torch.int64) & _MASK).to(device)
+
+
+def random_words(
+    seed: int, ids: Sequence[str], t: int, count: int, device: torch.device | str | None = None
+) -> Tensor:
+    """Return (B, count) int64 words in [0, 2**32), each row a function of (seed, id, t) alone.
+
+    Key: the first half of a 128-bit hash of (seed, id). Counter: block index, t, the second half.
+    """
+    identity = _identity_words(seed, ids, device)
+    blocks = torch.arange(-(-count // 4), device=device, dtype=torch.int64)[None, :]
+    columns = [identity[:, index, None] for index in range(4)]
+    step = torch.full_like(blocks, t)
+    words = philox((blocks, step, columns[2], columns[3]), (columns[0], columns[1]))
+    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+
+
+def uniform(
+    seed: int, ids: Sequence[str], t: int, shape: tuple[int, ...], device: torch.device | str | None = None
+) -> Tensor:
+    """Return float64 (B, *shape) in the open interval (0, 1), keyed by (seed, id, t)."""
+    words = random_words(seed, ids, t, math.prod(shape), device)
+    return ((words.to(torch.float64) + 0.5) / 2.0**32).view(len(ids), *shape)
+
+
+def noise(
+    seed: int, ids: Sequence[str], t: int, shape: tuple[int, ...], device: torch.device | str | None = None
+) -> Tensor:
+    """Return float32 (B, *shape) of standard normals (Box-Muller), keyed by (seed, id, t)."""
+    count = math.prod(shape)
+    flat = uniform(seed, ids, t, (-(-count // 2) * 2,), device)
+    radius = torch.sqrt(-2.0 * torch.log(flat[:, 0::2]))
+    angle = (2.0 * math.pi) * flat[:, 1::2]
+    normals = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)
+    return normals[:, :count].to(torch.float32).view(len(ids), *shape)

@@ -66,9 +66,7 @@ class DenoiserConfig(Section):
     lr_decay: Literal["none", "cosine"] = Field("cosine")
     weight_decay: float = Field(0.0, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    heldout_fraction: float = Field(
-        0.05, gt=0, lt=0.5, description="Part of the sparse set never trained on."
-    )
+    heldout_fraction: float = Field(0.05, gt=0, lt=0.5, description="Part of the sparse set never trained on.")
     report_every: int = Field(100, ge=1, description="Optimiser steps between progress reports.")
     checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
     num_workers: int = Field(1, ge=1, description="Ray Train workers.")

@@ -84,9 +84,7 @@ class DemoResult:
     output: str
 
 
-Result = (
-    TrainResult | PurifyResult | StatusResult | VerifyResult | EvaluateResult | DatasetResult | DemoResult
-)
+Result = TrainResult | PurifyResult | StatusResult | VerifyResult | EvaluateResult | DatasetResult | DemoResult
 
 
 def to_json(result: Result) -> dict[str, Any]:

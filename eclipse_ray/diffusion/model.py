@@ -33,16 +33,20 @@ def build_unet(config: DenoiserConfig) -> UNet2DModel:
 
 
 class Denoiser(nn.Module):
-    """A network and its noise schedule; what the samplers work with.
+    """A network, its noise schedule and its recommended use; what the samplers work with.
 
-    `alphas_cumprod` is float64 (T,); `size_multiple` is what both sides of an image must be divisible by.
+    `alphas_cumprod` is float64 (T,); timesteps below `t_max` were trained; `t_star` and `num_inference_steps` are
+    recommended; both sides of an image must be divisible by `size_multiple`.
     """
 
     alphas_cumprod: Tensor
 
-    def __init__(self, unet: UNet2DModel, num_train_timesteps: int) -> None:
+    def __init__(
+        self, unet: UNet2DModel, *, num_train_timesteps: int, t_max: int, t_star: int, num_inference_steps: int
+    ) -> None:
         super().__init__()
         self.unet = unet
+        self.t_max, self.t_star, self.num_inference_steps = t_max, t_star, num_inference_steps
         self.register_buffer("alphas_cumprod", cosine_alphas_cumprod(num_train_timesteps), persistent=False)
         self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)
 
@@ -59,6 +63,17 @@ class Denoiser(nn.Module):
     def accepts(self, height: int, width: int) -> bool:
         """Return whether the network can take images of this size, in pixels."""
         return height % self.size_multiple == 0 and width % self.size_multiple == 0 and height * width > 0
+
+
+def build_denoiser(unet: UNet2DModel, config: DenoiserConfig) -> Denoiser:
+    """Return the network with the schedule and recommendation of its training settings."""
+    return Denoiser(
+        unet,
+        num_train_timesteps=config.num_train_timesteps,
+        t_max=config.t_max or config.num_train_timesteps,
+        t_star=config.t_star,
+        num_inference_steps=config.num_inference_steps,
+    )
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eclipse_ray.diffusion.model import Denoiser
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.schedule import respaced_timesteps
+from eclipse_ray.errors import ConfigError, InputError
+
+# Bumped only when the pixels that purification gives change, so that other fixes do not orphan unfinished runs.
+ENGINE_VERSION = 1
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -80,3 +86,49 @@ def to_model_range(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Turn float (B, 3, H, W) in [-1, 1] into uint8 (B, H, W, 3): rounded, never truncated."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def check_depth(denoiser: Denoiser, t_star: int | None, num_inference_steps: int | None) -> tuple[int, int]:
+    """Return (t_star, num_inference_steps) with the denoiser's recommendation for None.
+
+    Raises ConfigError if the denoiser was not trained at that depth or there are more steps than timesteps.
+    """
+    depth = denoiser.t_star if t_star is None else t_star
+    steps = min(denoiser.num_inference_steps, depth) if num_inference_steps is None else num_inference_steps
+    if not 1 <= depth <= denoiser.t_max:
+        raise ConfigError(
+            f"purify.t_star {depth} is outside 1..{denoiser.t_max}, the timesteps this denoiser was trained on; "
+            "lower it or train with a higher denoiser.t_max"
+        )
+    if not 1 <= steps <= depth:
+        raise ConfigError(f"purify.num_inference_steps {steps} must lie in 1..{depth}, the depth t_star")
+    return depth, steps
+
+
+def purify_images(
+    images: Tensor | NDArray[np.uint8],
+    denoiser: Denoiser,
+    *,
+    t_star: int | None = None,
+    num_inference_steps: int | None = None,
+    seed: int = 0,
+    ids: Sequence[str],
+) -> Tensor:
+    """Return purified images, uint8 (B, H, W, 3) on the CPU, from the same; None takes the recommendation.
+
+    Each image's result depends on (seed, its id) and, within 1/255, on nothing else. Raises ConfigError for a
+    depth that was not trained and InputError for a shape the denoiser cannot take.
+    """
+    batch = torch.as_tensor(images)
+    if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
+        raise InputError(f"expected uint8 images (B, H, W, 3), found {batch.dtype} {tuple(batch.shape)}")
+    if len(ids) != len(batch):
+        raise InputError(f"expected one id for each of {len(batch)} images, found {len(ids)}")
+    height, width = int(batch.shape[1]), int(batch.shape[2])
+    if not denoiser.accepts(height, width):
+        raise InputError(
+            f"{height}x{width} images: this denoiser takes sides divisible by {denoiser.size_multiple}"
+        )
+    depth, steps = check_depth(denoiser, t_star, num_inference_steps)
+    x = to_model_range(batch.to(denoiser.alphas_cumprod.device)).contiguous(memory_format=torch.channels_last)
+    return to_uint8(purify(x, denoiser, depth, steps, seed, ids)).cpu()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from eclipse_ray.config import DenoiserConfig
 from eclipse_ray.diffusion.ema import start_ema, update_ema
 from eclipse_ray.diffusion.losses import heldout_psnr, loss_simple
-from eclipse_ray.diffusion.model import Denoiser, build_unet
+from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet
 from eclipse_ray.diffusion.sampler import to_model_range
+from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Fit:
         device = next(self.unet.parameters()).device
         unet = UNet2DModel.from_config(self.unet.config).to(device)
         unet.load_state_dict({**self.unet.state_dict(), **self.average})
-        return Denoiser(unet, self.config.num_train_timesteps).to(device).eval()
+        return build_denoiser(unet, self.config).to(device).eval()
 
 
 def start_fit(config: DenoiserConfig, seed: int, device: torch.device) -> Fit:
@@ -118,7 +119,7 @@ def run_fit(
     worker takes its slice: the optimisation is the same for any number of workers that divides the batch.
     """
     config = fit.config
-    schedule = Denoiser(fit.unet, config.num_train_timesteps).alphas_cumprod.to(train.device)
+    schedule = cosine_alphas_cumprod(config.num_train_timesteps).to(train.device)
     network = wrap(_NoiseNetwork(fit.unet)).train()
     losses: list[Tensor] = []
     while fit.iteration < config.iterations:

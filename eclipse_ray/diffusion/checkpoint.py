@@ -1,0 +1,112 @@
+"""A denoiser on disk: a diffusers folder (`UNet2DModel`, `DDPMScheduler` config, safetensors) and a card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+
+from eclipse_ray.diffusion.model import Denoiser
+from eclipse_ray.errors import InputError
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+MODEL_FILE = "config.json"
+SCHEDULER_FILE = "scheduler_config.json"
+CARD_FILE = "eclipse.json"
+DENOISER_FILES = (WEIGHTS_FILE, MODEL_FILE, SCHEDULER_FILE, CARD_FILE)
+
+
+class Card(BaseModel):
+    """What a user of the weights must know: trained range of t, recommendation, provenance, quality."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = 1
+    t_max: int = Field(description="Trained on timesteps below this one.")
+    t_star: int
+    num_inference_steps: int
+    iterations: int
+    denoise_psnr: float = Field(description="dB, held-out images at t_star, one step.")
+    noisy_psnr: float = Field(description="dB, the same images before denoising.")
+    sparse_images: int
+    sparse_hashes: list[str] = Field(description="Content hashes of the sparse clean set, held-out part included.")
+    fingerprint: str
+    settings: dict[str, Any] = Field(description="The resolved `denoiser` section and the seed.")
+    history: list[dict[str, float]] = Field(default_factory=list, description="The training curve.")
+
+
+def save_denoiser(folder: str | Path, denoiser: Denoiser, card: Card) -> None:
+    """Write a local denoiser folder; the card goes last, so a folder without one is known to be unfinished."""
+    path = Path(folder)
+    denoiser.unet.save_pretrained(path, safe_serialization=True)
+    # Not save_pretrained: the settings matter, not the class's own version of them.
+    scheduler = DDPMScheduler(
+        num_train_timesteps=denoiser.num_train_timesteps,
+        beta_schedule="squaredcos_cap_v2",
+        variance_type="fixed_small",
+        prediction_type="epsilon",
+        clip_sample=True,
+    )
+    scheduler.save_config(path)
+    (path / CARD_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
+
+
+def read_card(folder: str | Path) -> Card:
+    """Return the card of a local denoiser folder. Raises InputError if the folder is not a finished denoiser."""
+    path = Path(folder) / CARD_FILE
+    try:
+        return Card.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise InputError(
+            f"{folder}: not a denoiser folder ({CARD_FILE} {_reason(error)}); make one with `eclipse-ray train`"
+        ) from None
+
+
+def load_denoiser(folder: str | Path, device: torch.device | str | None = None) -> Denoiser:
+    """Return the denoiser of a local folder, in evaluation mode, float32.
+
+    Raises InputError if files are missing or damaged, or the schedule is not the cosine one it was trained on.
+    """
+    path = Path(folder)
+    card = read_card(path)
+    try:
+        schedule = json.loads((path / SCHEDULER_FILE).read_text(encoding="utf-8"))
+        unet = UNet2DModel.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
+        timesteps = int(schedule["num_train_timesteps"])
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: the denoiser cannot be read: {_reason(error)}") from None
+    if schedule.get("beta_schedule") != "squaredcos_cap_v2" or schedule.get("prediction_type") != "epsilon":
+        raise InputError(f"{folder}/{SCHEDULER_FILE}: expected the cosine schedule and epsilon prediction")
+    if not card.t_star <= card.t_max <= timesteps:
+        raise InputError(f"{folder}/{CARD_FILE}: t_star {card.t_star}, t_max {card.t_max}, T {timesteps} disagree")
+    denoiser = Denoiser(
+        unet,
+        num_train_timesteps=timesteps,
+        t_max=card.t_max,
+        t_star=card.t_star,
+        num_inference_steps=card.num_inference_steps,
+    )
+    return denoiser.to(device or "cpu").eval()
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Return 32 hex digits of SHA-256 over the files that decide what the denoiser computes."""
+    state = hashlib.sha256()
+    for name in (WEIGHTS_FILE, MODEL_FILE, SCHEDULER_FILE):
+        try:
+            state.update((Path(folder) / name).read_bytes())
+        except OSError as error:
+            raise InputError(f"{folder}: the denoiser cannot be read: {_reason(error)}") from None
+    return state.hexdigest()[:32]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return f"is unreadable: {str(error).splitlines()[0][:200]}"

@@ -1,1 +1,65 @@
-"""Purify availability-poisoned image datasets with sparse diffusion denoisers, on Ray."""
+"""Purify availability-poisoned image datasets with sparse diffusion denoisers, on Ray.
+
+Nothing heavy is imported before it is used: `load_denoiser` and `purify_images` need neither Ray nor Arrow.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eclipse_ray.api import convert, evaluate, poison, purify, split, status, train, verify
+    from eclipse_ray.config import Config, load_config
+    from eclipse_ray.demo import demo
+    from eclipse_ray.diffusion.checkpoint import load_denoiser
+    from eclipse_ray.diffusion.noise import noise
+    from eclipse_ray.diffusion.sampler import purify_images
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "convert": "eclipse_ray.api",
+    "evaluate": "eclipse_ray.api",
+    "poison": "eclipse_ray.api",
+    "purify": "eclipse_ray.api",
+    "split": "eclipse_ray.api",
+    "status": "eclipse_ray.api",
+    "train": "eclipse_ray.api",
+    "verify": "eclipse_ray.api",
+    "demo": "eclipse_ray.demo",
+    "Config": "eclipse_ray.config",
+    "load_config": "eclipse_ray.config",
+    "load_denoiser": "eclipse_ray.diffusion.checkpoint",
+    "noise": "eclipse_ray.diffusion.noise",
+    "purify_images": "eclipse_ray.diffusion.sampler",
+}
+
+__all__ = [
+    "Config",
+    "convert",
+    "demo",
+    "evaluate",
+    "load_config",
+    "load_denoiser",
+    "noise",
+    "poison",
+    "purify",
+    "purify_images",
+    "split",
+    "status",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Bound here, so that a later import of the submodule `eclipse_ray.demo` cannot shadow the function.
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

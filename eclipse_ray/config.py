@@ -146,7 +146,6 @@ class EvaluateConfig(Section):
     """How a dataset is judged."""
 
     seeds: int = Field(3, ge=1, description="Victims trained, with seeds run.seed, run.seed + 1, ...")
-    clean: str | None = Field(None, description="Sparse set, checked to be disjoint from train and test.")
 
 
 class RunConfig(Section):

@@ -1,0 +1,85 @@
+"""One function a verb, with the same names and defaults as the command line.
+
+Every function takes `config` (a Config, or the path of a YAML file) and `settings` ({"section.key": value}), which
+override it; arguments named here override both. Ray is imported by the verbs that need it, when they are called.
+"""
+
+from __future__ import annotations
+
+from eclipse_ray.config import Config, Settings, load_config, with_overrides
+from eclipse_ray.results import (
+    EvaluateResult,
+    PurifyResult,
+    StatusResult,
+    TrainResult,
+    VerifyResult,
+)
+
+ConfigLike = Config | str | None
+
+
+def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> Config:
+    """Return the settings of one call: `config` <- `settings` <- those of `named` that are not None."""
+    overrides = {**(settings or {}), **{key: value for key, value in named.items() if value is not None}}
+    if isinstance(config, Config):
+        return with_overrides(config, overrides)
+    return load_config(config, overrides)
+
+
+def train(
+    *,
+    clean: str | None = None,
+    out: str | None = None,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> TrainResult:
+    """Fit a denoiser on the sparse clean set `clean` and write it to `out`; the same call resumes."""
+    from eclipse_ray.distributed import train as room
+
+    return room.train(resolve(config, settings, {"data.clean": clean, "denoiser.output": out}))
+
+
+def purify(
+    source: str | None = None,
+    output: str | None = None,
+    *,
+    denoiser: str | None = None,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> PurifyResult:
+    """Purify every image of `source` into `output`; the same call resumes what it began."""
+    from eclipse_ray.distributed import purify as room
+
+    named = {"data.source": source, "data.output": output, "purify.denoiser": denoiser}
+    return room.purify(resolve(config, settings, named))
+
+
+def status(output: str) -> StatusResult:
+    """Say how far the run in `output` is; works while it runs."""
+    from eclipse_ray import ledger
+    from eclipse_ray.data.store import Store
+
+    return ledger.summarise(Store(output))
+
+
+def verify(output: str) -> VerifyResult:
+    """Audit the output of a run from its bytes: counts, ids and hashes."""
+    from eclipse_ray import ledger
+    from eclipse_ray.data.store import Store
+
+    return ledger.verify(Store(output))
+
+
+def evaluate(
+    *,
+    train: str | None = None,
+    test: str | None = None,
+    clean: str | None = None,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> EvaluateResult:
+    """Train victims on `train` and return their accuracy on `test`; `clean` is checked to be disjoint."""
+    from eclipse_ray.distributed import evaluate as room
+
+    named = {"data.source": train, "data.test": test, "data.clean": clean}
+    return room.evaluate(resolve(config, settings, named))

@@ -1,0 +1,232 @@
+"""The command line: one command for each function of the API, same names, same defaults."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from eclipse_ray.config import parse_assignment
+from eclipse_ray.errors import EXIT_FAILURE, EXIT_OK, EXIT_RUN_AGAIN, EXIT_TOO_MANY_FAILED, EclipseError
+from eclipse_ray.results import Result, to_json
+
+app = typer.Typer(
+    name="eclipse-ray",
+    help="Purify availability-poisoned image datasets with sparse diffusion denoisers, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeat for more."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder for everything the demo makes.")] = "runs/demo",
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Poison a synthetic dataset, train a denoiser, purify, evaluate: a table and one picture."""
+    from eclipse_ray.demo import demo as run
+    from eclipse_ray.demo import demo_table
+
+    result = run(output, config=config, settings=_settings(assign))
+    _print(result, as_json, lambda: demo_table(result))
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Any readable dataset.")],
+    output: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
+    layout: Annotated[str, typer.Option(help="parquet or folder (one folder a class).")] = "parquet",
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a dataset as canonical Parquet, or as one folder a class, without touching a pixel."""
+    from eclipse_ray import api
+
+    result = api.convert(source, output, layout=layout, config=config, settings=_settings(assign))
+    _print(result, as_json, lambda: f"{result.images:,} images written to {result.output}")
+
+
+@app.command()
+def split(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Any readable dataset.")],
+    clean: Annotated[int, typer.Option(help="Images of the sparse clean set.")],
+    output: Annotated[str, typer.Option("--out", metavar="DIR", help="Gets DIR/clean and DIR/rest.")],
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Divide a dataset into a sparse clean set and the rest, disjoint by content, stratified by label."""
+    from eclipse_ray import api
+
+    result = api.split(source, clean=clean, output=output, config=config, settings=_settings(assign))
+    _print(result, as_json, lambda: f"{result.images:,} images: {result.details}")
+
+
+@app.command()
+def poison(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="urp, lsp or ar.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Labelled dataset.")],
+    output: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Write a poisoned copy of a labelled dataset, within the poison's norm bound after 8-bit storage."""
+    from eclipse_ray import api
+
+    result = api.poison(name, source, output, config=config, settings=_settings(assign))
+    _print(result, as_json, lambda: f"{result.images:,} images poisoned ({result.details}) in {result.output}")
+
+
+@app.command()
+def train(
+    clean: Annotated[str | None, typer.Option(metavar="SRC", help="Sparse clean set.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.")] = None,
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a denoiser on a sparse clean set; the same command resumes."""
+    from eclipse_ray import api
+
+    result = api.train(clean=clean, out=out, config=config, settings=_settings(assign))
+    _print(
+        result,
+        as_json,
+        lambda: (
+            f"denoiser in {result.denoiser}: {result.denoise_psnr:.2f} dB on held-out images "
+            f"(noised: {result.noisy_psnr:.2f} dB) after {result.iterations:,} iterations"
+        ),
+    )
+
+
+@app.command()
+def purify(
+    source: Annotated[str | None, typer.Argument(metavar="SRC", help="Dataset to purify.")] = None,
+    output: Annotated[str | None, typer.Argument(metavar="DST", help="Output folder.")] = None,
+    denoiser: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.")] = None,
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Purify a dataset; the same command resumes. Exit 3: done, but more images failed than allowed."""
+    from eclipse_ray import api
+
+    resolved = api.resolve(config, _settings(assign), {})
+    result = api.purify(source, output, denoiser=denoiser, config=resolved)
+    _print(
+        result,
+        as_json,
+        lambda: (
+            f"{result.ok:,} of {result.planned:,} images purified, {result.failed:,} failed, "
+            f"{result.images_per_second:,.1f} images/s, in {result.output}"
+        ),
+    )
+    if result.failed > resolved.purify.max_failed_fraction * result.planned:
+        raise typer.Exit(EXIT_TOO_MANY_FAILED)
+
+
+@app.command()
+def status(
+    output: Annotated[str, typer.Argument(metavar="DST", help="Output folder of purify.")], as_json: Json = False
+) -> None:
+    """Say how far a run is, also while it runs."""
+    from eclipse_ray import api
+
+    result = api.status(output)
+    _print(
+        result,
+        as_json,
+        lambda: (
+            f"{result.shards_done:,} of {result.shards:,} shards, {result.ok:,} of {result.planned:,} images, "
+            f"{result.failed:,} failed"
+        ),
+    )
+
+
+@app.command()
+def verify(
+    output: Annotated[str, typer.Argument(metavar="DST", help="Output folder of purify.")], as_json: Json = False
+) -> None:
+    """Prove from the bytes that every planned image is there once; exit 1 if not."""
+    from eclipse_ray import api
+
+    result = api.verify(output)
+    lines = [*result.mismatched, f"{result.images:,} images and {result.failed:,} failures of {result.planned:,}"]
+    _print(result, as_json, lambda: "\n".join([*lines, "ok" if result.ok else "NOT ok"]))
+    if not result.ok:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command()
+def evaluate(
+    train: Annotated[str | None, typer.Option(metavar="SRC", help="Training set.")] = None,
+    test: Annotated[str | None, typer.Option(metavar="SRC", help="Clean labelled test set.")] = None,
+    clean: Annotated[str | None, typer.Option(metavar="SRC", help="Sparse set, checked to be disjoint.")] = None,
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Train victims on a dataset and print their test accuracy after the last epoch."""
+    from eclipse_ray import api
+
+    result = api.evaluate(train=train, test=test, clean=clean, config=config, settings=_settings(assign))
+    _print(
+        result,
+        as_json,
+        lambda: (
+            f"test accuracy {result.test_accuracy:.2f} ± {result.test_accuracy_std:.2f} % "
+            f"(n = {result.seeds}, {result.victim}, {result.epochs} epochs, compensation {result.compensation})"
+        ),
+    )
+
+
+def _settings(assignments: list[str] | None) -> dict[str, Any]:
+    return dict(parse_assignment(text) for text in assignments or [])
+
+
+def _print(result: Result, as_json: bool, text: Callable[[], str]) -> None:
+    line = json.dumps(to_json(result)) if as_json else text()
+    with os.fdopen(os.dup(_RESULT_FD), "w", encoding="utf-8") as stream:
+        print(line, file=stream)
+
+
+_RESULT_FD = 1
+
+
+def _reserve_standard_output() -> None:
+    """Send whatever else prints, libraries and their child processes included, to standard error."""
+    global _RESULT_FD
+    sys.stdout.flush()
+    _RESULT_FD = os.dup(1)
+    os.dup2(2, 1)
+
+
+def main() -> None:
+    """Run the command line and exit with a documented code: 0, 1, 2, 3 or 75."""
+    if "--json" in sys.argv:
+        _reserve_standard_output()
+    try:
+        app()
+    except EclipseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        sys.exit(EXIT_RUN_AGAIN)
+    sys.exit(EXIT_OK)

@@ -1,0 +1,65 @@
+"""Connect to Ray, find what it has, and say clearly when that is not enough."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from eclipse_ray.config import Config
+from eclipse_ray.errors import ConfigError, StorageError
+
+# Both make Ray unpickle what it reads (Parquet tensor columns, WebDataset members): never, whoever asks.
+UNSAFE_VARIABLES = (
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
+    "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION",
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Logical CPUs and GPUs of the cluster; `cores` are the CPUs of one machine to spread threads over."""
+
+    cpus: int
+    gpus: int
+    cores: int
+    local: bool
+
+
+def connect(config: Config) -> Resources:
+    """Join the cluster at run.address or RAY_ADDRESS, else start one here, and return what it has.
+
+    Raises ConfigError if an environment variable asks Ray for unsafe deserialisation.
+    """
+    for variable in UNSAFE_VARIABLES:
+        if os.environ.get(variable):
+            raise ConfigError(f"{variable} is set: it lets untrusted data run code; unset it and run again")
+    cores = os.cpu_count() or 1
+    address = config.run.address or os.environ.get("RAY_ADDRESS") or "local"
+    if not ray.is_initialized():
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        if address == "local":
+            # Ray only counts CPUs; twice the cores keeps decoding and encoding moving beside the actors.
+            options |= {"num_cpus": 2 * cores, "include_dashboard": False}
+        ray.init(address=address, **options)
+    total = ray.cluster_resources()
+    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), cores, address == "local")
+
+
+def require_cpus(resources: Resources, needed: float, purpose: str) -> None:
+    """Raise ConfigError when the cluster can never schedule the work, instead of a hang."""
+    if resources.cpus < needed:
+        raise ConfigError(
+            f"{purpose} needs {needed:g} CPUs, the Ray cluster has {resources.cpus}; "
+            "lower purify.actors or denoiser.num_workers, or add nodes"
+        )
+
+
+def refuse_process_local(url: str, in_this_process_only: bool) -> None:
+    """Raise StorageError for memory:// locations, which Ray's other processes cannot see."""
+    if in_this_process_only:
+        raise StorageError(f"{url}: lives in this process alone, Ray workers cannot see it; use a folder or S3")

@@ -1,0 +1,161 @@
+"""Train victims on a dataset, one a seed, side by side on Ray, and measure them on clean test images."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import torch
+import yaml
+from ray.exceptions import RayError
+
+from eclipse_ray.config import CompensationConfig, Config
+from eclipse_ray.data.dataset import ImageSet, load_images
+from eclipse_ray.data.store import Store
+from eclipse_ray.diffusion.checkpoint import read_card
+from eclipse_ray.diffusion.model import default_device
+from eclipse_ray.distributed.cluster import Resources, connect
+from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.distributed.progress import Board, BoardWatcher, ProgressLine
+from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.results import EvaluateResult
+from eclipse_ray.victims import train_victim
+
+CONFIG_KEY = "_eclipse/config.yaml"
+
+
+def evaluate(config: Config) -> EvaluateResult:
+    """Train evaluate.seeds victims on data.source and test them on data.test; the last epoch decides.
+
+    Compensation is what the source's own run says, unless set here. Raises InputError for missing labels, sets
+    that share images, or images of two sizes.
+    """
+    source, test_url = config.data.source, config.data.test
+    if not source or not test_url:
+        raise ConfigError("evaluate needs both: eclipse-ray evaluate --train SRC --test SRC")
+    train = load_images(source, config.data, require_labels=True)
+    test = load_images(test_url, config.data, require_labels=True)
+    _check_disjoint(config, source, train, test_url, test)
+    compensation = source_compensation(config, source)
+    runs = _train_all(config, train, test, compensation)
+    last = [run["test_accuracy"][-1] for run in runs]
+    return EvaluateResult(
+        test_accuracy=round(statistics.fmean(last), 2),
+        test_accuracy_std=round(statistics.stdev(last), 2) if len(last) > 1 else 0.0,
+        seeds=len(last),
+        epochs=config.victim.epochs,
+        victim=config.victim.arch,
+        best_epoch_accuracy=round(statistics.fmean(max(run["test_accuracy"]) for run in runs), 2),
+        compensation=compensation.mode,
+        accuracies=[round(value, 2) for value in last],
+    )
+
+
+def source_compensation(config: Config, source: str) -> CompensationConfig:
+    """Return the compensation for the training loader: explicit settings, else what SRC's own run says, else none."""
+    if "compensation" in config.model_fields_set:
+        return config.compensation
+    recorded = _recorded_config(source).get("compensation")
+    return CompensationConfig.model_validate(recorded) if recorded else CompensationConfig(mode="none")
+
+
+def _recorded_config(source: str) -> dict[str, Any]:
+    store = Store(source)
+    if store.is_file() or not store.exists(CONFIG_KEY):
+        return {}
+    tree = yaml.safe_load(store.read(CONFIG_KEY))
+    return tree if isinstance(tree, dict) else {}
+
+
+def _check_disjoint(config: Config, source: str, train: ImageSet, test_url: str, test: ImageSet) -> None:
+    """Refuse to measure on images that were trained on, by the victim or by the denoiser."""
+    if (train.images.shape[1:], test.images.shape[1:]) != (test.images.shape[1:], train.images.shape[1:]):
+        raise InputError(
+            f"{source} has {train.images.shape[1:3]} images, {test_url} has {test.images.shape[1:3]}: "
+            "train and test images must have the same size"
+        )
+    test_hashes = set(test.hashes())
+    sparse: set[str] = set()
+    if config.data.clean:
+        sparse = set(load_images(config.data.clean, config.data).hashes())
+    denoiser = (_recorded_config(source).get("purify") or {}).get("denoiser")
+    if denoiser:
+        sparse |= set(read_card(local_denoiser(denoiser)).sparse_hashes)
+    train_hashes = set(train.hashes())
+    for name, first, second in (
+        ("training and test set", train_hashes, test_hashes),
+        ("sparse clean set and test set", sparse, test_hashes),
+        ("sparse clean set and training set", sparse, train_hashes),
+    ):
+        shared = len(first & second)
+        if shared:
+            raise InputError(
+                f"{source}, {test_url}: {name} share {shared} images (by content); they must be disjoint"
+            )
+
+
+def _train_all(
+    config: Config, train: ImageSet, test: ImageSet, compensation: CompensationConfig
+) -> list[dict[str, Any]]:
+    resources = connect(config)
+    seeds = [config.run.seed + index for index in range(config.evaluate.seeds)]
+    gpus, threads = _share(resources, len(seeds))
+    board = Board.remote()
+    line = ProgressLine("evaluate", "epochs", len(seeds) * config.victim.epochs, config.run.progress_seconds)
+    data = ray.put((train.images, train.labels, test.images, test.labels))
+    task = ray.remote(num_cpus=max(1, resources.cpus // max(1, resources.cores) * threads), num_gpus=gpus)(
+        _train_one
+    )
+    with BoardWatcher(board, lambda entry: line.advance(1, note=_note(entry))):
+        pending = [
+            task.remote(data, config.model_dump(mode="json"), compensation.model_dump(), seed, threads, board)
+            for seed in seeds
+        ]
+        try:
+            runs: list[dict[str, Any]] = ray.get(pending)
+        except RayError as error:
+            raise EclipseError(f"a victim could not be trained: {str(error).splitlines()[-1]}") from None
+    return runs
+
+
+def _share(resources: Resources, victims: int) -> tuple[float, int]:
+    """Return (GPUs, CPU threads) of one victim, so that all cores or GPUs are used at once."""
+    if resources.gpus:
+        return min(1.0, resources.gpus / victims), 1
+    return 0.0, max(1, resources.cores // victims)
+
+
+def _note(entry: dict[str, Any]) -> str:
+    return f"seed {entry['seed']} epoch {entry['epoch']}: {entry['test_accuracy']:.1f} %"
+
+
+def _train_one(
+    data: tuple[Any, Any, Any, Any],
+    config: dict[str, Any],
+    compensation: dict[str, Any],
+    seed: int,
+    threads: int,
+    board: Any,
+) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+
+    def on_epoch(epoch: int, accuracy: float) -> None:
+        ray.get(board.post.remote({"seed": seed, "epoch": epoch, "test_accuracy": accuracy}))
+
+    callback: Callable[[int, float], None] = on_epoch
+    images, labels, test_images, test_labels = data
+    run = train_victim(
+        images,
+        labels,
+        test_images,
+        test_labels,
+        Config.model_validate(config).victim,
+        CompensationConfig.model_validate(compensation),
+        seed,
+        default_device(),
+        callback,
+    )
+    return asdict(run)

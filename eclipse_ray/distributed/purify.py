@@ -1,0 +1,237 @@
+"""Ray Data streams shards through decode, the denoising actor pool, encode and commit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
+
+from eclipse_ray import ledger
+from eclipse_ray.config import Config, digest, to_yaml
+from eclipse_ray.data.formats import Source, open_source, read_parts
+from eclipse_ray.data.images import ImageError, check_encoding, decode_image
+from eclipse_ray.data.store import Store
+from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
+from eclipse_ray.diffusion.model import Denoiser
+from eclipse_ray.diffusion.sampler import ENGINE_VERSION, check_depth, purify_images
+from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
+from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.distributed.progress import ProgressLine, say
+from eclipse_ray.distributed.stages import (
+    Job,
+    Pixels,
+    Purifier,
+    encode_and_commit,
+    read_and_decode,
+    same_size_batches,
+    shard_rows,
+)
+from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.results import PurifyResult
+
+SAMPLES = 64
+# Removing a poison within 8/255 is no sign of a wrong denoiser; this is its energy if uniform, on [-1, 1].
+POISON_MSE = (2 * 8 / 255) ** 2 / 3
+WARN_DB = 3.0
+
+
+def purify(config: Config) -> PurifyResult:
+    """Purify data.source into data.output with purify.denoiser; the same command resumes what it began.
+
+    Raises ConfigError or InputError before anything is written for unusable input, ResumeError if the output
+    belongs to another run.
+    """
+    source, output, denoiser_url = _locations(config)
+    check_encoding(config.data.encoding, config.data.allow_lossy)
+    folder = local_denoiser(denoiser_url)
+    denoiser = load_denoiser(folder)
+    t_star, steps = check_depth(denoiser, config.purify.t_star, config.purify.num_inference_steps)
+    opened = open_source(source, config.data)
+    samples = _read_samples(opened, config)
+    _check_sizes(source, samples, denoiser)
+    images_per_shard = _images_per_shard(config, samples)
+    shards = ledger.plan_shards(opened.parts, images_per_shard)
+
+    store = Store(output)
+    refuse_process_local(output, store.in_this_process_only)
+    fingerprint = _fingerprint(config, t_star, steps, images_per_shard, shards, weights_digest(folder))
+    resolved = config.model_copy(deep=True)
+    resolved.purify.t_star, resolved.purify.num_inference_steps = t_star, steps
+    ledger.open_run(store, shards, fingerprint, to_yaml(resolved))
+    statuses = ledger.read_statuses(store)
+    pending = ledger.pending(shards, statuses)
+    rate = 0.0
+    if pending:
+        _warn_if_unsuitable(denoiser, samples, read_card(folder).denoise_psnr, t_star)
+        job = Job(
+            source=opened.without_parts(),
+            data=config.data,
+            output=store.url,
+            denoiser=denoiser_url,
+            t_star=t_star,
+            num_inference_steps=steps,
+            batch_size=config.purify.batch_size,
+            seed=config.run.seed,
+            compensation=config.compensation,
+            sparse_hashes=frozenset(read_card(folder).sparse_hashes),
+        )
+        rate = _run(config, job, shards, pending)
+    ledger.finalise(store)
+    summary = ledger.summarise(store)
+    return PurifyResult(summary.planned, summary.ok, summary.failed, round(rate, 2), store.url)
+
+
+def _locations(config: Config) -> tuple[str, str, str]:
+    data, purify_config = config.data, config.purify
+    for name, value in (
+        ("data.source", data.source),
+        ("data.output", data.output),
+        ("purify.denoiser", purify_config.denoiser),
+    ):
+        if not value:
+            raise ConfigError(f"{name} is not set; usage: eclipse-ray purify SRC DST --denoiser DIR")
+    return str(data.source), str(data.output), str(purify_config.denoiser)
+
+
+def _read_samples(source: Source, config: Config) -> list[Pixels]:
+    """Return the first readable images, at most SAMPLES of them."""
+    samples: list[Pixels] = []
+    left = SAMPLES
+    for part in source.parts[:SAMPLES]:
+        rows = min(left, part.rows)
+        table = read_parts(source, [(part.key, 0, rows)], config.data)
+        for image in table["image"].to_pylist():
+            try:
+                samples.append(decode_image((image or {}).get("bytes") or b"", config.data.max_pixels))
+            except ImageError:
+                # It will be an error row of its shard; here it only says nothing about size.
+                continue
+        left -= rows
+        if left <= 0:
+            break
+    return samples
+
+
+def _check_sizes(source: str, samples: list[Pixels], denoiser: Denoiser) -> None:
+    sizes = {image.shape[:2] for image in samples}
+    if sizes and not any(denoiser.accepts(height, width) for height, width in sizes):
+        height, width = sorted(sizes)[0]
+        raise InputError(
+            f"{source}: images are {width}x{height} pixels, this denoiser takes sides divisible by "
+            f"{denoiser.size_multiple}; pad or resize the images, or train a denoiser with fewer levels"
+        )
+
+
+def _images_per_shard(config: Config, samples: list[Pixels]) -> int:
+    largest = max((image.nbytes for image in samples), default=1)
+    return max(1, min(config.purify.shard_images, config.purify.shard_bytes // largest))
+
+
+def _fingerprint(
+    config: Config, t_star: int, steps: int, images_per_shard: int, shards: list[ledger.Shard], weights: str
+) -> ledger.Fingerprint:
+    """Everything that decides pixels or what the output says of itself; not how the work is spread."""
+    data = config.data
+    tree = {
+        "purify": {
+            "t_star": t_star,
+            "num_inference_steps": steps,
+            "batch_size": config.purify.batch_size,
+            "shard_images": images_per_shard,
+        },
+        "compensation": config.compensation.model_dump(mode="json"),
+        "data": data.model_dump(mode="json", include={"encoding", "image_column", "label_column", "max_pixels"}),
+        "run": {"seed": config.run.seed},
+    }
+    planned = [[shard.name, *(list(vars(span).values()) for span in shard.spans)] for shard in shards]
+    return ledger.Fingerprint(tree, weights, digest(planned), ENGINE_VERSION)
+
+
+def _warn_if_unsuitable(denoiser: Denoiser, samples: list[Pixels], heldout: float, t_star: int) -> None:
+    """Warn when denoising changes real images far more than it did held-out clean ones (plus a poison)."""
+    batches = same_size_batches(samples, SAMPLES)
+    fitting = [batch for batch in batches if denoiser.accepts(*samples[batch[0]].shape[:2])]
+    if not fitting or t_star != denoiser.t_star:
+        return
+    images = np.stack([samples[index] for index in max(fitting, key=len)])
+    ids = [f"sample-{index}" for index in range(len(images))]
+    purified = purify_images(images, denoiser, t_star=t_star, num_inference_steps=1, ids=ids).numpy()
+    error = float(np.mean(((purified.astype(np.float64) - images) / 127.5) ** 2))
+    expected = 4 / 10 ** (heldout / 10) + POISON_MSE
+    measured_db, expected_db = (10 * np.log10(4 / max(value, 1e-12)) for value in (error, expected))
+    if measured_db < expected_db - WARN_DB:
+        say(
+            f"warning: denoising {len(images)} images of the source leaves {measured_db:.1f} dB, "
+            f"{expected_db:.1f} dB were expected: was this denoiser trained on images of this kind?"
+        )
+
+
+def _run(config: Config, job: Job, shards: list[ledger.Shard], pending: list[ledger.Shard]) -> float:
+    """Stream the pending shards; return images a second of this run."""
+    resources = connect(config)
+    actors, gpus = _pool(config, resources)
+    done = sum(shard.rows for shard in shards) - sum(shard.rows for shard in pending)
+    total = sum(shard.rows for shard in shards)
+    if done:
+        say(f"purify: resuming, {len(shards) - len(pending)} of {len(shards)} shards are already committed")
+    line = ProgressLine("purify", "images", total, config.run.progress_seconds, done)
+    try:
+        for ok, failed in _stream(config, job, pending, actors, gpus):
+            line.advance(ok + failed, failed)
+    except RayError as error:
+        raise _cause(error) from None
+    return line.rate
+
+
+def _pool(config: Config, resources: Resources) -> tuple[int, float]:
+    gpus = config.purify.num_gpus
+    if gpus is None:
+        gpus = 1.0 if resources.gpus else 0.0
+    if gpus > resources.gpus:
+        raise ConfigError(f"purify.num_gpus {gpus:g}: the Ray cluster has {resources.gpus} GPUs")
+    default = int(resources.gpus / gpus) if gpus else max(1, resources.cpus // 2)
+    actors = config.purify.actors or default
+    require_cpus(resources, actors + 1, f"purify with {actors} actors and a CPU task to read and encode")
+    return actors, gpus
+
+
+def _stream(
+    config: Config, job: Job, pending: list[ledger.Shard], actors: int, gpus: float
+) -> Iterator[tuple[int, int]]:
+    """Yield (ok, failed) of each shard as it is committed."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = config.purify.watchdog_seconds
+    dataset = ray.data.from_arrow(shard_rows(pending))
+    dataset = dataset.map_batches(
+        read_and_decode, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=1
+    )
+    dataset = dataset.map_batches(
+        Purifier,
+        fn_constructor_args=(job,),
+        compute=ActorPoolStrategy(size=actors),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_gpus=gpus or None,
+        num_cpus=None if gpus else 1,
+    )
+    dataset = dataset.map_batches(
+        encode_and_commit, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=1
+    )
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from zip(batch["ok"].to_pylist(), batch["failed"].to_pylist(), strict=True)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the error of ours that a worker raised, or one that says to run again."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, EclipseError):
+            return current
+        current = getattr(current, "cause", None) or current.__cause__
+    text = str(error).strip().splitlines()
+    return EclipseError(f"purify stopped: {text[-1] if text else type(error).__name__}; run it again to resume")

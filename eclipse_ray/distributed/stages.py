@@ -1,0 +1,220 @@
+"""What happens to a shard between plan and commit. One row of an Arrow table is one shard.
+
+Columns carry only strings, numbers and contiguous buffers, never Python objects (Ray would pickle them):
+`shard` and `failures` are JSON, `table` is an Arrow stream of ids, labels and extra columns, `pixels` one uint8
+buffer of all images in order, `shapes` their (height, width) as int32 pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from eclipse_ray import compensation, ledger
+from eclipse_ray.config import CompensationConfig, DataConfig
+from eclipse_ray.data.dataset import canonical_table, table_to_parquet
+from eclipse_ray.data.formats import Source, read_parts
+from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image
+from eclipse_ray.data.store import Store
+from eclipse_ray.diffusion.checkpoint import load_denoiser
+from eclipse_ray.diffusion.model import default_device
+from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.errors import InputError
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker must know; small, so that it travels with each task."""
+
+    source: Source
+    data: DataConfig
+    output: str
+    denoiser: str
+    t_star: int
+    num_inference_steps: int
+    batch_size: int
+    seed: int
+    compensation: CompensationConfig
+    sparse_hashes: frozenset[str]
+
+
+def shard_rows(shards: Sequence[ledger.Shard]) -> list[pa.Table]:
+    """Return one table of one row for each shard, so that Ray gives every shard a task of its own."""
+    return [pa.table({"shard": [json.dumps(asdict(shard))]}) for shard in shards]
+
+
+def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
+    """Read a shard's rows and decode them; undecodable images become failures. Raises InputError on leakage."""
+    started = time.monotonic()
+    shard = shard_of(batch)
+    table = read_parts(job.source, [(span.key, span.start, span.stop) for span in shard.spans], job.data)
+    state = hashlib.sha256()
+    pixels: list[Pixels] = []
+    kept: list[int] = []
+    failures: list[dict[str, str]] = []
+    for index, (name, image) in enumerate(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True)):
+        data = (image or {}).get("bytes") or b""
+        state.update(len(data).to_bytes(8, "little") + data)
+        try:
+            pixels.append(decode_image(data, job.data.max_pixels))
+            kept.append(index)
+        except ImageError as error:
+            failures.append({"id": name, "key": _key_of(shard, index), "error": str(error)})
+    _refuse_leakage(job, table, pixels, kept)
+    columns = {
+        "shard": batch["shard"].to_pylist(),
+        "input_sha256": [state.hexdigest()],
+        "seconds": [time.monotonic() - started],
+    }
+    return _pack(columns, table.take(kept).drop_columns(["image"]), pixels, failures)
+
+
+def shard_of(batch: pa.Table) -> ledger.Shard:
+    """Return the shard of a one-row batch."""
+    tree = json.loads(batch["shard"][0].as_py())
+    return ledger.Shard(tree["name"], tuple(ledger.Span(**span) for span in tree["spans"]))
+
+
+def _key_of(shard: ledger.Shard, index: int) -> str:
+    for span in shard.spans:
+        if index < span.stop - span.start:
+            return span.key
+        index -= span.stop - span.start
+    raise IndexError(f"shard {shard.name} has fewer rows than were read")
+
+
+def _refuse_leakage(job: Job, table: pa.Table, pixels: list[Pixels], kept: list[int]) -> None:
+    for index, image in zip(kept, pixels, strict=True):
+        if job.sparse_hashes and content_hash(image) in job.sparse_hashes:
+            raise InputError(
+                f"{job.source.url}: image {table['id'][index].as_py()} is in the sparse clean set that the "
+                f"denoiser {job.denoiser} was trained on; purify images that are disjoint from it"
+            )
+
+
+class Purifier:
+    """The actor of the pool: holds a denoiser on its device and purifies shard after shard."""
+
+    def __init__(self, job: Job) -> None:
+        # One thread each, whatever the number of actors: threads change how sums are split, hence bytes.
+        torch.set_num_threads(1)
+        self.job = job
+        self.denoiser = load_denoiser(local_denoiser(job.denoiser), default_device())
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        started = time.monotonic()
+        job = self.job
+        table, images, failures = _unpack(batch)
+        ids: list[str] = table["id"].to_pylist()
+        done: dict[int, Pixels] = {}
+        for indices in same_size_batches(images, job.batch_size):
+            names = [ids[index] for index in indices]
+            stack = np.stack([images[index] for index in indices])
+            try:
+                done.update(zip(indices, self._purify(stack, names), strict=True))
+            except InputError as error:
+                failures += [{"id": name, "key": "", "error": str(error)} for name in names]
+        kept = sorted(done)
+        columns = {
+            "shard": batch["shard"].to_pylist(),
+            "input_sha256": batch["input_sha256"].to_pylist(),
+            "seconds": [batch["seconds"][0].as_py() + time.monotonic() - started],
+        }
+        return _pack(columns, table.take(kept), [done[index] for index in kept], failures)
+
+    def _purify(self, images: Pixels, ids: list[str]) -> Pixels:
+        job = self.job
+        purified = purify_images(
+            images,
+            self.denoiser,
+            t_star=job.t_star,
+            num_inference_steps=job.num_inference_steps,
+            seed=job.seed,
+            ids=ids,
+        )
+        if job.compensation.mode == "baked":
+            purified = compensation.bake(purified, ids, job.compensation.p, job.compensation.sigma, job.seed)
+        return purified.numpy()
+
+
+def same_size_batches(images: Sequence[Pixels], batch_size: int) -> list[list[int]]:
+    """Return index lists of at most `batch_size` images of equal shape, in order within each shape."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        by_shape.setdefault(image.shape, []).append(index)
+    return [
+        indices[start : start + batch_size]
+        for indices in by_shape.values()
+        for start in range(0, len(indices), batch_size)
+    ]
+
+
+def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
+    """Encode a purified shard and commit it; return one row {shard, ok, failed} of what now stands."""
+    started = time.monotonic()
+    shard = shard_of(batch)
+    table, images, failures = _unpack(batch)
+    ids = table["id"].to_pylist()
+    data: bytes | None = None
+    if ids:
+        encoded = [encode_image(image, job.data.encoding) for image in images]
+        labels = table["label"].to_pylist() if "label" in table.column_names else None
+        extras = table.drop_columns([name for name in ("id", "label") if name in table.column_names])
+        data = table_to_parquet(canonical_table(ids, encoded, labels, extras, job.source.classes))
+    status = ledger.commit_shard(
+        Store(job.output),
+        shard,
+        ok=data,
+        ok_count=len(ids),
+        errors=[ledger.ImageFailure(**failure) for failure in failures],
+        input_sha256=batch["input_sha256"][0].as_py(),
+        seconds=batch["seconds"][0].as_py() + time.monotonic() - started,
+    )
+    return pa.table({"shard": [status.shard], "ok": [status.ok], "failed": [status.failed]})
+
+
+def _pack(
+    columns: dict[str, list[Any]], table: pa.Table, images: Sequence[Pixels], failures: list[dict[str, str]]
+) -> pa.Table:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    shapes = np.array([image.shape[:2] for image in images], dtype=np.int32).tobytes()
+    pixels = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)
+    packed = {
+        "table": _binary(sink.getvalue()),
+        "pixels": _binary(pa.py_buffer(pixels)),
+        "shapes": _binary(pa.py_buffer(shapes)),
+        "failures": pa.array([json.dumps(failures)]),
+    }
+    return pa.table({**{name: pa.array(values) for name, values in columns.items()}, **packed})
+
+
+def _binary(buffer: pa.Buffer) -> pa.Array:
+    # One value over the buffer as it is: no copy, and 64-bit offsets for shards of large images.
+    offsets = pa.py_buffer(np.array([0, buffer.size], dtype=np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
+
+
+def _unpack(batch: pa.Table) -> tuple[pa.Table, list[Pixels], list[dict[str, str]]]:
+    table = pa.ipc.open_stream(batch["table"][0].as_buffer()).read_all()
+    shapes = np.frombuffer(batch["shapes"][0].as_buffer(), dtype=np.int32).reshape(-1, 2)
+    flat = np.frombuffer(batch["pixels"][0].as_buffer(), dtype=np.uint8)
+    ends = np.cumsum(shapes.astype(np.int64).prod(axis=1) * 3)
+    images = [
+        flat[end - height * width * 3 : end].reshape(height, width, 3)
+        for (height, width), end in zip(shapes.tolist(), ends.tolist(), strict=True)
+    ]
+    return table, images, json.loads(batch["failures"][0].as_py())

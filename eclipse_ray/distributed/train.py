@@ -1,0 +1,212 @@
+"""Ray Train fits the denoiser on the enlarged sparse clean set, on any number of workers, and resumes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from torch import Tensor
+
+from eclipse_ray import ledger
+from eclipse_ray.config import Config, digest, to_yaml
+from eclipse_ray.data.dataset import ImageSet, load_images
+from eclipse_ray.data.store import Store
+from eclipse_ray.diffusion import training
+from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, read_card, save_denoiser
+from eclipse_ray.diffusion.sampler import ENGINE_VERSION
+from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
+from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.distributed.progress import Board, BoardWatcher, ProgressLine, say
+from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.results import TrainResult
+
+STATE_FILE = "state.pt"
+# Settings that say how training is spread or watched; all others decide the weights.
+NOT_IN_FINGERPRINT = {"output", "num_workers", "use_gpu", "report_every", "checkpoint_every"}
+
+
+def train(config: Config) -> TrainResult:
+    """Fit a denoiser on data.clean and write it to denoiser.output; the same command resumes or returns at once.
+
+    Raises ConfigError or InputError for unusable input, ResumeError if the folder belongs to other settings.
+    """
+    clean, output = _locations(config)
+    images = _sparse_set(config, clean)
+    hashes = images.hashes()
+    store = Store(output)
+    refuse_process_local(output, store.in_this_process_only)
+    fingerprint = _fingerprint(config, hashes)
+    ledger.claim(store, fingerprint, to_yaml(config))
+    if not store.exists(CARD_FILE):
+        _run_training(config, store, images, hashes, fingerprint.value)
+    else:
+        say(f"{output}: already trained with these settings and images")
+    card = read_card(local_denoiser(output))
+    return TrainResult(card.iterations, card.denoise_psnr, card.noisy_psnr, output)
+
+
+def _locations(config: Config) -> tuple[str, str]:
+    if not config.data.clean:
+        raise ConfigError("data.clean is not set: name the sparse clean set, for example --clean my/clean")
+    if not config.denoiser.output:
+        raise ConfigError(
+            "denoiser.output is not set: name a folder for the denoiser, for example --out my/denoiser"
+        )
+    return config.data.clean, config.denoiser.output
+
+
+def _sparse_set(config: Config, clean: str) -> ImageSet:
+    images = load_images(clean, config.data)
+    count, height, width = images.images.shape[:3]
+    size = config.denoiser.image_size
+    if (height, width) != (size, size):
+        raise InputError(
+            f"{clean}: images are {width}x{height}, the denoiser trains on {size}x{size}; "
+            f"set denoiser.image_size={width} or resize the images"
+        )
+    if count < 2:
+        raise InputError(f"{clean}: at least 2 images are needed, one of them held out; found {count}")
+    return images
+
+
+def _fingerprint(config: Config, hashes: list[str]) -> ledger.Fingerprint:
+    settings = config.denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
+    tree = {"denoiser": settings, "run": {"seed": config.run.seed}}
+    return ledger.Fingerprint(config=tree, weights="", input=digest(sorted(hashes)), engine_version=ENGINE_VERSION)
+
+
+def _run_training(config: Config, store: Store, images: ImageSet, hashes: list[str], fingerprint: str) -> None:
+    resources = connect(config)
+    workers = config.denoiser.num_workers
+    use_gpu = resources.gpus >= workers if config.denoiser.use_gpu is None else config.denoiser.use_gpu
+    threads = _threads(resources, workers)
+    require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
+    board = Board.remote()
+    line = ProgressLine("train", "iterations", config.denoiser.iterations, config.run.progress_seconds)
+    trainer = ray.train.torch.TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "images": ray.put(images.images),
+            "hashes": hashes,
+            "fingerprint": fingerprint,
+            "threads": threads,
+            "board": board,
+        },
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(
+            name=fingerprint,
+            storage_path=store.path("_eclipse/train") if store.local else f"{store.url}/_eclipse/train",
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=3),
+        ),
+    )
+    with BoardWatcher(board, lambda entry: _show(line, entry)):
+        result = trainer.fit()
+    if result.error is not None or result.checkpoint is None:
+        raise EclipseError(f"training stopped: {result.error}; run the same command again to resume")
+    _publish(result.checkpoint, store)
+
+
+def _threads(resources: Resources, workers: int) -> int:
+    return max(1, resources.cores // workers) if resources.local else 0
+
+
+def _show(line: ProgressLine, entry: dict[str, Any]) -> None:
+    note = f"loss {entry['loss']:.4f}, held-out {entry['denoise_psnr']:.2f} dB (noised {entry['noisy_psnr']:.2f})"
+    if line.done == 0 and entry["resumed_at"]:
+        line.done = line.started_at = entry["resumed_at"]
+    line.advance(entry["iteration"] - line.done, note=note)
+
+
+def _publish(checkpoint: Checkpoint, store: Store) -> None:
+    # The card is the last of DENOISER_FILES: a folder without one is known to be unfinished.
+    with checkpoint.as_directory() as folder:
+        for name in DENOISER_FILES:
+            store.write(name, (Path(folder) / name).read_bytes())
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """One Ray Train worker; every worker runs this with its rank."""
+    config = Config.model_validate(settings["config"])
+    context = ray.train.get_context()
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    device = ray.train.torch.get_device()
+    images = torch.from_numpy(ray.get(settings["images"]).copy())
+    train_part, heldout = split_heldout(images, config.denoiser.heldout_fraction, config.run.seed)
+    fit = training.start_fit(config.denoiser, config.run.seed, device)
+    _restore(fit)
+    resumed_at = fit.iteration
+    first = context.get_world_rank() == 0
+
+    def report(progress: training.Progress) -> None:
+        if first:
+            ray.get(settings["board"].post.remote({**vars(progress), "resumed_at": resumed_at}))
+
+    def checkpoint(state: training.Fit) -> None:
+        card = _card(config, state, len(images), settings["hashes"], settings["fingerprint"])
+        _report_checkpoint(state if first else None, card)
+
+    training.run_fit(
+        fit,
+        train_part.to(device),
+        heldout.to(device),
+        config.run.seed,
+        report,
+        checkpoint,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        wrap=ray.train.torch.prepare_model,
+    )
+
+
+def split_heldout(images: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return (training part, held-out part) of the sparse set, chosen by the seed; each has at least one image."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    count = min(max(1, round(fraction * len(images))), len(images) - 1)
+    return images[order[count:]], images[order[:count]]
+
+
+def _restore(fit: training.Fit) -> None:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return
+    with checkpoint.as_directory() as folder:
+        fit.restore(torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True))
+
+
+def _card(config: Config, fit: training.Fit, images: int, hashes: list[str], fingerprint: str) -> Card:
+    last = fit.history[-1] if fit.history else {"denoise_psnr": 0.0, "noisy_psnr": 0.0}
+    denoiser = config.denoiser
+    return Card(
+        t_max=denoiser.t_max or denoiser.num_train_timesteps,
+        t_star=denoiser.t_star,
+        num_inference_steps=denoiser.num_inference_steps,
+        iterations=fit.iteration,
+        denoise_psnr=last["denoise_psnr"],
+        noisy_psnr=last["noisy_psnr"],
+        sparse_images=images,
+        sparse_hashes=sorted(hashes),
+        fingerprint=fingerprint,
+        settings={**denoiser.model_dump(mode="json"), "seed": config.run.seed},
+        history=fit.history,
+    )
+
+
+def _report_checkpoint(fit: training.Fit | None, card: Card) -> None:
+    """Report from every rank, as Ray requires; only the first has a checkpoint, a whole denoiser folder."""
+    metrics = {"iteration": card.iterations, "denoise_psnr": card.denoise_psnr}
+    if fit is None:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(fit.state(), Path(folder) / STATE_FILE)
+        save_denoiser(folder, fit.averaged(), card)
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))

@@ -1,0 +1,106 @@
+"""The denoiser folder: what diffusers and we read back, and what is refused."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from eclipse_ray.config import load_config
+from eclipse_ray.diffusion.checkpoint import (
+    CARD_FILE,
+    SCHEDULER_FILE,
+    WEIGHTS_FILE,
+    Card,
+    load_denoiser,
+    read_card,
+    save_denoiser,
+    weights_digest,
+)
+from eclipse_ray.diffusion.model import build_denoiser, build_unet
+from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
+from eclipse_ray.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = load_config(None, {"denoiser.preset": "debug"}).denoiser
+    torch.manual_seed(0)
+    card = Card(
+        t_max=5,
+        t_star=4,
+        num_inference_steps=1,
+        iterations=1,
+        denoise_psnr=30.0,
+        noisy_psnr=20.0,
+        sparse_images=2,
+        sparse_hashes=["00" * 16],
+        fingerprint="f",
+        settings=config.model_dump(mode="json"),
+    )
+    save_denoiser(tmp_path, build_denoiser(build_unet(config), config).eval(), card)
+    return tmp_path
+
+
+def test_round_trip(folder):
+    denoiser = load_denoiser(folder)
+    x, t = torch.rand(2, 3, 16, 16), torch.tensor([1, 4])
+    plain = UNet2DModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        assert torch.equal(denoiser(x, t), plain(x, t).sample)
+    assert (denoiser.t_max, denoiser.t_star, denoiser.num_inference_steps) == (5, 4, 1)
+    assert read_card(folder).sparse_hashes == ["00" * 16]
+
+
+def test_diffusers_reads_our_schedule(folder):
+    scheduler = DDPMScheduler.from_pretrained(folder)
+    assert torch.allclose(scheduler.alphas_cumprod, cosine_alphas_cumprod(20).float(), atol=1e-6)
+
+
+def test_the_digest_follows_the_weights_not_the_card(folder):
+    before = weights_digest(folder)
+    card = json.loads((folder / CARD_FILE).read_text())
+    (folder / CARD_FILE).write_text(json.dumps({**card, "iterations": 2}))
+    assert weights_digest(folder) == before
+    data = bytearray((folder / WEIGHTS_FILE).read_bytes())
+    data[-1] ^= 1
+    (folder / WEIGHTS_FILE).write_bytes(data)
+    assert weights_digest(folder) != before
+
+
+@pytest.mark.parametrize("file", [CARD_FILE, WEIGHTS_FILE, SCHEDULER_FILE, "config.json"])
+def test_a_missing_file_is_named(folder, file):
+    (folder / file).unlink()
+    with pytest.raises(InputError) as caught:
+        load_denoiser(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_weights_are_refused(folder):
+    with open(folder / WEIGHTS_FILE, "r+b") as file:
+        file.truncate(500)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_denoiser(folder)
+
+
+def test_pickled_weights_are_never_loaded(folder):
+    canary = folder / "canary"
+
+    class Exploit:
+        def __reduce__(self):
+            return (open, (str(canary), "w"))
+
+    (folder / WEIGHTS_FILE).unlink()
+    (folder / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(InputError):
+        load_denoiser(folder)
+    assert not canary.exists()
+
+
+def test_another_schedule_is_refused(folder):
+    schedule = json.loads((folder / SCHEDULER_FILE).read_text())
+    (folder / SCHEDULER_FILE).write_text(json.dumps({**schedule, "beta_schedule": "linear"}))
+    with pytest.raises(InputError, match="cosine"):
+        load_denoiser(folder)

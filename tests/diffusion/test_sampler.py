@@ -1,0 +1,131 @@
+"""The sampler against diffusers, a closed form on Gaussians and its own promises about keys and rounding."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from eclipse_ray.config import load_config
+from eclipse_ray.diffusion.model import build_denoiser, build_unet
+from eclipse_ray.diffusion.noise import noise
+from eclipse_ray.diffusion.sampler import (
+    absorb,
+    eliminate,
+    posterior,
+    predict_x0,
+    purify_images,
+    to_model_range,
+    to_uint8,
+)
+from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
+from eclipse_ray.errors import ConfigError, InputError
+
+T = 4000
+SCHEDULE = cosine_alphas_cumprod(T)
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    torch.manual_seed(0)
+    config = load_config(None, {"denoiser.preset": "debug"}).denoiser
+    return build_denoiser(build_unet(config), config).eval()
+
+
+@pytest.mark.parametrize("t", [1, 50, 99, 2000])
+def test_one_reverse_step_equals_diffusers(t):
+    scheduler = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", variance_type="fixed_small", clip_sample=True)
+    generator = torch.Generator().manual_seed(t)
+    x_t, eps_pred = (torch.randn(2, 3, 8, 8, generator=generator) for _ in range(2))
+    theirs = scheduler.step(eps_pred, t, x_t, generator=torch.Generator().manual_seed(7)).prev_sample
+    z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(7))
+    abar, before = float(SCHEDULE[t]), float(SCHEDULE[t - 1])
+    mean, variance = posterior(x_t, predict_x0(x_t, eps_pred, abar), abar, before)
+    # diffusers keeps its schedule in float32, whose rounding is largest where abar is near 1.
+    assert torch.allclose(mean + variance**0.5 * z, theirs, atol=3e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 100])
+def test_gaussian_data_keep_their_law(steps):
+    """With the exact eps of data N(0, s^2), purified data must have variance s^2 (many steps) or the MMSE's (one)."""
+    s2, t_star = 0.04, 100
+
+    def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        abar = float(SCHEDULE[int(t[0])])
+        return (1 - abar) ** 0.5 * x_t / (abar * s2 + 1 - abar)
+
+    ids = [f"i{index}" for index in range(64)]
+    x = 0.2 * noise(1, ids, 0, (3, 32, 32))
+    x_t = absorb(x, SCHEDULE, t_star, 2, ids)
+    result = eliminate(x_t, network, SCHEDULE, t_star, steps, 2, ids)
+    abar = float(SCHEDULE[t_star - 1])
+    one_step = abar * s2**2 / (abar * s2 + 1 - abar)
+    expected = one_step if steps == 1 else s2
+    # Few steps lie between the two; the standard error of the variance is s2 sqrt(2 / n).
+    tolerance = 5 * s2 * (2 / x.numel()) ** 0.5 + (0 if steps in (1, 100) else 0.15 * (s2 - one_step))
+    assert float(result.var()) == pytest.approx(expected, abs=tolerance + (2e-4 if steps == 100 else 0))
+
+
+def test_one_step_is_x0_pred(denoiser):
+    ids = ["a", "b"]
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    x_t = absorb(x, denoiser.alphas_cumprod, 4, 0, ids)
+    with torch.inference_mode():
+        direct = predict_x0(x_t, denoiser(x_t, torch.full((2,), 3)), float(denoiser.alphas_cumprod[3]))
+        sampled = eliminate(x_t, denoiser, denoiser.alphas_cumprod, 4, 1, 0, ids)
+    assert torch.allclose(direct, sampled, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_image_does_not_depend_on_its_batch(denoiser, steps):
+    images = torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8)
+    ids = [f"image-{index}" for index in range(64)]
+
+    def in_batches(size: int) -> torch.Tensor:
+        parts = [
+            purify_images(images[i : i + size], denoiser, num_inference_steps=steps, ids=ids[i : i + size])
+            for i in range(0, 64, size)
+        ]
+        return torch.cat(parts)
+
+    whole, sevens = in_batches(64), in_batches(7)
+    differing = (whole.int() - sevens.int()).abs()
+    assert differing.max() <= 1
+    assert (differing > 0).float().mean() <= 0.001
+    order = torch.randperm(64)
+    shuffled = purify_images(images[order], denoiser, num_inference_steps=steps, ids=[ids[i] for i in order])
+    assert (shuffled.int() - whole[order].int()).abs().max() <= 1
+
+
+def test_seed_and_id_change_the_result(denoiser):
+    images = torch.full((1, 16, 16, 3), 128, dtype=torch.uint8)
+    base = purify_images(images, denoiser, ids=["a"])
+    assert torch.equal(base, purify_images(images, denoiser, ids=["a"]))
+    assert not torch.equal(base, purify_images(images, denoiser, ids=["b"]))
+    assert not torch.equal(base, purify_images(images, denoiser, ids=["a"], seed=1))
+
+
+def test_rounding_never_truncates():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    x = to_model_range(levels)
+    assert torch.equal(to_uint8(x), levels)
+    almost_half = 0.49 / 127.5
+    assert torch.equal(to_uint8(x + almost_half), levels)
+    assert torch.equal(to_uint8(x - almost_half), levels)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"t_star": 6}, ConfigError, "trained on"),
+        ({"num_inference_steps": 5}, ConfigError, "num_inference_steps"),
+        ({"ids": ["only one"]}, InputError, "one id"),
+    ],
+)
+def test_misuse_is_explained(denoiser, options, error, words):
+    images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    with pytest.raises(error, match=words):
+        purify_images(images, denoiser, **{"ids": ["a", "b"], **options})
+
+
+def test_a_size_the_network_cannot_take_is_refused(denoiser):
+    with pytest.raises(InputError, match="divisible by 2"):
+        purify_images(torch.zeros(1, 15, 16, 3, dtype=torch.uint8), denoiser, ids=["a"])

@@ -1,0 +1,106 @@
+"""Settings: presets, overrides, round trips and errors that name the nearest right spelling."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eclipse_ray.config import (
+    PRESETS,
+    Config,
+    difference,
+    digest,
+    load_config,
+    parse_assignment,
+    to_yaml,
+    with_overrides,
+)
+from eclipse_ray.errors import ConfigError
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_resolved_settings_round_trip(preset, tmp_path):
+    config = load_config(None, {"denoiser.preset": preset, "purify.t_star": 3})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_paper_preset_is_the_published_setting():
+    denoiser = load_config(None, {"denoiser.preset": "paper"}).denoiser
+    assert denoiser.block_out_channels == (128, 256, 256, 256)
+    assert (denoiser.layers_per_block, denoiser.attention_levels) == (3, (1, 2))
+    assert denoiser.t_max == denoiser.num_train_timesteps == 4000
+    assert (denoiser.t_star, denoiser.num_inference_steps, denoiser.replication) == (100, 100, 4)
+    assert (denoiser.iterations, denoiser.ema_decay) == (250_000, 0.9999)
+    compensation = Config().compensation
+    assert (compensation.p, compensation.sigma) == (0.4, 0.05)
+
+
+def test_order_of_precedence(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"denoiser": {"preset": "debug", "iterations": 7}, "run": {"seed": 1}}))
+    config = load_config(str(file), {"run.seed": 2})
+    assert config.denoiser.image_size == 16
+    assert config.denoiser.iterations == 7
+    assert config.run.seed == 2
+
+
+def test_t_max_follows_t_star_unless_set():
+    assert load_config().denoiser.t_max == 125
+    assert load_config(None, {"denoiser.t_star": 200}).denoiser.t_max == 250
+    assert with_overrides(load_config(), {"denoiser.t_star": 200}).denoiser.t_max == 250
+    assert load_config(None, {"denoiser.t_max": 300}).denoiser.t_max == 300
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"purify.tstar": 1}, "did you mean purify.t_star"),
+        ({"purfy.t_star": 1}, "did you mean purify"),
+        ({"purify.t_star": "deep"}, "purify.t_star"),
+        ({"purify.t_star": 0}, "greater than or equal to 1"),
+        ({"denoiser.t_max": 50}, "only timesteps below t_max are trained"),
+        ({"denoiser.block_out_channels": [30, 60]}, "norm_num_groups"),
+        ({"denoiser.preset": "large"}, "'debug', 'small' or 'paper'"),
+        ({"seed": 1}, "section.key"),
+        ({"compensation.p": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(settings, words):
+    with pytest.raises(ConfigError, match=words.replace(".", r"\.")) as caught:
+        load_config(None, settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "purify: 3\n", "a: [1\n", "x: !!python/object/apply:os.system [ls]\n"]
+)
+def test_files_that_are_no_settings_are_refused(tmp_path, text):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(str(file))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_assignments_are_read_as_yaml():
+    assert parse_assignment("purify.t_star=100") == ("purify.t_star", 100)
+    assert parse_assignment("denoiser.block_out_channels=[8, 16]") == ("denoiser.block_out_channels", [8, 16])
+    assert parse_assignment("data.source=a=b") == ("data.source", "a=b")
+    with pytest.raises(ConfigError, match="expected section"):
+        parse_assignment("purify.t_star")
+
+
+def test_difference_names_each_changed_setting():
+    old = {"purify": {"t_star": 100, "batch_size": 64}}
+    new = {"purify": {"t_star": 150, "batch_size": 64}, "run": {"seed": 1}}
+    assert difference(old, new) == ["purify.t_star: 100 -> 150", "run.seed: None -> 1"]
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=6))
+def test_digest_ignores_order(tree):
+    assert digest(tree) == digest(dict(reversed(list(tree.items()))))

@@ -6,7 +6,8 @@ import os
 import posixpath
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
@@ -17,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from eclipse_ray.errors import InputError, StorageError
 
 _MEMORY_LOCK = threading.Lock()
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -69,32 +71,34 @@ class Store:
         """Open an object for random access. Raises FileNotFoundError if it is not there."""
         return cast(BinaryIO, self.fs.open(self.path(key), "rb"))
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def list(self, prefix: str = "", hidden: bool = False) -> Iterator[Entry]:
         """Yield every object below the folder `prefix`, sorted by key; nothing if there is no such folder.
 
         Names that start with `_` or `.` are the business of whoever wrote them and are passed over, below
-        `prefix` only.
+        `prefix` only, unless `hidden`. Raises OSError for a local folder that cannot be read.
         """
         self.fs.invalidate_cache()
         base = self.path(prefix)
-        found = self.fs.find(base, detail=True) if self.fs.isdir(base) else {}
-        for path, info in sorted(found.items()):
+        for path, info in sorted(self._find(base).items()):
             relative = path[len(base) :].lstrip("/")
-            if not any(part.startswith(("_", ".")) for part in relative.split("/")):
-                yield Entry(posixpath.join(prefix, relative), int(info["size"]), _version(info))
+            if hidden or not any(part.startswith(("_", ".")) for part in relative.split("/")):
+                yield Entry(posixpath.join(prefix, relative), int(str(info["size"])), _version(info))
 
     def write(self, key: str, data: bytes) -> None:
         """Store an object whole, replacing any other; a reader never sees half of it."""
         if self.local:
-            temporary = self._write_temporary(key, data)
-            os.replace(temporary, self.path(key))
+            self._place(key, data, os.replace)
         else:
             self.fs.pipe_file(self.path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Store an object unless `key` is taken; return whether this call stored it (put-if-absent)."""
         if self.local:
-            return self._link_into_place(key, data)
+            try:
+                self._place(key, data, os.link)
+            except FileExistsError:
+                return False
+            return True
         if isinstance(self.fs, MemoryFileSystem):
             with _MEMORY_LOCK:
                 if self.exists(key):
@@ -129,16 +133,41 @@ class Store:
                 "safe here; choose a local folder or a store with conditional writes as output"
             )
 
-    def _link_into_place(self, key: str, data: bytes) -> bool:
-        temporary = self._write_temporary(key, data)
-        try:
-            os.link(temporary, self.path(key))
-        except FileExistsError:
-            return False
-        finally:
-            os.unlink(temporary)
-        _sync_folder(os.path.dirname(self.path(key)))
-        return True
+    def _find(self, base: str) -> dict[str, dict[str, object]]:
+        if not self.fs.isdir(base):
+            return {}
+        if not self.local:
+            return cast(dict[str, dict[str, object]], self.fs.find(base, detail=True))
+        # fsspec lists a local folder that it may not read as empty, which would lose images without a word.
+        found: dict[str, dict[str, object]] = {}
+        for folder, folders, files in os.walk(base, onerror=_raise_unless_gone, followlinks=True):
+            here = os.path.join(os.path.realpath(folder), "")
+            folders[:] = [
+                name for name in folders if not here.startswith(os.path.realpath(here + name) + os.sep)
+            ]
+            for name in files:
+                path = os.path.join(folder, name)
+                try:
+                    info = os.stat(path)
+                except FileNotFoundError:
+                    continue
+                found[path] = {"size": info.st_size, "mtime_ns": info.st_mtime_ns}
+        return found
+
+    def _place(self, key: str, data: bytes, move: Callable[[str, str], None]) -> None:
+        # Another run that has just finished may sweep away our temporary, taking it for a leftover.
+        for _ in range(_TRIES):
+            temporary = self._write_temporary(key, data)
+            try:
+                move(temporary, self.path(key))
+            except FileNotFoundError:
+                continue
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            _sync_folder(os.path.dirname(self.path(key)))
+            return
+        raise StorageError(f"{self.path(key)}: temporary files vanish while they are written; try again")
 
     def _write_temporary(self, key: str, data: bytes) -> str:
         folder = os.path.dirname(self.path(key))
@@ -165,9 +194,14 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
 def _version(info: dict[str, object]) -> str:
     if "ETag" in info:
         return str(info["ETag"]).strip('"')
-    if "mtime" in info:
-        return str(os.stat(str(info["name"])).st_mtime_ns)
+    if "mtime_ns" in info:
+        return str(info["mtime_ns"])
     return str(info.get("created", ""))

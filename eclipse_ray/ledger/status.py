@@ -1,0 +1,202 @@
+"""Statuses: the only commit point. A shard is done once its status exists, and a status never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from eclipse_ray.data.store import Store
+from eclipse_ray.errors import StorageError
+from eclipse_ray.ledger import layout
+from eclipse_ray.ledger.plan import Shard, read_plan
+from eclipse_ray.results import StatusResult
+
+ERRORS_SCHEMA = pa.schema([("id", pa.string()), ("key", pa.string()), ("error", pa.string())])
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class ImageFailure:
+    """An image that could not be purified: its id, the source object it came from, and why."""
+
+    id: str
+    key: str
+    error: str
+
+
+class Status(BaseModel):
+    """The outcome of one shard: its objects, their hashes, and how many images went where."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: str = Field(pattern="^[0-9]{6,}$")
+    generation: int = Field(ge=0)
+    object: str | None
+    sha256: str | None
+    bytes: int = Field(ge=0)
+    ok: int = Field(ge=0)
+    failed: int = Field(ge=0)
+    errors_object: str | None
+    errors_sha256: str | None
+    input_sha256: str
+    seconds: float = Field(ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Status:
+        # Objects are opened by these names, so a forged or damaged one must not lead out of the folder.
+        expected = (
+            self.sha256 and layout.object_key(layout.DATA, self.shard, self.sha256),
+            self.errors_sha256 and layout.object_key(layout.ERRORS, self.shard, self.errors_sha256),
+        )
+        if (self.object, self.errors_object) != expected:
+            raise ValueError("objects are not named by shard and hash")
+        if bool(self.ok) != bool(self.object) or bool(self.failed) != bool(self.errors_object):
+            raise ValueError("counts and objects contradict each other")
+        return self
+
+
+def commit_shard(
+    store: Store,
+    shard: Shard,
+    *,
+    ok: bytes | None,
+    ok_count: int,
+    errors: Sequence[ImageFailure],
+    input_sha256: str,
+    seconds: float,
+    generation: int = 0,
+) -> Status:
+    """Write a shard's objects, then its status; return the status that won, ours or another driver's.
+
+    `ok` is Parquet with `ok_count` rows, None for none. Raises ValueError if the rows do not add up to the
+    plan's, StorageError if the winner's status is damaged.
+    """
+    _check_counts(shard, ok, ok_count, len(errors))
+    failed = errors_bytes(errors) if errors else None
+    sha256, errors_sha256 = ok and layout.hash_of(ok), failed and layout.hash_of(failed)
+    status = Status(
+        shard=shard.name,
+        generation=generation,
+        object=sha256 and layout.object_key(layout.DATA, shard.name, sha256),
+        sha256=sha256,
+        bytes=len(ok or b""),
+        ok=ok_count,
+        failed=len(errors),
+        errors_object=errors_sha256 and layout.object_key(layout.ERRORS, shard.name, errors_sha256),
+        errors_sha256=errors_sha256,
+        input_sha256=input_sha256,
+        seconds=seconds,
+    )
+    key = layout.status_key(shard.name, generation)
+    winner = layout.read_optional(store, key)
+    if winner is None:
+        _write_object(store, status.object, ok)
+        _write_object(store, status.errors_object, failed)
+        if store.create(key, status.model_dump_json().encode()):
+            return status
+        winner = store.read(key)
+    parsed = _parse(store, shard.name, generation, winner)
+    if isinstance(parsed, str):
+        raise StorageError(parsed)
+    return parsed
+
+
+def errors_bytes(errors: Sequence[ImageFailure]) -> bytes:
+    """Return error rows as Parquet."""
+    # A file name that is not Unicode may be quoted in an error's text; losing that row would be worse.
+    rows = [[_unicode(e.id), _unicode(e.key), _unicode(e.error)] for e in errors]
+    columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
+    return layout.table_bytes(pa.table(columns, ERRORS_SCHEMA))
+
+
+def read_statuses(store: Store) -> dict[str, Status]:
+    """Return each shard's status of the highest generation. Raises StorageError for a damaged one."""
+    statuses, problems = scan_statuses(store)
+    if problems:
+        raise StorageError(problems[0])
+    return statuses
+
+
+def scan_statuses(store: Store) -> tuple[dict[str, Status], list[str]]:
+    """Return each shard's status of the highest generation, and a sentence for every unreadable one."""
+    newest: dict[str, int] = {}
+    for entry in store.list(layout.STATUS):
+        match = layout.STATUS_KEY.fullmatch(entry.key)
+        if match:
+            newest[match[1]] = max(int(match[2]), newest.get(match[1], 0))
+    with ThreadPoolExecutor(min(_READERS, len(newest) or 1)) as pool:
+        found = list(pool.map(lambda item: _read(store, *item), newest.items()))
+    statuses = {status.shard: status for status in found if isinstance(status, Status)}
+    return statuses, [problem for problem in found if isinstance(problem, str)]
+
+
+def pending(shards: Iterable[Shard], statuses: Mapping[str, Status]) -> list[Shard]:
+    """Return the shards that have no status yet, in plan order."""
+    return [shard for shard in shards if shard.name not in statuses]
+
+
+def summarise(store: Store) -> StatusResult:
+    """Return how far the run in `store` is. Raises InputError if there is none or it has no plan yet."""
+    shards = read_plan(store)
+    statuses = read_statuses(store)
+    done = [statuses[shard.name] for shard in shards if shard.name in statuses]
+    return StatusResult(
+        planned=sum(shard.rows for shard in shards),
+        ok=sum(status.ok for status in done),
+        failed=sum(status.failed for status in done),
+        shards=len(shards),
+        shards_done=len(done),
+    )
+
+
+def named_objects(store: Store) -> list[str]:
+    """Return the keys of the data objects that statuses name, in plan order; others are not to be read.
+
+    Raises InputError if the store holds no run, StorageError if a status is damaged.
+    """
+    layout.require_run(store)
+    statuses = sorted(read_statuses(store).values(), key=lambda status: int(status.shard))
+    return [status.object for status in statuses if status.object]
+
+
+def _check_counts(shard: Shard, ok: bytes | None, ok_count: int, failed: int) -> None:
+    if ok_count < 0 or ok_count + failed != shard.rows:
+        raise ValueError(f"shard {shard.name}: {ok_count} ok + {failed} failed != {shard.rows} planned")
+    rows = layout.open_parquet(ok).metadata.num_rows if ok else 0
+    if rows != ok_count or (ok is not None and not rows):
+        raise ValueError(f"shard {shard.name}: {rows} rows of Parquet, but {ok_count} images are ok")
+
+
+def _write_object(store: Store, key: str | None, data: bytes | None) -> None:
+    if key is None or data is None or store.create(key, data):
+        return
+    # Left by a driver that died or lost the race: the same bytes, unless the disk has damaged them since.
+    if layout.read_optional(store, key) != data:
+        store.write(key, data)
+
+
+def _read(store: Store, shard: str, generation: int) -> Status | str:
+    try:
+        data = store.read(layout.status_key(shard, generation))
+    except OSError as error:
+        return f"{store.path(layout.status_key(shard, generation))}: cannot be read: {error}"
+    return _parse(store, shard, generation, data)
+
+
+def _parse(store: Store, shard: str, generation: int, data: bytes) -> Status | str:
+    try:
+        status = Status.model_validate_json(data)
+        if (status.shard, status.generation) == (shard, generation):
+            return status
+    except ValidationError:
+        pass
+    path = store.path(layout.status_key(shard, generation))
+    return f"{path}: damaged; delete this file and run the same command again to redo the shard"
+
+
+def _unicode(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

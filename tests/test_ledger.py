@@ -178,8 +178,7 @@ def test_racing_committers_agree_on_one_status(store):
     gate, found = Gate(store.url), []
     gate.barrier = threading.Barrier(8)
     threads = [
-        threading.Thread(target=lambda salt=salt: found.append(commit(gate, shards[0], salt)))
-        for salt in range(8)
+        threading.Thread(target=lambda salt=salt: found.append(commit(gate, shards[0], salt))) for salt in range(8)
     ]
     for thread in threads:
         thread.start()

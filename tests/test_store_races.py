@@ -19,9 +19,7 @@ def _contend(url, name, barrier, winners):
 def test_put_if_absent_between_processes_has_one_winner(tmp_path):
     context = multiprocessing.get_context("fork")
     barrier, winners = context.Barrier(16), context.Queue()
-    processes = [
-        context.Process(target=_contend, args=(str(tmp_path), i, barrier, winners)) for i in range(16)
-    ]
+    processes = [context.Process(target=_contend, args=(str(tmp_path), i, barrier, winners)) for i in range(16)]
     for process in processes:
         process.start()
     winner = winners.get(timeout=60)

@@ -142,9 +142,7 @@ class Store:
         found: dict[str, dict[str, object]] = {}
         for folder, folders, files in os.walk(base, onerror=_raise_unless_gone, followlinks=True):
             here = os.path.join(os.path.realpath(folder), "")
-            folders[:] = [
-                name for name in folders if not here.startswith(os.path.realpath(here + name) + os.sep)
-            ]
+            folders[:] = [name for name in folders if not here.startswith(os.path.realpath(here + name) + os.sep)]
             for name in files:
                 path = os.path.join(folder, name)
                 try:

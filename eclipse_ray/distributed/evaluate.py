@@ -55,7 +55,7 @@ def evaluate(config: Config) -> EvaluateResult:
 
 
 def source_compensation(config: Config, source: str) -> CompensationConfig:
-    """Return the compensation for the training loader: explicit settings, else what SRC's own run says, else none."""
+    """Return the compensation for the training loader: set here, else what SRC's own run says, else none."""
     if "compensation" in config.model_fields_set:
         return config.compensation
     recorded = _recorded_config(source).get("compensation")
@@ -72,7 +72,7 @@ def _recorded_config(source: str) -> dict[str, Any]:
 
 def _check_disjoint(config: Config, source: str, train: ImageSet, test_url: str, test: ImageSet) -> None:
     """Refuse to measure on images that were trained on, by the victim or by the denoiser."""
-    if (train.images.shape[1:], test.images.shape[1:]) != (test.images.shape[1:], train.images.shape[1:]):
+    if train.images.shape[1:] != test.images.shape[1:]:
         raise InputError(
             f"{source} has {train.images.shape[1:3]} images, {test_url} has {test.images.shape[1:3]}: "
             "train and test images must have the same size"

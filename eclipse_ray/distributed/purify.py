@@ -11,7 +11,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
 from eclipse_ray import ledger
-from eclipse_ray.config import Config, digest, to_yaml
+from eclipse_ray.config import Config, to_yaml
 from eclipse_ray.data.formats import Source, open_source, read_parts
 from eclipse_ray.data.images import ImageError, check_encoding, decode_image
 from eclipse_ray.data.store import Store
@@ -68,7 +68,9 @@ def purify(config: Config) -> PurifyResult:
     if pending:
         _warn_if_unsuitable(denoiser, samples, read_card(folder).denoise_psnr, t_star)
         job = Job(
-            source=opened.without_parts(),
+            source=opened.url,
+            format=opened.format,
+            classes=None if opened.classes is None else tuple(opened.classes),
             data=config.data,
             output=store.url,
             denoiser=denoiser_url,
@@ -103,7 +105,7 @@ def _read_samples(source: Source, config: Config) -> list[Pixels]:
     left = SAMPLES
     for part in source.parts[:SAMPLES]:
         rows = min(left, part.rows)
-        table = read_parts(source, [(part.key, 0, rows)], config.data)
+        table = read_parts(source.url, source.format, source.classes, [(part.key, 0, rows)], config.data)
         for image in table["image"].to_pylist():
             try:
                 samples.append(decode_image((image or {}).get("bytes") or b"", config.data.max_pixels))
@@ -147,8 +149,7 @@ def _fingerprint(
         "data": data.model_dump(mode="json", include={"encoding", "image_column", "label_column", "max_pixels"}),
         "run": {"seed": config.run.seed},
     }
-    planned = [[shard.name, *(list(vars(span).values()) for span in shard.spans)] for shard in shards]
-    return ledger.Fingerprint(tree, weights, digest(planned), ENGINE_VERSION)
+    return ledger.Fingerprint(tree, weights, ledger.plan_digest(shards), ENGINE_VERSION)
 
 
 def _warn_if_unsuitable(denoiser: Denoiser, samples: list[Pixels], heldout: float, t_star: int) -> None:

@@ -12,19 +12,21 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
 from eclipse_ray import compensation, ledger
 from eclipse_ray.config import CompensationConfig, DataConfig
-from eclipse_ray.data.dataset import canonical_table, table_to_parquet
-from eclipse_ray.data.formats import Source, read_parts
+from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image
 from eclipse_ray.data.store import Store
+from eclipse_ray.data.table import canonical_table, table_to_parquet
 from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.diffusion.sampler import purify_images
@@ -33,12 +35,17 @@ from eclipse_ray.errors import InputError
 
 Pixels = NDArray[np.uint8]
 
+# Where the image's own file name waits while its pixels travel.
+PATH_COLUMN = ".image_path"
+
 
 @dataclass(frozen=True)
 class Job:
     """What every worker must know; small, so that it travels with each task."""
 
-    source: Source
+    source: str
+    format: str
+    classes: tuple[str, ...] | None
     data: DataConfig
     output: str
     denoiser: str
@@ -59,7 +66,8 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
     """Read a shard's rows and decode them; undecodable images become failures. Raises InputError on leakage."""
     started = time.monotonic()
     shard = shard_of(batch)
-    table = read_parts(job.source, [(span.key, span.start, span.stop) for span in shard.spans], job.data)
+    spans = [(span.key, span.start, span.stop) for span in shard.spans]
+    table = read_parts(job.source, job.format, job.classes, spans, job.data)
     state = hashlib.sha256()
     pixels: list[Pixels] = []
     kept: list[int] = []
@@ -78,7 +86,9 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
         "input_sha256": [state.hexdigest()],
         "seconds": [time.monotonic() - started],
     }
-    return _pack(columns, table.take(kept).drop_columns(["image"]), pixels, failures)
+    paths = pc.struct_field(table["image"], "path")
+    table = table.drop_columns(["image"]).append_column(PATH_COLUMN, paths)
+    return _pack(columns, table.take(kept), pixels, failures)
 
 
 def shard_of(batch: pa.Table) -> ledger.Shard:
@@ -99,7 +109,7 @@ def _refuse_leakage(job: Job, table: pa.Table, pixels: list[Pixels], kept: list[
     for index, image in zip(kept, pixels, strict=True):
         if job.sparse_hashes and content_hash(image) in job.sparse_hashes:
             raise InputError(
-                f"{job.source.url}: image {table['id'][index].as_py()} is in the sparse clean set that the "
+                f"{job.source}: image {table['id'][index].as_py()} is in the sparse clean set that the "
                 f"denoiser {job.denoiser} was trained on; purify images that are disjoint from it"
             )
 
@@ -171,8 +181,9 @@ def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     if ids:
         encoded = [encode_image(image, job.data.encoding) for image in images]
         labels = table["label"].to_pylist() if "label" in table.column_names else None
-        extras = table.drop_columns([name for name in ("id", "label") if name in table.column_names])
-        data = table_to_parquet(canonical_table(ids, encoded, labels, extras, job.source.classes))
+        paths = [_renamed(path, job.data.encoding) for path in table[PATH_COLUMN].to_pylist()]
+        extras = table.drop_columns([name for name in ("id", "label", PATH_COLUMN) if name in table.column_names])
+        data = table_to_parquet(canonical_table(ids, encoded, labels, extras, job.classes, paths))
     status = ledger.commit_shard(
         Store(job.output),
         shard,
@@ -183,6 +194,13 @@ def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
         seconds=batch["seconds"][0].as_py() + time.monotonic() - started,
     )
     return pa.table({"shard": [status.shard], "ok": [status.ok], "failed": [status.failed]})
+
+
+def _renamed(path: str | None, encoding: str) -> str | None:
+    # The bytes are in another format now, and some readers go by the name's ending.
+    if path is None:
+        return None
+    return str(PurePosixPath(path).with_suffix("." + encoding.partition("-")[0].partition(":")[0]))
 
 
 def _pack(

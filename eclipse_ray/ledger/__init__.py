@@ -6,7 +6,7 @@ number of drivers may work on one folder and die at any moment without losing or
 
 from eclipse_ray.ledger.manifest import Manifest, finalise
 from eclipse_ray.ledger.plan import PartLike, Shard, Span, plan_digest, plan_shards, read_plan
-from eclipse_ray.ledger.run import Fingerprint, Run, open_run, read_fingerprint
+from eclipse_ray.ledger.run import Fingerprint, Run, claim, open_run, read_fingerprint
 from eclipse_ray.ledger.status import (
     ImageFailure,
     Status,
@@ -27,6 +27,7 @@ __all__ = [
     "Shard",
     "Span",
     "Status",
+    "claim",
     "commit_shard",
     "finalise",
     "named_objects",

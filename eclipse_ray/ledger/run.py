@@ -62,13 +62,23 @@ class Run:
 
 
 def open_run(store: Store, shards: Sequence[Shard], fingerprint: Fingerprint, config_yaml: str) -> Run:
-    """Claim the output folder, or resume the run that did.
-
-    Raises ResumeError if the folder belongs to a run with another fingerprint or to somebody else, and
-    InputError if it is a file or its fingerprint is damaged.
-    """
+    """Claim the output folder for a plan, or resume the run that did; raises what `claim` raises."""
     if fingerprint.input != plan_digest(shards):
         raise ValueError("fingerprint.input must be plan_digest(shards)")
+    claimed, resumed = claim(store, fingerprint, config_yaml, shards)
+    if not store.exists(layout.PLAN):
+        store.create(layout.PLAN, plan_bytes(shards))
+    return Run(store, tuple(shards), claimed, resumed)
+
+
+def claim(
+    store: Store, fingerprint: Fingerprint, config_yaml: str, shards: Sequence[Shard] = ()
+) -> tuple[Fingerprint, bool]:
+    """Make the folder this run's, or find it so; return the fingerprint there and whether it was there before.
+
+    Raises ResumeError if the folder belongs to a run with another fingerprint or to somebody else (naming the
+    source objects in which `shards` differ), and InputError if it is a file or its fingerprint is damaged.
+    """
     if store.is_file():
         raise InputError(f"{store.url}: this is a file; choose a folder as output")
     found = layout.read_optional(store, layout.FINGERPRINT)
@@ -80,9 +90,7 @@ def open_run(store: Store, shards: Sequence[Shard], fingerprint: Fingerprint, co
     _refuse_difference(store, claimed, fingerprint, shards)
     if not store.exists(layout.CONFIG):
         store.create(layout.CONFIG, config_yaml.encode())
-    if not store.exists(layout.PLAN):
-        store.create(layout.PLAN, plan_bytes(shards))
-    return Run(store, tuple(shards), claimed, resumed=found is not None)
+    return claimed, found is not None
 
 
 def read_fingerprint(store: Store) -> Fingerprint:
@@ -138,9 +146,7 @@ def _input_changes(store: Store, shards: Sequence[Shard]) -> list[str]:
     except InputError:
         return []
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    lines = [
-        f"input {key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in changed[:_EXAMPLES]
-    ]
+    lines = [f"input {key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in changed[:_EXAMPLES]]
     more = len(changed) - len(lines)
     return [*lines, f"and {more} more source objects"] if more > 0 else lines
 

@@ -132,9 +132,7 @@ def _check_ids(path: str, ids: Sequence[object], seen: set[bytes], problems: lis
     if nulls:
         problems.append(f"{path}: {nulls} images have no id")
     if doubled:
-        problems.append(
-            f"{path}: {len(doubled)} ids occur elsewhere in the output too, such as {doubled[0]!r}"
-        )
+        problems.append(f"{path}: {len(doubled)} ids occur elsewhere in the output too, such as {doubled[0]!r}")
 
 
 def _check_folder(store: Store, shards: Sequence[Shard], statuses: Mapping[str, Status]) -> list[str]:

@@ -30,7 +30,7 @@ def denoiser():
     return build_denoiser(build_unet(config), config).eval()
 
 
-@pytest.mark.parametrize("t", [1, 50, 99, 2000])
+@pytest.mark.parametrize("t", [20, 50, 99, 2000])
 def test_one_reverse_step_equals_diffusers(t):
     scheduler = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", variance_type="fixed_small", clip_sample=True)
     generator = torch.Generator().manual_seed(t)
@@ -45,7 +45,7 @@ def test_one_reverse_step_equals_diffusers(t):
 
 @pytest.mark.parametrize("steps", [1, 10, 100])
 def test_gaussian_data_keep_their_law(steps):
-    """With the exact eps of data N(0, s^2), purified data must have variance s^2 (many steps) or the MMSE's (one)."""
+    """With the exact eps of data N(0, s^2), the variance after many steps is s^2, after one that of the MMSE."""
     s2, t_star = 0.04, 100
 
     def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,11 @@ class Store:
         """Open an object for random access. Raises FileNotFoundError if it is not there."""
         return cast(BinaryIO, self.fs.open(self.path(key), "rb"))
 
+    def entry(self, key: str) -> Entry:
+        """Return size and version of one object. Raises FileNotFoundError if it is not there."""
+        info = self.fs.info(self.path(key))
+        return Entry(key, int(info["size"]), _version(info))
+
     def list(self, prefix: str = "", hidden: bool = False) -> Iterator[Entry]:
         """Yield every object below the folder `prefix`, sorted by key; nothing if there is no such folder.
 

@@ -1,0 +1,225 @@
+"""Whole datasets: load one into memory, or write one so that an interrupted write cannot pass for done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.data.folder import NOTE, folder_name
+from eclipse_ray.data.formats import UNFINISHED, open_source, read_tables
+from eclipse_ray.data.images import SUFFIXES, ImageError, content_hash, decode_image, suffix_of
+from eclipse_ray.data.store import Store
+from eclipse_ray.data.table import image_bytes, table_to_parquet, with_classes
+from eclipse_ray.errors import InputError
+
+Layout = Literal["parquet", "folder"]
+
+FILE_IMAGES = 4096
+FILE_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images: ids (N), images uint8 (N, H, W, 3), labels int64 (N) or None, class names or None."""
+
+    ids: list[str]
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    classes: list[str] | None
+
+    def hashes(self) -> list[str]:
+        """Return the content hash of every image, 32 hex digits each."""
+        return [content_hash(image) for image in self.images]
+
+
+def load_images(
+    url: str, data_config: DataConfig, *, require_labels: bool = False, limit: int | None = None
+) -> ImageSet:
+    """Return all images at `url` (or the first `limit`), decoded; they must share one size.
+
+    A missing label is -1. Raises InputError for an image that cannot be decoded, for two sizes, for an id
+    that occurs twice, and with `require_labels` for missing labels.
+    """
+    source = open_source(url, data_config)
+    count = source.images if limit is None else min(limit, source.images)
+    if count < 1:
+        raise InputError(f"{url}: limit {limit} leaves no images; ask for at least one")
+    ids: list[str] = []
+    labels: list[int] = []
+    images: NDArray[np.uint8] | None = None
+    labelled = False
+    for table in read_tables(source, data_config, max_images=min(count, 2048)):
+        wanted = table.slice(0, count - len(ids))
+        for name, data in zip(wanted["id"].to_pylist(), image_bytes(wanted), strict=True):
+            pixels = _decode(url, name, data, data_config)
+            if images is None:
+                images = np.empty((count, *pixels.shape), np.uint8)
+            elif pixels.shape != images.shape[1:]:
+                raise _two_sizes(url, ids[0], images[0], name, pixels)
+            images[len(ids)] = pixels
+            ids.append(name)
+        if "label" in wanted.column_names:
+            labelled = True
+            labels.extend(wanted["label"].fill_null(-1).to_pylist())
+        else:
+            labels.extend([-1] * wanted.num_rows)
+        if len(ids) == count:
+            break
+    assert images is not None
+    _refuse_repeated_ids(url, ids)
+    if require_labels:
+        _require_labels(url, ids, labels if labelled else None, source.classes, data_config)
+    return ImageSet(ids, images, np.array(labels, np.int64) if labelled else None, source.classes)
+
+
+def write_dataset(
+    url: str,
+    tables: Iterable[pa.Table],
+    *,
+    classes: Sequence[str] | None,
+    source: str,
+    layout: Layout = "parquet",
+) -> int:
+    """Write canonical `tables` as a new dataset at `url` and return the number of images.
+
+    Parts come first and a note `_eclipse/dataset.json` last; until then readers refuse the dataset. Raises
+    InputError if there already is something at `url`.
+    """
+    store = Store(url)
+    refuse_existing(store)
+    store.write(UNFINISHED, b"")
+    if layout == "folder":
+        images = write_folder(store, tables, classes=classes)
+    else:
+        images = write_parquet(store, tables, classes=classes)
+    note = {"images": images, "classes": None if classes is None else list(classes), "source": source}
+    store.write(NOTE, json.dumps(note, indent=2).encode())
+    store.delete(UNFINISHED)
+    return images
+
+
+def refuse_existing(store: Store) -> None:
+    """Raise InputError if there are objects in `store`, naming one of them."""
+    if store.is_file():
+        raise InputError(f"{store.url}: is a file; name a new folder to write to")
+    if store.exists(UNFINISHED):
+        raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
+    taken = next((entry.key for entry in store.list()), "_eclipse" if store.exists("_eclipse") else None)
+    if taken is not None:
+        raise InputError(f"{store.url}: already holds data ({taken}); delete it or name another folder")
+
+
+def write_parquet(
+    store: Store,
+    tables: Iterable[pa.Table],
+    *,
+    classes: Sequence[str] | None = None,
+    max_images: int = FILE_IMAGES,
+    max_bytes: int = FILE_BYTES,
+) -> int:
+    """Write canonical `tables` as data/part-00000.parquet and so on; return the number of images.
+
+    A file ends before it exceeds `max_images` or about `max_bytes`.
+    """
+    images = 0
+    for number, table in enumerate(_regroup(tables, max_images, max_bytes)):
+        data = table_to_parquet(with_classes(table, classes))
+        store.write(f"data/part-{number:05d}.parquet", data)
+        images += table.num_rows
+    return images
+
+
+def write_folder(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | None = None) -> int:
+    """Write the encoded bytes of every image, unchanged, into one folder a class (flat without labels).
+
+    Returns the number of images. Raises InputError for a row without a label among labelled ones, and for
+    two ids that need the same file name.
+    """
+    images = 0
+    for table in tables:
+        labels = table["label"].to_pylist() if "label" in table.column_names else [None] * table.num_rows
+        for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):
+            if label is None and "label" in table.column_names:
+                raise InputError(f"{store.url}: image {name} has no label; use the parquet layout for it")
+            if not store.create(_file_key(name, data, label, classes), data):
+                raise InputError(
+                    f"{store.url}: two images would be named like {name}; use the parquet layout"
+                )
+            images += 1
+    return images
+
+
+def _file_key(name: str, data: bytes, label: int | None, classes: Sequence[str] | None) -> str:
+    suffix = suffix_of(data)
+    named = name.lower().endswith(suffix or SUFFIXES) or (suffix == ".jpg" and name.lower().endswith(".jpeg"))
+    file = name if named else name + (suffix or ".png")
+    if label is None:
+        return folder_name(file)
+    known = classes is not None and 0 <= label < len(classes)
+    top = folder_name(classes[label]) if classes is not None and known else f"{label:05d}"
+    # An id that came from such a folder names its class already.
+    return f"{top}/{folder_name(file.removeprefix(top + '/'))}"
+
+
+def _regroup(tables: Iterable[pa.Table], max_images: int, max_bytes: int) -> Iterator[pa.Table]:
+    held: list[pa.Table] = []
+    rows = size = 0
+    for table in tables:
+        start = 0
+        while start < table.num_rows:
+            piece = table.slice(start, max_images - rows)
+            start += piece.num_rows
+            held.append(piece)
+            rows, size = rows + piece.num_rows, size + piece.nbytes
+            if rows >= max_images or size >= max_bytes:
+                yield pa.concat_tables(held, promote_options="default")
+                held, rows, size = [], 0, 0
+    if held:
+        yield pa.concat_tables(held, promote_options="default")
+
+
+def _decode(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArray[np.uint8]:
+    try:
+        return decode_image(data, data_config.max_pixels)
+    except ImageError as error:
+        raise InputError(f"{url}: image {name}: {error}; mend it or leave it out") from error
+
+
+def _two_sizes(
+    url: str, first: str, one: NDArray[np.uint8], second: str, other: NDArray[np.uint8]
+) -> InputError:
+    return InputError(
+        f"{url}: images differ in size: {first} is {one.shape[1]}x{one.shape[0]} and {second} is "
+        f"{other.shape[1]}x{other.shape[0]} pixels; resize them to one size"
+    )
+
+
+def _refuse_repeated_ids(url: str, ids: list[str]) -> None:
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            raise InputError(f"{url}: id {name} occurs more than once; give every image its own id")
+        seen.add(name)
+
+
+def _require_labels(
+    url: str, ids: list[str], labels: list[int] | None, classes: Sequence[str] | None, data_config: DataConfig
+) -> None:
+    if labels is None:
+        raise InputError(
+            f"{url}: has no labels (no column {data_config.label_column!r}, no class folders); name the "
+            "column with --set data.label_column=NAME or sort the images into one folder a class"
+        )
+    top = len(classes) if classes is not None else None
+    for name, label in zip(ids, labels, strict=True):
+        if label < 0:
+            raise InputError(f"{url}: image {name} has no label; label it or leave it out")
+        if top is not None and label >= top:
+            raise InputError(f"{url}: image {name} has label {label}, but there are {top} classes; mend it")

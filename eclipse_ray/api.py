@@ -6,8 +6,11 @@ override it; arguments named here override both. Ray is imported by the verbs th
 
 from __future__ import annotations
 
-from eclipse_ray.config import Config, Settings, load_config, with_overrides
+from typing import Literal
+
+from eclipse_ray.config import Config, Settings, load_config, to_yaml, with_overrides
 from eclipse_ray.results import (
+    DatasetResult,
     EvaluateResult,
     PurifyResult,
     StatusResult,
@@ -16,6 +19,7 @@ from eclipse_ray.results import (
 )
 
 ConfigLike = Config | str | None
+Layout = Literal["parquet", "folder"]
 
 
 def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> Config:
@@ -24,6 +28,55 @@ def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> C
     if isinstance(config, Config):
         return with_overrides(config, overrides)
     return load_config(config, overrides)
+
+
+def convert(
+    source: str,
+    output: str,
+    *,
+    layout: Layout = "parquet",
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> DatasetResult:
+    """Rewrite a dataset as canonical Parquet or as one folder a class, without touching a pixel."""
+    from eclipse_ray.data import transform as room
+
+    resolved = resolve(config, settings, {"data.source": source, "data.output": output})
+    images = room.convert(source, output, resolved.data, layout)
+    return _recorded(resolved, DatasetResult(images, output))
+
+
+def split(
+    source: str,
+    *,
+    clean: int,
+    output: str,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> DatasetResult:
+    """Divide a dataset into output/clean and output/rest, disjoint by content, stratified by label."""
+    from eclipse_ray.data import transform as room
+
+    resolved = resolve(config, settings, {"data.source": source, "data.output": output})
+    counts = room.split(source, output, clean, resolved.run.seed, resolved.data)
+    sizes = {"clean": int(counts["clean"]), "rest": int(counts["rest"])}
+    return _recorded(resolved, DatasetResult(sum(sizes.values()), output, dict(sizes)))
+
+
+def poison(
+    name: str,
+    source: str,
+    output: str,
+    *,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> DatasetResult:
+    """Write a copy of a labelled dataset poisoned by `name` (urp, lsp or ar), within its norm bound."""
+    from eclipse_ray.distributed import poison as room
+
+    named = {"poison.name": name, "data.source": source, "data.output": output}
+    resolved = resolve(config, settings, named)
+    return _recorded(resolved, room.poison(resolved))
 
 
 def train(
@@ -83,3 +136,11 @@ def evaluate(
 
     named = {"data.source": train, "data.test": test, "data.clean": clean}
     return room.evaluate(resolve(config, settings, named))
+
+
+def _recorded(config: Config, result: DatasetResult) -> DatasetResult:
+    """Leave the resolved settings beside a dataset."""
+    from eclipse_ray.data.store import Store
+
+    Store(result.output).write("_eclipse/config.yaml", to_yaml(config).encode())
+    return result

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -49,7 +49,7 @@ def demo(
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Any readable dataset.")],
     output: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
-    layout: Annotated[str, typer.Option(help="parquet or folder (one folder a class).")] = "parquet",
+    layout: Annotated[Literal["parquet", "folder"], typer.Option(help="folder: one a class.")] = "parquet",
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,

@@ -44,9 +44,7 @@ def claims(key: str) -> bool:
     return _BATCH_NAME.fullmatch(key.rpartition("/")[2]) is not None
 
 
-def list_parts(
-    store: Store, entries: Sequence[Entry], config: DataConfig
-) -> tuple[list[Part], list[str] | None]:
+def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part a batch, and the class names of the meta file beside it; reads every batch.
 
     Raises InputError for a pickle that holds anything but a CIFAR batch.

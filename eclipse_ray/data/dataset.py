@@ -149,9 +149,7 @@ def write_folder(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[
             if label is None and "label" in table.column_names:
                 raise InputError(f"{store.url}: image {name} has no label; use the parquet layout for it")
             if not store.create(_file_key(name, data, label, classes), data):
-                raise InputError(
-                    f"{store.url}: two images would be named like {name}; use the parquet layout"
-                )
+                raise InputError(f"{store.url}: two images would be named like {name}; use the parquet layout")
             images += 1
     return images
 
@@ -192,9 +190,7 @@ def _decode(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArra
         raise InputError(f"{url}: image {name}: {error}; mend it or leave it out") from error
 
 
-def _two_sizes(
-    url: str, first: str, one: NDArray[np.uint8], second: str, other: NDArray[np.uint8]
-) -> InputError:
+def _two_sizes(url: str, first: str, one: NDArray[np.uint8], second: str, other: NDArray[np.uint8]) -> InputError:
     return InputError(
         f"{url}: images differ in size: {first} is {one.shape[1]}x{one.shape[0]} and {second} is "
         f"{other.shape[1]}x{other.shape[0]} pixels; resize them to one size"

@@ -22,9 +22,7 @@ def claims(key: str) -> bool:
     return key.lower().endswith(SUFFIXES)
 
 
-def list_parts(
-    store: Store, entries: Sequence[Entry], config: DataConfig
-) -> tuple[list[Part], list[str] | None]:
+def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part an image, and the class names: the top folders, sorted, or None without folders.
 
     Raises InputError where images lie both in class folders and beside them, or in train and test folders.

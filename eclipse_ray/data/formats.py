@@ -19,6 +19,8 @@ from eclipse_ray.data.table import Part, Span, with_classes
 from eclipse_ray.errors import InputError
 
 UNFINISHED = "_eclipse/unfinished"
+# A purification's plan comes first and its manifest last; only then does data/ hold each image once.
+RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
 _READING_THREADS = 8
 _SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
 
@@ -152,6 +154,8 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
     if store.exists():
         if store.exists(UNFINISHED):
             raise InputError(f"{url}: writing this dataset was interrupted; delete it and write it again")
+        if store.exists(RUN_PLAN) and not store.exists(RUN_MANIFEST):
+            raise InputError(f"{url}: this purification is not finished; run its command again to finish it")
         return store, list(store.list())
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):

@@ -28,9 +28,7 @@ def claims(key: str) -> bool:
     return key.lower().endswith(".parquet")
 
 
-def list_parts(
-    store: Store, entries: Sequence[Entry], config: DataConfig
-) -> tuple[list[Part], list[str] | None]:
+def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part a file with rows, from the footers alone, and the class names if a footer has them.
 
     Raises InputError for a damaged file, an extension type, or a missing image or label column.

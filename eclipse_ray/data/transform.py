@@ -67,9 +67,7 @@ def split(
     return {**counts, "output": output_url}
 
 
-def choose_clean(
-    hashes: list[str | None], labels: list[int | None], clean: int, seed: int
-) -> NDArray[np.bool_]:
+def choose_clean(hashes: list[str | None], labels: list[int | None], clean: int, seed: int) -> NDArray[np.bool_]:
     """Return bool (N): at most `clean` rows, stratified by label, whole groups of equal hashes only.
 
     A hash of None is never chosen. Rows are ranked by a hash of `seed` and their content hash, so their

@@ -19,12 +19,12 @@ from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.distributed.cluster import Resources, connect
 from eclipse_ray.distributed.fetch import local_denoiser
-from eclipse_ray.distributed.progress import Board, BoardWatcher, ProgressLine
+from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
 from eclipse_ray.results import EvaluateResult
 from eclipse_ray.victims import train_victim
 
-CONFIG_KEY = "_eclipse/config.yaml"
+CONFIG_KEY, MANIFEST_KEY = "_eclipse/config.yaml", "_eclipse/manifest.parquet"
 
 
 def evaluate(config: Config) -> EvaluateResult:
@@ -63,8 +63,9 @@ def source_compensation(config: Config, source: str) -> CompensationConfig:
 
 
 def _recorded_config(source: str) -> dict[str, Any]:
+    """Return the settings of the purification that made SRC, if one did."""
     store = Store(source)
-    if store.is_file() or not store.exists(CONFIG_KEY):
+    if store.is_file() or not store.exists(MANIFEST_KEY):
         return {}
     tree = yaml.safe_load(store.read(CONFIG_KEY))
     return tree if isinstance(tree, dict) else {}
@@ -103,7 +104,7 @@ def _train_all(
     resources = connect(config)
     seeds = [config.run.seed + index for index in range(config.evaluate.seeds)]
     gpus, threads = _share(resources, len(seeds))
-    board = Board.remote()
+    board = start_board()
     line = ProgressLine("evaluate", "epochs", len(seeds) * config.victim.epochs, config.run.progress_seconds)
     data = ray.put((train.images, train.labels, test.images, test.labels))
     task = ray.remote(num_cpus=max(1, resources.cpus // max(1, resources.cores) * threads), num_gpus=gpus)(

@@ -16,8 +16,12 @@ class ProgressLine:
 
     def __init__(self, what: str, unit: str, total: int, every: float, done: int = 0) -> None:
         self.what, self.unit, self.total, self.every = what, unit, total, every
-        self.done = self.started_at = done
         self.failed = 0
+        self.begin(done)
+
+    def begin(self, done: int) -> None:
+        """Start the clock now, with `done` units from before."""
+        self.done = self.started_at = done
         self.start = self.last = time.monotonic()
 
     @property
@@ -49,7 +53,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """A place where workers leave their latest progress and the driver looks at it."""
 
@@ -63,6 +66,11 @@ class Board:
     def since(self, index: int) -> list[dict[str, Any]]:
         """Return the entries from `index` on."""
         return self.entries[index:]
+
+
+def start_board() -> Any:
+    """Return the handle of a Board that runs as an actor and takes no CPU."""
+    return ray.remote(num_cpus=0)(Board).remote()
 
 
 class BoardWatcher:

@@ -22,7 +22,7 @@ from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, re
 from eclipse_ray.diffusion.sampler import ENGINE_VERSION
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
 from eclipse_ray.distributed.fetch import local_denoiser
-from eclipse_ray.distributed.progress import Board, BoardWatcher, ProgressLine, say
+from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
 from eclipse_ray.results import TrainResult
 
@@ -87,7 +87,7 @@ def _run_training(config: Config, store: Store, images: ImageSet, hashes: list[s
     use_gpu = resources.gpus >= workers if config.denoiser.use_gpu is None else config.denoiser.use_gpu
     threads = _threads(resources, workers)
     require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
-    board = Board.remote()
+    board = start_board()
     line = ProgressLine("train", "iterations", config.denoiser.iterations, config.run.progress_seconds)
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
@@ -119,9 +119,11 @@ def _threads(resources: Resources, workers: int) -> int:
 
 
 def _show(line: ProgressLine, entry: dict[str, Any]) -> None:
+    if "loss" not in entry:
+        # A worker begins, or begins again after a failure: only now does the clock say something.
+        line.begin(entry["iteration"])
+        return
     note = f"loss {entry['loss']:.4f}, held-out {entry['denoise_psnr']:.2f} dB (noised {entry['noisy_psnr']:.2f})"
-    if line.done == 0 and entry["resumed_at"]:
-        line.done = line.started_at = entry["resumed_at"]
     line.advance(entry["iteration"] - line.done, note=note)
 
 
@@ -143,12 +145,13 @@ def _train_worker(settings: dict[str, Any]) -> None:
     train_part, heldout = split_heldout(images, config.denoiser.heldout_fraction, config.run.seed)
     fit = training.start_fit(config.denoiser, config.run.seed, device)
     _restore(fit)
-    resumed_at = fit.iteration
     first = context.get_world_rank() == 0
+    if first:
+        settings["board"].post.remote({"iteration": fit.iteration})
 
     def report(progress: training.Progress) -> None:
         if first:
-            ray.get(settings["board"].post.remote({**vars(progress), "resumed_at": resumed_at}))
+            settings["board"].post.remote(vars(progress))
 
     def checkpoint(state: training.Fit) -> None:
         card = _card(config, state, len(images), settings["hashes"], settings["fingerprint"])

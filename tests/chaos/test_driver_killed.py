@@ -1,0 +1,64 @@
+"""SIGKILL of the driver, then the same command again: nothing lost, nothing twice, the same bytes."""
+
+import pytest
+
+from eclipse_ray import api, ledger
+from eclipse_ray.data.store import Store
+from tests.support import DEBUG, kill_when, read_output, run_cli
+
+SETTINGS = {**DEBUG, "purify.shard_images": 2, "purify.actors": 2}
+SHARDS = 120
+
+
+def arguments(world, output) -> list[str]:
+    words = ["purify", world.poisoned, str(output), "--denoiser", world.denoiser]
+    for key, value in SETTINGS.items():
+        words += ["--set", f"{key}={value}"]
+    return words
+
+
+def done(output) -> int:
+    return sum(1 for _ in (output / "_eclipse/status").glob("*/*.json"))
+
+
+def kill_at(world, output, shards: int) -> int:
+    """SIGKILL a run once `shards` shards are committed; return how many were when it died."""
+    assert kill_when(arguments(world, output), lambda: done(output) >= shards), "the run ended before the kill"
+    return done(output)
+
+
+def finish_and_check(world, output, undisturbed) -> None:
+    result = run_cli(*arguments(world, output))
+    assert (result["planned"], result["ok"], result["failed"]) == (240, 240, 0)
+    assert api.verify(str(output)).ok
+    names = {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
+    assert names == undisturbed
+    assert len(set(read_output(output)["id"].to_pylist())) == 240
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    api.purify(world.poisoned, str(output), denoiser=world.denoiser, settings=SETTINGS)
+    return {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
+
+
+def test_killed_half_way(world, tmp_path, undisturbed):
+    output = tmp_path / "out"
+    committed = kill_at(world, output, SHARDS // 2)
+    assert SHARDS // 2 <= committed < SHARDS
+    finish_and_check(world, output, undisturbed)
+
+
+@pytest.mark.chaos
+def test_killed_at_ten_points(world, tmp_path, undisturbed):
+    output = tmp_path / "out"
+    fired = 0
+    for point in range(10):
+        before = done(output)
+        committed = kill_at(world, output, max(before, point * SHARDS // 11))
+        assert committed >= before, "a committed shard was lost"
+        fired += 1
+    assert fired == 10
+    assert done(output) < SHARDS
+    finish_and_check(world, output, undisturbed)

@@ -1,0 +1,212 @@
+"""The main job on Ray: counts, bytes, order, resume, leakage and what it refuses."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eclipse_ray import api
+from eclipse_ray.data.dataset import load_images
+from eclipse_ray.data.formats import open_source
+from eclipse_ray.data.store import Store
+from eclipse_ray.distributed import purify as room
+from eclipse_ray.distributed import stages
+from eclipse_ray.errors import InputError, ResumeError
+from eclipse_ray.ledger import plan_shards, read_statuses
+from eclipse_ray.results import StatusResult
+from tests.support import DEBUG, World, pixels_of, read_output, train_denoiser
+
+SHARDS = {**DEBUG, "purify.shard_images": 32, "purify.actors": 2}
+
+
+def purify(world: World, output, **settings):
+    return api.purify(world.poisoned, str(output), denoiser=world.denoiser, settings={**SHARDS, **settings})
+
+
+@pytest.fixture(scope="module")
+def purified(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("purified") / "out"
+    result = purify(world, output)
+    return output, result
+
+
+def object_names(output):
+    return {shard: status.object for shard, status in read_statuses(Store(str(output))).items()}
+
+
+def test_every_image_arrives_once_with_its_label(world, purified):
+    output, result = purified
+    assert (result.planned, result.ok, result.failed) == (240, 240, 0)
+    source = pa.concat_tables(pq.read_table(f) for f in sorted((world.root / "poisoned/data").glob("*.parquet")))
+    table = read_output(output)
+    source = source.sort_by("id")
+    assert table["id"].to_pylist() == source["id"].to_pylist()
+    assert table["label"].to_pylist() == source["label"].to_pylist()
+    changed = pixels_of(table).astype(int) - pixels_of(source).astype(int)
+    assert 0.5 < np.abs(changed).mean() < 40
+    assert api.verify(str(output)).ok
+    assert api.status(str(output)) == StatusResult(240, 240, 0, 8, 8)
+
+
+def test_order_within_a_shard_is_the_sources(world, purified):
+    output, _ = purified
+    ids = load_images(world.poisoned, api.resolve(None, None, {}).data).ids
+    for status in read_statuses(Store(str(output))).values():
+        shard_ids = pq.read_table(output / status.object)["id"].to_pylist()
+        first = ids.index(shard_ids[0])
+        assert shard_ids == ids[first : first + len(shard_ids)]
+
+
+def test_hugging_face_datasets_opens_the_output(purified):
+    from datasets import load_dataset
+
+    output, _ = purified
+    loaded = load_dataset("parquet", data_files=f"{output}/data/*.parquet", split="train")
+    assert loaded.num_rows == 240
+    assert loaded[0]["image"].size == (16, 16)
+    assert loaded.features["label"].names[0]
+
+
+def test_one_actor_gives_the_same_bytes(world, purified, tmp_path):
+    purify(world, tmp_path / "one", **{"purify.actors": 1})
+    assert object_names(tmp_path / "one") == object_names(purified[0])
+
+
+def test_another_batch_size_changes_next_to_nothing(world, purified, tmp_path):
+    purify(world, tmp_path / "seven", **{"purify.batch_size": 7})
+    seven, whole = (pixels_of(read_output(folder)).astype(int) for folder in (tmp_path / "seven", purified[0]))
+    assert np.abs(seven - whole).max() <= 1
+    assert (seven != whole).mean() <= 0.001
+
+
+def test_running_again_does_nothing_and_says_the_same(world, purified):
+    output, first = purified
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    again = purify(world, output)
+    assert (again.planned, again.ok, again.failed, again.images_per_second) == (240, 240, 0, 0.0)
+    after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert before == {**after, **{p: t for p, t in before.items() if p.name == "manifest.parquet"}}
+
+
+def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
+    output = tmp_path / "partial"
+    purify(world, output)
+    names = object_names(output)
+    lost = output / names["000003"]
+    content = lost.read_bytes()
+    lost.unlink()
+    (output / "_eclipse/status/000003/0.json").unlink()
+    (output / "_eclipse/manifest.parquet").unlink()
+    with pytest.raises(InputError, match="not finished"):
+        open_source(str(output), api.resolve(None, None, {}).data)
+    purify(world, output)
+    assert lost.read_bytes() == content
+    assert api.verify(str(output)).ok
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"purify.t_star": 2}, "purify.t_star: 4 -> 2"),
+        ({"run.seed": 7}, "run.seed: 0 -> 7"),
+        ({"compensation.mode": "baked"}, "compensation.mode: 'augment' -> 'baked'"),
+    ],
+)
+def test_an_output_of_other_settings_is_refused_with_the_difference(world, purified, settings, line):
+    with pytest.raises(ResumeError) as caught:
+        purify(world, purified[0], **settings)
+    assert line in str(caught.value)
+
+
+def test_an_output_of_other_weights_is_refused(world, purified, tmp_path):
+    train_denoiser(world.clean, str(tmp_path / "other"), iterations=2)
+    with pytest.raises(ResumeError, match="weights"):
+        api.purify(world.poisoned, str(purified[0]), denoiser=str(tmp_path / "other"), settings=SHARDS)
+
+
+def test_baked_compensation_grays_some_images(world, tmp_path):
+    purify(world, tmp_path / "baked", **{"compensation.mode": "baked", "compensation.sigma": 0.0})
+    images = pixels_of(read_output(tmp_path / "baked"))
+    gray = (images[..., 0] == images[..., 1]).all(axis=(1, 2)) & (images[..., 1] == images[..., 2]).all(axis=(1, 2))
+    # p = 0.4 of 240 images; four standard deviations are 30.
+    assert abs(int(gray.sum()) - 96) < 31
+
+
+def test_undecodable_images_become_error_rows(world, tmp_path):
+    table = pq.read_table(next((world.root / "poisoned/data").glob("*.parquet"))).slice(0, 40)
+    images = table["image"].to_pylist()
+    images[3] = {"bytes": images[3]["bytes"][:50], "path": None}
+    images[7] = {"bytes": b"<html>not found</html>", "path": None}
+    images[9] = {"bytes": None, "path": None}
+    broken = table.set_column(1, "image", pa.array(images, table.schema.field("image").type))
+    broken = broken.append_column("source_url", pa.array([f"u{i}" for i in range(40)]))
+    (tmp_path / "src").mkdir()
+    pq.write_table(broken, tmp_path / "src/part.parquet")
+    result = api.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
+    assert (result.planned, result.ok, result.failed) == (40, 37, 3)
+    errors = pa.concat_tables(pq.read_table(f) for f in (tmp_path / "out/_eclipse/errors").glob("*.parquet"))
+    assert sorted(errors["id"].to_pylist()) == sorted(table["id"].to_pylist()[i] for i in (3, 7, 9))
+    assert all(errors["error"].to_pylist())
+    output = read_output(tmp_path / "out")
+    urls = dict(zip(table["id"].to_pylist(), broken["source_url"].to_pylist(), strict=True))
+    assert output["source_url"].to_pylist() == [urls[name] for name in output["id"].to_pylist()]
+    assert api.verify(str(tmp_path / "out")).ok
+
+
+def test_images_of_the_sparse_set_fail_the_run(world, tmp_path):
+    with pytest.raises(InputError, match="sparse clean set"):
+        api.purify(world.clean, str(tmp_path / "leak"), denoiser=world.denoiser, settings=SHARDS)
+
+
+def test_no_column_between_stages_is_a_python_object(world):
+    config = api.resolve(None, SHARDS, {})
+    source = open_source(world.poisoned, config.data)
+    job = stages.Job(
+        source.url, source.format, None, config.data, "", world.denoiser, 4, 1, 8, 0, config.compensation, frozenset()
+    )
+    batch = stages.shard_rows(plan_shards(source.parts, 16))[0]
+    decoded = stages.read_and_decode(batch, job)
+    purified = stages.Purifier(job)(decoded)
+    for table in (batch, decoded, purified):
+        assert isinstance(table, pa.Table)
+        for field in table.schema:
+            assert not isinstance(field.type, pa.BaseExtensionType), field
+            assert pa.types.is_string(field.type) or pa.types.is_large_binary(field.type) or field.type == "double"
+    assert json.loads(purified["failures"][0].as_py()) == []
+
+
+def test_the_wrong_denoiser_is_noticed(world, tmp_path, capsys):
+    from eclipse_ray.data.synthetic import write_synthetic
+    from eclipse_ray.diffusion.checkpoint import load_denoiser
+
+    write_synthetic(str(tmp_path / "src"), 8, 16, 3)
+    images = load_images(str(tmp_path / "src"), api.resolve(None, None, {}).data)
+    denoiser = load_denoiser(world.denoiser)
+    room._warn_if_unsuitable(denoiser, list(images.images), 15.0, denoiser.t_star)
+    assert "warning" not in capsys.readouterr().err
+    noise = np.random.default_rng(0).integers(0, 256, images.images.shape, dtype=np.uint8)
+    room._warn_if_unsuitable(denoiser, list(noise), 30.0, denoiser.t_star)
+    assert "was this denoiser trained on images of this kind?" in capsys.readouterr().err
+
+
+def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
+    from eclipse_ray.data.images import encode_image
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "src" / "a"
+    folder.mkdir(parents=True)
+    sizes = [(16, 16), (24, 16), (16, 30), (15, 16)]
+    for index in range(12):
+        height, width = sizes[index % 4]
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        (folder / f"{index:02d}.png").write_bytes(encode_image(image, "png"))
+    result = api.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
+    # 15 pixels is no multiple of 2: those three are error rows.
+    assert (result.ok, result.failed) == (9, 3)
+    for row in read_output(tmp_path / "out").to_pylist():
+        index = int(row["id"][-6:-4])
+        from eclipse_ray.data.images import decode_image
+
+        assert decode_image(row["image"]["bytes"], 10**6).shape[:2] == sizes[index % 4]

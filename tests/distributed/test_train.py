@@ -1,0 +1,82 @@
+"""Ray Train: the folder it leaves, several workers, resume by fingerprint."""
+
+import pytest
+from diffusers import UNet2DModel
+
+from eclipse_ray import api
+from eclipse_ray.data.dataset import load_images
+from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
+from eclipse_ray.errors import ConfigError, InputError, ResumeError
+from tests.support import DEBUG, kill_when
+
+SHORT = {**DEBUG, "denoiser.iterations": 20, "denoiser.checkpoint_every": 10}
+
+
+def train(world, output, **settings):
+    return api.train(clean=world.clean, out=str(output), settings={**SHORT, **settings})
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained") / "denoiser"
+    return output, train(world, output)
+
+
+def test_the_folder_is_a_denoiser(world, trained):
+    output, result = trained
+    assert result.iterations == 20
+    assert result.denoise_psnr > 0
+    UNet2DModel.from_pretrained(output)
+    card = read_card(output)
+    assert sorted(card.sparse_hashes) == sorted(load_images(world.clean, api.resolve(None, None, {}).data).hashes())
+    assert [point["iteration"] for point in card.history] == [10, 20]
+    assert load_denoiser(output).t_max == 5
+
+
+def test_running_again_returns_at_once(world, trained):
+    output, first = trained
+    before = (output / "eclipse.json").stat().st_mtime_ns
+    assert train(world, output) == first
+    assert (output / "eclipse.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_with_the_difference(world, trained):
+    with pytest.raises(ResumeError, match=r"denoiser\.learning_rate: 0\.001 -> 0\.01"):
+        train(world, trained[0], **{"denoiser.learning_rate": 0.01})
+
+
+def test_two_workers_train_the_same_network(world, trained, tmp_path):
+    result = train(world, tmp_path / "two", **{"denoiser.num_workers": 2})
+    assert result.denoise_psnr == pytest.approx(trained[1].denoise_psnr, abs=0.01)
+
+
+def test_a_killed_training_continues(world, trained, tmp_path):
+    output = tmp_path / "killed"
+    arguments = ["train", "--clean", world.clean, "--out", str(output)]
+    settings = {**SHORT, "denoiser.iterations": 2000}
+    for key, value in settings.items():
+        arguments += ["--set", f"{key}={value}"]
+
+    def checkpointed() -> bool:
+        return any(output.glob("_eclipse/train/*/checkpoint_*"))
+
+    assert kill_when(arguments, checkpointed), "training ended before it could be killed"
+    # The rest is cut short: what matters is that the next run begins where a checkpoint was.
+    result = api.train(clean=world.clean, out=str(output), settings=settings)
+    assert result.iterations == 2000
+    card = read_card(output)
+    iterations = [point["iteration"] for point in card.history]
+    assert iterations == sorted(set(iterations))
+    assert iterations[-1] == 2000
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"denoiser.image_size": 32}, InputError, "images are 16x16"),
+        ({"denoiser.num_workers": 500}, ConfigError, "needs 500 CPUs"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(world, tmp_path, settings, error, words):
+    with pytest.raises(error, match=words):
+        train(world, tmp_path / "bad", **settings)

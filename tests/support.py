@@ -1,0 +1,116 @@
+"""What several tests share: a small world of datasets and a denoiser, and the command line run in a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from eclipse_ray import api
+from eclipse_ray.config import load_config
+from eclipse_ray.data.dataset import load_images
+from eclipse_ray.data.images import decode_image
+from eclipse_ray.data.synthetic import write_synthetic
+from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
+from eclipse_ray.diffusion.training import run_fit, start_fit
+
+DEBUG = {"denoiser.preset": "debug"}
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders of 16 px datasets and of a debug denoiser trained on `clean`."""
+
+    root: Path
+    clean: str
+    rest: str
+    poisoned: str
+    test: str
+    denoiser: str
+
+
+def make_world(root: Path) -> World:
+    """Build the world: 240 images to purify, 20 sparse ones, 60 test images, and a denoiser."""
+    write_synthetic(str(root / "source"), 260, 16, 0)
+    write_synthetic(str(root / "test"), 60, 16, 1)
+    api.split(str(root / "source"), clean=20, output=str(root / "split"), settings=DEBUG)
+    api.poison("ar", str(root / "split/rest"), str(root / "poisoned"), settings=DEBUG)
+    world = World(
+        root,
+        clean=str(root / "split/clean"),
+        rest=str(root / "split/rest"),
+        poisoned=str(root / "poisoned"),
+        test=str(root / "test"),
+        denoiser=str(root / "denoiser"),
+    )
+    train_denoiser(world.clean, world.denoiser)
+    return world
+
+
+def train_denoiser(clean: str, output: str, **settings: object) -> None:
+    """Fit a debug denoiser in this process, without Ray."""
+    config = load_config(None, {**DEBUG, **{f"denoiser.{key}": value for key, value in settings.items()}})
+    images = load_images(clean, config.data)
+    pixels = torch.from_numpy(images.images)
+    fit = start_fit(config.denoiser, 0, torch.device("cpu"))
+    run_fit(fit, pixels[4:], pixels[:4], 0, lambda _: None, lambda _: None)
+    last = fit.history[-1]
+    card = Card(
+        t_max=config.denoiser.t_max or 0,
+        t_star=config.denoiser.t_star,
+        num_inference_steps=config.denoiser.num_inference_steps,
+        iterations=fit.iteration,
+        denoise_psnr=last["denoise_psnr"],
+        noisy_psnr=last["noisy_psnr"],
+        sparse_images=len(images.ids),
+        sparse_hashes=sorted(images.hashes()),
+        fingerprint="test",
+        settings={},
+    )
+    save_denoiser(output, fit.averaged(), card)
+
+
+def read_output(folder: str | Path) -> pa.Table:
+    """Return all purified rows of an output folder, sorted by id."""
+    files = sorted(Path(folder, "data").glob("*.parquet"))
+    return pa.concat_tables([pq.read_table(file) for file in files]).sort_by("id")
+
+
+def pixels_of(table: pa.Table) -> np.ndarray:
+    """Return the decoded images of a table, uint8 (N, H, W, 3)."""
+    return np.stack([decode_image(image["bytes"], 10**6) for image in table["image"].to_pylist()])
+
+
+def run_cli(*arguments: str, check: int = 0) -> dict[str, object]:
+    """Run `eclipse-ray ... --json` in a process of its own; return the object it prints."""
+    command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == check, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, f"standard output must hold one JSON object, found: {done.stdout!r}"
+    return json.loads(lines[0])
+
+
+def kill_when(arguments: list[str], ready: Callable[[], bool], seconds: float = 120) -> bool:
+    """Start `eclipse-ray ...`, SIGKILL it once `ready`; return whether it was still running when killed."""
+    command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and not ready() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running = process.poll() is None
+    if running:
+        os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    return running

@@ -1,0 +1,161 @@
+"""The command line: exit codes, one clear sentence for a mistake, one JSON object for machines."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from eclipse_ray import cli
+from eclipse_ray.data.images import encode_image
+from tests.support import run_cli
+
+PRESET = ["--set", "denoiser.preset=debug"]
+
+
+def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
+    """Run the command line in this process; return exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["eclipse-ray", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    out, err = capfd.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+def folder_of_images(folder, size: int, count: int = 3, labelled: bool = True) -> str:
+    target = folder / "a" if labelled else folder
+    target.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        (target / f"{index}.png").write_bytes(encode_image(image, "png"))
+    return str(folder)
+
+
+def bad_inputs(world, tmp_path, finished) -> dict[str, tuple[list[str], str]]:
+    """Return, for each mistake, the words typed and what the sentence must say."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_denoiser").mkdir()
+    odd = folder_of_images(tmp_path / "odd", 15)
+    unlabelled = folder_of_images(tmp_path / "unlabelled", 16, labelled=False)
+    out, den = str(tmp_path / "out"), ["--denoiser", world.denoiser]
+    return {
+        "missing source": (["purify", "/no/such/place", out, *den], "/no/such/place"),
+        "empty source": (["purify", str(tmp_path / "empty"), out, *den], "empty"),
+        "no denoiser": (["purify", world.poisoned, out, "--denoiser", str(tmp_path / "no_denoiser")], "eclipse.json"),
+        "image size": (["purify", odd, out, *den], "images are 15x15 pixels"),
+        "t_star": (["purify", world.poisoned, out, *den, "--set", "purify.t_star=6"], "outside 1..5"),
+        "no labels": (["evaluate", "--train", unlabelled, "--test", world.test], "label"),
+        "other config": (["purify", world.poisoned, finished, *den, "--set", "run.seed=9"], "run.seed: 0 -> 9"),
+        "unknown setting": (["purify", world.poisoned, out, *den, "--set", "purify.tstar=6"], "purify.t_star"),
+        "no source": (["purify"], "data.source is not set"),
+        "status of nothing": (["status", str(tmp_path / "empty")], "no purified dataset here"),
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    output = str(tmp_path_factory.mktemp("cli") / "out")
+    result = run_cli("purify", world.poisoned, output, "--denoiser", world.denoiser)
+    assert set(result) == {"planned", "ok", "failed", "images_per_second", "output"}
+    return output
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "missing source",
+        "empty source",
+        "no denoiser",
+        "image size",
+        "t_star",
+        "no labels",
+        "other config",
+        "unknown setting",
+        "no source",
+        "status of nothing",
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_exit_2(monkeypatch, capfd, world, tmp_path, finished, mistake):
+    arguments, words = bad_inputs(world, tmp_path, finished)[mistake]
+    code, out, err = call(monkeypatch, capfd, *arguments)
+    assert code == 2, err
+    assert words in err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_status_and_verify_as_json(monkeypatch, finished):
+    assert run_cli("status", finished) == {"planned": 240, "ok": 240, "failed": 0, "shards": 1, "shards_done": 1}
+    assert run_cli("verify", finished) == {"ok": True, "planned": 240, "images": 240, "failed": 0, "mismatched": []}
+
+
+def test_verify_fails_on_damage(monkeypatch, capfd, finished, tmp_path):
+    import shutil
+    from pathlib import Path
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    file = next(Path(copy, "data").glob("*.parquet"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    code, out, _ = call(monkeypatch, capfd, "verify", str(copy))
+    assert code == 1
+    assert file.name in out
+    assert "NOT ok" in out
+
+
+def test_too_many_failures_exit_3(monkeypatch, capfd, world, tmp_path):
+    folder = tmp_path / "src"
+    folder_of_images(folder, 16, count=9)
+    (folder / "a" / "broken.png").write_bytes(b"not an image")
+    words = ["purify", str(folder), str(tmp_path / "out"), "--denoiser", world.denoiser]
+    code, out, _ = call(monkeypatch, capfd, *words)
+    assert code == 3
+    assert "9 of 10 images purified, 1 failed" in out
+    code, _, _ = call(monkeypatch, capfd, *words, "--set", "purify.max_failed_fraction=0.2")
+    assert code == 0
+
+
+def test_convert_split_poison_report_json(world, tmp_path):
+    source = folder_of_images(tmp_path / "src", 16, count=12)
+    converted = run_cli("convert", source, str(tmp_path / "parquet"))
+    assert (converted["images"], converted["output"]) == (12, str(tmp_path / "parquet"))
+    divided = run_cli("split", str(tmp_path / "parquet"), "--clean", "4", "--out", str(tmp_path / "split"))
+    assert divided["details"] == {"clean": 4, "rest": 8}
+    poisoned = run_cli("poison", "urp", str(tmp_path / "split/rest"), str(tmp_path / "urp"), *PRESET)
+    assert poisoned["images"] == 8
+    back = run_cli("convert", str(tmp_path / "urp"), str(tmp_path / "folder"), "--layout", "folder")
+    assert back["images"] == 8
+    assert len(list((tmp_path / "folder").rglob("*.png"))) == 8
+
+
+def test_help_names_every_command():
+    done = subprocess.run(
+        [sys.executable, "-c", "from eclipse_ray.cli import main; main()", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    for name in ("demo", "convert", "split", "poison", "train", "purify", "status", "verify", "evaluate"):
+        assert name in done.stdout
+
+
+def test_importing_the_package_imports_neither_ray_nor_arrow(world):
+    program = (
+        "import json, sys, numpy, eclipse_ray\n"
+        "denoiser = eclipse_ray.load_denoiser(sys.argv[1])\n"
+        "images = numpy.zeros((2, 16, 16, 3), numpy.uint8)\n"
+        "result = eclipse_ray.purify_images(images, denoiser, ids=['a', 'b'])\n"
+        "assert result.shape == (2, 16, 16, 3) and str(result.dtype) == 'torch.uint8'\n"
+        "print(json.dumps([name for name in ('ray', 'pyarrow', 'fsspec') if name in sys.modules]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, world.denoiser], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+

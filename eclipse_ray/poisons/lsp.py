@@ -1,0 +1,90 @@
+"""LSP: linearly separable patches (Yu et al., arXiv 2111.00898)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from eclipse_ray.config import PoisonConfig
+from eclipse_ray.diffusion.noise import noise, uniform
+from eclipse_ray.errors import ConfigError
+from eclipse_ray.poisons.budget import LSP_T, budget, check_inputs, class_id, draw_ids, scale_to_l2
+
+CLASS_SEP = 10.0
+"""Half the side of the hypercube whose vertices are the class centres."""
+MIXING_T, SAMPLE_T, VERTEX_T = LSP_T, LSP_T + 1, LSP_T + 2
+"""Timesteps of the covariance, of an image's own draw, and of the first attempt at a vertex."""
+ATTEMPTS = 2**12
+
+
+def lsp_perturbation(
+    images: Tensor, labels: Tensor, ids: Sequence[str], config: PoisonConfig, seed: int, num_classes: int
+) -> Tensor:
+    """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
+
+    Each class is a Gaussian cluster with its own random covariance about a vertex of a hypercube, in the
+    space of patch colours; an image takes a draw of its class's cluster (scope "class": the vertex),
+    repeated over each patch and scaled to the L2 bound. Raises InputError for an inconsistent batch,
+    ConfigError when there are too few patches to tell the classes apart.
+    """
+    values = check_inputs(images, labels, ids, num_classes)
+    shape = tuple(images.shape[1:])
+    height, width = shape[0], shape[1]
+    patch = config.patch or default_patch(height, width)
+    rows, columns = -(-height // patch), -(-width // patch)
+    if not values:
+        return torch.zeros(images.shape)
+    colours = _colours(values, ids, config.scope or "sample", seed, num_classes, rows * columns * 3)
+    grid = colours.reshape(-1, rows, columns, 3)
+    full = grid.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)
+    return scale_to_l2(full[:, :height, :width], budget(config, shape)[1])
+
+
+def default_patch(height: int, width: int) -> int:
+    """Return the published patch side: 8 pixels, 32 from 224 px on."""
+    return 32 if min(height, width) >= 224 else 8
+
+
+def _colours(
+    labels: list[int], ids: Sequence[str], scope: str, seed: int, num_classes: int, size: int
+) -> Tensor:
+    centres = _centres(seed, num_classes, size)[labels]
+    if scope == "class":
+        return centres
+    drawn = noise(seed, draw_ids(labels, ids, scope), SAMPLE_T, (size,)).double()
+    # One vector-matrix product an image: a batched product may round differently in another batch.
+    mixed = [row @ _mixing(seed, label, size) for row, label in zip(drawn, labels, strict=True)]
+    return centres + torch.stack(mixed)
+
+
+@lru_cache(maxsize=256)
+def _mixing(seed: int, label: int, size: int) -> Tensor:
+    return 2 * uniform(seed, [class_id(label)], MIXING_T, (size, size))[0] - 1
+
+
+@lru_cache(maxsize=16)
+def _centres(seed: int, num_classes: int, size: int) -> Tensor:
+    """Return distinct vertices (num_classes, size) of {-class_sep, class_sep}^size."""
+    if 2**size < num_classes:
+        raise _too_few(size, num_classes)
+    taken: set[tuple[bool, ...]] = set()
+    vertices = []
+    for label in range(num_classes):
+        for attempt in range(ATTEMPTS):
+            vertex = uniform(seed, [class_id(label)], VERTEX_T + attempt, (size,))[0] < 0.5
+            if (corner := tuple(vertex.tolist())) not in taken:
+                break
+        else:
+            raise _too_few(size, num_classes)
+        taken.add(corner)
+        vertices.append(CLASS_SEP * (2 * vertex.double() - 1))
+    return torch.stack(vertices)
+
+
+def _too_few(size: int, num_classes: int) -> ConfigError:
+    return ConfigError(
+        f"poison.patch: {size} patch colours cannot tell {num_classes} classes apart; use smaller patches"
+    )

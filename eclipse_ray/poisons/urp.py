@@ -1,0 +1,35 @@
+"""URP: one universal random perturbation a class, bounded in L-inf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eclipse_ray.config import PoisonConfig
+from eclipse_ray.diffusion.noise import noise, uniform
+from eclipse_ray.poisons.budget import URP_T, budget, check_inputs, draw_ids
+
+
+def urp_perturbation(
+    images: Tensor, labels: Tensor, ids: Sequence[str], config: PoisonConfig, seed: int, num_classes: int
+) -> Tensor:
+    """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
+
+    One draw a class (default) or an image: uniform(-eps, eps) as in the public code, or N(0, eps) clipped
+    to the bound as in the text of arXiv 2406.15093. Raises InputError for an inconsistent batch.
+    """
+    values = check_inputs(images, labels, ids, num_classes)
+    shape = tuple(images.shape[1:])
+    bound = budget(config, shape)[1]
+    keys = draw_ids(values, ids, config.scope or "class")
+    distinct = list(dict.fromkeys(keys))
+    if not distinct:
+        return torch.zeros(images.shape)
+    if config.distribution == "uniform":
+        drawn = (2 * uniform(seed, distinct, URP_T, shape) - 1) * bound
+    else:
+        drawn = (noise(seed, distinct, URP_T, shape).double() * bound).clamp(-bound, bound)
+    place = {key: index for index, key in enumerate(distinct)}
+    return drawn.float()[[place[key] for key in keys]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from ledger_helpers import (
+from tests.ledger_helpers import (
     CONFIG,
     CrashError,
     CrashingStore,

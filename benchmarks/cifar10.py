@@ -1,0 +1,146 @@
+"""Real CIFAR-10, end to end: 10,000 poisoned images, a sparse set of 2,000 and one of 500, 5,000 test images.
+
+    python benchmarks/cifar10.py --data ../shared/data/cifar10 --work runs/cifar10
+
+Everything goes through the public API, so each step resumes. Prints the table of docs/results.md and writes
+results.json with every accuracy. About an hour on 2 cores. `--steps prepare,train,purify,evaluate` runs a part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from eclipse_ray import api
+from eclipse_ray.config import Settings
+from eclipse_ray.diffusion.checkpoint import read_card
+
+STEPS = ("prepare", "train", "purify", "evaluate")
+TRAIN_IMAGES, TEST_IMAGES = 10_000, 5_000
+SPARSE = (2000, 500)
+POISONS = ("ar", "lsp", "urp")
+SEEDS = 3
+NO_COMPENSATION: Settings = {"compensation.mode": "none"}
+COMPENSATION: Settings = {"compensation.mode": "augment"}
+
+
+def rows(work: Path) -> list[tuple[str, str, str, Settings]]:
+    """Return (defense, column, training set, settings) of every cell of the table."""
+    train = {"clean": work / "sets/rest", **{name: work / name for name in POISONS}}
+    cells = [("none", column, str(train[column]), NO_COMPENSATION) for column in ("clean", "ar", "lsp")]
+    for sparse in SPARSE:
+        columns = ("ar", "lsp", "clean")
+        cells += [
+            (f"ECLIPSE, {sparse:,} sparse", column, str(work / f"purified-{sparse}-{column}"), COMPENSATION)
+            for column in columns
+        ]
+    for column in ("ar", "lsp"):
+        purified = str(work / f"purified-{SPARSE[0]}-{column}")
+        cells.append((f"diffusion alone, {SPARSE[0]:,} sparse", column, purified, NO_COMPENSATION))
+    cells += [("compensation alone", column, str(train[column]), COMPENSATION) for column in ("ar", "lsp")]
+    cells.append(("none", "urp", str(train["urp"]), NO_COMPENSATION))
+    return cells
+
+
+def prepare(data: str, work: Path) -> None:
+    """Choose disjoint sparse, training and test sets, stratified by label, and poison the training set."""
+    pool = {"clean": TRAIN_IMAGES + SPARSE[0], "output": str(work / "pool")}
+    if not (work / "pool").exists():
+        api.split(f"{data}/train-*.parquet", **pool)
+    if not (work / "sets").exists():
+        api.split(str(work / "pool/clean"), clean=SPARSE[0], output=str(work / "sets"))
+    if not (work / "fewer").exists():
+        api.split(str(work / "sets/clean"), clean=SPARSE[1], output=str(work / "fewer"))
+    if not (work / "test").exists():
+        api.split(f"{data}/test-*.parquet", clean=TEST_IMAGES, output=str(work / "test"))
+    for name in POISONS:
+        if not (work / name).exists():
+            api.poison(name, str(work / "sets/rest"), str(work / name))
+
+
+def train(work: Path) -> None:
+    """Fit one denoiser on each sparse set."""
+    for sparse, clean in zip(SPARSE, ("sets/clean", "fewer/clean"), strict=True):
+        print(api.train(clean=str(work / clean), out=str(work / f"denoiser-{sparse}")), flush=True)
+
+
+def purify(work: Path) -> None:
+    """Purify the poisoned sets and the clean one with each denoiser."""
+    sources = {"clean": work / "sets/rest", "ar": work / "ar", "lsp": work / "lsp"}
+    for sparse in SPARSE:
+        for column, source in sources.items():
+            output = str(work / f"purified-{sparse}-{column}")
+            print(api.purify(str(source), output, denoiser=str(work / f"denoiser-{sparse}")), flush=True)
+
+
+def evaluate(work: Path) -> list[dict[str, object]]:
+    """Train SEEDS victims for every cell; finished cells are kept in results.json."""
+    file = work / "results.json"
+    cells: list[dict[str, object]] = json.loads(file.read_text()) if file.exists() else []
+    known = {(cell["defense"], cell["column"]) for cell in cells}
+    for defense, column, source, compensation in rows(work):
+        if (defense, column) in known:
+            continue
+        settings = {**compensation, "evaluate.seeds": SEEDS}
+        result = api.evaluate(
+            train=source, test=str(work / "test/clean"), clean=str(work / "sets/clean"), settings=settings
+        )
+        cells.append({"defense": defense, "column": column, **vars(result)})
+        file.write_text(json.dumps(cells, indent=1))
+        print(f"{defense}, {column}: {result.test_accuracy} ± {result.test_accuracy_std}", flush=True)
+    return cells
+
+
+def table(work: Path, cells: list[dict[str, object]]) -> str:
+    """Return the results as Markdown: mean ± standard deviation of test accuracy over seeds, last epoch."""
+    columns = ("clean", "ar", "lsp", "urp")
+    found = {(cell["defense"], cell["column"]): cell for cell in cells}
+    first = cells[0]
+    lines = [
+        f"{TRAIN_IMAGES:,} training images, {TEST_IMAGES:,} test images; victim {first['victim']}, "
+        f"{first['epochs']} epochs, last epoch, n = {first['seeds']} seeds; CPU: {os.cpu_count()} cores, "
+        f"torch {torch.__version__}, Python {platform.python_version()}.",
+        "",
+        "| defense | " + " | ".join(columns) + " |",
+        "|" + "---|" * (len(columns) + 1),
+    ]
+    for defense in dict.fromkeys(cell["defense"] for cell in cells):
+        values = [found.get((defense, column)) for column in columns]
+        texts = [f"{v['test_accuracy']:.1f} ± {v['test_accuracy_std']:.1f}" if v else "" for v in values]
+        lines.append(f"| {defense} | " + " | ".join(texts) + " |")
+    lines.append("")
+    for sparse in SPARSE:
+        card = read_card(work / f"denoiser-{sparse}")
+        lines.append(
+            f"Denoiser on {sparse:,} images (B/N = {100 * sparse / TRAIN_IMAGES:.0f} %): {card.iterations:,} "
+            f"iterations, held-out {card.denoise_psnr:.2f} dB at t_star = {card.t_star} "
+            f"(noised {card.noisy_psnr:.2f} dB), {card.num_inference_steps} step(s)."
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the chosen steps and print the table when all cells are there."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=os.environ.get("ECLIPSE_RAY_DATA", "../shared/data") + "/cifar10")
+    parser.add_argument("--work", default="runs/cifar10", type=Path)
+    parser.add_argument("--steps", default=",".join(STEPS))
+    options = parser.parse_args()
+    steps = options.steps.split(",")
+    if "prepare" in steps:
+        prepare(options.data, options.work)
+    if "train" in steps:
+        train(options.work)
+    if "purify" in steps:
+        purify(options.work)
+    if "evaluate" in steps:
+        print(table(options.work, evaluate(options.work)))
+
+
+if __name__ == "__main__":
+    main()

@@ -105,7 +105,9 @@ def run_cli(*arguments: str, check: int = 0) -> dict[str, object]:
 def kill_when(arguments: list[str], ready: Callable[[], bool], seconds: float = 120) -> bool:
     """Start `eclipse-ray ...`, SIGKILL it once `ready`; return whether it was still running when killed."""
     command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + seconds
     while process.poll() is None and not ready() and time.monotonic() < deadline:
         time.sleep(0.01)

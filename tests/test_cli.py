@@ -43,7 +43,10 @@ def bad_inputs(world, tmp_path, finished) -> dict[str, tuple[list[str], str]]:
     return {
         "missing source": (["purify", "/no/such/place", out, *den], "/no/such/place"),
         "empty source": (["purify", str(tmp_path / "empty"), out, *den], "empty"),
-        "no denoiser": (["purify", world.poisoned, out, "--denoiser", str(tmp_path / "no_denoiser")], "eclipse.json"),
+        "no denoiser": (
+            ["purify", world.poisoned, out, "--denoiser", str(tmp_path / "no_denoiser")],
+            "eclipse.json",
+        ),
         "image size": (["purify", odd, out, *den], "images are 15x15 pixels"),
         "t_star": (["purify", world.poisoned, out, *den, "--set", "purify.t_star=6"], "outside 1..5"),
         "no labels": (["evaluate", "--train", unlabelled, "--test", world.test], "label"),
@@ -90,7 +93,13 @@ def test_mistakes_end_in_one_sentence_and_exit_2(monkeypatch, capfd, world, tmp_
 
 def test_status_and_verify_as_json(monkeypatch, finished):
     assert run_cli("status", finished) == {"planned": 240, "ok": 240, "failed": 0, "shards": 1, "shards_done": 1}
-    assert run_cli("verify", finished) == {"ok": True, "planned": 240, "images": 240, "failed": 0, "mismatched": []}
+    assert run_cli("verify", finished) == {
+        "ok": True,
+        "planned": 240,
+        "images": 240,
+        "failed": 0,
+        "mismatched": [],
+    }
 
 
 def test_verify_fails_on_damage(monkeypatch, capfd, finished, tmp_path):
@@ -155,7 +164,8 @@ def test_importing_the_package_imports_neither_ray_nor_arrow(world):
         "assert result.shape == (2, 16, 16, 3) and str(result.dtype) == 'torch.uint8'\n"
         "print(json.dumps([name for name in ('ray', 'pyarrow', 'fsspec') if name in sys.modules]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, world.denoiser], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program, world.denoiser], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
-

@@ -5,20 +5,6 @@ from __future__ import annotations
 import threading
 
 import pytest
-from tests.ledger_helpers import (
-    CONFIG,
-    CrashError,
-    CrashingStore,
-    Part,
-    commit,
-    complete,
-    make_fingerprint,
-    make_shards,
-    memory_store,
-    start,
-    table,
-    written,
-)
 
 from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError, ResumeError, StorageError
@@ -35,6 +21,20 @@ from eclipse_ray.ledger import (
     read_statuses,
     summarise,
     verify,
+)
+from tests.ledger_helpers import (
+    CONFIG,
+    CrashError,
+    CrashingStore,
+    Part,
+    commit,
+    complete,
+    make_fingerprint,
+    make_shards,
+    memory_store,
+    start,
+    table,
+    written,
 )
 
 

@@ -7,6 +7,9 @@ import pyarrow.parquet as pq
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from eclipse_ray.errors import InputError
+from eclipse_ray.ledger import finalise, pending, read_statuses, summarise, verify
 from tests.ledger_helpers import (
     CrashError,
     CrashingStore,
@@ -17,9 +20,6 @@ from tests.ledger_helpers import (
     start,
     written,
 )
-
-from eclipse_ray.errors import InputError
-from eclipse_ray.ledger import finalise, pending, read_statuses, summarise, verify
 
 _SHARDS = 4
 shard_numbers = st.integers(0, _SHARDS - 1)

@@ -7,11 +7,11 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.ledger_helpers import Part, commit, complete, make_shards, memory_store, start, table
 
 from eclipse_ray.data.store import Store
 from eclipse_ray.ledger import ImageFailure, commit_shard, finalise, plan_shards, read_statuses, verify
 from eclipse_ray.ledger.layout import table_bytes
+from tests.ledger_helpers import Part, commit, complete, make_shards, memory_store, start, table
 
 _FLIPS = 200
 

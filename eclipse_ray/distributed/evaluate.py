@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +21,7 @@ from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
 from eclipse_ray.results import EvaluateResult
-from eclipse_ray.victims import train_victim
+from eclipse_ray.victims.training import train_victim
 
 CONFIG_KEY, MANIFEST_KEY = "_eclipse/config.yaml", "_eclipse/manifest.parquet"
 
@@ -143,10 +142,9 @@ def _train_one(
 ) -> dict[str, Any]:
     torch.set_num_threads(threads)
 
-    def on_epoch(epoch: int, accuracy: float) -> None:
-        ray.get(board.post.remote({"seed": seed, "epoch": epoch, "test_accuracy": accuracy}))
+    def on_epoch(epoch: int, accuracy: float, _loss: float) -> None:
+        board.post.remote({"seed": seed, "epoch": epoch, "test_accuracy": accuracy})
 
-    callback: Callable[[int, float], None] = on_epoch
     images, labels, test_images, test_labels = data
     run = train_victim(
         images,
@@ -157,6 +155,6 @@ def _train_one(
         CompensationConfig.model_validate(compensation),
         seed,
         default_device(),
-        callback,
+        on_epoch,
     )
     return asdict(run)

@@ -94,9 +94,7 @@ def processes(seed: int, num_classes: int, height: int, width: int) -> Floats:
             if len(chosen) == wanted:
                 break
         else:
-            raise ConfigError(
-                f"poison ar: no further bounded process found for class {label} of {num_classes}"
-            )
+            raise ConfigError(f"poison ar: no further bounded process found for class {label} of {num_classes}")
     return np.stack(chosen).reshape(num_classes, 3, 8)
 
 

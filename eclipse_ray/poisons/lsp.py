@@ -48,9 +48,7 @@ def default_patch(height: int, width: int) -> int:
     return 32 if min(height, width) >= 224 else 8
 
 
-def _colours(
-    labels: list[int], ids: Sequence[str], scope: str, seed: int, num_classes: int, size: int
-) -> Tensor:
+def _colours(labels: list[int], ids: Sequence[str], scope: str, seed: int, num_classes: int, size: int) -> Tensor:
     centres = _centres(seed, num_classes, size)[labels]
     if scope == "class":
         return centres

@@ -82,7 +82,7 @@ def test_another_batch_size_changes_next_to_nothing(world, purified, tmp_path):
 
 
 def test_running_again_does_nothing_and_says_the_same(world, purified):
-    output, first = purified
+    output, _ = purified
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     again = purify(world, output)
     assert (again.planned, again.ok, again.failed, again.images_per_second) == (240, 240, 0, 0.0)
@@ -129,7 +129,9 @@ def test_an_output_of_other_weights_is_refused(world, purified, tmp_path):
 def test_baked_compensation_grays_some_images(world, tmp_path):
     purify(world, tmp_path / "baked", **{"compensation.mode": "baked", "compensation.sigma": 0.0})
     images = pixels_of(read_output(tmp_path / "baked"))
-    gray = (images[..., 0] == images[..., 1]).all(axis=(1, 2)) & (images[..., 1] == images[..., 2]).all(axis=(1, 2))
+    gray = (images[..., 0] == images[..., 1]).all(axis=(1, 2)) & (images[..., 1] == images[..., 2]).all(
+        axis=(1, 2)
+    )
     # p = 0.4 of 240 images; four standard deviations are 30.
     assert abs(int(gray.sum()) - 96) < 31
 
@@ -164,7 +166,18 @@ def test_no_column_between_stages_is_a_python_object(world):
     config = api.resolve(None, SHARDS, {})
     source = open_source(world.poisoned, config.data)
     job = stages.Job(
-        source.url, source.format, None, config.data, "", world.denoiser, 4, 1, 8, 0, config.compensation, frozenset()
+        source.url,
+        source.format,
+        None,
+        config.data,
+        "",
+        world.denoiser,
+        4,
+        1,
+        8,
+        0,
+        config.compensation,
+        frozenset(),
     )
     batch = stages.shard_rows(plan_shards(source.parts, 16))[0]
     decoded = stages.read_and_decode(batch, job)

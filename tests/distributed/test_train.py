@@ -28,7 +28,9 @@ def test_the_folder_is_a_denoiser(world, trained):
     assert result.denoise_psnr > 0
     UNet2DModel.from_pretrained(output)
     card = read_card(output)
-    assert sorted(card.sparse_hashes) == sorted(load_images(world.clean, api.resolve(None, None, {}).data).hashes())
+    assert sorted(card.sparse_hashes) == sorted(
+        load_images(world.clean, api.resolve(None, None, {}).data).hashes()
+    )
     assert [point["iteration"] for point in card.history] == [10, 20]
     assert load_denoiser(output).t_max == 5
 

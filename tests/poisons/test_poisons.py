@@ -87,9 +87,7 @@ def test_default_scopes():
     images, labels, ids = batch()
     for name, scope in (("urp", "class"), ("lsp", "sample"), ("ar", "sample")):
         default = perturb(images, labels, ids, PoisonConfig(name=name), 0, CLASSES)
-        assert torch.equal(
-            default, perturb(images, labels, ids, PoisonConfig(name=name, scope=scope), 0, CLASSES)
-        )
+        assert torch.equal(default, perturb(images, labels, ids, PoisonConfig(name=name, scope=scope), 0, CLASSES))
 
 
 def test_ar_satisfies_its_recursion():

@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from typing import BinaryIO, cast
 
 import fsspec
@@ -175,4 +176,6 @@ def _version(info: dict[str, object]) -> str:
         return str(info["ETag"]).strip('"')
     if "mtime" in info:
         return str(os.stat(str(info["name"])).st_mtime_ns)
-    return str(info.get("created", ""))
+    created = info.get("created", "")
+    # Some filesystems give a date for one object and seconds in a listing.
+    return str(created.timestamp() if isinstance(created, datetime) else created)

@@ -96,7 +96,8 @@ class _Dtype:
 class _Array:
     """Stands in for numpy.ndarray in a pickle: filled from raw bytes, checked by Python code."""
 
-    value: NDArray[Any]
+    def __init__(self) -> None:
+        self.value: NDArray[Any] = np.empty(0)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, raw = state

@@ -54,8 +54,9 @@ _MAGIC = (
     (b"II*\x00", ".tif"),
     (b"MM\x00*", ".tif"),
 )
-# Measured on 32 px photographs: level 3 is 1 % larger than level 9 at a third of its time.
-_PNG_LEVEL = 3
+# Measured: within 0.2 % of level 9 in size, on 32 px and on large photographs, at two thirds of its time on
+# large ones; below level 4 large ones grow by 7 %.
+_PNG_LEVEL = 4
 
 
 class ImageError(ValueError):

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from typing import BinaryIO, cast
 
 import fsspec
@@ -207,4 +208,8 @@ def _version(info: dict[str, object]) -> str:
         return str(info["ETag"]).strip('"')
     if "mtime_ns" in info:
         return str(info["mtime_ns"])
-    return str(info.get("created", ""))
+    if "mtime" in info:
+        return str(os.stat(str(info["name"])).st_mtime_ns)
+    created = info.get("created", "")
+    # Some filesystems give a date for one object and seconds in a listing.
+    return str(created.timestamp() if isinstance(created, datetime) else created)

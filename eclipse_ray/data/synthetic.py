@@ -64,6 +64,7 @@ def write_synthetic(url: str, count: int, size: int = 32, seed: int = 0, first: 
 def _draw_block(block: int, size: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     rng = np.random.Generator(np.random.Philox(key=[seed, block]))
     labels = rng.permutation(np.arange(_BLOCK, dtype=np.int64) % len(CLASSES))
+    # Channels lie before rows and columns until the end: numpy is several times faster that way.
     ys, xs = np.mgrid[0:size, 0:size].astype(np.float32) * (2 / size) + (1 / size - 1)
     x, y = np.broadcast_to(xs, (_BLOCK, size, size)), np.broadcast_to(ys, (_BLOCK, size, size))
 
@@ -71,19 +72,19 @@ def _draw_block(block: int, size: int, seed: int) -> tuple[NDArray[np.uint8], ND
     local_x, local_y = _place(rng, x, y, scale)
     distance = _distance(labels, local_x, local_y) * scale
     softness = 2 / size
-    cover = np.clip(0.5 - distance / softness, 0, 1)[..., None]
+    cover = np.clip(0.5 - distance / softness, 0, 1)[:, None]
 
     back, front = _colours(rng)
     background = back + _gradient(rng, x, y, 0.22) + _texture(rng, x, y, 0.09) + _clouds(rng, size, 0.10)
-    background += _specks(rng, x, y, softness) * _uniform(rng, -0.35, 0.35)[..., None]
+    background += _specks(rng, x, y, softness) * _uniform(rng, -0.35, 0.35)[:, None]
     foreground = front + _gradient(rng, x, y, 0.18) + _texture(rng, x, y, 0.10)
     shadow = _shadow(rng, labels, local_x, local_y, scale)
     image = background * (1 - shadow) * (1 - cover) + foreground * cover
 
-    light = 1 + _gradient(rng, x, y, 0.15)[..., :1]
-    noise = rng.standard_normal(image.shape, np.float32) * _uniform(rng, 0.005, 0.04)[..., None]
+    light = 1 + _gradient(rng, x, y, 0.15)[:, :1]
+    noise = rng.standard_normal(image.shape, np.float32) * _uniform(rng, 0.005, 0.04)[:, None]
     pixels = np.clip(image * light + noise, 0, 1)
-    return np.rint(pixels * 255).astype(np.uint8), labels
+    return np.rint(pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1), labels
 
 
 def _uniform(rng: np.random.Generator, low: float, high: float) -> Array:
@@ -102,10 +103,10 @@ def _place(rng: np.random.Generator, x: Array, y: Array, scale: Array) -> tuple[
 
 def _colours(rng: np.random.Generator) -> tuple[Array, Array]:
     # Two colours at least 0.45 apart in RGB, so that a shape can be seen; either may be the brighter one.
-    back = rng.random((_BLOCK, 1, 1, 3), np.float32) * 0.8 + 0.1
-    front = rng.random((_BLOCK, 1, 1, 3), np.float32) * 0.9 + 0.05
+    back = rng.random((_BLOCK, 3, 1, 1), np.float32) * 0.8 + 0.1
+    front = rng.random((_BLOCK, 3, 1, 1), np.float32) * 0.9 + 0.05
     offset = front - back
-    gap = np.sqrt((offset**2).sum(-1, keepdims=True))
+    gap = np.sqrt((offset**2).sum(1, keepdims=True))
     # Away from the nearer end of every channel there is always room.
     away = np.where(back > 0.5, back - 0.45, back + 0.45)
     return back, np.where(gap < 0.45, away + 0.2 * offset, front).astype(np.float32)
@@ -114,8 +115,8 @@ def _colours(rng: np.random.Generator) -> tuple[Array, Array]:
 def _gradient(rng: np.random.Generator, x: Array, y: Array, strength: float) -> Array:
     angle = _uniform(rng, 0, 2 * np.pi)
     ramp = np.cos(angle) * x + np.sin(angle) * y
-    colour = (rng.random((_BLOCK, 1, 1, 3), np.float32) * 2 - 1) * strength
-    return ramp[..., None] * colour
+    colour = (rng.random((_BLOCK, 3, 1, 1), np.float32) * 2 - 1) * strength
+    return ramp[:, None] * colour
 
 
 def _texture(rng: np.random.Generator, x: Array, y: Array, strength: float) -> Array:
@@ -126,13 +127,13 @@ def _texture(rng: np.random.Generator, x: Array, y: Array, strength: float) -> A
     checks = wave * np.sin(across * frequency + _uniform(rng, 0, 6.3))
     kind = _uniform(rng, 0, 1)
     pattern = np.where(kind < 0.25, wave, np.where(kind < 0.5, checks * 1.5, 0))
-    colour = (rng.random((_BLOCK, 1, 1, 3), np.float32) * 1.5 - 0.5) * strength
-    return pattern[..., None] * colour
+    colour = (rng.random((_BLOCK, 3, 1, 1), np.float32) * 1.5 - 0.5) * strength
+    return pattern[:, None] * colour
 
 
 def _clouds(rng: np.random.Generator, size: int, strength: float) -> Array:
     # Coarse random values, stretched smoothly to the whole image.
-    coarse = rng.standard_normal((_BLOCK, 5, 5, 3), np.float32) * strength
+    coarse = rng.standard_normal((_BLOCK, 3, 5, 5), np.float32) * strength
     position = np.linspace(0, 4, size, dtype=np.float32)
     low = np.minimum(position.astype(np.int64), 3)
     part = position - low
@@ -140,24 +141,24 @@ def _clouds(rng: np.random.Generator, size: int, strength: float) -> Array:
     weights = np.zeros((size, 5), np.float32)
     weights[np.arange(size), low] = 1 - part
     weights[np.arange(size), low + 1] = part
-    rows = np.einsum("sk,nklc->nslc", weights, coarse, optimize=True)
-    return np.einsum("tl,nslc->nstc", weights, rows, optimize=True)
+    rows = np.matmul(weights, coarse)
+    return cast(Array, np.matmul(rows, weights.T))
 
 
 def _specks(rng: np.random.Generator, x: Array, y: Array, softness: float) -> Array:
     # A few small blots that are no shape of any class, to be overlooked.
-    blots = np.zeros((*x.shape, 1), np.float32)
+    blots = np.zeros((len(x), 1, *x.shape[1:]), np.float32)
     for _ in range(3):
         radius = _uniform(rng, 0.04, 0.14)
         across = np.hypot(x - _uniform(rng, -1, 1), y - _uniform(rng, -1, 1))
-        np.maximum(blots, np.clip(0.5 - (across - radius) / softness, 0, 1)[..., None], out=blots)
+        np.maximum(blots, np.clip(0.5 - (across - radius) / softness, 0, 1)[:, None], out=blots)
     return blots
 
 
 def _shadow(rng: np.random.Generator, labels: NDArray[np.int64], x: Array, y: Array, scale: Array) -> Array:
     depth, angle, strength = _uniform(rng, 0.05, 0.22), _uniform(rng, 0, 6.3), _uniform(rng, 0, 0.5)
     distance = _distance(labels, x - depth * np.cos(angle), y - depth * np.sin(angle)) * scale
-    return (np.clip(0.5 - distance / 0.25, 0, 1) * strength)[..., None]
+    return (np.clip(0.5 - distance / 0.25, 0, 1) * strength)[:, None]
 
 
 def _distance(labels: NDArray[np.int64], x: Array, y: Array) -> Array:

@@ -25,9 +25,7 @@ def fill(folder, *keys):
 
 
 def test_class_folders_give_labels_and_ids(tmp_path):
-    url = fill(
-        tmp_path, "dog/a.png", "cat/deep/b c.JPG", "cat/ü%2F.webp", "dog/readme.txt", "dog/.hidden.png"
-    )
+    url = fill(tmp_path, "dog/a.png", "cat/deep/b c.JPG", "cat/ü%2F.webp", "dog/readme.txt", "dog/.hidden.png")
     source = open_source(url, CONFIG)
     assert (source.format, source.classes) == ("folder", ["cat", "dog"])
     spans = [(part.key, 0, part.rows) for part in reversed(source.parts)]

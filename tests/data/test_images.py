@@ -42,9 +42,7 @@ def test_lossless_encodings_return_the_same_pixels(pixels, encoding):
 @given(one=PIXELS, other=PIXELS)
 def test_hashes_are_equal_only_for_equal_pixels(one, other):
     assert len(content_hash(one)) == 32
-    assert (content_hash(one) == content_hash(other)) == (
-        one.shape == other.shape and bool((one == other).all())
-    )
+    assert (content_hash(one) == content_hash(other)) == (one.shape == other.shape and bool((one == other).all()))
 
 
 def test_hash_sees_the_shape():
@@ -93,9 +91,7 @@ def test_transparent_palette_entry_is_white():
     assert decoded.tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
-@pytest.mark.parametrize(
-    ("mode", "format"), [("CMYK", "JPEG"), ("L", "JPEG"), ("1", "PNG"), ("CMYK", "TIFF")]
-)
+@pytest.mark.parametrize(("mode", "format"), [("CMYK", "JPEG"), ("L", "JPEG"), ("1", "PNG"), ("CMYK", "TIFF")])
 def test_other_modes_become_rgb(mode, format):
     decoded = decode_image(saved(Image.new(mode, (5, 3)), format), LIMIT)
     assert decoded.shape == (3, 5, 3)

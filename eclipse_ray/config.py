@@ -60,7 +60,7 @@ class DenoiserConfig(Section):
     num_inference_steps: int = Field(1, ge=1, description="Recommended number of respaced steps.")
     t_max: int | None = Field(None, ge=1, description="Training draws t < t_max; null: 1.25 t_star.")
     replication: int = Field(4, ge=0, description="M: copies of each sparse image added to the clean set.")
-    iterations: int = Field(3000, ge=1, description="Optimiser steps.")
+    iterations: int = Field(2000, ge=1, description="Optimiser steps.")
     batch_size: int = Field(16, ge=1, description="Images of one optimiser step, over all workers.")
     learning_rate: float = Field(1e-3, gt=0)
     lr_decay: Literal["none", "cosine"] = Field("cosine")
@@ -69,7 +69,7 @@ class DenoiserConfig(Section):
     heldout_fraction: float = Field(0.05, gt=0, lt=0.5, description="Part of the sparse set never trained on.")
     report_every: int = Field(100, ge=1, description="Optimiser steps between progress reports.")
     checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
-    num_workers: int = Field(1, ge=1, description="Ray Train workers.")
+    num_workers: int | None = Field(None, ge=1, description="null: one for each GPU, else for each core.")
     use_gpu: bool | None = Field(None, description="null: a GPU a worker when the cluster has enough.")
 
     @model_validator(mode="after")

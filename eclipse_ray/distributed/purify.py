@@ -37,6 +37,8 @@ SAMPLES = 64
 # Removing a poison within 8/255 is no sign of a wrong denoiser; this is its energy if uniform, on [-1, 1].
 POISON_MSE = (2 * 8 / 255) ** 2 / 3
 WARN_DB = 3.0
+# Reading and encoding mostly wait; and a share other than the actors' keeps Ray from fusing them into the actors.
+IO_CPUS = 0.5
 
 
 def purify(config: Config) -> PurifyResult:
@@ -184,7 +186,9 @@ def _run(config: Config, job: Job, shards: list[ledger.Shard], pending: list[led
         for ok, failed in _stream(config, job, pending, actors, gpus):
             line.advance(ok + failed, failed)
     except RayError as error:
-        raise _cause(error) from None
+        lines = str(error).strip().splitlines()
+        reason = lines[-1] if lines else type(error).__name__
+        raise EclipseError(f"purify stopped: {reason}; run the same command again to resume") from error
     return line.rate
 
 
@@ -209,7 +213,7 @@ def _stream(
     context.execution_no_progress_timeout_s = config.purify.watchdog_seconds
     dataset = ray.data.from_arrow(shard_rows(pending))
     dataset = dataset.map_batches(
-        read_and_decode, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=1
+        read_and_decode, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )
     dataset = dataset.map_batches(
         Purifier,
@@ -221,18 +225,10 @@ def _stream(
         num_cpus=None if gpus else 1,
     )
     dataset = dataset.map_batches(
-        encode_and_commit, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=1
+        encode_and_commit, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from zip(batch["ok"].to_pylist(), batch["failed"].to_pylist(), strict=True)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the error of ours that a worker raised, or one that says to run again."""
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, EclipseError):
-            return current
-        current = getattr(current, "cause", None) or current.__cause__
-    text = str(error).strip().splitlines()
-    return EclipseError(f"purify stopped: {text[-1] if text else type(error).__name__}; run it again to resume")
+        for row in batch.to_pylist():
+            if row["fatal"]:
+                raise InputError(row["fatal"])
+            yield row["ok"], row["failed"]

@@ -63,7 +63,19 @@ def shard_rows(shards: Sequence[ledger.Shard]) -> list[pa.Table]:
 
 
 def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
-    """Read a shard's rows and decode them; undecodable images become failures. Raises InputError on leakage."""
+    """Read a shard's rows and decode them; undecodable images become failures.
+
+    What makes the whole source unusable (a vanished object, an image of the sparse set) travels on as `fatal`:
+    an exception would reach the driver as text only.
+    """
+    try:
+        return _read_and_decode(batch, job)
+    except InputError as error:
+        columns = {"shard": batch["shard"].to_pylist(), "input_sha256": [""], "seconds": [0.0]}
+        return _pack(columns, pa.table({"id": pa.array([], pa.string())}), [], [], fatal=str(error))
+
+
+def _read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
     started = time.monotonic()
     shard = shard_of(batch)
     spans = [(span.key, span.start, span.stop) for span in shard.spans]
@@ -124,6 +136,9 @@ class Purifier:
         self.denoiser = load_denoiser(local_denoiser(job.denoiser), default_device())
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        """Return the shard with its images purified; those of a size the network cannot take fail."""
+        if batch["fatal"][0].as_py():
+            return batch
         started = time.monotonic()
         job = self.job
         table, images, failures = _unpack(batch)
@@ -172,9 +187,12 @@ def same_size_batches(images: Sequence[Pixels], batch_size: int) -> list[list[in
 
 
 def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
-    """Encode a purified shard and commit it; return one row {shard, ok, failed} of what now stands."""
+    """Encode a purified shard and commit it; return one row {shard, ok, failed, fatal} of what now stands."""
     started = time.monotonic()
     shard = shard_of(batch)
+    fatal = batch["fatal"][0].as_py()
+    if fatal:
+        return pa.table({"shard": [shard.name], "ok": [0], "failed": [0], "fatal": [fatal]})
     table, images, failures = _unpack(batch)
     ids = table["id"].to_pylist()
     data: bytes | None = None
@@ -193,7 +211,7 @@ def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
         input_sha256=batch["input_sha256"][0].as_py(),
         seconds=batch["seconds"][0].as_py() + time.monotonic() - started,
     )
-    return pa.table({"shard": [status.shard], "ok": [status.ok], "failed": [status.failed]})
+    return pa.table({"shard": [status.shard], "ok": [status.ok], "failed": [status.failed], "fatal": [""]})
 
 
 def _renamed(path: str | None, encoding: str) -> str | None:
@@ -204,7 +222,11 @@ def _renamed(path: str | None, encoding: str) -> str | None:
 
 
 def _pack(
-    columns: dict[str, list[Any]], table: pa.Table, images: Sequence[Pixels], failures: list[dict[str, str]]
+    columns: dict[str, list[Any]],
+    table: pa.Table,
+    images: Sequence[Pixels],
+    failures: list[dict[str, str]],
+    fatal: str = "",
 ) -> pa.Table:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -216,6 +238,7 @@ def _pack(
         "pixels": _binary(pa.py_buffer(pixels)),
         "shapes": _binary(pa.py_buffer(shapes)),
         "failures": pa.array([json.dumps(failures)]),
+        "fatal": pa.array([fatal]),
     }
     return pa.table({**{name: pa.array(values) for name, values in columns.items()}, **packed})
 

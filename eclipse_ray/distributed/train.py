@@ -83,9 +83,7 @@ def _fingerprint(config: Config, hashes: list[str]) -> ledger.Fingerprint:
 
 def _run_training(config: Config, store: Store, images: ImageSet, hashes: list[str], fingerprint: str) -> None:
     resources = connect(config)
-    workers = config.denoiser.num_workers
-    use_gpu = resources.gpus >= workers if config.denoiser.use_gpu is None else config.denoiser.use_gpu
-    threads = _threads(resources, workers)
+    workers, use_gpu = _workers(config, resources)
     require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
     board = start_board()
     line = ProgressLine("train", "iterations", config.denoiser.iterations, config.run.progress_seconds)
@@ -96,7 +94,7 @@ def _run_training(config: Config, store: Store, images: ImageSet, hashes: list[s
             "images": ray.put(images.images),
             "hashes": hashes,
             "fingerprint": fingerprint,
-            "threads": threads,
+            "threads": 0 if use_gpu else max(1, resources.cores // workers),
             "board": board,
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}),
@@ -114,8 +112,12 @@ def _run_training(config: Config, store: Store, images: ImageSet, hashes: list[s
     _publish(result.checkpoint, store)
 
 
-def _threads(resources: Resources, workers: int) -> int:
-    return max(1, resources.cores // workers) if resources.local else 0
+def _workers(config: Config, resources: Resources) -> tuple[int, bool]:
+    """Return how many workers train and whether each has a GPU; the batch is divided among them."""
+    denoiser = config.denoiser
+    use_gpu = resources.gpus >= (denoiser.num_workers or 1) if denoiser.use_gpu is None else denoiser.use_gpu
+    workers = denoiser.num_workers or (resources.gpus if use_gpu else resources.cores)
+    return min(workers, denoiser.batch_size), use_gpu
 
 
 def _show(line: ProgressLine, entry: dict[str, Any]) -> None:

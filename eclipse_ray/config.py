@@ -135,12 +135,13 @@ class VictimConfig(Section):
 
     arch: Literal["small", "resnet18"] = Field("small")
     epochs: int = Field(12, ge=1)
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(0.1, gt=0)
     lr_schedule: Literal["constant", "one_cycle"] = Field("one_cycle")
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    crop_padding: int = Field(4, ge=0, description="Random crop after padding by so many pixels.")
+    weight_decay: float = Field(1e-3, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    crop_padding: int = Field(3, ge=0, description="Random crop after padding by so many pixels.")
     flip: bool = Field(True, description="Random horizontal flip.")
 
 

@@ -29,15 +29,16 @@ def coloured(count, seed, size=16, classes=3):
 
 
 def striped(count, seed):
-    """Four classes of noisy gratings, told apart by direction: harder to learn than a poison."""
+    """Four classes of gratings in clutter, told apart by direction."""
     draws = np.random.default_rng(seed)
     labels = np.arange(count) % 4
     rows, columns = np.mgrid[:32, :32]
-    angles = labels * np.pi / 4
+    angles = labels[:, None, None] * np.pi / 4
     phase = draws.uniform(0, 2 * np.pi, count)[:, None, None]
-    along = np.cos(angles)[:, None, None] * rows + np.sin(angles)[:, None, None] * columns
-    waves = 128 + 22 * np.sin(along * 0.9 + phase)[..., None] + draws.normal(0, 4, (count, 1, 1, 3))
-    return waves.clip(0, 255).round().astype(np.uint8), labels
+    waves = 14 * np.sin(0.6 * (np.cos(angles) * rows + np.sin(angles) * columns) + phase)
+    clutter = draws.normal(0, 18, (count, 8, 8)).repeat(4, axis=1).repeat(4, axis=2)
+    images = (128 + waves + clutter)[..., None].repeat(3, axis=3)
+    return images.clip(0, 255).round().astype(np.uint8), labels
 
 
 def run(train, test, config=QUICK, compensation=None, seed=0, on_epoch=None):
@@ -129,10 +130,8 @@ def test_learning_rates():
 
 
 @pytest.mark.parametrize("arch", VICTIMS)
-@pytest.mark.parametrize("size", [16, 32, 64])
+@pytest.mark.parametrize("size", [16, 31, 32, 64])
 def test_victims_take_any_size(arch, size):
-    if arch != "small" and size == 64:
-        size = 24
     logits = VICTIMS[arch](7)(torch.rand(2, 3, size, size))
     assert logits.shape == (2, 7)
 
@@ -161,18 +160,20 @@ def test_bad_data_is_refused():
 
 
 def test_a_poison_is_learned_instead_of_the_images():
-    images, labels = striped(800, 0)
-    test = striped(200, 1)
+    images, labels = striped(320, 0)
+    test = striped(120, 1)
+    # One start a class and no crops: the shortcut is then learned within the seconds a test may take.
     poisoned = poison_images(
         torch.from_numpy(images),
         torch.from_numpy(labels),
-        [str(index) for index in range(800)],
-        PoisonConfig(name="ar", eps_255=510),
+        [str(index) for index in range(320)],
+        PoisonConfig(name="ar", eps_255=510, scope="class"),
         0,
         4,
     )
-    config = VictimConfig(epochs=6, batch_size=64, learning_rate=0.1)
-    clean = run((images, labels), test, config).test_accuracy[-1]
-    fooled = run((poisoned, torch.from_numpy(labels)), test, config).test_accuracy[-1]
-    assert clean > 85
-    assert fooled < clean - 30
+    config = VictimConfig(epochs=4, batch_size=16, learning_rate=0.03, crop_padding=0, flip=False)
+    clean = run((images, labels), test, config)
+    fooled = run((poisoned, torch.from_numpy(labels)), test, config)
+    assert clean.test_accuracy[-1] > 90
+    assert fooled.train_loss[-1] < 0.1
+    assert fooled.test_accuracy[-1] < 45

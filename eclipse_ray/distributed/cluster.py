@@ -19,6 +19,10 @@ UNSAFE_VARIABLES = (
 )
 
 
+# Ray only counts CPUs; on one machine, more than there are keep decoding and encoding moving beside the actors.
+LOCAL_CPUS_PER_CORE = 2
+
+
 @dataclass(frozen=True)
 class Resources:
     """Logical CPUs and GPUs of the cluster; `cores` are the CPUs of one machine to spread threads over."""
@@ -27,6 +31,11 @@ class Resources:
     gpus: int
     cores: int
     local: bool
+
+    @property
+    def cpus_per_core(self) -> int:
+        """Logical CPUs that stand for one real core."""
+        return LOCAL_CPUS_PER_CORE if self.local else 1
 
 
 def connect(config: Config) -> Resources:
@@ -43,8 +52,7 @@ def connect(config: Config) -> Resources:
         logging.getLogger("ray").setLevel(logging.WARNING)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if address == "local":
-            # Ray only counts CPUs; twice the cores keeps decoding and encoding moving beside the actors.
-            options |= {"num_cpus": 2 * cores, "include_dashboard": False}
+            options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
         ray.init(address=address, **options)
     total = ray.cluster_resources()
     return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), cores, address == "local")

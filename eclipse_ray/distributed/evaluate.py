@@ -106,9 +106,7 @@ def _train_all(
     board = start_board()
     line = ProgressLine("evaluate", "epochs", len(seeds) * config.victim.epochs, config.run.progress_seconds)
     data = ray.put((train.images, train.labels, test.images, test.labels))
-    task = ray.remote(num_cpus=max(1, resources.cpus // max(1, resources.cores) * threads), num_gpus=gpus)(
-        _train_one
-    )
+    task = ray.remote(num_cpus=threads * resources.cpus_per_core, num_gpus=gpus)(_train_one)
     with BoardWatcher(board, lambda entry: line.advance(1, note=_note(entry))):
         pending = [
             task.remote(data, config.model_dump(mode="json"), compensation.model_dump(), seed, threads, board)

@@ -171,7 +171,9 @@ def test_a_poison_is_learned_instead_of_the_images():
         0,
         4,
     )
-    config = VictimConfig(epochs=4, batch_size=16, learning_rate=0.03, crop_padding=0, flip=False)
+    config = VictimConfig(
+        label_smoothing=0, epochs=4, batch_size=16, learning_rate=0.03, crop_padding=0, flip=False
+    )
     clean = run((images, labels), test, config)
     fooled = run((poisoned, torch.from_numpy(labels)), test, config)
     assert clean.test_accuracy[-1] > 90

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.budget import AR_T, budget, check_inputs, class_id, draw_ids, scale_to_l2
+from eclipse_ray.poisons.budget import AR_T, budget, check_inputs, draw_ids, scale_to_l2
 
 Floats = NDArray[np.float64]
 
@@ -22,15 +22,14 @@ MARGIN = 4
 """Rows and columns cropped off the start of the signal."""
 TAPS = tuple((row, column) for row in range(3) for column in range(3))[:8]
 """Offsets (rows, columns) of the eight known pixels in a window; the ninth is the pixel being written."""
-TRIAL_NORM = 50.0
-"""Largest L2 norm of a process's trial signal over 32x32 pixels; larger ones are discarded."""
-MIN_DIFFERENCE = 0.05
-"""Least error, relative to the signal, of a process that predicts another process's trial signal."""
+TRIAL_SIZE, TRIAL_CORNER, TRIAL_NORM, TRIAL_STARTS = 32, 12, 50.0, 3
+"""Processes are tried on so many starts of this size; a larger L2 norm over all channels discards them."""
+MIN_RESPONSE, MIN_RESPONSE_MANY = 10.0, 3.0
+"""Least response of each earlier process's filter to a new unit-norm signal, as published (10, 100 classes)."""
 START_T, TRIAL_T, COEFFICIENTS_T = AR_T, AR_T + 1, AR_T + 2
-"""Timesteps of an image's start, of the trial start, and of the first attempt at coefficients."""
-ATTEMPTS = 2**12
-TRIALS = 16
-"""Draws tried at once; only speed depends on it."""
+"""Timesteps of an image's start, of the trial starts, and of the first chunk of candidates."""
+CHUNK, MAX_CHUNKS = 1024, 400
+"""Candidates drawn at once, and how many times before giving up."""
 
 
 def ar_perturbation(
@@ -78,51 +77,63 @@ def generate(coefficients: Floats, start: Floats) -> Floats:
 def processes(seed: int, num_classes: int, height: int, width: int) -> Floats:
     """Return the coefficients, float64 (num_classes, 3, 8), of every class and channel.
 
-    They are chosen class after class among draws keyed by class and attempt: bounded on a trial of this
-    image size, and unable to predict the trial signals of those already chosen. Raises ConfigError when
-    no further process can be found.
+    Candidates are tried in a fixed order and kept, as published, if they stay bounded on every trial start and
+    the filter of each process kept before responds strongly to their signal. Raises ConfigError when no
+    further process can be found.
     """
+    threshold = MIN_RESPONSE if num_classes <= 10 else MIN_RESPONSE_MANY
     chosen: list[Floats] = []
-    windows: list[Floats] = []
-    for label in range(num_classes):
-        wanted = len(chosen) + 3
-        for first in range(0, ATTEMPTS, TRIALS):
-            for taps, gram in _bounded(seed, label, height, width, first):
-                if len(chosen) < wanted and _differs(taps, windows):
-                    chosen.append(taps)
-                    windows.append(gram)
-            if len(chosen) == wanted:
-                break
-        else:
-            raise ConfigError(f"poison ar: no further bounded process found for class {label} of {num_classes}")
-    return np.stack(chosen).reshape(num_classes, 3, 8)
+    for chunk in range(MAX_CHUNKS):
+        for taps, windows in _bounded(seed, chunk):
+            if _responds(chosen, windows, threshold) and _bounded_at(seed, taps, height, width):
+                chosen.append(taps)
+                if len(chosen) == num_classes:
+                    return np.stack(chosen)
+    raise ConfigError(f"poison ar: found only {len(chosen)} different processes for {num_classes} classes")
 
 
-def _bounded(seed: int, label: int, height: int, width: int, first: int) -> list[tuple[Floats, Floats]]:
-    """Return those of the next TRIALS draws that stay bounded, each with its trial's Gram matrix (9, 9).
+def _bounded(seed: int, chunk: int) -> Iterator[tuple[Floats, Floats]]:
+    """Yield (coefficients (3, 8), windows (N, 3, 9) of the unit-norm trial signal) of bounded candidates."""
+    draws = noise(seed, ["ar-processes"], COEFFICIENTS_T + chunk, (CHUNK, 3, 8))[0].numpy().astype(np.float64)
+    draws /= draws.sum(axis=2, keepdims=True)
+    # The upper left corner of a signal needs only itself and has no larger norm: most candidates fail there.
+    for index, size in [(0, TRIAL_CORNER), *((index, TRIAL_SIZE) for index in range(TRIAL_STARTS))]:
+        start = noise(seed, [f"ar-start-{index}"], TRIAL_T, (TRIAL_SIZE + MARGIN, TRIAL_SIZE + MARGIN, 3))
+        signals = _trial(draws, start[:, : size + MARGIN, : size + MARGIN])
+        norms = _norms(signals)
+        # Not a number, where a signal overflowed, is not bounded either.
+        kept = norms <= TRIAL_NORM
+        draws, signals, norms = draws[kept], signals[kept], norms[kept]
+    for taps, signal, norm in zip(draws, signals, norms, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(signal / norm, (3, 3), axis=(0, 1))
+        yield taps, windows.reshape(-1, 3, 9)
 
-    The Gram matrix is that of all 3x3 windows of the trial signal.
-    """
-    key = [class_id(label)]
-    steps = range(COEFFICIENTS_T + first, COEFFICIENTS_T + first + TRIALS)
-    draws = np.concatenate([noise(seed, key, step, (8,)).numpy().astype(np.float64) for step in steps])
-    draws /= draws.sum(axis=1, keepdims=True)
-    start = noise(seed, key, TRIAL_T, (height + MARGIN, width + MARGIN, 1)).numpy().astype(np.float64)
+
+def _trial(coefficients: Floats, start: Tensor) -> Floats:
+    """Return the signals, float64 (B, H, W, 3), of all candidates from one start (1, H + 4, W + 4, 3)."""
+    starts = start.numpy().astype(np.float64).repeat(len(coefficients), axis=0)
     # An unbounded process overflows, which is what the trial is to find out.
     with np.errstate(over="ignore", invalid="ignore"):
-        signals = generate(draws[:, None], start.repeat(TRIALS, axis=0))[:, MARGIN:, MARGIN:, 0]
-        norms = np.sqrt(np.square(signals).sum(axis=(1, 2)))
-    kept = []
-    for index in np.flatnonzero(norms <= TRIAL_NORM * math.sqrt(height * width) / 32):
-        patches = np.lib.stride_tricks.sliding_window_view(signals[index], (3, 3)).reshape(-1, 9)
-        kept.append((draws[index], np.einsum("ni,nj->ij", patches, patches)))
-    return kept
+        return generate(coefficients, starts)[:, MARGIN:, MARGIN:]
 
 
-def _differs(taps: Floats, windows: list[Floats]) -> bool:
-    if not windows:
+def _norms(signals: Floats) -> Floats:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(np.sqrt(np.square(signals).sum(axis=(1, 2, 3))))
+
+
+def _bounded_at(seed: int, taps: Floats, height: int, width: int) -> bool:
+    if max(height, width) <= TRIAL_SIZE:
         return True
-    error = np.append(taps, -1.0)
-    grams = np.stack(windows)
-    residual = np.einsum("i,nij,j->n", error, grams, error)
-    return bool((residual >= MIN_DIFFERENCE**2 * grams[:, 8, 8]).all())
+    start = noise(seed, ["ar-start-large"], TRIAL_T, (height + MARGIN, width + MARGIN, 3))
+    limit = TRIAL_NORM * math.sqrt(height * width) / TRIAL_SIZE
+    return bool(_norms(_trial(taps[None], start))[0] <= limit)
+
+
+def _responds(chosen: list[Floats], windows: Floats, threshold: float) -> bool:
+    """Return whether the filter of every chosen process (its taps, then -1) responds at least `threshold`."""
+    if not chosen:
+        return True
+    filters = np.concatenate([np.stack(chosen), np.full((len(chosen), 3, 1), -1.0)], axis=2)
+    outputs = np.einsum("nck,fck->fn", windows, filters)
+    return bool((np.maximum(outputs, 0).sum(axis=1) >= threshold).all())

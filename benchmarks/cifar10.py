@@ -35,16 +35,20 @@ def rows(work: Path) -> list[tuple[str, str, str, Settings]]:
     """Return (defense, column, training set, settings) of every cell of the table."""
     train = {"clean": work / "sets/rest", **{name: work / name for name in POISONS}}
     cells = [("none", column, str(train[column]), NO_COMPENSATION) for column in ("clean", "ar", "lsp")]
-    for sparse in SPARSE:
-        columns = ("ar", "lsp", "clean")
-        cells += [
-            (f"ECLIPSE, {sparse:,} sparse", column, str(work / f"purified-{sparse}-{column}"), COMPENSATION)
-            for column in columns
-        ]
+    for sparse, column in (
+        (2000, "ar"),
+        (2000, "lsp"),
+        (500, "ar"),
+        (500, "lsp"),
+        (2000, "clean"),
+        (500, "clean"),
+    ):
+        purified = str(work / f"purified-{sparse}-{column}")
+        cells.append((f"ECLIPSE, {sparse:,} sparse", column, purified, COMPENSATION))
     for column in ("ar", "lsp"):
         purified = str(work / f"purified-{SPARSE[0]}-{column}")
         cells.append((f"diffusion alone, {SPARSE[0]:,} sparse", column, purified, NO_COMPENSATION))
-    cells += [("compensation alone", column, str(train[column]), COMPENSATION) for column in ("ar", "lsp")]
+        cells.append(("compensation alone", column, str(train[column]), COMPENSATION))
     cells.append(("none", "urp", str(train["urp"]), NO_COMPENSATION))
     return cells
 

@@ -176,7 +176,7 @@ def _warn_if_unsuitable(denoiser: Denoiser, samples: list[Pixels], heldout: floa
 def _run(config: Config, job: Job, shards: list[ledger.Shard], pending: list[ledger.Shard]) -> float:
     """Stream the pending shards; return images a second of this run."""
     resources = connect(config)
-    actors, gpus = _pool(config, resources)
+    actors, gpus = _pool(config, resources, len(pending))
     done = sum(shard.rows for shard in shards) - sum(shard.rows for shard in pending)
     total = sum(shard.rows for shard in shards)
     if done:
@@ -192,14 +192,15 @@ def _run(config: Config, job: Job, shards: list[ledger.Shard], pending: list[led
     return line.rate
 
 
-def _pool(config: Config, resources: Resources) -> tuple[int, float]:
+def _pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]:
+    """Return (actors, GPUs of each); never more actors than there are shards to keep them busy."""
     gpus = config.purify.num_gpus
     if gpus is None:
         gpus = 1.0 if resources.gpus else 0.0
     if gpus > resources.gpus:
         raise ConfigError(f"purify.num_gpus {gpus:g}: the Ray cluster has {resources.gpus} GPUs")
     default = int(resources.gpus / gpus) if gpus else max(1, resources.cpus // 2)
-    actors = config.purify.actors or default
+    actors = min(config.purify.actors or default, shards)
     require_cpus(resources, actors + 1, f"purify with {actors} actors and a CPU task to read and encode")
     return actors, gpus
 

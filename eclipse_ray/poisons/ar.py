@@ -22,13 +22,13 @@ MARGIN = 4
 """Rows and columns cropped off the start of the signal."""
 TAPS = tuple((row, column) for row in range(3) for column in range(3))[:8]
 """Offsets (rows, columns) of the eight known pixels in a window; the ninth is the pixel being written."""
-TRIAL_SIZE, TRIAL_CORNER, TRIAL_NORM, TRIAL_STARTS = 32, 12, 50.0, 3
+TRIAL_SIZE, TRIAL_CORNERS, TRIAL_NORM, TRIAL_STARTS = 32, (4, 12), 50.0, 3
 """Processes are tried on so many starts of this size; a larger L2 norm over all channels discards them."""
 MIN_RESPONSE, MIN_RESPONSE_MANY = 10.0, 3.0
 """Least response of each earlier process's filter to a new unit-norm signal, as published (10, 100 classes)."""
 START_T, TRIAL_T, COEFFICIENTS_T = AR_T, AR_T + 1, AR_T + 2
 """Timesteps of an image's start, of the trial starts, and of the first chunk of candidates."""
-CHUNK, MAX_CHUNKS = 1024, 400
+CHUNK, MAX_CHUNKS = 8192, 50
 """Candidates drawn at once, and how many times before giving up."""
 
 
@@ -97,7 +97,8 @@ def _bounded(seed: int, chunk: int) -> Iterator[tuple[Floats, Floats]]:
     draws = noise(seed, ["ar-processes"], COEFFICIENTS_T + chunk, (CHUNK, 3, 8))[0].numpy().astype(np.float64)
     draws /= draws.sum(axis=2, keepdims=True)
     # The upper left corner of a signal needs only itself and has no larger norm: most candidates fail there.
-    for index, size in [(0, TRIAL_CORNER), *((index, TRIAL_SIZE) for index in range(TRIAL_STARTS))]:
+    corners = [(0, size) for size in TRIAL_CORNERS]
+    for index, size in [*corners, *((index, TRIAL_SIZE) for index in range(TRIAL_STARTS))]:
         start = noise(seed, [f"ar-start-{index}"], TRIAL_T, (TRIAL_SIZE + MARGIN, TRIAL_SIZE + MARGIN, 3))
         signals = _trial(draws, start[:, : size + MARGIN, : size + MARGIN])
         norms = _norms(signals)

@@ -24,7 +24,6 @@ from eclipse_ray.distributed.progress import ProgressLine, say
 from eclipse_ray.distributed.stages import (
     Job,
     Pixels,
-    Purifier,
     encode_and_commit,
     read_and_decode,
     same_size_batches,
@@ -217,7 +216,6 @@ def _stream(
         read_and_decode, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )
     dataset = dataset.map_batches(
-        Purifier,
         fn_constructor_args=(job,),
         compute=ActorPoolStrategy(size=actors),
         batch_size=1,

@@ -2,7 +2,8 @@
 
 Columns carry only strings, numbers and contiguous buffers, never Python objects (Ray would pickle them):
 `shard` and `failures` are JSON, `table` is an Arrow stream of ids, labels and extra columns, `pixels` one uint8
-buffer of all images in order, `shapes` their (height, width) as int32 pairs.
+buffer of all images in order, `shapes` their (height, width) as int32 pairs. No torch here: CPU workers start in a
+second or two without it.
 """
 
 from __future__ import annotations
@@ -18,19 +19,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from numpy.typing import NDArray
 
-from eclipse_ray import compensation, ledger
+from eclipse_ray import ledger
 from eclipse_ray.config import CompensationConfig, DataConfig
 from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import canonical_table, table_to_parquet
-from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.model import default_device
-from eclipse_ray.diffusion.sampler import purify_images
-from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.errors import InputError
 
 Pixels = NDArray[np.uint8]
@@ -72,7 +68,7 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
         return _read_and_decode(batch, job)
     except InputError as error:
         columns = {"shard": batch["shard"].to_pylist(), "input_sha256": [""], "seconds": [0.0]}
-        return _pack(columns, pa.table({"id": pa.array([], pa.string())}), [], [], fatal=str(error))
+        return pack(columns, pa.table({"id": pa.array([], pa.string())}), [], [], fatal=str(error))
 
 
 def _read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
@@ -100,7 +96,7 @@ def _read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
     }
     paths = pc.struct_field(table["image"], "path")
     table = table.drop_columns(["image"]).append_column(PATH_COLUMN, paths)
-    return _pack(columns, table.take(kept), pixels, failures)
+    return pack(columns, table.take(kept), pixels, failures)
 
 
 def shard_of(batch: pa.Table) -> ledger.Shard:
@@ -126,54 +122,6 @@ def _refuse_leakage(job: Job, table: pa.Table, pixels: list[Pixels], kept: list[
             )
 
 
-class Purifier:
-    """The actor of the pool: holds a denoiser on its device and purifies shard after shard."""
-
-    def __init__(self, job: Job) -> None:
-        # One thread each, whatever the number of actors: threads change how sums are split, hence bytes.
-        torch.set_num_threads(1)
-        self.job = job
-        self.denoiser = load_denoiser(local_denoiser(job.denoiser), default_device())
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return the shard with its images purified; those of a size the network cannot take fail."""
-        if batch["fatal"][0].as_py():
-            return batch
-        started = time.monotonic()
-        job = self.job
-        table, images, failures = _unpack(batch)
-        ids: list[str] = table["id"].to_pylist()
-        done: dict[int, Pixels] = {}
-        for indices in same_size_batches(images, job.batch_size):
-            names = [ids[index] for index in indices]
-            stack = np.stack([images[index] for index in indices])
-            try:
-                done.update(zip(indices, self._purify(stack, names), strict=True))
-            except InputError as error:
-                failures += [{"id": name, "key": "", "error": str(error)} for name in names]
-        kept = sorted(done)
-        columns = {
-            "shard": batch["shard"].to_pylist(),
-            "input_sha256": batch["input_sha256"].to_pylist(),
-            "seconds": [batch["seconds"][0].as_py() + time.monotonic() - started],
-        }
-        return _pack(columns, table.take(kept), [done[index] for index in kept], failures)
-
-    def _purify(self, images: Pixels, ids: list[str]) -> Pixels:
-        job = self.job
-        purified = purify_images(
-            images,
-            self.denoiser,
-            t_star=job.t_star,
-            num_inference_steps=job.num_inference_steps,
-            seed=job.seed,
-            ids=ids,
-        )
-        if job.compensation.mode == "baked":
-            purified = compensation.bake(purified, ids, job.compensation.p, job.compensation.sigma, job.seed)
-        return purified.numpy()
-
-
 def same_size_batches(images: Sequence[Pixels], batch_size: int) -> list[list[int]]:
     """Return index lists of at most `batch_size` images of equal shape, in order within each shape."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
@@ -193,7 +141,7 @@ def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     fatal = batch["fatal"][0].as_py()
     if fatal:
         return pa.table({"shard": [shard.name], "ok": [0], "failed": [0], "fatal": [fatal]})
-    table, images, failures = _unpack(batch)
+    table, images, failures = unpack(batch)
     ids = table["id"].to_pylist()
     data: bytes | None = None
     if ids:
@@ -221,13 +169,14 @@ def _renamed(path: str | None, encoding: str) -> str | None:
     return str(PurePosixPath(path).with_suffix("." + encoding.partition("-")[0].partition(":")[0]))
 
 
-def _pack(
+def pack(
     columns: dict[str, list[Any]],
     table: pa.Table,
     images: Sequence[Pixels],
     failures: list[dict[str, str]],
     fatal: str = "",
 ) -> pa.Table:
+    """Return a shard between two stages as one row; `table` holds everything but the images."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -249,7 +198,8 @@ def _binary(buffer: pa.Buffer) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
 
 
-def _unpack(batch: pa.Table) -> tuple[pa.Table, list[Pixels], list[dict[str, str]]]:
+def unpack(batch: pa.Table) -> tuple[pa.Table, list[Pixels], list[dict[str, str]]]:
+    """Return (table, images as views of the row's buffer, failures) of one packed row."""
     table = pa.ipc.open_stream(batch["table"][0].as_buffer()).read_all()
     shapes = np.frombuffer(batch["shapes"][0].as_buffer(), dtype=np.int32).reshape(-1, 2)
     flat = np.frombuffer(batch["pixels"][0].as_buffer(), dtype=np.uint8)

@@ -13,6 +13,7 @@ from eclipse_ray.data.formats import open_source
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import purify as room
 from eclipse_ray.distributed import stages
+from eclipse_ray.distributed.purifier import Purifier
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import plan_shards, read_statuses
 from eclipse_ray.results import StatusResult
@@ -181,7 +182,7 @@ def test_no_column_between_stages_is_a_python_object(world):
     )
     batch = stages.shard_rows(plan_shards(source.parts, 16))[0]
     decoded = stages.read_and_decode(batch, job)
-    purified = stages.Purifier(job)(decoded)
+    purified = Purifier(job)(decoded)
     for table in (batch, decoded, purified):
         assert isinstance(table, pa.Table)
         for field in table.schema:

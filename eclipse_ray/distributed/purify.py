@@ -21,6 +21,7 @@ from eclipse_ray.diffusion.sampler import ENGINE_VERSION, check_depth, purify_im
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.progress import ProgressLine, say
+from eclipse_ray.distributed.purifier import Purifier
 from eclipse_ray.distributed.stages import (
     Job,
     Pixels,
@@ -216,6 +217,7 @@ def _stream(
         read_and_decode, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )
     dataset = dataset.map_batches(
+        Purifier,
         fn_constructor_args=(job,),
         compute=ActorPoolStrategy(size=actors),
         batch_size=1,

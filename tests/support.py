@@ -102,17 +102,15 @@ def run_cli(*arguments: str, check: int = 0) -> dict[str, object]:
     return json.loads(lines[0])
 
 
-def kill_when(arguments: list[str], ready: Callable[[], bool], seconds: float = 120) -> bool:
-    """Start `eclipse-ray ...`, SIGKILL it once `ready`; return whether it was still running when killed."""
+def kill_when(arguments: list[str], ready: Callable[[], bool], log: Path, seconds: float = 200) -> None:
+    """Start `eclipse-ray ...`, SIGKILL it once `ready`; fail if it ended before or was never ready."""
     command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
     deadline = time.monotonic() + seconds
-    while process.poll() is None and not ready() and time.monotonic() < deadline:
+    while not ready():
+        assert process.poll() is None, f"ended with {process.returncode} before the kill:\n{log.read_text()[-2000:]}"
+        assert time.monotonic() < deadline, f"not ready after {seconds} s:\n{log.read_text()[-2000:]}"
         time.sleep(0.01)
-    running = process.poll() is None
-    if running:
-        os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
-    return running
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=30) == -signal.SIGKILL, "the process ended by itself: no fault fired"

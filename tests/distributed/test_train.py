@@ -62,7 +62,7 @@ def test_a_killed_training_continues(world, trained, tmp_path):
     def checkpointed() -> bool:
         return any(output.glob("_eclipse/train/*/checkpoint_*"))
 
-    assert kill_when(arguments, checkpointed), "training ended before it could be killed"
+    kill_when(arguments, checkpointed, tmp_path / "killed.log")
     # The rest is cut short: what matters is that the next run begins where a checkpoint was.
     result = api.train(clean=world.clean, out=str(output), settings=settings)
     assert result.iterations == 2000

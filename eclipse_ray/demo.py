@@ -25,10 +25,9 @@ PICTURE = "demo.png"
 # A laptop's share of every step: 2 cores finish in minutes.
 SIZES = {"train": 4000, "clean": 200, "test": 1000}
 SETTINGS: Settings = {
-    "denoiser.iterations": 400,
-    "denoiser.batch_size": 16,
+    "denoiser.iterations": 300,
     "evaluate.seeds": 2,
-    "victim.epochs": 10,
+    "victim.epochs": 8,
 }
 
 

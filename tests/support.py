@@ -109,7 +109,9 @@ def kill_when(arguments: list[str], ready: Callable[[], bool], log: Path, second
         process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
     deadline = time.monotonic() + seconds
     while not ready():
-        assert process.poll() is None, f"ended with {process.returncode} before the kill:\n{log.read_text()[-2000:]}"
+        assert process.poll() is None, (
+            f"ended with {process.returncode} before the kill:\n{log.read_text()[-2000:]}"
+        )
         assert time.monotonic() < deadline, f"not ready after {seconds} s:\n{log.read_text()[-2000:]}"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)

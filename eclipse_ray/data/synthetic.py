@@ -24,6 +24,10 @@ CLASSES = ("bars", "crescent", "cross", "disc", "dots", "frame", "ring", "square
 # Random numbers are drawn a block at a time, always whole, so that image i does not depend on the count.
 _BLOCK = 250
 
+# Muted colours make shapes as hard to learn as things in photographs: in full contrast a classifier learns them
+# before it can be misled by a poison within its published bound.
+CONTRAST = 0.4
+
 
 def draw_synthetic(count: int, size: int = 32, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return images uint8 (count, size, size, 3) and labels int64 (count), balanced over CLASSES.
@@ -82,8 +86,8 @@ def _draw_block(block: int, size: int, seed: int) -> tuple[NDArray[np.uint8], ND
     image = background * (1 - shadow) * (1 - cover) + foreground * cover
 
     light = 1 + _gradient(rng, x, y, 0.15)[:, :1]
-    noise = rng.standard_normal(image.shape, np.float32) * _uniform(rng, 0.005, 0.04)[:, None]
-    pixels = np.clip(image * light + noise, 0, 1)
+    noise = rng.standard_normal(image.shape, np.float32) * _uniform(rng, 0.01, 0.03)[:, None]
+    pixels = np.clip(0.5 + CONTRAST * (image * light - 0.5) + noise, 0, 1)
     return np.rint(pixels * 255).astype(np.uint8).transpose(0, 2, 3, 1), labels
 
 

@@ -107,7 +107,16 @@ def _train_all(
     line = ProgressLine("evaluate", "epochs", len(seeds) * config.victim.epochs, config.run.progress_seconds)
     data = ray.put((train.images, train.labels, test.images, test.labels))
     task = ray.remote(num_cpus=threads * resources.cpus_per_core, num_gpus=gpus)(_train_one)
-    with BoardWatcher(board, lambda entry: line.advance(1, note=_note(entry))):
+    seen: set[tuple[int, int]] = set()
+
+    def show(entry: dict[str, Any]) -> None:
+        # A victim that Ray had to start again reports its first epochs twice.
+        epoch = (entry["seed"], entry["epoch"])
+        if epoch not in seen:
+            seen.add(epoch)
+            line.advance(1, note=_note(entry))
+
+    with BoardWatcher(board, show):
         pending = [
             task.remote(data, config.model_dump(mode="json"), compensation.model_dump(), seed, threads, board)
             for seed in seeds

@@ -72,6 +72,7 @@ def test_output_of_purify_reads_as_its_data(tmp_path):
     (tmp_path / "_eclipse").mkdir()
     (tmp_path / "data" / "00000-abc.parquet").write_bytes(parquet("a", "b"))
     (tmp_path / "_eclipse" / "plan.parquet").write_bytes(b"not read")
+    (tmp_path / "_eclipse" / "manifest.parquet").write_bytes(b"not read")
     source = open_source(str(tmp_path), CONFIG)
     assert [part.key for part in source.parts] == ["data/00000-abc.parquet"]
 

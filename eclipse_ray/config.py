@@ -84,6 +84,8 @@ class DenoiserConfig(Section):
             )
         if self.num_inference_steps > self.t_star:
             raise ValueError(f"num_inference_steps {self.num_inference_steps} exceeds t_star {self.t_star}")
+        if (self.num_workers or 1) > self.batch_size:
+            raise ValueError(f"num_workers {self.num_workers} exceeds batch_size {self.batch_size}")
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ValueError(
                 f"norm_num_groups {self.norm_num_groups} must divide every one of block_out_channels "

@@ -25,6 +25,7 @@ PICTURE = "demo.png"
 # A laptop's share of every step: 2 cores finish in minutes.
 SIZES = {"train": 4000, "clean": 200, "test": 1000}
 SETTINGS: Settings = {
+    "denoiser.image_size": 28,
     "denoiser.iterations": 250,
     "evaluate.seeds": 2,
     "victim.epochs": 9,

@@ -116,8 +116,8 @@ def _workers(config: Config, resources: Resources) -> tuple[int, bool]:
     """Return how many workers train and whether each has a GPU; the batch is divided among them."""
     denoiser = config.denoiser
     use_gpu = resources.gpus >= (denoiser.num_workers or 1) if denoiser.use_gpu is None else denoiser.use_gpu
-    workers = denoiser.num_workers or (resources.gpus if use_gpu else resources.cores)
-    return min(workers, denoiser.batch_size), use_gpu
+    automatic = min(resources.gpus if use_gpu else resources.cores, denoiser.batch_size)
+    return denoiser.num_workers or automatic, use_gpu
 
 
 def _show(line: ProgressLine, entry: dict[str, Any]) -> None:

@@ -75,7 +75,8 @@ def test_a_killed_training_continues(world, trained, tmp_path):
     ("settings", "error", "words"),
     [
         ({"denoiser.image_size": 32}, InputError, "images are 16x16"),
-        ({"denoiser.num_workers": 500}, ConfigError, "needs 500 CPUs"),
+        ({"denoiser.num_workers": 17}, ConfigError, "num_workers 17 exceeds batch_size 16"),
+        ({"denoiser.num_workers": 500, "denoiser.batch_size": 500}, ConfigError, "needs 500 CPUs"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(world, tmp_path, settings, error, words):

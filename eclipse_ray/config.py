@@ -21,6 +21,9 @@ from eclipse_ray.errors import ConfigError
 Settings = Mapping[str, Any]
 
 
+Sampler = Literal["ddpm", "ddim", "dpm"]
+
+
 class Section(BaseModel):
     """A group of settings; unknown keys are refused."""
 
@@ -55,9 +58,17 @@ class DenoiserConfig(Section):
     resnet_time_scale_shift: Literal["default", "scale_shift"] = Field("scale_shift")
     dropout: float = Field(0.0, ge=0, lt=1)
     num_train_timesteps: int = Field(4000, ge=2, description="T of the cosine schedule.")
-    variance_type: Literal["fixed_small"] = Field("fixed_small", description="Variance of a reverse step.")
+    variance_type: Literal["fixed_small", "learned_range"] = Field(
+        "fixed_small", description="Variance of a reverse step; learned_range doubles the output channels."
+    )
+    vlb_weight: float = Field(1e-3, ge=0, description="gamma of loss_vlb, learned_range only.")
+    timestep_sampler: Literal["uniform", "loss_second_moment"] = Field(
+        "uniform", description="How training draws t; the second weighs t by the root mean square of its loss."
+    )
+    rescale_timesteps: bool = Field(False, description="Show the network t * 1000 / T, as published.")
     t_star: int = Field(100, ge=1, description="Recommended purification depth, in steps of T.")
     num_inference_steps: int = Field(1, ge=1, description="Recommended number of respaced steps.")
+    sampler: Sampler = Field("ddpm", description="Recommended sampler.")
     t_max: int | None = Field(None, ge=1, description="Training draws t < t_max; null: 1.25 t_star.")
     replication: int = Field(4, ge=0, description="M: copies of each sparse image added to the clean set.")
     iterations: int = Field(2000, ge=1, description="Optimiser steps.")
@@ -100,6 +111,9 @@ class PurifyConfig(Section):
     denoiser: str | None = Field(None, description="Folder of the trained denoiser.")
     t_star: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
     num_inference_steps: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
+    sampler: Sampler | None = Field(
+        None, description="ancestral, deterministic, or second-order; null: what the denoiser recommends."
+    )
     shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
     shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
     batch_size: int = Field(64, ge=1, description="Images of one pass through the denoiser.")
@@ -197,6 +211,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "attention_head_dim": 64,
         "norm_num_groups": 32,
         "dropout": 0.3,
+        "variance_type": "learned_range",
+        "rescale_timesteps": True,
         "t_max": 4000,
         "num_inference_steps": 100,
         "iterations": 250_000,

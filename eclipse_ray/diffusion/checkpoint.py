@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
+from torch import Tensor
 
+from eclipse_ray.config import Sampler
 from eclipse_ray.diffusion.model import Denoiser
+from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas
 from eclipse_ray.errors import InputError
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -20,6 +23,9 @@ MODEL_FILE = "config.json"
 SCHEDULER_FILE = "scheduler_config.json"
 CARD_FILE = "eclipse.json"
 DENOISER_FILES = (WEIGHTS_FILE, MODEL_FILE, SCHEDULER_FILE, CARD_FILE)
+
+
+_SCHEDULE_NAMES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 
 
 class Card(BaseModel):
@@ -31,6 +37,8 @@ class Card(BaseModel):
     t_max: int = Field(description="Trained on timesteps below this one.")
     t_star: int
     num_inference_steps: int
+    sampler: Sampler = "ddpm"
+    timestep_scale: float = Field(1.0, gt=0, description="The network is shown t times this.")
     iterations: int
     denoise_psnr: float = Field(description="dB, held-out images at t_star, one step.")
     noisy_psnr: float = Field(description="dB, the same images before denoising.")
@@ -41,15 +49,20 @@ class Card(BaseModel):
     history: list[dict[str, float]] = Field(default_factory=list, description="The training curve.")
 
 
-def save_denoiser(folder: str | Path, denoiser: Denoiser, card: Card) -> None:
+def save_denoiser(
+    folder: str | Path, denoiser: Denoiser, card: Card, schedule: Literal["cosine", "linear"] = "cosine"
+) -> None:
     """Write a local denoiser folder; the card goes last, so a folder without one is known to be unfinished."""
     path = Path(folder)
     denoiser.unet.save_pretrained(path, safe_serialization=True)
     # Not save_pretrained: the settings matter, not the class's own version of them.
+    beta_start, beta_end = linear_betas(denoiser.num_train_timesteps)
     scheduler = DDPMScheduler(
         num_train_timesteps=denoiser.num_train_timesteps,
-        beta_schedule="squaredcos_cap_v2",
-        variance_type="fixed_small",
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule=_SCHEDULE_NAMES[schedule],
+        variance_type="learned_range" if denoiser.learned_range else "fixed_small",
         prediction_type="epsilon",
         clip_sample=True,
     )
@@ -71,28 +84,40 @@ def read_card(folder: str | Path) -> Card:
 def load_denoiser(folder: str | Path, device: torch.device | str | None = None) -> Denoiser:
     """Return the denoiser of a local folder, in evaluation mode, float32.
 
-    Raises InputError if files are missing or damaged, or the schedule is not the cosine one it was trained on.
+    Raises InputError if files are missing or damaged, or the schedule is neither cosine nor linear.
     """
     path = Path(folder)
     card = read_card(path)
     try:
         schedule = json.loads((path / SCHEDULER_FILE).read_text(encoding="utf-8"))
         unet = UNet2DModel.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
-        timesteps = int(schedule["num_train_timesteps"])
+        alphas_cumprod = _read_schedule(path, schedule)
+        timesteps = len(alphas_cumprod)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: the denoiser cannot be read: {_reason(error)}") from None
-    if schedule.get("beta_schedule") != "squaredcos_cap_v2" or schedule.get("prediction_type") != "epsilon":
-        raise InputError(f"{folder}/{SCHEDULER_FILE}: expected the cosine schedule and epsilon prediction")
     if not card.t_star <= card.t_max <= timesteps:
         raise InputError(f"{folder}/{CARD_FILE}: t_star {card.t_star}, t_max {card.t_max}, T {timesteps} disagree")
     denoiser = Denoiser(
         unet,
-        num_train_timesteps=timesteps,
+        alphas_cumprod,
         t_max=card.t_max,
         t_star=card.t_star,
         num_inference_steps=card.num_inference_steps,
+        sampler=card.sampler,
+        timestep_scale=card.timestep_scale,
     )
     return denoiser.to(device or "cpu").eval()
+
+
+def _read_schedule(folder: Path, schedule: dict[str, Any]) -> Tensor:
+    kind, timesteps = schedule.get("beta_schedule"), int(schedule["num_train_timesteps"])
+    if schedule.get("prediction_type") != "epsilon" or kind not in _SCHEDULE_NAMES.values():
+        raise InputError(
+            f"{folder / SCHEDULER_FILE}: expected epsilon prediction and the cosine or the linear schedule"
+        )
+    if kind == "linear":
+        return linear_alphas_cumprod(timesteps, float(schedule["beta_start"]), float(schedule["beta_end"]))
+    return cosine_alphas_cumprod(timesteps)
 
 
 def weights_digest(folder: str | Path) -> str:

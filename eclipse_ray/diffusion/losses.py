@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eclipse_ray.diffusion.model import Denoiser
 from eclipse_ray.diffusion.noise import noise
-from eclipse_ray.diffusion.sampler import Network, predict_x0
+from eclipse_ray.diffusion.sampler import Network, predict_x0, split_output
 
 
 def add_noise(x0: Tensor, epsilon: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -46,6 +46,6 @@ def heldout_psnr(
         t = torch.full((len(part),), t_star - 1, device=x0.device)
         epsilon = noise(seed, ids[start : start + len(part)], t_star, tuple(part.shape[1:]), x0.device)
         x_t = add_noise(part, epsilon, t, denoiser.alphas_cumprod)
-        denoised.append(predict_x0(x_t, denoiser(x_t, t), abar))
+        denoised.append(predict_x0(x_t, split_output(denoiser(x_t, t))[0], abar))
         noisy.append(x_t / abar**0.5)
     return psnr(torch.cat(denoised), x0), psnr(torch.cat(noisy), x0)

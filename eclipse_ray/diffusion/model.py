@@ -6,20 +6,20 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from eclipse_ray.config import DenoiserConfig
+from eclipse_ray.config import DenoiserConfig, Sampler
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
 
 IMAGE_CHANNELS = 3
 
 
 def build_unet(config: DenoiserConfig) -> UNet2DModel:
-    """Return an untrained U-Net that predicts epsilon from (x_t, t)."""
+    """Return an untrained U-Net that predicts epsilon, and with learned_range a variance mix, from (x_t, t)."""
     levels = range(len(config.block_out_channels))
     attends = [level in config.attention_levels for level in levels]
     return UNet2DModel(
         sample_size=config.image_size,
         in_channels=IMAGE_CHANNELS,
-        out_channels=IMAGE_CHANNELS,
+        out_channels=IMAGE_CHANNELS * (2 if config.variance_type == "learned_range" else 1),
         block_out_channels=tuple(config.block_out_channels),
         layers_per_block=config.layers_per_block,
         down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
@@ -35,19 +35,30 @@ def build_unet(config: DenoiserConfig) -> UNet2DModel:
 class Denoiser(nn.Module):
     """A network, its noise schedule and its recommended use; what the samplers work with.
 
-    `alphas_cumprod` is float64 (T,); timesteps below `t_max` were trained; `t_star` and `num_inference_steps` are
-    recommended; both sides of an image must be divisible by `size_multiple`.
+    `alphas_cumprod` is float64 (T,); timesteps below `t_max` were trained; `t_star`, `num_inference_steps` and
+    `sampler` are recommended; both sides of an image must be divisible by `size_multiple`. The network is shown
+    `t * timestep_scale`.
     """
 
     alphas_cumprod: Tensor
 
     def __init__(
-        self, unet: UNet2DModel, *, num_train_timesteps: int, t_max: int, t_star: int, num_inference_steps: int
+        self,
+        unet: UNet2DModel,
+        alphas_cumprod: Tensor,
+        *,
+        t_max: int,
+        t_star: int,
+        num_inference_steps: int,
+        sampler: Sampler = "ddpm",
+        timestep_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.t_max, self.t_star, self.num_inference_steps = t_max, t_star, num_inference_steps
-        self.register_buffer("alphas_cumprod", cosine_alphas_cumprod(num_train_timesteps), persistent=False)
+        self.sampler = sampler
+        self.timestep_scale = timestep_scale
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)
 
     @property
@@ -56,9 +67,17 @@ class Denoiser(nn.Module):
         return len(self.alphas_cumprod)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the raw model output (B, 3, H, W) for x_t in [-1, 1] (B, 3, H, W) and integer t (B,)."""
-        output: Tensor = self.unet(x_t, t).sample
+        """Return the raw model output for x_t in [-1, 1] (B, 3, H, W) and integer t (B,) in 0..T-1.
+
+        It is eps_pred (B, 3, H, W), followed by the variance mix on 3 more channels if that was learned.
+        """
+        output: Tensor = self.unet(x_t, t if self.timestep_scale == 1 else t * self.timestep_scale).sample
         return output
+
+    @property
+    def learned_range(self) -> bool:
+        """Whether the second half of the output channels is a variance mix."""
+        return int(self.unet.config.out_channels) == 2 * IMAGE_CHANNELS
 
     def accepts(self, height: int, width: int) -> bool:
         """Return whether the network can take images of this size, in pixels."""
@@ -69,11 +88,18 @@ def build_denoiser(unet: UNet2DModel, config: DenoiserConfig) -> Denoiser:
     """Return the network with the schedule and recommendation of its training settings."""
     return Denoiser(
         unet,
-        num_train_timesteps=config.num_train_timesteps,
+        cosine_alphas_cumprod(config.num_train_timesteps),
         t_max=config.t_max or config.num_train_timesteps,
         t_star=config.t_star,
         num_inference_steps=config.num_inference_steps,
+        sampler=config.sampler,
+        timestep_scale=timestep_scale(config),
     )
+
+
+def timestep_scale(config: DenoiserConfig) -> float:
+    """Return the factor between a timestep and what the network is shown."""
+    return 1000 / config.num_train_timesteps if config.rescale_timesteps else 1.0
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -6,6 +6,7 @@ index t_star - 1. Noise keys: absorb uses t_star, the reverse step at index t us
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eclipse_ray.diffusion.model import Denoiser
+from eclipse_ray.config import Sampler
+from eclipse_ray.diffusion.model import IMAGE_CHANNELS, Denoiser
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.schedule import respaced_timesteps
 from eclipse_ray.errors import ConfigError, InputError
 
 # Bumped only when the pixels that purification gives change, so that other fixes do not orphan unfinished runs.
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,12 +37,36 @@ def predict_x0(x_t: Tensor, eps_pred: Tensor, abar: float) -> Tensor:
     return ((x_t - (1 - abar) ** 0.5 * eps_pred) / abar**0.5).clamp(-1, 1)
 
 
+def split_output(output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return (eps_pred, variance mix or None) of a network's output of 3 or 6 channels."""
+    if output.shape[1] == 2 * IMAGE_CHANNELS:
+        return output[:, :IMAGE_CHANNELS], output[:, IMAGE_CHANNELS:]
+    return output, None
+
+
 def posterior(x_t: Tensor, x0_pred: Tensor, abar: float, abar_previous: float) -> tuple[Tensor, float]:
     """Return mean and variance of q(x_previous | x_t, x0_pred) (Ho et al. 2020, eq. 7)."""
     alpha = abar / abar_previous
     beta = 1 - alpha
     mean = (abar_previous**0.5 * beta * x0_pred + alpha**0.5 * (1 - abar_previous) * x_t) / (1 - abar)
     return mean, beta * (1 - abar_previous) / (1 - abar)
+
+
+def learned_variance(mix: Tensor, abar: float, abar_previous: float) -> Tensor:
+    """Return the variance exp(w log beta + (1 - w) log beta_tilde), w = (mix + 1) / 2 (Nichol & Dhariwal, eq. 15).
+
+    Only for steps that end above t = 0, where beta_tilde is positive.
+    """
+    beta = 1 - abar / abar_previous
+    low, high = math.log(beta * (1 - abar_previous) / (1 - abar)), math.log(beta)
+    weight = (mix + 1) / 2
+    return torch.exp(weight * high + (1 - weight) * low)
+
+
+def ddim_step(x_t: Tensor, x0_pred: Tensor, abar: float, abar_previous: float) -> Tensor:
+    """Return x_previous without noise (Song et al. 2021, eq. 12 with sigma = 0)."""
+    ratio = ((1 - abar_previous) / (1 - abar)) ** 0.5
+    return ratio * x_t + (abar_previous**0.5 - ratio * abar**0.5) * x0_pred
 
 
 def eliminate(
@@ -51,31 +77,56 @@ def eliminate(
     num_inference_steps: int,
     seed: int,
     ids: Sequence[str],
+    sampler: Sampler = "ddpm",
 ) -> Tensor:
-    """Return the image after ancestral steps t_star - 1 ... 0, respaced; no noise at the last one.
+    """Return the image after respaced steps from t_star - 1 to the clean end.
 
-    With a single step this is x0_pred at t_star - 1.
+    "ddpm" is ancestral, with the learned variance if the network has one and no noise at the last step (Ho et al.
+    2020, algorithm 2); "ddim" is deterministic; "dpm" extrapolates x0_pred from the step before (DPM-Solver++ 2M,
+    Lu et al. 2022), deterministic and of second order. With a single step all are x0_pred at t_star - 1.
     """
     timesteps = respaced_timesteps(t_star, num_inference_steps)
-    for t, t_previous in zip(timesteps, [*timesteps[1:], -1], strict=True):
+    log_snr = [_half_log_snr(float(alphas_cumprod[t])) for t in timesteps]
+    x0_last: Tensor | None = None
+    for index, t in enumerate(timesteps):
         abar = float(alphas_cumprod[t])
-        abar_previous = float(alphas_cumprod[t_previous]) if t_previous >= 0 else 1.0
-        eps_pred = network(x_t, torch.full((len(x_t),), t, device=x_t.device, dtype=torch.int64))
-        mean, variance = posterior(x_t, predict_x0(x_t, eps_pred, abar), abar, abar_previous)
-        if t_previous >= 0:
-            mean = mean + variance**0.5 * noise(seed, ids, t, tuple(x_t.shape[1:]), x_t.device)
-        x_t = mean
-    return x_t.clamp(-1, 1)
+        output = network(x_t, torch.full((len(x_t),), t, device=x_t.device, dtype=torch.int64))
+        eps_pred, mix = split_output(output)
+        x0_pred = predict_x0(x_t, eps_pred, abar)
+        if index == len(timesteps) - 1:
+            return x0_pred
+        abar_previous = float(alphas_cumprod[timesteps[index + 1]])
+        if sampler == "ddpm":
+            x_t, fixed = posterior(x_t, x0_pred, abar, abar_previous)
+            deviation = fixed**0.5 if mix is None else learned_variance(mix, abar, abar_previous).sqrt()
+            x_t = x_t + deviation * noise(seed, ids, t, tuple(x_t.shape[1:]), x_t.device)
+            continue
+        estimate = x0_pred
+        if sampler == "dpm" and x0_last is not None:
+            step, step_before = log_snr[index + 1] - log_snr[index], log_snr[index] - log_snr[index - 1]
+            estimate = x0_pred + step / (2 * step_before) * (x0_pred - x0_last)
+        x_t, x0_last = ddim_step(x_t, estimate, abar, abar_previous), x0_pred
+    raise AssertionError("respaced_timesteps returns at least one timestep")
+
+
+def _half_log_snr(abar: float) -> float:
+    return 0.5 * math.log(abar / (1 - abar))
 
 
 @torch.inference_mode()
 def purify(
-    x: Tensor, denoiser: Denoiser, t_star: int, num_inference_steps: int, seed: int, ids: Sequence[str]
+    x: Tensor,
+    denoiser: Denoiser,
+    t_star: int,
+    num_inference_steps: int,
+    seed: int,
+    ids: Sequence[str],
+    sampler: Sampler | None = None,
 ) -> Tensor:
     """Return x (B, 3, H, W in [-1, 1]) absorbed to depth t_star and denoised again, in the same range."""
     schedule = denoiser.alphas_cumprod
     x_t = absorb(x, schedule, t_star, seed, ids)
-    return eliminate(x_t, denoiser, schedule, t_star, num_inference_steps, seed, ids)
+    return eliminate(x_t, denoiser, schedule, t_star, num_inference_steps, seed, ids, sampler or denoiser.sampler)
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -111,6 +162,7 @@ def purify_images(
     *,
     t_star: int | None = None,
     num_inference_steps: int | None = None,
+    sampler: Sampler | None = None,
     seed: int = 0,
     ids: Sequence[str],
 ) -> Tensor:
@@ -131,4 +183,4 @@ def purify_images(
         )
     depth, steps = check_depth(denoiser, t_star, num_inference_steps)
     x = to_model_range(batch.to(denoiser.alphas_cumprod.device)).contiguous(memory_format=torch.channels_last)
-    return to_uint8(purify(x, denoiser, depth, steps, seed, ids)).cpu()
+    return to_uint8(purify(x, denoiser, depth, steps, seed, ids, sampler)).cpu()

@@ -16,18 +16,27 @@ def cosine_alphas_cumprod(num_train_timesteps: int) -> Tensor:
     return torch.cumprod(1 - betas, dim=0)
 
 
-def respaced_timesteps(t_star: int, num_inference_steps: int) -> list[int]:
-    """Return the timesteps to visit, descending from t_star - 1, evenly spread over [0, t_star - 1].
+def linear_alphas_cumprod(num_train_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Return alphas_cumprod, float64 (T,), of betas rising evenly (Ho et al. 2020, section 4)."""
+    betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+    return torch.cumprod(1 - betas, dim=0)
 
-    One step visits t_star - 1 alone; t_star steps visit every timestep. Raises ValueError if the number of
-    steps is not in 1..t_star.
+
+def linear_betas(num_train_timesteps: int) -> tuple[float, float]:
+    """Return (first, last) beta of the linear schedule, scaled with 1000 / T as the published code does."""
+    return 0.1 / num_train_timesteps, 20.0 / num_train_timesteps
+
+
+def respaced_timesteps(t_star: int, num_inference_steps: int) -> list[int]:
+    """Return the timesteps to visit, descending from t_star - 1, evenly spread so that all strides are alike.
+
+    The last one is a stride above the clean image, not 0, where denoising has nothing left to do (diffusers calls
+    this spacing "trailing"). One step visits t_star - 1 alone; t_star steps visit every timestep. Raises
+    ValueError if the number of steps is not in 1..t_star.
     """
     if not 1 <= num_inference_steps <= t_star:
         raise ValueError(f"num_inference_steps {num_inference_steps} must lie in 1..t_star = {t_star}")
-    if num_inference_steps == 1:
-        return [t_star - 1]
-    stride = (t_star - 1) / (num_inference_steps - 1)
-    return [round(index * stride) for index in reversed(range(num_inference_steps))]
+    return [t_star - 1 - index * t_star // num_inference_steps for index in range(num_inference_steps)]
 
 
 def noise_std(alphas_cumprod: Tensor, t: int) -> float:

@@ -57,6 +57,7 @@ class Purifier:
             self.denoiser,
             t_star=job.t_star,
             num_inference_steps=job.num_inference_steps,
+            sampler=job.sampler,
             seed=job.seed,
             ids=ids,
         )

@@ -52,6 +52,7 @@ def purify(config: Config) -> PurifyResult:
     folder = local_denoiser(denoiser_url)
     denoiser = load_denoiser(folder)
     t_star, steps = check_depth(denoiser, config.purify.t_star, config.purify.num_inference_steps)
+    sampler = config.purify.sampler or denoiser.sampler
     opened = open_source(source, config.data)
     samples = _read_samples(opened, config)
     _check_sizes(source, samples, denoiser)
@@ -60,9 +61,11 @@ def purify(config: Config) -> PurifyResult:
 
     store = Store(output)
     refuse_process_local(output, store.in_this_process_only)
-    fingerprint = _fingerprint(config, t_star, steps, images_per_shard, shards, weights_digest(folder))
     resolved = config.model_copy(deep=True)
-    resolved.purify.t_star, resolved.purify.num_inference_steps = t_star, steps
+    resolved.purify = config.purify.model_copy(
+        update={"t_star": t_star, "num_inference_steps": steps, "sampler": sampler}
+    )
+    fingerprint = _fingerprint(resolved, images_per_shard, shards, weights_digest(folder))
     ledger.open_run(store, shards, fingerprint, to_yaml(resolved))
     statuses = ledger.read_statuses(store)
     pending = ledger.pending(shards, statuses)
@@ -78,6 +81,7 @@ def purify(config: Config) -> PurifyResult:
             denoiser=denoiser_url,
             t_star=t_star,
             num_inference_steps=steps,
+            sampler=sampler,
             batch_size=config.purify.batch_size,
             seed=config.run.seed,
             compensation=config.compensation,
@@ -136,14 +140,15 @@ def _images_per_shard(config: Config, samples: list[Pixels]) -> int:
 
 
 def _fingerprint(
-    config: Config, t_star: int, steps: int, images_per_shard: int, shards: list[ledger.Shard], weights: str
+    config: Config, images_per_shard: int, shards: list[ledger.Shard], weights: str
 ) -> ledger.Fingerprint:
     """Everything that decides pixels or what the output says of itself; not how the work is spread."""
     data = config.data
     tree = {
         "purify": {
-            "t_star": t_star,
-            "num_inference_steps": steps,
+            "t_star": config.purify.t_star,
+            "num_inference_steps": config.purify.num_inference_steps,
+            "sampler": config.purify.sampler,
             "batch_size": config.purify.batch_size,
             "shard_images": images_per_shard,
         },

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eclipse_ray import ledger
-from eclipse_ray.config import CompensationConfig, DataConfig
+from eclipse_ray.config import CompensationConfig, DataConfig, Sampler
 from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image
 from eclipse_ray.data.store import Store
@@ -47,6 +47,7 @@ class Job:
     denoiser: str
     t_star: int
     num_inference_steps: int
+    sampler: Sampler
     batch_size: int
     seed: int
     compensation: CompensationConfig

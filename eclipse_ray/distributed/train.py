@@ -19,6 +19,7 @@ from eclipse_ray.data.dataset import ImageSet, load_images
 from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, read_card, save_denoiser
+from eclipse_ray.diffusion.model import timestep_scale
 from eclipse_ray.diffusion.sampler import ENGINE_VERSION
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
 from eclipse_ray.distributed.fetch import local_denoiser
@@ -194,6 +195,8 @@ def _card(config: Config, fit: training.Fit, images: int, hashes: list[str], fin
         t_max=denoiser.t_max or denoiser.num_train_timesteps,
         t_star=denoiser.t_star,
         num_inference_steps=denoiser.num_inference_steps,
+        sampler=denoiser.sampler,
+        timestep_scale=timestep_scale(denoiser),
         iterations=fit.iteration,
         denoise_psnr=last["denoise_psnr"],
         noisy_psnr=last["noisy_psnr"],

@@ -101,6 +101,6 @@ def test_pickled_weights_are_never_loaded(folder):
 
 def test_another_schedule_is_refused(folder):
     schedule = json.loads((folder / SCHEDULER_FILE).read_text())
-    (folder / SCHEDULER_FILE).write_text(json.dumps({**schedule, "beta_schedule": "linear"}))
+    (folder / SCHEDULER_FILE).write_text(json.dumps({**schedule, "beta_schedule": "sigmoid"}))
     with pytest.raises(InputError, match="cosine"):
         load_denoiser(folder)

@@ -1,0 +1,122 @@
+"""What the engine's benchmarks share: images, fitting, purifying, victims in processes. No Ray, no cluster."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eclipse_ray.config import Settings, load_config
+from eclipse_ray.data.dataset import ImageSet, load_images
+from eclipse_ray.diffusion.model import Denoiser, default_device
+from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.diffusion.training import Progress, run_fit, start_fit
+from eclipse_ray.victims.training import train_victim
+
+BATCH = 64
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class VictimJob:
+    """One cell of a table: training images, their labels, and how the victim is trained."""
+
+    images: Pixels
+    labels: NDArray[np.integer]
+    settings: Settings
+
+
+def load(work: Path, name: str, count: int | None = None) -> ImageSet:
+    """Return the first images of a dataset that `benchmarks/cifar10.py --steps prepare` wrote below `work`."""
+    images = load_images(str(work / name), load_config().data)
+    labels = None if images.labels is None else images.labels[:count]
+    return ImageSet(images.images[:count], images.ids[:count], labels, images.classes)
+
+
+def machine() -> str:
+    """Return the device, cores, torch and Python of this run, and the date."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return f"{device}; torch {torch.__version__}; Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}"
+
+
+def fit(
+    images: Pixels, settings: Settings, on_report: Callable[[Progress], bool] = lambda _: False
+) -> tuple[Denoiser, list[Progress]]:
+    """Fit a denoiser on uint8 (N, H, W, 3); 5 % are held out by seed 0. `on_report` returns True to stop."""
+    config = load_config(None, settings).denoiser
+    device = default_device()
+    pixels = torch.from_numpy(images.copy())
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    held = max(1, round(config.heldout_fraction * len(pixels)))
+    state = start_fit(config, 0, device)
+    curve: list[Progress] = []
+
+    class Enough(Exception):
+        """Raised to leave the training loop early."""
+
+    def report(progress: Progress) -> None:
+        curve.append(progress)
+        if on_report(progress):
+            raise Enough
+
+    try:
+        run_fit(state, pixels[order[held:]].to(device), pixels[order[:held]].to(device), 0, report, lambda _: None)
+    except Enough:
+        pass
+    return state.averaged(), curve
+
+
+def purified(denoiser: Denoiser, images: ImageSet, t_star: int, steps: int, sampler: str, seed: int = 0) -> Pixels:
+    """Return the purified images, uint8 (N, H, W, 3)."""
+    parts = [
+        purify_images(
+            images.images[start : start + BATCH],
+            denoiser,
+            t_star=t_star,
+            num_inference_steps=steps,
+            sampler=sampler,
+            seed=seed,
+            ids=images.ids[start : start + BATCH],
+        )
+        for start in range(0, len(images.ids), BATCH)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def victims(jobs: dict[str, VictimJob], test: ImageSet, seeds: int) -> dict[str, tuple[float, float]]:
+    """Return the mean and standard deviation of last-epoch test accuracy over seeds, one process a core."""
+    workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        runs = {
+            name: [pool.submit(_victim, job, test.images, test.labels, seed) for seed in range(seeds)]
+            for name, job in jobs.items()
+        }
+        found: dict[str, tuple[float, float]] = {}
+        for name, futures in runs.items():
+            values = [future.result() for future in futures]
+            found[name] = (statistics.mean(values), statistics.stdev(values) if seeds > 1 else 0.0)
+            print(f"{name}: {found[name][0]:.2f} ± {found[name][1]:.2f}", flush=True)
+    return found
+
+
+def _victim(job: VictimJob, images: Pixels, labels: NDArray[np.integer], seed: int) -> float:
+    config = load_config(None, job.settings)
+    run = train_victim(
+        job.images, job.labels, images, labels, config.victim, config.compensation, seed, default_device()
+    )
+    return run.test_accuracy[-1]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)

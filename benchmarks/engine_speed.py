@@ -1,0 +1,106 @@
+"""How well and how fast each sampler denoises, and what the defaults gain over the published setting."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import Pixels, load, markdown, purified
+from skimage.metrics import structural_similarity
+
+from eclipse_ray.config import load_config
+from eclipse_ray.diffusion.checkpoint import load_denoiser
+from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet, default_device
+from eclipse_ray.diffusion.sampler import purify_images
+
+IMAGES = 256
+SPEED_IMAGES = 64
+T_STAR = 100
+POISONS = ("ar", "lsp", "urp")
+# The first is the reference: every timestep, as published.
+GRID = (
+    ("ddpm", 100),
+    *(("ddpm", steps) for steps in (25, 10, 4, 2, 1)),
+    *(("ddim", steps) for steps in (10, 4, 2)),
+    *(("dpm", steps) for steps in (10, 4, 2)),
+)
+
+
+def psnr(first: Pixels, second: Pixels) -> float:
+    """Return the peak signal-to-noise ratio in dB of uint8 images."""
+    return float(10 * np.log10(255**2 / np.mean((first.astype(float) - second) ** 2)))
+
+
+def ssim(first: Pixels, second: Pixels) -> float:
+    """Return the mean structural similarity of uint8 colour images (Wang et al. 2004: Gaussian window)."""
+    values = [
+        structural_similarity(a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        for a, b in zip(first, second, strict=True)
+    ]
+    return float(np.mean(values))
+
+
+def samplers_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
+    """PSNR and SSIM to the clean images, part of the poison's energy left, images/s, ratio to the reference."""
+    denoiser = load_denoiser(work / "denoiser-2000", default_device())
+    clean = load(work, "sets/rest", IMAGES)
+    poisoned = {name: load(work, name, IMAGES) for name in POISONS}
+    rows: list[dict[str, Any]] = []
+    purified(denoiser, load(work, "sets/rest", 64), T_STAR, 1, "ddpm")
+    for sampler, steps in GRID:
+        started = time.perf_counter()
+        result = purified(denoiser, clean, T_STAR, steps, sampler)
+        rate = IMAGES / (time.perf_counter() - started)
+        row: dict[str, Any] = {"sampler": sampler, "steps": steps, "images_per_second": rate}
+        row |= {"psnr": psnr(result, clean.images), "ssim": ssim(result, clean.images)}
+        row["ratio"] = rate / (rows[0]["images_per_second"] if rows else rate)
+        for name, images in poisoned.items():
+            # The same ids draw the same noise, so the difference is what is left of the perturbation.
+            left = purified(denoiser, images, T_STAR, steps, sampler).astype(float) - result
+            row[name] = float((left**2).sum() / ((images.images.astype(float) - clean.images) ** 2).sum())
+        rows.append(row)
+        print(row, flush=True)
+    head = ["sampler", "steps", "PSNR", "SSIM", *(f"{name} left" for name in POISONS), "images/s", "ratio"]
+    table = [
+        [row["sampler"], str(row["steps"]), f"{row['psnr']:.2f}", f"{row['ssim']:.4f}"]
+        + [f"{100 * row[name]:.0f} %" for name in POISONS]
+        + [f"{row['images_per_second']:.1f}", f"{row['ratio']:.0f}"]
+        for row in rows
+    ]
+    return markdown(head, table), rows
+
+
+def speed_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Images/s of the published setting and of ours on the same 64 images, each warmed up, in one run."""
+    device = default_device()
+    paper = load_config(None, {"denoiser.preset": "paper"}).denoiser
+    torch.manual_seed(0)
+    large = build_denoiser(build_unet(paper), paper).eval().to(device)
+    small = load_denoiser(work / "denoiser-2000", device)
+    images = load(work, "sets/rest", SPEED_IMAGES).images
+    cases: list[tuple[str, Denoiser, int, int]] = [
+        ("paper network, 100 steps, float32", large, 100, 1),
+        ("paper network, 1 step, float32", large, 1, 1),
+        ("small network, 100 steps, float32", small, 100, 1),
+        ("small network, its default steps", small, small.num_inference_steps, 5),
+    ]
+    rows: list[dict[str, Any]] = []
+    for name, denoiser, steps, repeats in cases:
+        rate = _rate(images, denoiser, steps, repeats)
+        rows.append({"case": name, "images_per_second": rate, "ratio": rate / (rows or [{"images_per_second": rate}])[0]["images_per_second"]})
+        print(rows[-1], flush=True)
+    table = [[row["case"], f"{row['images_per_second']:.2f}", f"{row['ratio']:.0f}"] for row in rows]
+    return markdown(["setting", "images/s", "ratio"], table), rows
+
+
+def _rate(images: Pixels, denoiser: Denoiser, steps: int, repeats: int) -> float:
+    ids = [str(index) for index in range(len(images))]
+    # One step warms up allocations and kernels.
+    purify_images(images, denoiser, t_star=T_STAR, num_inference_steps=1, ids=ids)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        purify_images(images, denoiser, t_star=T_STAR, num_inference_steps=steps, ids=ids)
+    return repeats * len(images) / (time.perf_counter() - started)

@@ -75,8 +75,11 @@ class DenoiserConfig(Section):
     batch_size: int = Field(16, ge=1, description="Images of one optimiser step, over all workers.")
     learning_rate: float = Field(1e-3, gt=0)
     lr_decay: Literal["none", "cosine"] = Field("cosine")
+    warmup_iterations: int = Field(100, ge=0, description="Optimiser steps in which the learning rate rises.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Longer gradients are cut to it; null: none are.")
     weight_decay: float = Field(0.0, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    ema_warmup: bool = Field(True, description="Lower the decay early on, so that the random start is forgotten.")
     heldout_fraction: float = Field(0.05, gt=0, lt=0.5, description="Part of the sparse set never trained on.")
     report_every: int = Field(100, ge=1, description="Optimiser steps between progress reports.")
     checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
@@ -219,7 +222,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "learning_rate": 1e-4,
         "lr_decay": "none",
+        "warmup_iterations": 0,
+        "max_grad_norm": None,
         "ema_decay": 0.9999,
+        "ema_warmup": False,
         "report_every": 1000,
         "checkpoint_every": 5000,
     },

@@ -31,7 +31,14 @@ def test_paper_preset_is_the_published_setting():
     assert (denoiser.layers_per_block, denoiser.attention_levels) == (3, (1, 2))
     assert denoiser.t_max == denoiser.num_train_timesteps == 4000
     assert (denoiser.t_star, denoiser.num_inference_steps, denoiser.replication) == (100, 100, 4)
-    assert (denoiser.iterations, denoiser.ema_decay) == (250_000, 0.9999)
+    assert (denoiser.iterations, denoiser.ema_decay, denoiser.ema_warmup) == (250_000, 0.9999, False)
+    assert (denoiser.variance_type, denoiser.vlb_weight, denoiser.rescale_timesteps) == (
+        "learned_range",
+        1e-3,
+        True,
+    )
+    assert (denoiser.learning_rate, denoiser.lr_decay, denoiser.warmup_iterations) == (1e-4, "none", 0)
+    assert denoiser.max_grad_norm is None
     compensation = Config().compensation
     assert (compensation.p, compensation.sigma) == (0.4, 0.05)
 

@@ -14,11 +14,14 @@ def start_ema(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def update_ema(average: dict[str, Tensor], module: nn.Module, decay: float, iteration: int) -> None:
-    """Move the average towards the module, in place; early on the decay is (1 + i) / (10 + i) if smaller.
+def update_ema(
+    average: dict[str, Tensor], module: nn.Module, decay: float, iteration: int, warmup: bool = True
+) -> None:
+    """Move the average towards the module, in place; with warm-up the decay is (1 + i) / (10 + i) if smaller.
 
     Without the warm-up a short training would average over its own random start.
     """
-    decay = min(decay, (1 + iteration) / (10 + iteration))
+    if warmup:
+        decay = min(decay, (1 + iteration) / (10 + iteration))
     state = module.state_dict()
     torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - decay)

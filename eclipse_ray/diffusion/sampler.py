@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from eclipse_ray.errors import ConfigError, InputError
 ENGINE_VERSION = 2
 
 Network = Callable[[Tensor, Tensor], Tensor]
+# A number for a whole batch, as in sampling, or a tensor (B, 1, 1, 1) with one for each image, as in training.
+Level = TypeVar("Level", float, Tensor)
 
 
 def absorb(x: Tensor, alphas_cumprod: Tensor, t_star: int, seed: int, ids: Sequence[str]) -> Tensor:
@@ -44,7 +47,7 @@ def split_output(output: Tensor) -> tuple[Tensor, Tensor | None]:
     return output, None
 
 
-def posterior(x_t: Tensor, x0_pred: Tensor, abar: float, abar_previous: float) -> tuple[Tensor, float]:
+def posterior(x_t: Tensor, x0_pred: Tensor, abar: Level, abar_previous: Level) -> tuple[Tensor, Level]:
     """Return mean and variance of q(x_previous | x_t, x0_pred) (Ho et al. 2020, eq. 7)."""
     alpha = abar / abar_previous
     beta = 1 - alpha
@@ -59,8 +62,13 @@ def learned_variance(mix: Tensor, abar: float, abar_previous: float) -> Tensor:
     """
     beta = 1 - abar / abar_previous
     low, high = math.log(beta * (1 - abar_previous) / (1 - abar)), math.log(beta)
+    return torch.exp(mixed_log_variance(mix, low, high))
+
+
+def mixed_log_variance(mix: Tensor, low: Level, high: Level) -> Tensor:
+    """Return w high + (1 - w) low with w = (mix + 1) / 2, between the logarithms of beta_tilde and beta."""
     weight = (mix + 1) / 2
-    return torch.exp(weight * high + (1 - weight) * low)
+    return weight * high + (1 - weight) * low
 
 
 def ddim_step(x_t: Tensor, x0_pred: Tensor, abar: float, abar_previous: float) -> Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from eclipse_ray.config import DenoiserConfig
 from eclipse_ray.diffusion.ema import start_ema, update_ema
-from eclipse_ray.diffusion.losses import heldout_psnr, loss_simple
+from eclipse_ray.diffusion.losses import heldout_psnr, loss_hybrid
 from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet
 from eclipse_ray.diffusion.sampler import to_model_range
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
+from eclipse_ray.diffusion.timesteps import draw_timesteps, record_losses, start_losses
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Fit:
     unet: UNet2DModel
     average: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
+    # What loss-second-moment sampling remembers (see `timesteps`); None for uniform sampling.
+    timestep_losses: dict[str, Tensor] | None = None
     iteration: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -46,6 +49,7 @@ class Fit:
             "unet": self.unet.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
+            "timestep_losses": self.timestep_losses,
             "iteration": self.iteration,
             "history": self.history,
         }
@@ -56,6 +60,8 @@ class Fit:
         for name, value in self.average.items():
             value.copy_(state["average"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        for name, value in (self.timestep_losses or {}).items():
+            value.copy_(state["timestep_losses"][name])
         self.iteration, self.history = state["iteration"], state["history"]
 
     def averaged(self) -> Denoiser:
@@ -73,7 +79,9 @@ def start_fit(config: DenoiserConfig, seed: int, device: torch.device) -> Fit:
         unet = build_unet(config)
     unet = unet.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    return Fit(config, unet, start_ema(unet), optimizer)
+    resampled = config.timestep_sampler == "loss_second_moment"
+    losses = start_losses(config.t_max or config.num_train_timesteps) if resampled else None
+    return Fit(config, unet, start_ema(unet), optimizer, losses)
 
 
 def enlarged_batch(images: int, replication: int, batch_size: int, iteration: int, seed: int) -> Tensor:
@@ -94,8 +102,8 @@ def enlarged_batch(images: int, replication: int, batch_size: int, iteration: in
 
 
 def learning_rate_at(config: DenoiserConfig, iteration: int) -> float:
-    """Return the learning rate: 100 iterations of warm-up, then constant or a cosine to zero."""
-    warm = min(1.0, (iteration + 1) / min(100, config.iterations))
+    """Return the learning rate: a linear warm-up, then constant or a cosine to zero."""
+    warm = min(1.0, (iteration + 1) / max(1, min(config.warmup_iterations, config.iterations)))
     if config.lr_decay == "none":
         return config.learning_rate * warm
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
@@ -112,27 +120,30 @@ def run_fit(
     rank: int = 0,
     world_size: int = 1,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    gather: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> None:
     """Train until `iterations`; train and heldout are uint8 (N, H, W, 3) on the network's device.
 
     Indices, timesteps and noise of an iteration are drawn for the whole batch from (seed, iteration), and each
     worker takes its slice: the optimisation is the same for any number of workers that divides the batch.
+    `gather` joins a tensor (B of this worker,) of every worker in rank order; only resampled timesteps need it.
     """
     config = fit.config
     schedule = cosine_alphas_cumprod(config.num_train_timesteps).to(train.device)
-    network = wrap(_NoiseNetwork(fit.unet)).train()
+    network = wrap(build_denoiser(fit.unet, config).to(train.device)).train()
     losses: list[Tensor] = []
     while fit.iteration < config.iterations:
-        for group in fit.optimizer.param_groups:
-            group["lr"] = learning_rate_at(config, fit.iteration)
-        x0, epsilon, t = _draw_batch(config, train, fit.iteration, seed, rank, world_size)
-        loss = loss_simple(network, x0, epsilon, t, schedule)
-        fit.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        fit.optimizer.step()
-        update_ema(fit.average, fit.unet, config.ema_decay, fit.iteration)
-        fit.iteration += 1
+        x0, epsilon, t, weights = _draw_batch(
+            config, train, fit.iteration, seed, rank, world_size, fit.timestep_losses
+        )
+        if config.dropout:
+            # Its masks come from torch's global generator: keyed, so that a resumed training draws the same.
+            torch.manual_seed(_mix(_mix(seed, -1 - fit.iteration), 1 + rank))
+        terms = loss_hybrid(network, x0, epsilon, t, schedule, config.vlb_weight)
+        loss = (weights * terms).mean()
+        _optimise(fit, network, loss)
+        if fit.timestep_losses is not None:
+            record_losses(fit.timestep_losses, gather(t), gather(terms.detach()))
         losses.append(loss.detach())
         last = fit.iteration == config.iterations
         if fit.iteration % config.report_every == 0 or last:
@@ -142,33 +153,46 @@ def run_fit(
             on_checkpoint(fit)
 
 
-class _NoiseNetwork(nn.Module):
-    """The U-Net as a plain module from (x_t, t) to eps_pred, which data-parallel wrappers can take."""
+def worker_slice(batch_size: int, rank: int, world_size: int) -> slice:
+    """Return the part of a batch that one worker takes; parts differ by at most one image."""
+    return slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
-    def __init__(self, unet: UNet2DModel) -> None:
-        super().__init__()
-        self.unet = unet
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        output: Tensor = self.unet(x_t, t).sample
-        return output
+def _optimise(fit: Fit, network: nn.Module, loss: Tensor) -> None:
+    config = fit.config
+    for group in fit.optimizer.param_groups:
+        group["lr"] = learning_rate_at(config, fit.iteration)
+    fit.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if config.max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+    fit.optimizer.step()
+    update_ema(fit.average, fit.unet, config.ema_decay, fit.iteration, config.ema_warmup)
+    fit.iteration += 1
 
 
 def _draw_batch(
-    config: DenoiserConfig, train: Tensor, iteration: int, seed: int, rank: int, world_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    config: DenoiserConfig,
+    train: Tensor,
+    iteration: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    timestep_losses: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = config.batch_size
     indices = enlarged_batch(len(train), config.replication, size, iteration, seed)
     generator = torch.Generator().manual_seed(_mix(seed, -1 - iteration))
-    t = torch.randint(0, int(config.t_max or config.num_train_timesteps), (size,), generator=generator)
+    t, weights = draw_timesteps(config.t_max or config.num_train_timesteps, size, generator, timestep_losses)
     epsilon = torch.randn(size, 3, *train.shape[1:3], generator=generator)
-    mine = slice(rank * size // world_size, (rank + 1) * size // world_size)
+    mine = worker_slice(size, rank, world_size)
     device = train.device
     x0 = to_model_range(train[indices[mine].to(device)])
     return (
         x0.contiguous(memory_format=torch.channels_last),
         epsilon[mine].to(device, memory_format=torch.channels_last),
         t[mine].to(device),
+        weights[mine].to(device),
     )
 
 

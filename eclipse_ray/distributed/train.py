@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from eclipse_ray.diffusion.model import timestep_scale
 from eclipse_ray.diffusion.sampler import ENGINE_VERSION
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
 from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.distributed.gather import gather_slices
 from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
 from eclipse_ray.results import TrainResult
@@ -170,6 +172,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         wrap=ray.train.torch.prepare_model,
+        gather=partial(gather_slices, batch_size=config.denoiser.batch_size),
     )
 
 

@@ -1,14 +1,48 @@
 """Fitting on the debug preset: it learns, resumes exactly, and does not depend on the number of workers."""
 
+import io
+
+import pytest
 import torch
 
-from eclipse_ray.config import load_config
+from eclipse_ray.config import PRESETS, load_config
 from eclipse_ray.diffusion.ema import start_ema, update_ema
-from eclipse_ray.diffusion.losses import add_noise, loss_simple, psnr
+from eclipse_ray.diffusion.losses import loss_hybrid
+from eclipse_ray.diffusion.model import build_denoiser
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
-from eclipse_ray.diffusion.training import enlarged_batch, learning_rate_at, run_fit, start_fit
+from eclipse_ray.diffusion.timesteps import draw_timesteps, record_losses, start_losses, timestep_probabilities
+from eclipse_ray.diffusion.training import (
+    _draw_batch,
+    enlarged_batch,
+    learning_rate_at,
+    run_fit,
+    start_fit,
+    worker_slice,
+)
 
 CPU = torch.device("cpu")
+# What preset `paper` changes in the method of training, without its sizes.
+PAPER = {
+    key: PRESETS["paper"][key]
+    for key in (
+        "variance_type",
+        "rescale_timesteps",
+        "lr_decay",
+        "warmup_iterations",
+        "max_grad_norm",
+        "ema_warmup",
+        "dropout",
+    )
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny networks are slower on several threads, by far if the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def smooth_images(count: int) -> torch.Tensor:
@@ -37,8 +71,6 @@ def fit_all(config, stop_at=None):
 
 
 def _saved(state):
-    import io
-
     stream = io.BytesIO()
     torch.save(state, stream)
     stream.seek(0)
@@ -51,33 +83,84 @@ def test_denoising_beats_doing_nothing():
     assert reports[-1].loss < reports[0].loss
 
 
-def test_resumed_training_equals_an_uninterrupted_one():
-    config = debug(iterations=40, checkpoint_every=20)
+def test_the_published_options_learn_too():
+    _, reports, _ = fit_all(debug(**{**PAPER, "dropout": 0.0}, iterations=120, learning_rate=3e-3, ema_decay=0.97))
+    assert reports[-1].denoise_psnr > reports[-1].noisy_psnr + 3
+    assert reports[-1].denoise_psnr > reports[4].denoise_psnr + 3
+    assert reports[-1].loss < reports[0].loss
+
+
+@pytest.mark.parametrize("options", [{}, {**PAPER, "timestep_sampler": "loss_second_moment"}])
+def test_resumed_training_equals_an_uninterrupted_one(options):
+    config = debug(iterations=40, checkpoint_every=20, **options)
     whole, _, states = fit_all(config)
     images = smooth_images(40)
     resumed = start_fit(config, 5, CPU)
     resumed.restore(states[0]["state"])
     assert resumed.iteration == 20
+    if options:
+        assert timestep_probabilities(resumed.timestep_losses).std() > 0
     run_fit(resumed, images[4:], images[:4], 0, lambda _: None, lambda _: None)
     for name, value in whole.average.items():
         assert torch.equal(value, resumed.average[name]), name
     assert resumed.history == whole.history
+    if options:
+        assert torch.equal(whole.timestep_losses["losses"], resumed.timestep_losses["losses"])
 
 
-def test_two_workers_see_the_batch_of_one():
-    from eclipse_ray.diffusion.training import _draw_batch
+def test_training_shows_the_network_what_sampling_shows_it():
+    config = debug(**PAPER, iterations=1)
+    fit, seen = start_fit(config, 0, CPU), []
 
+    def wrap(network):
+        network.unet.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[1]))
+        return network
+
+    images = smooth_images(8)
+    run_fit(fit, images[4:], images[:4], 0, lambda _: None, lambda _: None, wrap=wrap)
+    t = _draw_batch(config, images[4:], 0, 0, 0, 1)[2]
+    # T is 20 here, so that every timestep is shown as 50.
+    assert torch.equal(seen[0], t * 50.0)
+
+
+def warmed(t_max):
+    history = start_losses(t_max)
+    record_losses(history, torch.arange(t_max).repeat(10), torch.rand(10 * t_max))
+    return history
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("history", [None, warmed(5)])
+def test_several_workers_see_the_batch_of_one(workers, history):
     config, images = debug(batch_size=16), smooth_images(40)
-    whole = _draw_batch(config, images, 3, 0, 0, 1)
-    halves = [_draw_batch(config, images, 3, 0, rank, 2) for rank in range(2)]
-    for index in range(3):
-        assert torch.equal(whole[index], torch.cat([half[index] for half in halves]))
+    whole = _draw_batch(config, images, 3, 0, 0, 1, history)
+    parts = [_draw_batch(config, images, 3, 0, rank, workers, history) for rank in range(workers)]
+    for index in range(4):
+        assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
+    assert [len(part[2]) for part in parts] == [
+        len(range(16)[worker_slice(16, r, workers)]) for r in range(workers)
+    ]
+    assert (whole[3].std() > 0) == (history is not None)
+
+
+def test_the_mean_gradient_of_two_slices_is_that_of_the_batch():
+    config, images, history = debug(**{**PAPER, "dropout": 0.0}), smooth_images(40), warmed(5)
+    network, schedule = build_denoiser(start_fit(config, 0, CPU).unet, config), cosine_alphas_cumprod(20)
+
+    def gradient(rank, world_size):
+        x0, epsilon, t, weights = _draw_batch(config, images, 3, 0, rank, world_size, history)
+        loss = (weights * loss_hybrid(network, x0, epsilon, t, schedule, 1e-3)).mean()
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(network.parameters()))])
+
+    halves = torch.stack([gradient(rank, 2) for rank in range(2)]).mean(dim=0)
+    assert torch.allclose(halves, gradient(0, 1), atol=1e-6)
 
 
 def test_timesteps_stay_below_t_max():
-    from eclipse_ray.diffusion.training import _draw_batch
-
     config = debug(batch_size=256)
+    for history in (None, warmed(5)):
+        drawn = draw_timesteps(5, 2000, torch.Generator().manual_seed(0), history)[0]
+        assert (drawn.min(), drawn.max()) == (0, 4)
     drawn = torch.cat([_draw_batch(config, smooth_images(4), i, 0, 0, 1)[2] for i in range(4)])
     assert drawn.min() == 0
     assert drawn.max() == config.t_max - 1
@@ -102,27 +185,26 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate_at(config, 0) < 0.02
     assert learning_rate_at(config, 100) > 0.95
     assert learning_rate_at(config, 999) < 1e-4
+    published = debug(**PAPER, iterations=1000, learning_rate=1.0)
+    assert {learning_rate_at(published, iteration) for iteration in (0, 50, 999)} == {1.0}
+    slow = debug(iterations=1000, learning_rate=1.0, lr_decay="none", warmup_iterations=200)
+    assert learning_rate_at(slow, 99) == 0.5
 
 
-def test_a_perfect_prediction_has_no_loss():
-    x0, epsilon = torch.rand(2, 4, 3, 8, 8).unbind()
-    t = torch.tensor([0, 1, 2, 3])
-    schedule = cosine_alphas_cumprod(20)
-    assert loss_simple(lambda _x, _t: epsilon, x0, epsilon, t, schedule) == 0
-    off = loss_simple(lambda _x, _t: epsilon + 0.5, x0, epsilon, t, schedule)
-    assert float(off) == 0.25
-
-
-def test_noised_images_keep_the_schedule_variance():
-    x0 = torch.zeros(1, 3, 64, 64)
-    schedule = cosine_alphas_cumprod(4000)
-    x_t = add_noise(x0, torch.randn(1, 3, 64, 64), torch.tensor([99]), schedule)
-    assert abs(float(x_t.std()) - 0.0499) < 0.002
-
-
-def test_psnr_closed_form():
-    x = torch.zeros(1, 3, 4, 4)
-    assert abs(psnr(x, x + 0.2) - 20) < 1e-4
+def test_gradients_are_cut_only_if_asked():
+    """AdamW hardly minds the length of a gradient, but plain descent shows it."""
+    moved = {}
+    for limit in (None, 1e-3):
+        config = debug(iterations=1, max_grad_norm=limit, warmup_iterations=0, learning_rate=1.0)
+        fit = start_fit(config, 0, CPU)
+        fit.optimizer = torch.optim.SGD(fit.unet.parameters())
+        before = torch.cat([value.flatten().clone() for value in fit.unet.state_dict().values()])
+        images = smooth_images(8)
+        run_fit(fit, images[4:], images[:4], 0, lambda _: None, lambda _: None)
+        after = torch.cat([value.flatten() for value in fit.unet.state_dict().values()])
+        moved[limit] = float((after - before).norm())
+    assert moved[1e-3] == pytest.approx(1e-3, rel=0.05)
+    assert moved[None] > 0.01
 
 
 def test_average_follows_the_weights():
@@ -138,3 +220,7 @@ def test_average_follows_the_weights():
     update_ema(average, module, decay=0.9999, iteration=0)
     for name, value in average.items():
         assert torch.allclose(value, start[name] + 0.1 + 0.9 * 0.9, atol=1e-6)
+    start = {name: value.clone() for name, value in average.items()}
+    update_ema(average, module, decay=0.9999, iteration=0, warmup=False)
+    for name, value in average.items():
+        assert torch.allclose(value, torch.lerp(start[name], module.state_dict()[name], 1e-4), atol=1e-9)

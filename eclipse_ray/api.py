@@ -12,6 +12,7 @@ from eclipse_ray.config import Config, Settings, load_config, to_yaml, with_over
 from eclipse_ray.results import (
     DatasetResult,
     EvaluateResult,
+    ImportResult,
     PurifyResult,
     StatusResult,
     TrainResult,
@@ -90,6 +91,20 @@ def train(
     from eclipse_ray.distributed import train as room
 
     return room.train(resolve(config, settings, {"data.clean": clean, "denoiser.output": out}))
+
+
+def import_checkpoint(
+    file: str,
+    *,
+    out: str,
+    heads: int = 4,
+    timesteps: int = 4000,
+    schedule: Literal["cosine", "linear"] = "cosine",
+) -> ImportResult:
+    """Turn weights of improved-diffusion or guided-diffusion, a local file, into the local denoiser `out`."""
+    from eclipse_ray.diffusion import imported as room
+
+    return room.import_checkpoint(file, out=out, heads=heads, timesteps=timesteps, schedule=schedule)
 
 
 def purify(

@@ -115,6 +115,30 @@ def train(
     )
 
 
+@app.command("import-checkpoint")
+def import_checkpoint(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="State dict, such as ema_0.9999_250000.pt.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the denoiser.")],
+    heads: Annotated[int, typer.Option(help="Attention heads, which the file does not tell.")] = 4,
+    timesteps: Annotated[int, typer.Option(help="T of the training.")] = 4000,
+    schedule: Annotated[Literal["cosine", "linear"], typer.Option(help="Noise schedule of it.")] = "cosine",
+    as_json: Json = False,
+) -> None:
+    """Make a denoiser of weights saved by improved-diffusion or guided-diffusion."""
+    from eclipse_ray import api
+
+    result = api.import_checkpoint(file, out=out, heads=heads, timesteps=timesteps, schedule=schedule)
+    _print(
+        result,
+        as_json,
+        lambda: (
+            f"denoiser in {result.denoiser}: {result.parameters:,} parameters, channels "
+            f"{result.block_out_channels}, attention at levels {result.attention_levels}, "
+            f"recommended t_star {result.t_star}"
+        ),
+    )
+
+
 @app.command()
 def purify(
     source: Annotated[str | None, typer.Argument(metavar="SRC", help="Dataset to purify.")] = None,

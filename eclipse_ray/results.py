@@ -17,6 +17,19 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
+class ImportResult:
+    """An imported denoiser: where it lies and what was read off its tensors; `iterations` is 0 if unknown."""
+
+    denoiser: str
+    parameters: int
+    block_out_channels: list[int]
+    attention_levels: list[int]
+    learned_range: bool
+    iterations: int
+    t_star: int
+
+
+@dataclass(frozen=True)
 class PurifyResult:
     """Counts of images after a run; `images_per_second` covers only what this run did."""
 
@@ -84,7 +97,16 @@ class DemoResult:
     output: str
 
 
-Result = TrainResult | PurifyResult | StatusResult | VerifyResult | EvaluateResult | DatasetResult | DemoResult
+Result = (
+    TrainResult
+    | ImportResult
+    | PurifyResult
+    | StatusResult
+    | VerifyResult
+    | EvaluateResult
+    | DatasetResult
+    | DemoResult
+)
 
 
 def to_json(result: Result) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from eclipse_ray import cli
 from eclipse_ray.data.images import encode_image
+from tests.diffusion.original_unet import Original, original_unet
 from tests.support import run_cli
 
 PRESET = ["--set", "denoiser.preset=debug"]
@@ -153,6 +155,30 @@ def test_help_names_every_command():
     assert done.returncode == 0
     for name in ("demo", "convert", "split", "poison", "train", "purify", "status", "verify", "evaluate"):
         assert name in done.stdout
+    assert "import-checkpoint" in done.stdout
+
+
+def test_import_checkpoint(monkeypatch, capfd, tmp_path):
+    file, out = tmp_path / "ema_0.9999_000010.pt", str(tmp_path / "denoiser")
+    network = original_unet(Original(multipliers=(1, 2), blocks=1))
+    torch.save(network.state_dict(), file)
+    code, text, err = call(monkeypatch, capfd, "import-checkpoint", str(file), "--out", out, "--heads", "3")
+    assert (code, text) == (2, "")
+    assert err.startswith("error: --heads 3")
+    assert run_cli(
+        "import-checkpoint", str(file), "--out", out, "--timesteps", "1000", "--schedule", "linear"
+    ) == {
+        "denoiser": out,
+        "parameters": sum(value.numel() for value in network.parameters()),
+        "block_out_channels": [32, 64],
+        "attention_levels": [1],
+        "learned_range": True,
+        "iterations": 10,
+        "t_star": 12,
+    }
+    code, _, err = call(monkeypatch, capfd, "import-checkpoint", str(file), "--out", out)
+    assert code == 2
+    assert "other options" in err
 
 
 def test_importing_the_package_imports_neither_ray_nor_arrow(world):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from eclipse_ray.config import Sampler
+from eclipse_ray.diffusion.fixed_heads import FixedHeadsUNet2DModel
 from eclipse_ray.diffusion.model import Denoiser
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas
 from eclipse_ray.errors import InputError
@@ -24,8 +25,10 @@ SCHEDULER_FILE = "scheduler_config.json"
 CARD_FILE = "eclipse.json"
 DENOISER_FILES = (WEIGHTS_FILE, MODEL_FILE, SCHEDULER_FILE, CARD_FILE)
 
-
+ScheduleName = Literal["cosine", "linear"]
 _SCHEDULE_NAMES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
+# What `_class_name` of a denoiser's config.json may say.
+_UNETS = {"UNet2DModel": UNet2DModel, "FixedHeadsUNet2DModel": FixedHeadsUNet2DModel}
 
 
 class Card(BaseModel):
@@ -40,8 +43,10 @@ class Card(BaseModel):
     sampler: Sampler = "ddpm"
     timestep_scale: float = Field(1.0, gt=0, description="The network is shown t times this.")
     iterations: int
-    denoise_psnr: float = Field(description="dB, held-out images at t_star, one step.")
-    noisy_psnr: float = Field(description="dB, the same images before denoising.")
+    denoise_psnr: float | None = Field(
+        None, description="dB, held-out images at t_star, one step; null: imported, unknown."
+    )
+    noisy_psnr: float | None = Field(None, description="dB, the same images before denoising.")
     sparse_images: int
     sparse_hashes: list[str] = Field(description="Content hashes of the sparse clean set, held-out part included.")
     fingerprint: str
@@ -49,9 +54,7 @@ class Card(BaseModel):
     history: list[dict[str, float]] = Field(default_factory=list, description="The training curve.")
 
 
-def save_denoiser(
-    folder: str | Path, denoiser: Denoiser, card: Card, schedule: Literal["cosine", "linear"] = "cosine"
-) -> None:
+def save_denoiser(folder: str | Path, denoiser: Denoiser, card: Card, schedule: ScheduleName = "cosine") -> None:
     """Write a local denoiser folder; the card goes last, so a folder without one is known to be unfinished."""
     path = Path(folder)
     denoiser.unet.save_pretrained(path, safe_serialization=True)
@@ -84,16 +87,26 @@ def read_card(folder: str | Path) -> Card:
 def load_denoiser(folder: str | Path, device: torch.device | str | None = None) -> Denoiser:
     """Return the denoiser of a local folder, in evaluation mode, float32.
 
-    Raises InputError if files are missing or damaged, or the schedule is neither cosine nor linear.
+    The network's class is the one that config.json names. Raises InputError if files are missing or damaged, the
+    class is unknown, or the schedule is neither cosine nor linear.
     """
     path = Path(folder)
     card = read_card(path)
     try:
         schedule = json.loads((path / SCHEDULER_FILE).read_text(encoding="utf-8"))
-        unet = UNet2DModel.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False)
+        unet = _open_unet(path)
         alphas_cumprod = _read_schedule(path, schedule)
         timesteps = len(alphas_cumprod)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise InputError(f"{folder}: the denoiser cannot be read: {_reason(error)}") from None
     if not card.t_star <= card.t_max <= timesteps:
         raise InputError(f"{folder}/{CARD_FILE}: t_star {card.t_star}, t_max {card.t_max}, T {timesteps} disagree")
@@ -107,6 +120,19 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
         timestep_scale=card.timestep_scale,
     )
     return denoiser.to(device or "cpu").eval()
+
+
+def _open_unet(folder: Path) -> UNet2DModel:
+    name = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")).get("_class_name")
+    if name not in _UNETS:
+        raise InputError(f"{folder / MODEL_FILE}: a network of class {name}, expected one of {sorted(_UNETS)}")
+    unet, report = _UNETS[name].from_pretrained(
+        folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+    )
+    # diffusers would go on with random numbers for what is missing.
+    if strange := [*report["missing_keys"], *report["unexpected_keys"]]:
+        raise InputError(f"{folder / WEIGHTS_FILE}: {strange[0]} is missing or unknown to {MODEL_FILE}")
+    return unet
 
 
 def _read_schedule(folder: Path, schedule: dict[str, Any]) -> Tensor:

@@ -26,7 +26,7 @@ from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_l
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.gather import gather_slices
 from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
-from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.errors import ConfigError, EclipseError, InputError, ResumeError
 from eclipse_ray.results import TrainResult
 
 STATE_FILE = "state.pt"
@@ -51,6 +51,8 @@ def train(config: Config) -> TrainResult:
     else:
         say(f"{output}: already trained with these settings and images")
     card = read_card(local_denoiser(output))
+    if card.denoise_psnr is None or card.noisy_psnr is None:
+        raise ResumeError(f"{output}: holds an imported denoiser; name another folder with --out")
     return TrainResult(card.iterations, card.denoise_psnr, card.noisy_psnr, output)
 
 

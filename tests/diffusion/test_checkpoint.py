@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 
 from eclipse_ray.config import load_config
 from eclipse_ray.diffusion.checkpoint import (
@@ -82,6 +83,14 @@ def test_truncated_weights_are_refused(folder):
     with open(folder / WEIGHTS_FILE, "r+b") as file:
         file.truncate(500)
     with pytest.raises(InputError, match="cannot be read"):
+        load_denoiser(folder)
+
+
+def test_a_missing_tensor_is_not_made_up(folder):
+    weights = load_file(folder / WEIGHTS_FILE)
+    del weights["conv_out.bias"]
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"conv_out\.bias"):
         load_denoiser(folder)
 
 

@@ -205,6 +205,25 @@ def test_the_wrong_denoiser_is_noticed(world, tmp_path, capsys):
     assert "was this denoiser trained on images of this kind?" in capsys.readouterr().err
 
 
+def test_an_imported_denoiser_must_leave_no_more_than_the_noise(capsys):
+    import torch
+
+    from eclipse_ray.diffusion.model import build_denoiser, build_unet
+
+    config = api.resolve(None, {"denoiser.preset": "debug"}, {}).denoiser
+    denoiser = build_denoiser(build_unet(config), config).eval()
+    images = list(np.random.default_rng(0).integers(60, 200, (8, 16, 16, 3), dtype=np.uint8))
+    with torch.no_grad():
+        denoiser.unet.conv_out.weight.zero_()
+        denoiser.unet.conv_out.bias.zero_()
+    room._warn_if_unsuitable(denoiser, images, None, denoiser.t_star)
+    assert "warning" not in capsys.readouterr().err
+    with torch.no_grad():
+        denoiser.unet.conv_out.bias.fill_(5)
+    room._warn_if_unsuitable(denoiser, images, None, denoiser.t_star)
+    assert "warning" in capsys.readouterr().err
+
+
 def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
     from eclipse_ray.data.images import encode_image
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
@@ -68,10 +69,8 @@ def fit(
         if on_report(progress):
             raise Enough
 
-    try:
+    with contextlib.suppress(Enough):
         run_fit(state, pixels[order[held:]].to(device), pixels[order[:held]].to(device), 0, report, lambda _: None)
-    except Enough:
-        pass
     return state.averaged(), curve
 
 

@@ -89,16 +89,22 @@ def speed_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
     ]
     rows: list[dict[str, Any]] = []
     for name, denoiser, steps, repeats in cases:
-        rate = _rate(images, denoiser, steps, repeats)
-        rows.append({"case": name, "images_per_second": rate, "ratio": rate / (rows or [{"images_per_second": rate}])[0]["images_per_second"]})
+        rate = rate_of(images, denoiser, steps, repeats)
+        rows.append(
+            {
+                "case": name,
+                "images_per_second": rate,
+                "ratio": rate / (rows or [{"images_per_second": rate}])[0]["images_per_second"],
+            }
+        )
         print(rows[-1], flush=True)
     table = [[row["case"], f"{row['images_per_second']:.2f}", f"{row['ratio']:.0f}"] for row in rows]
     return markdown(["setting", "images/s", "ratio"], table), rows
 
 
-def _rate(images: Pixels, denoiser: Denoiser, steps: int, repeats: int) -> float:
+def rate_of(images: Pixels, denoiser: Denoiser, steps: int, repeats: int) -> float:
+    """Return images a second, after one step to warm up."""
     ids = [str(index) for index in range(len(images))]
-    # One step warms up allocations and kernels.
     purify_images(images, denoiser, t_star=T_STAR, num_inference_steps=1, ids=ids)
     started = time.perf_counter()
     for _ in range(repeats):

@@ -10,10 +10,10 @@ from typing import Any
 import matplotlib
 import torch
 from common import fit, load, markdown
+from engine_speed import rate_of
 
 from eclipse_ray.config import Settings
 from eclipse_ray.diffusion.model import parameter_count
-from engine_speed import _rate
 
 SPARSE = "sets/clean"
 ITERATIONS = 1000
@@ -51,8 +51,13 @@ def networks_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
         rows = [{"network": name, **future.result()} for name, future in futures.items()]
     best = max(row["psnr"] for row in rows)
     table = [
-        [row["network"], f"{row['parameters']:,}", f"{row['psnr']:.2f}", f"{row['psnr'] - best:+.2f}"]
-        + [f"{row['images_per_second']:.0f}"]
+        [
+            row["network"],
+            f"{row['parameters']:,}",
+            f"{row['psnr']:.2f}",
+            f"{row['psnr'] - best:+.2f}",
+            f"{row['images_per_second']:.0f}",
+        ]
         for row in rows
     ]
     return markdown(["channels", "parameters", "held-out PSNR", "to the best", "images/s, 1 core"], table), rows
@@ -64,7 +69,7 @@ def _network(images: Any, settings: Settings) -> dict[str, Any]:
         "psnr": curve[-1].denoise_psnr,
         "noisy_psnr": curve[-1].noisy_psnr,
         "parameters": parameter_count(denoiser),
-        "images_per_second": _rate(images[:64], denoiser, 1, 3),
+        "images_per_second": rate_of(images[:64], denoiser, 1, 3),
     }
 
 
@@ -81,12 +86,13 @@ def training_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
         "denoiser.lr_decay": "none",
     }
     _, baseline = fit(images, full, lambda progress: progress.denoise_psnr >= reached)
-    rows = [{"range": name, **vars(point)} for name, points in (("t_max", curve), ("T", baseline)) for point in points]
+    rows = [
+        {"range": name, **vars(point)} for name, points in (("t_max", curve), ("T", baseline)) for point in points
+    ]
     _draw(work / "training.png", rows)
     text = (
-        f"t < t_max: {reached:.2f} dB after {curve[-1].iteration:,} iterations; t < T: "
-        f"{max(point.denoise_psnr for point in baseline):.2f} dB at best, {baseline[-1].denoise_psnr:.2f} dB after "
-        f"{baseline[-1].iteration:,}."
+        f"t < t_max: {reached:.2f} dB after {curve[-1].iteration:,} iterations; t < T: at best "
+        f"{max(point.denoise_psnr for point in baseline):.2f} dB within {baseline[-1].iteration:,}."
     )
     return text, rows
 

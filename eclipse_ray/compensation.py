@@ -1,4 +1,9 @@
-"""Lightweight corruption compensation (ECLIPSE, arXiv 2406.15093): random grayscale, then Gaussian noise."""
+"""Lightweight corruption compensation (ECLIPSE, arXiv 2406.15093), and coarse noise against coarse poisons.
+
+Three corruptions of a training image, in this order: noise on a coarse grid, random grayscale, fine noise. The
+last two are the paper's. The first is ours: a smooth random field of colour, which hides the low-frequency poisons
+that neither denoising nor grayscale removes (docs/results.md).
+"""
 
 from __future__ import annotations
 
@@ -7,48 +12,81 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eclipse_ray.config import CompensationConfig
 from eclipse_ray.diffusion.noise import noise, uniform
 from eclipse_ray.errors import InputError
 
 GRAY_T = 2**30
 """Reserved timestep of the draw that decides about grayscale."""
 NOISE_T = 2**30 + 1
-"""Reserved timestep of the noise that is added after it."""
+"""Reserved timestep of the fine noise."""
+COARSE_T = 2**30 + 2
+"""Reserved timestep of the coarse noise."""
+
+BAND_PIXELS = 2**20
+"""Pixels that `bake` works on at once, as rows of the images: a photograph needs no whole float copies."""
 
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue."""
 
 
-def augment(images: Tensor, p: float, sigma: float, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, config: CompensationConfig, generator: torch.Generator) -> Tensor:
     """Return `images`, float (B, 3, H, W) in [0, 1], compensated with draws taken from `generator`.
 
-    Each image turns gray (ITU-R 601 luma on three channels) with probability `p`; then noise of standard
-    deviation `sigma` is added and the result clamped to [0, 1] (arXiv 2406.15093, as its public code
-    does for every image and epoch). `generator` must live on the device of `images`.
+    A smooth field of standard deviation `coarse_sigma` at its grid points is added; the image turns gray (ITU-R
+    601 luma on three channels) with probability `p`; noise of standard deviation `sigma` is added and the result
+    clamped to [0, 1] (arXiv 2406.15093, as its public code does for every image and epoch). `generator` must live
+    on the device of `images`.
     """
-    gray = torch.rand(len(images), generator=generator, device=images.device) < p
+    count, device = len(images), images.device
+    gray = torch.rand(count, generator=generator, device=device) < config.p
     drawn = torch.empty_like(images).normal_(generator=generator)
-    return _compensate(images, gray, drawn, sigma)
+    coarse = None
+    if config.coarse_sigma:
+        points = torch.randn(count, 3, config.coarse_grid, config.coarse_grid, generator=generator, device=device)
+        coarse = _field(points, config, images.shape)
+    return _compensate(images, coarse, gray, drawn, config.sigma)
 
 
-def bake(images: Tensor, ids: Sequence[str], p: float, sigma: float, seed: int) -> Tensor:
+def bake(images: Tensor, ids: Sequence[str], config: CompensationConfig, seed: int) -> Tensor:
     """Return `images`, uint8 (B, H, W, 3), compensated once and rounded to uint8.
 
-    This is Algorithm 1 of arXiv 2406.15093. The draws of an image depend only on (`seed`, its id), so the
-    result is the same in any order and batch. Raises InputError when `ids` do not match `images`.
+    With coarse_sigma = 0 this is Algorithm 1 of arXiv 2406.15093. The draws of an image depend only on (`seed`,
+    its id), so the result is the same in any order and batch. Raises InputError when `ids` do not match `images`.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise InputError(f"expected uint8 images (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
     if len(ids) != len(images):
         raise InputError(f"{len(images)} images came with {len(ids)} ids; give one id to each image")
     height, width = int(images.shape[1]), int(images.shape[2])
-    gray = uniform(seed, ids, GRAY_T, (1,), images.device)[:, 0] < p
-    drawn = noise(seed, ids, NOISE_T, (height, width, 3), images.device).permute(0, 3, 1, 2)
-    result = _compensate(images.permute(0, 3, 1, 2).float() / 255, gray, drawn, sigma)
-    return (result * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    gray = uniform(seed, ids, GRAY_T, (1,), images.device)[:, 0] < config.p
+    drawn = noise(seed, ids, NOISE_T, (height, width, 3), images.device)
+    coarse = None
+    if config.coarse_sigma:
+        grid = config.coarse_grid
+        points = noise(seed, ids, COARSE_T, (3, grid, grid), images.device)
+        coarse = _field(points, config, torch.Size((len(images), 3, height, width)))
+    result = torch.empty_like(images)
+    rows = max(1, BAND_PIXELS // max(1, len(images) * width))
+    for top in range(0, height, rows):
+        band = slice(top, top + rows)
+        x = images[:, band].permute(0, 3, 1, 2).float() / 255
+        here = None if coarse is None else coarse[:, :, band]
+        x = _compensate(x, here, gray, drawn[:, band].permute(0, 3, 1, 2), config.sigma)
+        result[:, band] = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return result
 
 
-def _compensate(images: Tensor, gray: Tensor, drawn: Tensor, sigma: float) -> Tensor:
+def _field(points: Tensor, config: CompensationConfig, shape: torch.Size) -> Tensor:
+    """Spread grid points (B, 3, grid, grid) over images of `shape`, bilinearly, whatever their size."""
+    size = (int(shape[2]), int(shape[3]))
+    smooth = torch.nn.functional.interpolate(points, size=size, mode="bilinear", align_corners=False)
+    return config.coarse_sigma * smooth
+
+
+def _compensate(images: Tensor, coarse: Tensor | None, gray: Tensor, drawn: Tensor, sigma: float) -> Tensor:
+    if coarse is not None:
+        images = images + coarse
     weights = images.new_tensor(LUMA)[:, None, None]
     luma = (images * weights).sum(dim=1, keepdim=True)
     images = torch.where(gray[:, None, None, None], luma, images)

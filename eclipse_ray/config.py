@@ -134,6 +134,10 @@ class CompensationConfig(Section):
     )
     p: float = Field(0.4, ge=0, le=1, description="Probability of grayscale.")
     sigma: float = Field(0.05, ge=0, description="Standard deviation of the noise, on [0, 1].")
+    coarse_sigma: float = Field(
+        0.08, ge=0, description="Standard deviation of noise on a coarse grid, on [0, 1]; 0 as published."
+    )
+    coarse_grid: int = Field(6, ge=2, description="Points of that grid along each side of an image.")
 
 
 class PoisonConfig(Section):
@@ -191,43 +195,48 @@ class Config(Section):
 
 # `small` is the defaults above. `paper` is the published setting; what the paper leaves open (batch size,
 # learning rate, dropout) follows the public improved-diffusion recipe.
-PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {},
     "debug": {
-        "image_size": 16,
-        "block_out_channels": [8, 8],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "num_train_timesteps": 20,
-        "t_star": 4,
-        "t_max": 5,
-        "iterations": 40,
-        "batch_size": 16,
-        "ema_decay": 0.9,
-        "report_every": 10,
-        "checkpoint_every": 20,
+        "denoiser": {
+            "image_size": 16,
+            "block_out_channels": [8, 8],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "num_train_timesteps": 20,
+            "t_star": 4,
+            "t_max": 5,
+            "iterations": 40,
+            "batch_size": 16,
+            "ema_decay": 0.9,
+            "report_every": 10,
+            "checkpoint_every": 20,
+        },
     },
     "paper": {
-        "block_out_channels": [128, 256, 256, 256],
-        "layers_per_block": 3,
-        "attention_levels": [1, 2],
-        "attention_head_dim": 64,
-        "norm_num_groups": 32,
-        "dropout": 0.3,
-        "variance_type": "learned_range",
-        "rescale_timesteps": True,
-        "t_max": 4000,
-        "num_inference_steps": 100,
-        "iterations": 250_000,
-        "batch_size": 128,
-        "learning_rate": 1e-4,
-        "lr_decay": "none",
-        "warmup_iterations": 0,
-        "max_grad_norm": None,
-        "ema_decay": 0.9999,
-        "ema_warmup": False,
-        "report_every": 1000,
-        "checkpoint_every": 5000,
+        "denoiser": {
+            "block_out_channels": [128, 256, 256, 256],
+            "layers_per_block": 3,
+            "attention_levels": [1, 2],
+            "attention_head_dim": 64,
+            "norm_num_groups": 32,
+            "dropout": 0.3,
+            "variance_type": "learned_range",
+            "rescale_timesteps": True,
+            "t_max": 4000,
+            "num_inference_steps": 100,
+            "iterations": 250_000,
+            "batch_size": 128,
+            "learning_rate": 1e-4,
+            "lr_decay": "none",
+            "warmup_iterations": 0,
+            "max_grad_norm": None,
+            "ema_decay": 0.9999,
+            "ema_warmup": False,
+            "report_every": 1000,
+            "checkpoint_every": 5000,
+        },
+        "compensation": {"coarse_sigma": 0.0},
     },
 }
 
@@ -242,8 +251,9 @@ def load_config(file: str | None = None, overrides: Settings | None = None) -> C
         _assign(tree, key, value)
     denoiser = tree.get("denoiser")
     if isinstance(denoiser, dict):
-        preset = PRESETS.get(str(denoiser.get("preset", "small")), {})
-        tree["denoiser"] = {**preset, **denoiser}
+        for section, values in PRESETS.get(str(denoiser.get("preset", "small")), {}).items():
+            chosen = tree.get(section) or {}
+            tree[section] = {**values, **chosen} if isinstance(chosen, dict) else chosen
     return _validate(tree)
 
 

@@ -39,8 +39,9 @@ def test_paper_preset_is_the_published_setting():
     )
     assert (denoiser.learning_rate, denoiser.lr_decay, denoiser.warmup_iterations) == (1e-4, "none", 0)
     assert denoiser.max_grad_norm is None
-    compensation = Config().compensation
-    assert (compensation.p, compensation.sigma) == (0.4, 0.05)
+    compensation = load_config(None, {"denoiser.preset": "paper"}).compensation
+    assert (compensation.p, compensation.sigma, compensation.coarse_sigma) == (0.4, 0.05, 0.0)
+    assert Config().compensation.coarse_sigma > 0
 
 
 def test_order_of_precedence(tmp_path):

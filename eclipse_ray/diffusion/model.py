@@ -27,6 +27,8 @@ def build_unet(config: DenoiserConfig) -> UNet2DModel:
         add_attention=any(attends),
         attention_head_dim=config.attention_head_dim,
         norm_num_groups=config.norm_num_groups,
+        # Not given, the middle attention of a scale-shift network would go without normalisation.
+        attn_norm_num_groups=config.norm_num_groups,
         resnet_time_scale_shift=config.resnet_time_scale_shift,
         dropout=config.dropout,
     )

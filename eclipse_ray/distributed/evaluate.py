@@ -54,11 +54,12 @@ def evaluate(config: Config) -> EvaluateResult:
 
 
 def source_compensation(config: Config, source: str) -> CompensationConfig:
-    """Return the compensation for the training loader: set here, else what SRC's own run says, else none."""
-    if "compensation" in config.model_fields_set:
-        return config.compensation
-    recorded = _recorded_config(source).get("compensation")
-    return CompensationConfig.model_validate(recorded) if recorded else CompensationConfig(mode="none")
+    """Return the compensation for the training loader: what SRC's run says, else none, where not set here.
+
+    Key by key: a preset may set one key without deciding about the mode.
+    """
+    recorded = _recorded_config(source).get("compensation") or {"mode": "none"}
+    return CompensationConfig.model_validate({**recorded, **config.compensation.model_dump(exclude_unset=True)})
 
 
 def _recorded_config(source: str) -> dict[str, Any]:

@@ -62,5 +62,5 @@ class Purifier:
             ids=ids,
         )
         if job.compensation.mode == "baked":
-            purified = compensation.bake(purified, ids, job.compensation.p, job.compensation.sigma, job.seed)
+            purified = compensation.bake(purified, ids, job.compensation, job.seed)
         return purified.numpy()

@@ -144,7 +144,7 @@ def _train_epoch(
             group["lr"] = rate
         batch = draw_batch(padded, rows, config, generator)
         if compensation is not None and compensation.mode == "augment":
-            batch = augment(batch, compensation.p, compensation.sigma, generator)
+            batch = augment(batch, compensation, generator)
         loss = F.cross_entropy(model(_normalise(batch)), labels[rows], label_smoothing=config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)

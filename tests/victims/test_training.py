@@ -76,8 +76,8 @@ def test_only_training_images_are_compensated(monkeypatch):
     seen, evaluated = [], []
     augment, evaluate = training.augment, training.evaluate
 
-    def spy(images, p, sigma, generator):
-        seen.append(augment(images, p, sigma, generator))
+    def spy(images, config, generator):
+        seen.append(augment(images, config, generator))
         return seen[-1]
 
     def watch(model, images, labels):

@@ -29,6 +29,7 @@ POISONS = ("ar", "lsp", "urp")
 SEEDS = 3
 NO_COMPENSATION: Settings = {"compensation.mode": "none"}
 COMPENSATION: Settings = {"compensation.mode": "augment"}
+PUBLISHED: Settings = {"compensation.mode": "augment", "compensation.coarse_sigma": 0}
 
 
 def rows(work: Path) -> list[tuple[str, str, str, Settings]]:
@@ -47,6 +48,7 @@ def rows(work: Path) -> list[tuple[str, str, str, Settings]]:
         cells.append((f"ECLIPSE, {sparse:,} sparse", column, purified, COMPENSATION))
     for column in ("ar", "lsp"):
         purified = str(work / f"purified-{SPARSE[0]}-{column}")
+        cells.append((f"published compensation, {SPARSE[0]:,} sparse", column, purified, PUBLISHED))
         cells.append((f"diffusion alone, {SPARSE[0]:,} sparse", column, purified, NO_COMPENSATION))
         cells.append(("compensation alone", column, str(train[column]), COMPENSATION))
     cells.append(("none", "urp", str(train["urp"]), NO_COMPENSATION))

@@ -15,6 +15,9 @@ GRAY_T = 2**30
 NOISE_T = 2**30 + 1
 """Reserved timestep of the noise that is added after it."""
 
+BAND_PIXELS = 2**20
+"""Pixels that `bake` works on at once, as rows of the images: a photograph needs no whole float copies."""
+
 LUMA = (0.299, 0.587, 0.114)
 """ITU-R 601 weights of red, green and blue."""
 
@@ -43,9 +46,15 @@ def bake(images: Tensor, ids: Sequence[str], p: float, sigma: float, seed: int) 
         raise InputError(f"{len(images)} images came with {len(ids)} ids; give one id to each image")
     height, width = int(images.shape[1]), int(images.shape[2])
     gray = uniform(seed, ids, GRAY_T, (1,), images.device)[:, 0] < p
-    drawn = noise(seed, ids, NOISE_T, (height, width, 3), images.device).permute(0, 3, 1, 2)
-    result = _compensate(images.permute(0, 3, 1, 2).float() / 255, gray, drawn, sigma)
-    return (result * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    drawn = noise(seed, ids, NOISE_T, (height, width, 3), images.device)
+    result = torch.empty_like(images)
+    rows = max(1, BAND_PIXELS // max(1, len(images) * width))
+    for top in range(0, height, rows):
+        band = slice(top, top + rows)
+        x = images[:, band].permute(0, 3, 1, 2).float() / 255
+        x = _compensate(x, gray, drawn[:, band].permute(0, 3, 1, 2), sigma)
+        result[:, band] = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return result
 
 
 def _compensate(images: Tensor, gray: Tensor, drawn: Tensor, sigma: float) -> Tensor:

@@ -23,6 +23,15 @@ Settings = Mapping[str, Any]
 
 Sampler = Literal["ddpm", "ddim", "dpm"]
 
+# Side of a tile in pixels: several times the usual training size, so that few pixels lie near a border; and small
+# enough for self-attention, whose cost grows with the fourth power of it.
+TILE = 128
+# Pixels two tiles share. The small network shows no seam at 16 either (tests/diffusion/test_photographs.py),
+# which would cost 1.3 times the pixels instead of 1.8; deeper ones see further.
+TILE_OVERLAP = 32
+# Pixels of one pass: 64 images of 64 px, or 16 tiles. It bounds the memory of activations and of a batch.
+BATCH_PIXELS = 2**18
+
 
 class Section(BaseModel):
     """A group of settings; unknown keys are refused."""
@@ -42,6 +51,9 @@ class DataConfig(Section):
     encoding: str = Field("png", description="png, webp-lossless, or jpeg:Q with allow_lossy.")
     allow_lossy: bool = Field(False, description="Permit an encoding that changes pixels.")
     max_pixels: int = Field(40_000_000, ge=1, description="Images with more pixels become error rows.")
+    resize: int | None = Field(
+        None, ge=16, description="Central square of every image, resized to so many pixels; null: native size."
+    )
 
 
 class DenoiserConfig(Section):
@@ -117,10 +129,19 @@ class PurifyConfig(Section):
     shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
     shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
     batch_size: int = Field(64, ge=1, description="Images of one pass through the denoiser.")
+    batch_pixels: int = Field(BATCH_PIXELS, ge=1, description="Most pixels of one pass, so fewer large images.")
+    tile: int = Field(TILE, ge=32, description="Larger images are denoised in tiles of this side, blended.")
+    tile_overlap: int = Field(TILE_OVERLAP, ge=0, description="Least overlap of two tiles, at most half a tile.")
     actors: int | None = Field(None, ge=1, description="null: one for each GPU, else one for each CPU core.")
     num_gpus: float | None = Field(None, ge=0, description="GPUs of an actor; null: 1 if there are any.")
     max_failed_fraction: float = Field(0.01, ge=0, le=1, description="More failed images end in exit 3.")
     watchdog_seconds: float = Field(1800, gt=0, description="No finished shard for so long ends the run.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PurifyConfig:
+        if 2 * self.tile_overlap > self.tile:
+            raise ValueError(f"tile_overlap {self.tile_overlap} exceeds half of tile {self.tile}")
+        return self
 
 
 class CompensationConfig(Section):

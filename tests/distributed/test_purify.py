@@ -1,6 +1,7 @@
 """The main job on Ray: counts, bytes, order, resume, leakage and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -202,6 +203,18 @@ def test_samples_of_large_images_are_their_middles(world, tmp_path):
     assert (sample.height, sample.width, sample.crop.shape) == (400, 90, (64, 64, 3))
     config.data.resize = 32
     assert room._read_samples(open_source(str(tmp_path), config.data), config)[0].height == 32
+
+
+def test_leakage_is_found_whatever_the_size_worked_at(world):
+    config = api.resolve(None, {**SHARDS, "data.resize": 24}, {})
+    source = open_source(world.clean, config.data)
+    batch = stages.shard_rows(plan_shards(source.parts, 16))[0]
+    job = make_job(source, config, world)
+    _, images, _ = stages.unpack(stages.read_and_decode(batch, job))
+    assert {image.shape for image in images} == {(24, 24, 3)}
+    stored = load_images(world.clean, api.resolve(None, None, {}).data).hashes()
+    fatal = stages.read_and_decode(batch, replace(job, sparse_hashes=frozenset(stored)))["fatal"][0].as_py()
+    assert "is in the sparse clean set" in fatal
 
 
 def test_no_column_between_stages_is_a_python_object(world):

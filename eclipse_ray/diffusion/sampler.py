@@ -131,6 +131,7 @@ def eliminate(
             x_t = _in_bands(x_t, x0_pred, mix, drawn, abar, abar_previous)
             del x0_pred, mix, drawn
             continue
+        del mix
         estimate = x0_pred
         if sampler == "dpm" and x0_last is not None:
             step, step_before = log_snr[index + 1] - log_snr[index], log_snr[index] - log_snr[index - 1]

@@ -19,17 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from eclipse_ray.errors import ConfigError
 
 Settings = Mapping[str, Any]
-
-
 Sampler = Literal["ddpm", "ddim", "dpm"]
 
-# Side of a tile in pixels: several times the usual training size, so that few pixels lie near a border; and small
-# enough for self-attention, whose cost grows with the fourth power of it.
+# Side of a tile: few of its pixels lie near a border, and self-attention, of cost tile**4, is still affordable.
 TILE = 128
-# Pixels two tiles share. The small network shows no seam at 16 either (tests/diffusion/test_photographs.py),
-# which would cost 1.3 times the pixels instead of 1.8; deeper ones see further.
+# What two tiles share. 16 shows no seam with the small network either; deeper ones see further.
 TILE_OVERLAP = 32
-# Pixels of one pass: 64 images of 64 px, or 16 tiles. It bounds the memory of activations and of a batch.
+# Most pixels of one pass, 64 images of 64 px or 16 tiles: bounds the memory of activations.
 BATCH_PIXELS = 2**18
 
 
@@ -51,9 +47,7 @@ class DataConfig(Section):
     encoding: str = Field("png", description="png, webp-lossless, or jpeg:Q with allow_lossy.")
     allow_lossy: bool = Field(False, description="Permit an encoding that changes pixels.")
     max_pixels: int = Field(40_000_000, ge=1, description="Images with more pixels become error rows.")
-    resize: int | None = Field(
-        None, ge=16, description="Central square of every image, resized to so many pixels; null: native size."
-    )
+    resize: int | None = Field(None, ge=16, description="Central square resized to so many pixels; null: no.")
 
 
 class DenoiserConfig(Section):

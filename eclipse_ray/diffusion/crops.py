@@ -46,14 +46,10 @@ def crops(images: ImageBuffer | Tensor, indices: Tensor, places: Tensor, side: i
     indices, places = indices.to(device), places.to(device)
     room = buffer.sizes[indices] - side
     corner = (places * (room + 1)).to(torch.int64)
-    width = buffer.sizes[indices, 1]
-    # One flat index for every value, (B, side, side, 3), so that any device gathers them in one go.
-    line = torch.arange(side, device=device)
-    row = (corner[:, :1] + line)[:, :, None, None]
-    column = (corner[:, 1:] + line)[:, None, :, None]
-    channel = torch.arange(3, device=device)
-    pixel = row * width[:, None, None, None] + column
-    return buffer.pixels[buffer.offsets[indices][:, None, None, None] + 3 * pixel + channel]
+    row = corner[:, :1] + torch.arange(side, device=device)
+    start = buffer.offsets[indices, None] + 3 * (row * buffer.sizes[indices, 1:] + corner[:, 1:])
+    # Every line of every crop is a run of 3 * side values: a view of all such runs, indexed by where they start.
+    return buffer.pixels.unfold(0, 3 * side, 1)[start].view(-1, side, side, 3)
 
 
 def centre_crops(images: ImageBuffer, side: int) -> Tensor:

@@ -36,13 +36,15 @@ def convert(
     output: str,
     *,
     layout: Layout = "parquet",
+    resize: int | None = None,
     config: ConfigLike = None,
     settings: Settings | None = None,
 ) -> DatasetResult:
-    """Rewrite a dataset as canonical Parquet or as one folder a class, without touching a pixel."""
+    """Rewrite a dataset as canonical Parquet or as one folder a class; only `resize` touches pixels."""
     from eclipse_ray.data import transform as room
 
-    resolved = resolve(config, settings, {"data.source": source, "data.output": output})
+    named = {"data.source": source, "data.output": output, "data.resize": resize}
+    resolved = resolve(config, settings, named)
     images = room.convert(source, output, resolved.data, layout)
     return _recorded(resolved, DatasetResult(images, output))
 
@@ -84,13 +86,15 @@ def train(
     *,
     clean: str | None = None,
     out: str | None = None,
+    resize: int | None = None,
     config: ConfigLike = None,
     settings: Settings | None = None,
 ) -> TrainResult:
     """Fit a denoiser on the sparse clean set `clean` and write it to `out`; the same call resumes."""
     from eclipse_ray.distributed import train as room
 
-    return room.train(resolve(config, settings, {"data.clean": clean, "denoiser.output": out}))
+    named = {"data.clean": clean, "denoiser.output": out, "data.resize": resize}
+    return room.train(resolve(config, settings, named))
 
 
 def import_checkpoint(
@@ -112,13 +116,19 @@ def purify(
     output: str | None = None,
     *,
     denoiser: str | None = None,
+    resize: int | None = None,
     config: ConfigLike = None,
     settings: Settings | None = None,
 ) -> PurifyResult:
     """Purify every image of `source` into `output`; the same call resumes what it began."""
     from eclipse_ray.distributed import purify as room
 
-    named = {"data.source": source, "data.output": output, "purify.denoiser": denoiser}
+    named = {
+        "data.source": source,
+        "data.output": output,
+        "purify.denoiser": denoiser,
+        "data.resize": resize,
+    }
     return room.purify(resolve(config, settings, named))
 
 

@@ -27,6 +27,10 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeat for more."),
 ]
+Resize = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Resize the central square of every image to N pixels; default: native size."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
 
@@ -50,14 +54,15 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Any readable dataset.")],
     output: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
     layout: Annotated[Literal["parquet", "folder"], typer.Option(help="folder: one a class.")] = "parquet",
+    resize: Resize = None,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
 ) -> None:
-    """Rewrite a dataset as canonical Parquet, or as one folder a class, without touching a pixel."""
+    """Rewrite a dataset as canonical Parquet, or as one folder a class; only --resize touches a pixel."""
     from eclipse_ray import api
 
-    result = api.convert(source, output, layout=layout, config=config, settings=_settings(assign))
+    result = api.convert(source, output, layout=layout, resize=resize, config=config, settings=_settings(assign))
     _print(result, as_json, lambda: f"{result.images:,} images written to {result.output}")
 
 
@@ -97,6 +102,7 @@ def poison(
 def train(
     clean: Annotated[str | None, typer.Option(metavar="SRC", help="Sparse clean set.")] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.")] = None,
+    resize: Resize = None,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
@@ -104,7 +110,7 @@ def train(
     """Fit a denoiser on a sparse clean set; the same command resumes."""
     from eclipse_ray import api
 
-    result = api.train(clean=clean, out=out, config=config, settings=_settings(assign))
+    result = api.train(clean=clean, out=out, resize=resize, config=config, settings=_settings(assign))
     _print(
         result,
         as_json,
@@ -144,6 +150,7 @@ def purify(
     source: Annotated[str | None, typer.Argument(metavar="SRC", help="Dataset to purify.")] = None,
     output: Annotated[str | None, typer.Argument(metavar="DST", help="Output folder.")] = None,
     denoiser: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.")] = None,
+    resize: Resize = None,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
@@ -152,7 +159,7 @@ def purify(
     from eclipse_ray import api
 
     resolved = api.resolve(config, _settings(assign), {})
-    result = api.purify(source, output, denoiser=denoiser, config=resolved)
+    result = api.purify(source, output, denoiser=denoiser, resize=resize, config=resolved)
     _print(
         result,
         as_json,

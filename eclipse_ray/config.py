@@ -19,9 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from eclipse_ray.errors import ConfigError
 
 Settings = Mapping[str, Any]
-
-
 Sampler = Literal["ddpm", "ddim", "dpm"]
+
+# Side of a tile: few of its pixels lie near a border, and self-attention, of cost tile**4, is still affordable.
+TILE = 128
+# What two tiles share. 16 shows no seam with the small network either; deeper ones see further.
+TILE_OVERLAP = 32
+# Most pixels of one pass, 64 images of 64 px or 16 tiles: bounds the memory of activations.
+BATCH_PIXELS = 2**18
 
 
 class Section(BaseModel):
@@ -42,6 +47,7 @@ class DataConfig(Section):
     encoding: str = Field("png", description="png, webp-lossless, or jpeg:Q with allow_lossy.")
     allow_lossy: bool = Field(False, description="Permit an encoding that changes pixels.")
     max_pixels: int = Field(40_000_000, ge=1, description="Images with more pixels become error rows.")
+    resize: int | None = Field(None, ge=16, description="Central square resized to so many pixels; null: no.")
 
 
 class DenoiserConfig(Section):
@@ -120,10 +126,19 @@ class PurifyConfig(Section):
     shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
     shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
     batch_size: int = Field(64, ge=1, description="Images of one pass through the denoiser.")
+    batch_pixels: int = Field(BATCH_PIXELS, ge=1, description="Most pixels of one pass, so fewer large images.")
+    tile: int = Field(TILE, ge=32, description="Larger images are denoised in tiles of this side, blended.")
+    tile_overlap: int = Field(TILE_OVERLAP, ge=0, description="Least overlap of two tiles, at most half a tile.")
     actors: int | None = Field(None, ge=1, description="null: one for each GPU, else one for each CPU core.")
     num_gpus: float | None = Field(None, ge=0, description="GPUs of an actor; null: 1 if there are any.")
     max_failed_fraction: float = Field(0.01, ge=0, le=1, description="More failed images end in exit 3.")
     watchdog_seconds: float = Field(1800, gt=0, description="No finished shard for so long ends the run.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PurifyConfig:
+        if 2 * self.tile_overlap > self.tile:
+            raise ValueError(f"tile_overlap {self.tile_overlap} exceeds half of tile {self.tile}")
+        return self
 
 
 class CompensationConfig(Section):

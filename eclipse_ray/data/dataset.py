@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig
 from eclipse_ray.data.folder import NOTE, folder_name
 from eclipse_ray.data.formats import UNFINISHED, open_source, read_tables
-from eclipse_ray.data.images import SUFFIXES, ImageError, content_hash, decode_image, suffix_of
+from eclipse_ray.data.images import SUFFIXES, ImageError, content_hash, decode_image, resize_image, suffix_of
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import image_bytes, table_to_parquet, with_classes
 from eclipse_ray.errors import InputError
@@ -42,7 +42,7 @@ class ImageSet:
 def load_images(
     url: str, data_config: DataConfig, *, require_labels: bool = False, limit: int | None = None
 ) -> ImageSet:
-    """Return all images at `url` (or the first `limit`), decoded; they must share one size.
+    """Return all images at `url` (or the first `limit`), decoded (and resized); they must share one size.
 
     A missing label is -1. Raises InputError for an image that cannot be decoded, for two sizes, for an id
     that occurs twice, and with `require_labels` for missing labels.
@@ -77,6 +77,38 @@ def load_images(
     if require_labels:
         _require_labels(url, ids, labels if labelled else None, source.classes, data_config)
     return ImageSet(ids, images, np.array(labels, np.int64) if labelled else None, source.classes)
+
+
+@dataclass(frozen=True)
+class MixedSet:
+    """Decoded images of any sizes: ids (N), pixels uint8 (total,) in order, sizes int64 (N, 2), hashes (N).
+
+    A size is (height, width); a hash is of the image as it is stored, before data.resize.
+    """
+
+    ids: list[str]
+    pixels: NDArray[np.uint8]
+    sizes: NDArray[np.int64]
+    hashes: list[str]
+
+
+def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
+    """Return all images at `url`, decoded (and resized), in one buffer. Raises InputError as load_images does."""
+    source = open_source(url, data_config)
+    ids: list[str] = []
+    hashes: list[str] = []
+    sizes: list[tuple[int, ...]] = []
+    pixels = bytearray()
+    for table in read_tables(source, data_config, max_images=2048):
+        for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
+            stored = _decode_stored(url, name, data, data_config)
+            image = resize_image(stored, data_config.resize)
+            ids.append(name)
+            hashes.append(content_hash(stored))
+            sizes.append(image.shape[:2])
+            pixels += image.data
+    _refuse_repeated_ids(url, ids)
+    return MixedSet(ids, np.frombuffer(pixels, np.uint8), np.array(sizes, np.int64).reshape(-1, 2), hashes)
 
 
 def write_dataset(
@@ -184,6 +216,10 @@ def _regroup(tables: Iterable[pa.Table], max_images: int, max_bytes: int) -> Ite
 
 
 def _decode(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArray[np.uint8]:
+    return resize_image(_decode_stored(url, name, data, data_config), data_config.resize)
+
+
+def _decode_stored(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArray[np.uint8]:
     try:
         return decode_image(data, data_config.max_pixels)
     except ImageError as error:
@@ -193,7 +229,7 @@ def _decode(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArra
 def _two_sizes(url: str, first: str, one: NDArray[np.uint8], second: str, other: NDArray[np.uint8]) -> InputError:
     return InputError(
         f"{url}: images differ in size: {first} is {one.shape[1]}x{one.shape[0]} and {second} is "
-        f"{other.shape[1]}x{other.shape[0]} pixels; resize them to one size"
+        f"{other.shape[1]}x{other.shape[0]} pixels; bring them to one size with data.resize"
     )
 
 

@@ -107,6 +107,27 @@ def encode_image(pixels: Pixels, encoding: str) -> bytes:
     return buffer.getvalue()
 
 
+def resize_image(pixels: Pixels, side: int | None) -> Pixels:
+    """Return the central square of uint8 (H, W, 3) `pixels` resized to (side, side, 3); None leaves them alone.
+
+    The usual "resize the short side, crop the centre", in one antialiased bicubic pass; it enlarges too.
+    """
+    height, width = pixels.shape[:2]
+    if side is None or (height, width) == (side, side):
+        return pixels
+    short = min(height, width)
+    left, top = (width - short) / 2, (height - short) / 2
+    image = Image.fromarray(pixels)
+    square = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))
+    return np.array(square, dtype=np.uint8)
+
+
+def centre_crop(pixels: Pixels, side: int) -> Pixels:
+    """Return the middle of uint8 (H, W, 3) `pixels`, at most `side` pixels a side, as a copy."""
+    top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side].copy()
+
+
 def check_encoding(encoding: str, allow_lossy: bool) -> None:
     """Raise ConfigError unless `encoding` is known and, if it changes pixels, permitted."""
     if encoding in ("png", "webp-lossless"):

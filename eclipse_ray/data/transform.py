@@ -15,22 +15,47 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig
 from eclipse_ray.data.dataset import Layout, refuse_existing, write_dataset
 from eclipse_ray.data.formats import Source, open_source, read_tables
-from eclipse_ray.data.images import ImageError, content_hash, decode_image
+from eclipse_ray.data.images import (
+    ImageError,
+    check_encoding,
+    content_hash,
+    decode_image,
+    encode_image,
+    resize_image,
+)
 from eclipse_ray.data.store import Store
-from eclipse_ray.data.table import image_bytes
+from eclipse_ray.data.table import CANONICAL, canonical_table, image_bytes
 from eclipse_ray.errors import InputError
 
 
 def convert(source_url: str, output_url: str, data_config: DataConfig, layout: Layout = "parquet") -> int:
     """Write the dataset at `source_url` in another layout and return the number of images.
 
-    Encoded images are copied byte for byte (CIFAR arrays become PNG). Raises InputError for an unreadable
-    source and for an output that already holds data.
+    Encoded images are copied byte for byte (CIFAR arrays become PNG), unless `data.resize` asks for another size:
+    then they are written anew as `data.encoding`. Raises InputError for an unreadable source, for an output that
+    already holds data, and for an image that should be resized but cannot be decoded.
     """
+    check_encoding(data_config.encoding, data_config.allow_lossy)
     refuse_existing(Store(output_url))
     source = open_source(source_url, data_config)
     tables = read_tables(source, data_config)
+    if data_config.resize is not None:
+        tables = (_resized(source, table, data_config) for table in tables)
     return write_dataset(output_url, tables, classes=source.classes, source=source_url, layout=layout)
+
+
+def _resized(source: Source, table: pa.Table, data_config: DataConfig) -> pa.Table:
+    ids: list[str] = table["id"].to_pylist()
+    encoded: list[bytes] = []
+    for name, data in zip(ids, image_bytes(table), strict=True):
+        try:
+            pixels = resize_image(decode_image(data, data_config.max_pixels), data_config.resize)
+        except ImageError as error:
+            raise InputError(f"{source.url}: image {name}: {error}; mend it or leave it out") from error
+        encoded.append(encode_image(pixels, data_config.encoding))
+    labels = table["label"] if "label" in table.column_names else None
+    extras = table.drop_columns([name for name in CANONICAL if name in table.column_names])
+    return canonical_table(ids, encoded, labels, extras, source.classes)
 
 
 def split(

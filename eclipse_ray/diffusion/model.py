@@ -38,8 +38,8 @@ class Denoiser(nn.Module):
     """A network, its noise schedule and its recommended use; what the samplers work with.
 
     `alphas_cumprod` is float64 (T,); timesteps below `t_max` were trained; `t_star`, `num_inference_steps` and
-    `sampler` are recommended; both sides of an image must be divisible by `size_multiple`. The network is shown
-    `t * timestep_scale`.
+    `sampler` are recommended; both sides of an image must be divisible by `size_multiple` (`diffusion.tiling`
+    takes care of others). The network is shown `t * timestep_scale`.
     """
 
     alphas_cumprod: Tensor
@@ -80,10 +80,6 @@ class Denoiser(nn.Module):
     def learned_range(self) -> bool:
         """Whether the second half of the output channels is a variance mix."""
         return int(self.unet.config.out_channels) == 2 * IMAGE_CHANNELS
-
-    def accepts(self, height: int, width: int) -> bool:
-        """Return whether the network can take images of this size, in pixels."""
-        return height % self.size_multiple == 0 and width % self.size_multiple == 0 and height * width > 0
 
 
 def build_denoiser(unet: UNet2DModel, config: DenoiserConfig) -> Denoiser:

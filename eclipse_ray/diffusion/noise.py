@@ -16,6 +16,9 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+# Counter blocks of four words worked on at once. The int64 temporaries of a whole photograph would take gigabytes;
+# those of this many blocks take some ten MiB, and a batch of 64 CIFAR images is still one piece.
+BLOCKS = 2**16
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
@@ -51,29 +54,48 @@ def random_words(
 
     Key: the first half of a 128-bit hash of (seed, id). Counter: block index, t, the second half.
     """
-    identity = _identity_words(seed, ids, device)
-    blocks = torch.arange(-(-count // 4), device=device, dtype=torch.int64)[None, :]
+    return _words(_identity_words(seed, ids, device), t, 0, -(-count // 4))[:, :count]
+
+
+def _words(identity: Tensor, t: int, first: int, last: int) -> Tensor:
+    """Return the words (B, 4 * (last - first)) of the counter blocks first..last - 1."""
+    blocks = torch.arange(first, last, device=identity.device, dtype=torch.int64)[None, :]
     columns = [identity[:, index, None] for index in range(4)]
     step = torch.full_like(blocks, t)
     words = philox((blocks, step, columns[2], columns[3]), (columns[0], columns[1]))
-    return torch.stack(words, dim=-1).flatten(1)[:, :count]
+    return torch.stack(words, dim=-1).flatten(1)
 
 
 def uniform(
     seed: int, ids: Sequence[str], t: int, shape: tuple[int, ...], device: torch.device | str | None = None
 ) -> Tensor:
     """Return float64 (B, *shape) in the open interval (0, 1), keyed by (seed, id, t)."""
-    words = random_words(seed, ids, t, math.prod(shape), device)
-    return ((words.to(torch.float64) + 0.5) / 2.0**32).view(len(ids), *shape)
+    return _to_unit(random_words(seed, ids, t, math.prod(shape), device)).view(len(ids), *shape)
+
+
+def _to_unit(words: Tensor) -> Tensor:
+    return (words.to(torch.float64) + 0.5) / 2.0**32
 
 
 def noise(
     seed: int, ids: Sequence[str], t: int, shape: tuple[int, ...], device: torch.device | str | None = None
 ) -> Tensor:
-    """Return float32 (B, *shape) of standard normals (Box-Muller), keyed by (seed, id, t)."""
+    """Return float32 (B, *shape) of standard normals (Box-Muller), keyed by (seed, id, t).
+
+    Works through the counter in pieces, so memory beyond the result is bounded; the values are the same.
+    """
     count = math.prod(shape)
-    flat = uniform(seed, ids, t, (-(-count // 2) * 2,), device)
+    identity = _identity_words(seed, ids, device)
+    normals = torch.empty(len(ids), count, dtype=torch.float32, device=device)
+    blocks, piece = -(-count // 4), max(1, BLOCKS // max(1, len(ids)))
+    for first in range(0, blocks, piece):
+        last = min(first + piece, blocks)
+        drawn = _box_muller(_to_unit(_words(identity, t, first, last)))
+        normals[:, 4 * first : 4 * last] = drawn[:, : count - 4 * first]
+    return normals.view(len(ids), *shape)
+
+
+def _box_muller(flat: Tensor) -> Tensor:
     radius = torch.sqrt(-2.0 * torch.log(flat[:, 0::2]))
     angle = (2.0 * math.pi) * flat[:, 1::2]
-    normals = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)
-    return normals[:, :count].to(torch.float32).view(len(ids), *shape)
+    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(1)

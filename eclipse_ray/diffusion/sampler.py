@@ -7,7 +7,7 @@ index t_star - 1. Noise keys: absorb uses t_star, the reverse step at index t us
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -15,16 +15,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eclipse_ray.config import Sampler
+from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, Sampler
 from eclipse_ray.diffusion.model import IMAGE_CHANNELS, Denoiser
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.schedule import respaced_timesteps
+from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled
+from eclipse_ray.diffusion.tiling import Network as Network
 from eclipse_ray.errors import ConfigError, InputError
 
 # Bumped only when the pixels that purification gives change, so that other fixes do not orphan unfinished runs.
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 
-Network = Callable[[Tensor, Tensor], Tensor]
+# Pixels of a batch beyond which a step is computed by bands of rows.
+BAND_PIXELS = 2**20
+
 # A number for a whole batch, as in sampling, or a tensor (B, 1, 1, 1) with one for each image, as in training.
 Level = TypeVar("Level", float, Tensor)
 
@@ -77,6 +81,31 @@ def ddim_step(x_t: Tensor, x0_pred: Tensor, abar: float, abar_previous: float) -
     return ratio * x_t + (abar_previous**0.5 - ratio * abar**0.5) * x0_pred
 
 
+def ancestral_step(
+    x_t: Tensor, x0_pred: Tensor, mix: Tensor | None, drawn: Tensor, abar: float, abar_previous: float
+) -> Tensor:
+    """Return x_previous with the noise drawn for it, of the learned variance if there is one (Ho et al. 2020)."""
+    mean, fixed = posterior(x_t, x0_pred, abar, abar_previous)
+    deviation = fixed**0.5 if mix is None else learned_variance(mix, abar, abar_previous).sqrt()
+    return mean + deviation * drawn
+
+
+def _in_bands(
+    x_t: Tensor, x0_pred: Tensor, mix: Tensor | None, drawn: Tensor, abar: float, abar_previous: float
+) -> Tensor:
+    """Return ancestral_step, of large images by bands of rows: the same values with small temporaries."""
+    height = x_t.shape[2]
+    rows = max(1, BAND_PIXELS // (len(x_t) * x_t.shape[3]))
+    if rows >= height:
+        return ancestral_step(x_t, x0_pred, mix, drawn, abar, abar_previous)
+    result = torch.empty_like(x_t)
+    for top in range(0, height, rows):
+        band = (slice(None), slice(None), slice(top, top + rows))
+        mix_band = None if mix is None else mix[band]
+        result[band] = ancestral_step(x_t[band], x0_pred[band], mix_band, drawn[band], abar, abar_previous)
+    return result
+
+
 def eliminate(
     x_t: Tensor,
     network: Network,
@@ -103,12 +132,15 @@ def eliminate(
         x0_pred = predict_x0(x_t, eps_pred, abar)
         if index == len(timesteps) - 1:
             return x0_pred
+        # Of a large photograph each of these takes hundreds of MiB: let go of what is not needed again.
+        del output, eps_pred
         abar_previous = float(alphas_cumprod[timesteps[index + 1]])
         if sampler == "ddpm":
-            x_t, fixed = posterior(x_t, x0_pred, abar, abar_previous)
-            deviation = fixed**0.5 if mix is None else learned_variance(mix, abar, abar_previous).sqrt()
-            x_t = x_t + deviation * noise(seed, ids, t, tuple(x_t.shape[1:]), x_t.device)
+            drawn = noise(seed, ids, t, tuple(x_t.shape[1:]), x_t.device)
+            x_t = _in_bands(x_t, x0_pred, mix, drawn, abar, abar_previous)
+            del x0_pred, mix, drawn
             continue
+        del mix
         estimate = x0_pred
         if sampler == "dpm" and x0_last is not None:
             step, step_before = log_snr[index + 1] - log_snr[index], log_snr[index] - log_snr[index - 1]
@@ -130,11 +162,32 @@ def purify(
     seed: int,
     ids: Sequence[str],
     sampler: Sampler | None = None,
+    *,
+    tile: int = TILE,
+    tile_overlap: int = TILE_OVERLAP,
+    batch_pixels: int = BATCH_PIXELS,
 ) -> Tensor:
-    """Return x (B, 3, H, W in [-1, 1]) absorbed to depth t_star and denoised again, in the same range."""
+    """Return x (B, 3, H, W in [-1, 1]) absorbed to depth t_star and denoised again, in the same range.
+
+    Images larger than `tile` go through the network in tiles that overlap by `tile_overlap`, together at most
+    `batch_pixels` pixels at a time.
+    """
     schedule = denoiser.alphas_cumprod
+    network = tiled(denoiser, tile, tile_overlap, denoiser.size_multiple, batch_pixels)
     x_t = absorb(x, schedule, t_star, seed, ids)
-    return eliminate(x_t, denoiser, schedule, t_star, num_inference_steps, seed, ids, sampler or denoiser.sampler)
+    return eliminate(x_t, network, schedule, t_star, num_inference_steps, seed, ids, sampler or denoiser.sampler)
+
+
+def restore_gray(x: Tensor, images: Tensor) -> Tensor:
+    """Return x (B, 3, H, W), of those images (uint8 (B, H, W, 3)) that are gray throughout the channels' mean.
+
+    The mean and not luma: the three channels are equally noisy estimates of one gray value, and of all weights
+    equal ones leave the least variance (1/3 of one channel's; luma 0.45).
+    """
+    gray = (images == images[..., :1]).flatten(1).all(dim=1)
+    if not bool(gray.any()):
+        return x
+    return torch.where(gray[:, None, None, None], x.mean(dim=1, keepdim=True), x)
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -173,22 +226,44 @@ def purify_images(
     sampler: Sampler | None = None,
     seed: int = 0,
     ids: Sequence[str],
+    tile: int = TILE,
+    tile_overlap: int = TILE_OVERLAP,
+    batch_pixels: int = BATCH_PIXELS,
 ) -> Tensor:
     """Return purified images, uint8 (B, H, W, 3) on the CPU, from the same; None takes the recommendation.
 
-    Each image's result depends on (seed, its id) and, within 1/255, on nothing else. Raises ConfigError for a
-    depth that was not trained and InputError for a shape the denoiser cannot take.
+    Each image's result depends on (seed, its id) and, within 1/255, on nothing else. Both sides may have any
+    length from 16 on; above `tile` they are covered by tiles overlapping by `tile_overlap`. An image whose three
+    channels are equal everywhere keeps them equal. Raises ConfigError for a depth that was not trained and
+    InputError for a shape that cannot be purified.
     """
     batch = torch.as_tensor(images)
     if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
         raise InputError(f"expected uint8 images (B, H, W, 3), found {batch.dtype} {tuple(batch.shape)}")
     if len(ids) != len(batch):
         raise InputError(f"expected one id for each of {len(batch)} images, found {len(ids)}")
-    height, width = int(batch.shape[1]), int(batch.shape[2])
-    if not denoiser.accepts(height, width):
-        raise InputError(
-            f"{height}x{width} images: this denoiser takes sides divisible by {denoiser.size_multiple}"
-        )
+    check_side(int(batch.shape[1]), int(batch.shape[2]))
     depth, steps = check_depth(denoiser, t_star, num_inference_steps)
-    x = to_model_range(batch.to(denoiser.alphas_cumprod.device)).contiguous(memory_format=torch.channels_last)
-    return to_uint8(purify(x, denoiser, depth, steps, seed, ids, sampler)).cpu()
+    batch = batch.to(denoiser.alphas_cumprod.device)
+    purified = purify(
+        to_model_range(batch).contiguous(memory_format=torch.channels_last),
+        denoiser,
+        depth,
+        steps,
+        seed,
+        ids,
+        sampler,
+        tile=tile,
+        tile_overlap=tile_overlap,
+        batch_pixels=batch_pixels,
+    )
+    return to_uint8(restore_gray(purified, batch)).cpu()
+
+
+def check_side(height: int, width: int) -> None:
+    """Raise InputError for an image too small to purify, in pixels."""
+    if min(height, width) < MIN_SIDE:
+        raise InputError(
+            f"the image has {width}x{height} pixels; purification needs at least {MIN_SIDE} on each side: "
+            "leave it out, or enlarge it with data.resize"
+        )

@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from eclipse_ray.config import DenoiserConfig
+from eclipse_ray.diffusion.crops import ImageBuffer, crops
 from eclipse_ray.diffusion.ema import start_ema, update_ema
 from eclipse_ray.diffusion.losses import heldout_psnr, loss_hybrid
 from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet
@@ -111,7 +112,7 @@ def learning_rate_at(config: DenoiserConfig, iteration: int) -> float:
 
 def run_fit(
     fit: Fit,
-    train: Tensor,
+    train: Tensor | ImageBuffer,
     heldout: Tensor,
     seed: int,
     on_report: Callable[[Progress], None],
@@ -124,13 +125,14 @@ def run_fit(
 ) -> None:
     """Train until `iterations`; train and heldout are uint8 (N, H, W, 3) on the network's device.
 
-    Indices, timesteps and noise of an iteration are drawn for the whole batch from (seed, iteration), and each
-    worker takes its slice: the optimisation is the same for any number of workers that divides the batch.
+    `train` may hold images larger than the training size, of several sizes too: each draw is a random crop.
+    Indices, timesteps, noise and places of an iteration are drawn for the whole batch from (seed, iteration), and
+    each worker takes its slice: the optimisation is the same for any number of workers that divides the batch.
     `gather` joins a tensor (B of this worker,) of every worker in rank order; only resampled timesteps need it.
     """
     config = fit.config
-    schedule = cosine_alphas_cumprod(config.num_train_timesteps).to(train.device)
-    network = wrap(build_denoiser(fit.unet, config).to(train.device)).train()
+    schedule = cosine_alphas_cumprod(config.num_train_timesteps).to(heldout.device)
+    network = wrap(build_denoiser(fit.unet, config).to(heldout.device)).train()
     losses: list[Tensor] = []
     while fit.iteration < config.iterations:
         x0, epsilon, t, weights = _draw_batch(
@@ -173,7 +175,7 @@ def _optimise(fit: Fit, network: nn.Module, loss: Tensor) -> None:
 
 def _draw_batch(
     config: DenoiserConfig,
-    train: Tensor,
+    train: Tensor | ImageBuffer,
     iteration: int,
     seed: int,
     rank: int,
@@ -184,10 +186,12 @@ def _draw_batch(
     indices = enlarged_batch(len(train), config.replication, size, iteration, seed)
     generator = torch.Generator().manual_seed(_mix(seed, -1 - iteration))
     t, weights = draw_timesteps(config.t_max or config.num_train_timesteps, size, generator, timestep_losses)
-    epsilon = torch.randn(size, 3, *train.shape[1:3], generator=generator)
+    epsilon = torch.randn(size, 3, config.image_size, config.image_size, generator=generator)
+    # Last, and drawn where there is nothing to choose too: all other draws are the same for images of any size.
+    places = torch.rand(size, 2, generator=generator, dtype=torch.float64)
     mine = worker_slice(size, rank, world_size)
-    device = train.device
-    x0 = to_model_range(train[indices[mine].to(device)])
+    x0 = to_model_range(crops(train, indices[mine], places[mine], config.image_size))
+    device = x0.device
     return (
         x0.contiguous(memory_format=torch.channels_last),
         epsilon[mine].to(device, memory_format=torch.channels_last),

@@ -11,7 +11,7 @@ import torch
 from eclipse_ray.config import Config
 from eclipse_ray.data.dataset import refuse_existing, write_dataset
 from eclipse_ray.data.formats import Source, open_source, read_tables
-from eclipse_ray.data.images import ImageError, decode_image, encode_image
+from eclipse_ray.data.images import ImageError, decode_image, encode_image, resize_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import CANONICAL, canonical_table, image_bytes
 from eclipse_ray.distributed.stages import Pixels, same_size_batches
@@ -60,7 +60,7 @@ def _poisoned(source: Source, config: Config, classes: int) -> Iterator[pa.Table
 
 def _decode(source: Source, config: Config, name: str, data: bytes) -> Pixels:
     try:
-        return decode_image(data, config.data.max_pixels)
+        return resize_image(decode_image(data, config.data.max_pixels), config.data.resize)
     except ImageError as error:
         raise InputError(f"{source.url}: image {name}: {error}; mend it or leave it out") from None
 

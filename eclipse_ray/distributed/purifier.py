@@ -27,7 +27,7 @@ class Purifier:
         self.denoiser = load_denoiser(local_denoiser(job.denoiser), default_device())
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return the shard with its images purified; those of a size the network cannot take fail."""
+        """Return the shard with its images purified; those that are too small fail."""
         if batch["fatal"][0].as_py():
             return batch
         started = time.monotonic()
@@ -35,7 +35,7 @@ class Purifier:
         table, images, failures = unpack(batch)
         ids: list[str] = table["id"].to_pylist()
         done: dict[int, Pixels] = {}
-        for indices in same_size_batches(images, job.batch_size):
+        for indices in same_size_batches(images, job.batch_size, job.batch_pixels):
             names = [ids[index] for index in indices]
             stack = np.stack([images[index] for index in indices])
             try:
@@ -60,6 +60,9 @@ class Purifier:
             sampler=job.sampler,
             seed=job.seed,
             ids=ids,
+            tile=job.tile,
+            tile_overlap=job.tile_overlap,
+            batch_pixels=job.batch_pixels,
         )
         if job.compensation.mode == "baked":
             purified = compensation.bake(purified, ids, job.compensation, job.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import ray
@@ -13,11 +14,12 @@ from ray.exceptions import RayError
 from eclipse_ray import ledger
 from eclipse_ray.config import Config, to_yaml
 from eclipse_ray.data.formats import Source, open_source, read_parts
-from eclipse_ray.data.images import ImageError, check_encoding, decode_image
+from eclipse_ray.data.images import ImageError, centre_crop, check_encoding, decode_image, resize_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
 from eclipse_ray.diffusion.model import Denoiser
 from eclipse_ray.diffusion.sampler import ENGINE_VERSION, check_depth, purify_images
+from eclipse_ray.diffusion.tiling import MIN_SIDE
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.progress import ProgressLine, say
@@ -34,6 +36,9 @@ from eclipse_ray.errors import ConfigError, EclipseError, InputError
 from eclipse_ray.results import PurifyResult
 
 SAMPLES = 64
+# Of larger images the middle is looked at, so that the check takes seconds whatever their size.
+SAMPLE_SIDE = 64
+DATA_IN_FINGERPRINT = {"encoding", "image_column", "label_column", "max_pixels", "resize"}
 # Removing a poison within 8/255 is no sign of a wrong denoiser; this is its energy if uniform, on [-1, 1].
 POISON_MSE = (2 * 8 / 255) ** 2 / 3
 WARN_DB = 3.0
@@ -55,7 +60,7 @@ def purify(config: Config) -> PurifyResult:
     sampler = config.purify.sampler or denoiser.sampler
     opened = open_source(source, config.data)
     samples = _read_samples(opened, config)
-    _check_sizes(source, samples, denoiser)
+    _check_sizes(source, samples)
     images_per_shard = _images_per_shard(config, samples)
     shards = ledger.plan_shards(opened.parts, images_per_shard)
 
@@ -71,7 +76,8 @@ def purify(config: Config) -> PurifyResult:
     pending = ledger.pending(shards, statuses)
     rate = 0.0
     if pending:
-        _warn_if_unsuitable(denoiser, samples, read_card(folder).denoise_psnr, t_star)
+        crops = [sample.crop for sample in samples]
+        _warn_if_unsuitable(denoiser, crops, read_card(folder).denoise_psnr, t_star)
         job = Job(
             source=opened.url,
             format=opened.format,
@@ -83,6 +89,9 @@ def purify(config: Config) -> PurifyResult:
             num_inference_steps=steps,
             sampler=sampler,
             batch_size=config.purify.batch_size,
+            batch_pixels=config.purify.batch_pixels,
+            tile=config.purify.tile,
+            tile_overlap=config.purify.tile_overlap,
             seed=config.run.seed,
             compensation=config.compensation,
             sparse_hashes=frozenset(read_card(folder).sparse_hashes),
@@ -105,37 +114,47 @@ def _locations(config: Config) -> tuple[str, str, str]:
     return str(data.source), str(data.output), str(purify_config.denoiser)
 
 
-def _read_samples(source: Source, config: Config) -> list[Pixels]:
-    """Return the first readable images, at most SAMPLES of them."""
-    samples: list[Pixels] = []
+@dataclass(frozen=True)
+class Sample:
+    """An image looked at before the run: its size in pixels, and its middle, at most SAMPLE_SIDE a side."""
+
+    height: int
+    width: int
+    crop: Pixels
+
+
+def _read_samples(source: Source, config: Config) -> list[Sample]:
+    """Return the first readable images, at most SAMPLES of them; only their middles are kept in memory."""
+    samples: list[Sample] = []
     left = SAMPLES
     for part in source.parts[:SAMPLES]:
         rows = min(left, part.rows)
         table = read_parts(source.url, source.format, source.classes, [(part.key, 0, rows)], config.data)
         for image in table["image"].to_pylist():
             try:
-                samples.append(decode_image((image or {}).get("bytes") or b"", config.data.max_pixels))
+                pixels = decode_image((image or {}).get("bytes") or b"", config.data.max_pixels)
             except ImageError:
                 # It will be an error row of its shard; here it only says nothing about size.
                 continue
+            pixels = resize_image(pixels, config.data.resize)
+            samples.append(Sample(pixels.shape[0], pixels.shape[1], centre_crop(pixels, SAMPLE_SIDE)))
         left -= rows
         if left <= 0:
             break
     return samples
 
 
-def _check_sizes(source: str, samples: list[Pixels], denoiser: Denoiser) -> None:
-    sizes = {image.shape[:2] for image in samples}
-    if sizes and not any(denoiser.accepts(height, width) for height, width in sizes):
-        height, width = sorted(sizes)[0]
+def _check_sizes(source: str, samples: list[Sample]) -> None:
+    # Some that are too small become error rows; where all are, nothing would be left.
+    if samples and all(min(sample.height, sample.width) < MIN_SIDE for sample in samples):
         raise InputError(
-            f"{source}: images are {width}x{height} pixels, this denoiser takes sides divisible by "
-            f"{denoiser.size_multiple}; pad or resize the images, or train a denoiser with fewer levels"
+            f"{source}: images are {samples[0].width}x{samples[0].height} pixels; purification needs at least "
+            f"{MIN_SIDE} on each side: enlarge them, for example with --resize 32"
         )
 
 
-def _images_per_shard(config: Config, samples: list[Pixels]) -> int:
-    largest = max((image.nbytes for image in samples), default=1)
+def _images_per_shard(config: Config, samples: list[Sample]) -> int:
+    largest = max((3 * sample.height * sample.width for sample in samples), default=1)
     return max(1, min(config.purify.shard_images, config.purify.shard_bytes // largest))
 
 
@@ -150,10 +169,13 @@ def _fingerprint(
             "num_inference_steps": config.purify.num_inference_steps,
             "sampler": config.purify.sampler,
             "batch_size": config.purify.batch_size,
+            "batch_pixels": config.purify.batch_pixels,
+            "tile": config.purify.tile,
+            "tile_overlap": config.purify.tile_overlap,
             "shard_images": images_per_shard,
         },
         "compensation": config.compensation.model_dump(mode="json"),
-        "data": data.model_dump(mode="json", include={"encoding", "image_column", "label_column", "max_pixels"}),
+        "data": data.model_dump(mode="json", include=DATA_IN_FINGERPRINT),
         "run": {"seed": config.run.seed},
     }
     return ledger.Fingerprint(tree, weights, ledger.plan_digest(shards), ENGINE_VERSION)
@@ -164,8 +186,8 @@ def _warn_if_unsuitable(denoiser: Denoiser, samples: list[Pixels], heldout: floa
 
     For an imported denoiser, whose held-out error nobody measured: more than the noise that it should remove.
     """
-    batches = same_size_batches(samples, SAMPLES)
-    fitting = [batch for batch in batches if denoiser.accepts(*samples[batch[0]].shape[:2])]
+    batches = same_size_batches(samples, SAMPLES, SAMPLES * SAMPLE_SIDE**2)
+    fitting = [batch for batch in batches if min(samples[batch[0]].shape[:2]) >= MIN_SIDE]
     if not fitting or t_star != denoiser.t_star:
         return
     images = np.stack([samples[index] for index in max(fitting, key=len)])

@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eclipse_ray import ledger
-from eclipse_ray.config import CompensationConfig, DataConfig, Sampler
+from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, DataConfig, Sampler
 from eclipse_ray.data.formats import read_parts
-from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image
+from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image, resize_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import canonical_table, table_to_parquet
 from eclipse_ray.errors import InputError
@@ -49,6 +49,9 @@ class Job:
     num_inference_steps: int
     sampler: Sampler
     batch_size: int
+    batch_pixels: int
+    tile: int
+    tile_overlap: int
     seed: int
     compensation: CompensationConfig
     sparse_hashes: frozenset[str]
@@ -85,11 +88,14 @@ def _read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
         data = (image or {}).get("bytes") or b""
         state.update(len(data).to_bytes(8, "little") + data)
         try:
-            pixels.append(decode_image(data, job.data.max_pixels))
-            kept.append(index)
+            image_pixels = decode_image(data, job.data.max_pixels)
         except ImageError as error:
             failures.append({"id": name, "key": _key_of(shard, index), "error": str(error)})
-    _refuse_leakage(job, table, pixels, kept)
+            continue
+        # Before it is resized: hashes are of images as they are stored, whatever size either run works at.
+        _refuse_leakage(job, name, image_pixels)
+        pixels.append(resize_image(image_pixels, job.data.resize))
+        kept.append(index)
     columns = {
         "shard": batch["shard"].to_pylist(),
         "input_sha256": [state.hexdigest()],
@@ -114,25 +120,29 @@ def _key_of(shard: ledger.Shard, index: int) -> str:
     raise IndexError(f"shard {shard.name} has fewer rows than were read")
 
 
-def _refuse_leakage(job: Job, table: pa.Table, pixels: list[Pixels], kept: list[int]) -> None:
-    for index, image in zip(kept, pixels, strict=True):
-        if job.sparse_hashes and content_hash(image) in job.sparse_hashes:
-            raise InputError(
-                f"{job.source}: image {table['id'][index].as_py()} is in the sparse clean set that the "
-                f"denoiser {job.denoiser} was trained on; purify images that are disjoint from it"
-            )
+def _refuse_leakage(job: Job, name: str, image: Pixels) -> None:
+    if job.sparse_hashes and content_hash(image) in job.sparse_hashes:
+        raise InputError(
+            f"{job.source}: image {name} is in the sparse clean set that the "
+            f"denoiser {job.denoiser} was trained on; purify images that are disjoint from it"
+        )
 
 
-def same_size_batches(images: Sequence[Pixels], batch_size: int) -> list[list[int]]:
-    """Return index lists of at most `batch_size` images of equal shape, in order within each shape."""
+def same_size_batches(
+    images: Sequence[Pixels], batch_size: int, batch_pixels: int = BATCH_PIXELS
+) -> list[list[int]]:
+    """Return index lists of images of equal shape, in order within each shape.
+
+    A list holds at most `batch_size` images and `batch_pixels` pixels, but always one image.
+    """
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         by_shape.setdefault(image.shape, []).append(index)
-    return [
-        indices[start : start + batch_size]
-        for indices in by_shape.values()
-        for start in range(0, len(indices), batch_size)
-    ]
+    batches: list[list[int]] = []
+    for (height, width, _), indices in by_shape.items():
+        size = max(1, min(batch_size, batch_pixels // (height * width)))
+        batches += [indices[start : start + size] for start in range(0, len(indices), size)]
+    return batches
 
 
 def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from eclipse_ray import ledger
 from eclipse_ray.config import Config, digest, to_yaml
-from eclipse_ray.data.dataset import ImageSet, load_images
+from eclipse_ray.data.dataset import MixedSet, load_mixed
 from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, read_card, save_denoiser
+from eclipse_ray.diffusion.crops import ImageBuffer, centre_crops, image_buffer
 from eclipse_ray.diffusion.model import timestep_scale
 from eclipse_ray.diffusion.sampler import ENGINE_VERSION
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
@@ -41,7 +43,7 @@ def train(config: Config) -> TrainResult:
     """
     clean, output = _locations(config)
     images = _sparse_set(config, clean)
-    hashes = images.hashes()
+    hashes = images.hashes
     store = Store(output)
     refuse_process_local(output, store.in_this_process_only)
     fingerprint = _fingerprint(config, hashes)
@@ -66,27 +68,31 @@ def _locations(config: Config) -> tuple[str, str]:
     return config.data.clean, config.denoiser.output
 
 
-def _sparse_set(config: Config, clean: str) -> ImageSet:
-    images = load_images(clean, config.data)
-    count, height, width = images.images.shape[:3]
-    size = config.denoiser.image_size
-    if (height, width) != (size, size):
-        raise InputError(
-            f"{clean}: images are {width}x{height}, the denoiser trains on {size}x{size}; "
-            f"set denoiser.image_size={width} or resize the images"
-        )
-    if count < 2:
-        raise InputError(f"{clean}: at least 2 images are needed, one of them held out; found {count}")
+def _sparse_set(config: Config, clean: str) -> MixedSet:
+    images = load_mixed(clean, config.data)
+    side = config.denoiser.image_size
+    for name, (height, width) in zip(images.ids, images.sizes.tolist(), strict=True):
+        if min(height, width) < side:
+            raise InputError(
+                f"{clean}: image {name} is {width}x{height} pixels, the denoiser trains on {side}x{side}; "
+                f"leave it out, lower denoiser.image_size, or enlarge it with --resize {side}"
+            )
+    if len(images.ids) < 2:
+        raise InputError(f"{clean}: at least 2 images are needed, one of them held out; found {len(images.ids)}")
     return images
 
 
 def _fingerprint(config: Config, hashes: list[str]) -> ledger.Fingerprint:
     settings = config.denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
-    tree = {"denoiser": settings, "run": {"seed": config.run.seed}}
+    tree = {
+        "denoiser": settings,
+        "data": {"resize": config.data.resize},
+        "run": {"seed": config.run.seed},
+    }
     return ledger.Fingerprint(config=tree, weights="", input=digest(sorted(hashes)), engine_version=ENGINE_VERSION)
 
 
-def _run_training(config: Config, store: Store, images: ImageSet, hashes: list[str], fingerprint: str) -> None:
+def _run_training(config: Config, store: Store, images: MixedSet, hashes: list[str], fingerprint: str) -> None:
     resources = connect(config)
     workers, use_gpu = _workers(config, resources)
     require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
@@ -96,7 +102,9 @@ def _run_training(config: Config, store: Store, images: ImageSet, hashes: list[s
         _train_worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "images": ray.put(images.images),
+            # One buffer, which every worker of a node reads in place.
+            "pixels": ray.put(images.pixels),
+            "sizes": images.sizes.tolist(),
             "hashes": hashes,
             "fingerprint": fingerprint,
             "threads": 0 if use_gpu else max(1, resources.cores // workers),
@@ -148,8 +156,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device = ray.train.torch.get_device()
-    images = torch.from_numpy(ray.get(settings["images"]).copy())
-    train_part, heldout = split_heldout(images, config.denoiser.heldout_fraction, config.run.seed)
+    images = _shared_images(settings)
+    trained, heldout = split_heldout(len(images), config.denoiser.heldout_fraction, config.run.seed)
     fit = training.start_fit(config.denoiser, config.run.seed, device)
     _restore(fit)
     first = context.get_world_rank() == 0
@@ -166,8 +174,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
     training.run_fit(
         fit,
-        train_part.to(device),
-        heldout.to(device),
+        images.select(trained).to(device),
+        centre_crops(images.select(heldout), config.denoiser.image_size).to(device),
         config.run.seed,
         report,
         checkpoint,
@@ -178,11 +186,19 @@ def _train_worker(settings: dict[str, Any]) -> None:
     )
 
 
-def split_heldout(images: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return (training part, held-out part) of the sparse set, chosen by the seed; each has at least one image."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    count = min(max(1, round(fraction * len(images))), len(images) - 1)
-    return images[order[count:]], images[order[:count]]
+def _shared_images(settings: dict[str, Any]) -> ImageBuffer:
+    with warnings.catch_warnings():
+        # The object store hands out read-only memory; torch warns of writes, and nothing here writes.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        pixels = torch.from_numpy(ray.get(settings["pixels"]))
+    return image_buffer(pixels, torch.tensor(settings["sizes"], dtype=torch.int64))
+
+
+def split_heldout(images: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the indices of (training part, held-out part), chosen by the seed; each has at least one image."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    count = min(max(1, round(fraction * images)), images - 1)
+    return order[count:], order[:count]
 
 
 def _restore(fit: training.Fit) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.data.dataset import load_images, write_dataset, write_folder, write_parquet
+from eclipse_ray.data.dataset import load_images, load_mixed, write_dataset, write_folder, write_parquet
 from eclipse_ray.data.formats import open_source, read_tables
 from eclipse_ray.data.images import content_hash, encode_image
 from eclipse_ray.data.store import Store
@@ -140,3 +140,16 @@ def test_unnamed_labels_keep_their_order(tmp_path):
     write_dataset(str(tmp_path), [table(images(3), [10, 2, 10])], classes=None, source="t", layout="folder")
     (rows,) = read_tables(open_source(str(tmp_path), CONFIG), CONFIG)
     assert rows["label"].to_pylist() == [0, 1, 1]
+
+
+def test_images_of_several_sizes_load_into_one_buffer(tmp_path):
+    pixels = [images(1, seed, 4 + seed)[0][:, :3] for seed in range(3)]
+    write_dataset(str(tmp_path), [table(pixels)], classes=None, source="test")
+    loaded = load_mixed(str(tmp_path), CONFIG)
+    assert loaded.sizes.tolist() == [[4, 3], [5, 3], [6, 3]]
+    assert np.array_equal(loaded.pixels, np.concatenate([image.reshape(-1) for image in pixels]))
+    assert loaded.hashes == [content_hash(image) for image in pixels]
+    resized = load_mixed(str(tmp_path), DataConfig(resize=16))
+    assert resized.sizes.tolist() == [[16, 16]] * 3
+    # The stored image is what leakage is about, whatever size it is trained at.
+    assert resized.hashes == loaded.hashes

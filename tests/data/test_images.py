@@ -12,10 +12,12 @@ from PIL import Image
 
 from eclipse_ray.data.images import (
     ImageError,
+    centre_crop,
     check_encoding,
     content_hash,
     decode_image,
     encode_image,
+    resize_image,
     suffix_of,
 )
 from eclipse_ray.errors import ConfigError
@@ -185,3 +187,28 @@ def test_suffix_by_content(format, suffix):
 def test_too_long_for_webp_is_an_image_error():
     with pytest.raises(ImageError, match="webp-lossless"):
         encode_image(np.zeros((1, 20_000, 3), np.uint8), "webp-lossless")
+
+
+def test_resizing_takes_the_central_square():
+    pixels = np.zeros((40, 100, 3), np.uint8)
+    pixels[:, 30:70] = (200, 100, 50)
+    small = resize_image(pixels, 20)
+    whole = np.array(Image.fromarray(pixels).resize((50, 20), Image.Resampling.BICUBIC))
+    assert np.array_equal(small, whole[:, 15:35])
+    assert (small[:, 2:-2] == (200, 100, 50)).all()
+    assert resize_image(pixels, None) is pixels
+    assert resize_image(small, 20) is small
+    assert resize_image(small, 33).shape == (33, 33, 3)
+
+
+def test_resizing_averages_what_it_cannot_show():
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[::2] = 255
+    small = resize_image(pixels, 16).astype(int)
+    assert np.abs(small[2:-2] - 127).max() <= 4
+
+
+def test_centre_crop_is_the_middle():
+    pixels = np.arange(5 * 9 * 3, dtype=np.uint8).reshape(5, 9, 3)
+    assert np.array_equal(centre_crop(pixels, 3), pixels[1:4, 3:6])
+    assert np.array_equal(centre_crop(pixels, 7), pixels[:, 1:8])

@@ -119,3 +119,16 @@ def test_convert_real_cifar(shared_data, tmp_path):
     assert [part.rows for part in again.parts] == [4096, 4096, 1808]
     first, copy = (next(read_tables(open_source(each, CONFIG), CONFIG)) for each in (url, again.url))
     assert first.equals(copy)
+
+
+def test_converting_with_another_size_resizes_every_image(tmp_path):
+    url = source(tmp_path / "src", 5)
+    assert convert(url, str(tmp_path / "out"), DataConfig(resize=16)) == 5
+    before, after = (load_images(str(tmp_path / name), CONFIG) for name in ("src", "out"))
+    assert after.images.shape == (5, 16, 16, 3)
+    assert (after.ids, after.classes) == (before.ids, before.classes)
+    assert np.array_equal(after.labels, before.labels)
+    broken = canonical_table(["bad"], [b"nothing"], [0])
+    write_dataset(str(tmp_path / "broken"), [broken], classes=["a"], source="test")
+    with pytest.raises(InputError, match="image bad: not an image"):
+        convert(str(tmp_path / "broken"), str(tmp_path / "none"), DataConfig(resize=16))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eclipse_ray.diffusion import noise as room
 from eclipse_ray.diffusion.noise import noise, philox, random_words, uniform
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, answer.
@@ -54,6 +55,23 @@ def test_every_part_of_the_key_matters():
     base = random_words(1, ["a"], 2, 8)
     for other in (random_words(2, ["a"], 2, 8), random_words(1, ["b"], 2, 8), random_words(1, ["a"], 3, 8)):
         assert not torch.equal(base, other)
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 64])
+@pytest.mark.parametrize("shape", [(3, 19, 23), (5,), (4, 64)])
+def test_pieces_give_the_same_normals_as_one_go(monkeypatch, blocks, shape):
+    ids = ["a", "b", "c"]
+    whole = noise(5, ids, 99, shape)
+    monkeypatch.setattr(room, "BLOCKS", blocks)
+    assert torch.equal(noise(5, ids, 99, shape), whole)
+
+
+def test_normals_are_box_muller_of_the_words():
+    pairs = uniform(5, ["a"], 99, (6,))[0].view(3, 2)
+    expected = [
+        f(2 * math.pi * v) * math.sqrt(-2 * math.log(u)) for u, v in pairs.tolist() for f in (math.cos, math.sin)
+    ]
+    assert torch.allclose(noise(5, ["a"], 99, (5,))[0], torch.tensor(expected[:5]), atol=1e-6)
 
 
 def test_a_longer_draw_begins_with_the_shorter_one():

@@ -1,14 +1,20 @@
 """The sampler against diffusers, a closed form on Gaussians and its own promises about keys and rounding."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
 from eclipse_ray.config import load_config
+from eclipse_ray.diffusion import sampler as room
 from eclipse_ray.diffusion.model import build_denoiser, build_unet
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.sampler import (
     absorb,
+    ancestral_step,
     eliminate,
     posterior,
     predict_x0,
@@ -95,6 +101,15 @@ def test_an_image_does_not_depend_on_its_batch(denoiser, steps):
     assert (shuffled.int() - whole[order].int()).abs().max() <= 1
 
 
+def test_bands_of_rows_give_the_same_step(monkeypatch):
+    x_t, x0_pred, drawn = (torch.rand(2, 3, 13, 7) for _ in range(3))
+    mix = torch.rand(2, 3, 13, 7) * 2 - 1
+    for learned in (None, mix):
+        whole = ancestral_step(x_t, x0_pred, learned, drawn, 0.9, 0.95)
+        monkeypatch.setattr(room, "BAND_PIXELS", 2 * 7 * 4)
+        assert torch.equal(room._in_bands(x_t, x0_pred, learned, drawn, 0.9, 0.95), whole)
+
+
 def test_seed_and_id_change_the_result(denoiser):
     images = torch.full((1, 16, 16, 3), 128, dtype=torch.uint8)
     base = purify_images(images, denoiser, ids=["a"])
@@ -126,6 +141,40 @@ def test_misuse_is_explained(denoiser, options, error, words):
         purify_images(images, denoiser, **{"ids": ["a", "b"], **options})
 
 
-def test_a_size_the_network_cannot_take_is_refused(denoiser):
-    with pytest.raises(InputError, match="divisible by 2"):
-        purify_images(torch.zeros(1, 15, 16, 3, dtype=torch.uint8), denoiser, ids=["a"])
+def test_an_image_too_small_to_purify_is_refused(denoiser):
+    with pytest.raises(InputError, match="40x15 pixels; purification needs at least 16"):
+        purify_images(torch.zeros(1, 15, 40, 3, dtype=torch.uint8), denoiser, ids=["a"])
+
+
+# Reads its own high-water mark: ru_maxrss would begin with that of the process it was forked from.
+MEMORY = """
+import sys, torch
+from eclipse_ray.compensation import bake
+from eclipse_ray.config import load_config
+from eclipse_ray.diffusion.model import build_denoiser, build_unet
+from eclipse_ray.diffusion.sampler import purify_images
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+config = load_config(None, {"denoiser.preset": "debug", "denoiser.variance_type": sys.argv[4]}).denoiser
+denoiser = build_denoiser(build_unet(config), config).eval()
+image = torch.zeros(1, int(sys.argv[1]), int(sys.argv[2]), 3, dtype=torch.uint8)
+before = peak()
+result = purify_images(image, denoiser, ids=["a"], num_inference_steps=int(sys.argv[3]))
+bake(result, ["a"], 0.4, 0.05, 0)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_of_a_photograph_is_bounded():
+    """In proportion, a 4000 x 3000 photograph then stays within 2 GiB; benchmarks/large_image.py runs that one."""
+    height, width = 750, 1000
+    # More than one step with a learned variance is what needs most.
+    arguments = [str(height), str(width), "2", "learned_range"]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True)
+    # Besides what grows with the image there are the activations of one pass, 2**18 pixels whatever the image.
+    fixed = 150 * 2**20
+    photograph = int(done.stdout) - fixed
+    base = 400 * 2**20
+    assert photograph * (4000 * 3000) / (height * width) + fixed + base < 2 * 2**30

@@ -1,6 +1,7 @@
 """The main job on Ray: counts, bytes, order, resume, leakage and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -112,6 +113,8 @@ def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
     [
         ({"purify.t_star": 2}, "purify.t_star: 4 -> 2"),
         ({"run.seed": 7}, "run.seed: 0 -> 7"),
+        ({"purify.tile": 64}, "purify.tile: 128 -> 64"),
+        ({"data.resize": 24}, "data.resize: None -> 24"),
         ({"compensation.mode": "baked"}, "compensation.mode: 'augment' -> 'baked'"),
     ],
 )
@@ -163,23 +166,61 @@ def test_images_of_the_sparse_set_fail_the_run(world, tmp_path):
         api.purify(world.clean, str(tmp_path / "leak"), denoiser=world.denoiser, settings=SHARDS)
 
 
+def make_job(source, config, world):
+    return stages.Job(
+        source=source.url,
+        format=source.format,
+        classes=None,
+        data=config.data,
+        output="",
+        denoiser=world.denoiser,
+        t_star=4,
+        num_inference_steps=1,
+        sampler="ddpm",
+        batch_size=8,
+        batch_pixels=config.purify.batch_pixels,
+        tile=config.purify.tile,
+        tile_overlap=config.purify.tile_overlap,
+        seed=0,
+        compensation=config.compensation,
+        sparse_hashes=frozenset(),
+    )
+
+
+def test_batches_hold_fewer_of_the_larger_images():
+    images = [np.zeros((side, 10, 3), np.uint8) for side in (10, 100, 10, 100, 10, 300)]
+    assert stages.same_size_batches(images, 2, 1000) == [[0, 2], [4], [1], [3], [5]]
+    assert stages.same_size_batches(images, 64, 2000) == [[0, 2, 4], [1, 3], [5]]
+
+
+def test_samples_of_large_images_are_their_middles(world, tmp_path):
+    from eclipse_ray.data.images import encode_image
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.png").write_bytes(encode_image(np.zeros((400, 90, 3), np.uint8), "png"))
+    config = api.resolve(None, None, {})
+    sample = room._read_samples(open_source(str(tmp_path), config.data), config)[0]
+    assert (sample.height, sample.width, sample.crop.shape) == (400, 90, (64, 64, 3))
+    config.data.resize = 32
+    assert room._read_samples(open_source(str(tmp_path), config.data), config)[0].height == 32
+
+
+def test_leakage_is_found_whatever_the_size_worked_at(world):
+    config = api.resolve(None, {**SHARDS, "data.resize": 24}, {})
+    source = open_source(world.clean, config.data)
+    batch = stages.shard_rows(plan_shards(source.parts, 16))[0]
+    job = make_job(source, config, world)
+    _, images, _ = stages.unpack(stages.read_and_decode(batch, job))
+    assert {image.shape for image in images} == {(24, 24, 3)}
+    stored = load_images(world.clean, api.resolve(None, None, {}).data).hashes()
+    fatal = stages.read_and_decode(batch, replace(job, sparse_hashes=frozenset(stored)))["fatal"][0].as_py()
+    assert "is in the sparse clean set" in fatal
+
+
 def test_no_column_between_stages_is_a_python_object(world):
     config = api.resolve(None, SHARDS, {})
     source = open_source(world.poisoned, config.data)
-    job = stages.Job(
-        source.url,
-        source.format,
-        None,
-        config.data,
-        "",
-        world.denoiser,
-        4,
-        1,
-        8,
-        0,
-        config.compensation,
-        frozenset(),
-    )
+    job = make_job(source, config, world)
     batch = stages.shard_rows(plan_shards(source.parts, 16))[0]
     decoded = stages.read_and_decode(batch, job)
     purified = Purifier(job)(decoded)
@@ -230,14 +271,16 @@ def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
     rng = np.random.default_rng(0)
     folder = tmp_path / "src" / "a"
     folder.mkdir(parents=True)
-    sizes = [(16, 16), (24, 16), (16, 30), (15, 16)]
+    sizes = [(16, 17), (24, 16), (133, 150), (15, 16)]
     for index in range(12):
         height, width = sizes[index % 4]
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         (folder / f"{index:02d}.png").write_bytes(encode_image(image, "png"))
     result = api.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
-    # 15 pixels is no multiple of 2: those three are error rows.
+    # 15 pixels are too few: those three are error rows.
     assert (result.ok, result.failed) == (9, 3)
+    errors = pa.concat_tables(pq.read_table(f) for f in (tmp_path / "out/_eclipse/errors").glob("*.parquet"))
+    assert all("16x15 pixels; purification needs at least 16" in error for error in errors["error"].to_pylist())
     for row in read_output(tmp_path / "out").to_pylist():
         index = int(row["id"][-6:-4])
         from eclipse_ray.data.images import decode_image

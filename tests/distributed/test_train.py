@@ -1,10 +1,12 @@
 """Ray Train: the folder it leaves, several workers, resume by fingerprint."""
 
+import numpy as np
 import pytest
 from diffusers import UNet2DModel
 
 from eclipse_ray import api
 from eclipse_ray.data.dataset import load_images
+from eclipse_ray.data.images import encode_image
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.errors import ConfigError, InputError, ResumeError
 from tests.support import DEBUG, kill_when
@@ -71,10 +73,22 @@ def test_a_killed_training_continues(world, trained, tmp_path):
     assert iterations[-1] == 120
 
 
+def test_images_of_several_sizes_are_trained_on_by_crops(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "src").mkdir()
+    for index, (height, width) in enumerate([(16, 16), (40, 17), (25, 60), (18, 18)]):
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        (tmp_path / f"src/{index}.png").write_bytes(encode_image(image, "png"))
+    settings = {**SHORT, "denoiser.iterations": 4, "denoiser.num_workers": 2}
+    result = api.train(clean=str(tmp_path / "src"), out=str(tmp_path / "out"), settings=settings)
+    assert result.iterations == 4
+    assert read_card(tmp_path / "out").sparse_images == 4
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"denoiser.image_size": 32}, InputError, "images are 16x16"),
+        ({"denoiser.image_size": 32}, InputError, "is 16x16 pixels, the denoiser trains on 32x32"),
         ({"denoiser.num_workers": 17}, ConfigError, "num_workers 17 exceeds batch_size 16"),
         ({"denoiser.num_workers": 500, "denoiser.batch_size": 500}, ConfigError, "needs 500 CPUs"),
     ],

@@ -60,9 +60,9 @@ def test_bake_depends_only_on_seed_and_id():
 
 def test_bands_of_rows_bake_the_same_pixels(monkeypatch):
     images = torch.randint(0, 256, (3, 13, 9, 3), generator=generator(), dtype=torch.uint8)
-    whole = bake(images, ["a", "b", "c"], 0.5, 0.05, 0)
+    whole = bake(images, ["a", "b", "c"], setting(0.5, 0.05, 0.08), 0)
     monkeypatch.setattr("eclipse_ray.compensation.BAND_PIXELS", 4 * 3 * 9)
-    assert torch.equal(bake(images, ["a", "b", "c"], 0.5, 0.05, 0), whole)
+    assert torch.equal(bake(images, ["a", "b", "c"], setting(0.5, 0.05, 0.08), 0), whole)
 
 
 def test_bake_rounds_and_never_truncates():

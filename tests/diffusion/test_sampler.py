@@ -161,7 +161,7 @@ denoiser = build_denoiser(build_unet(config), config).eval()
 image = torch.zeros(1, int(sys.argv[1]), int(sys.argv[2]), 3, dtype=torch.uint8)
 before = peak()
 result = purify_images(image, denoiser, ids=["a"], num_inference_steps=int(sys.argv[3]))
-bake(result, ["a"], 0.4, 0.05, 0)
+bake(result, ["a"], load_config().compensation, 0)
 print(peak() - before)
 """
 

@@ -23,7 +23,7 @@ from eclipse_ray.diffusion.training import (
 CPU = torch.device("cpu")
 # What preset `paper` changes in the method of training, without its sizes.
 PAPER = {
-    key: PRESETS["paper"][key]
+    key: PRESETS["paper"]["denoiser"][key]
     for key in (
         "variance_type",
         "rescale_timesteps",

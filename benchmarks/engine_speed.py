@@ -81,11 +81,19 @@ def speed_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
     large = build_denoiser(build_unet(paper), paper).eval().to(device)
     small = load_denoiser(work / "denoiser-2000", device)
     images = load(work, "sets/rest", SPEED_IMAGES).images
+    folder = work / "denoiser-2000"
+    plain = load_denoiser(folder, device).to(memory_format=torch.contiguous_format)
+    halved, compiled = load_denoiser(folder, device), load_denoiser(folder, device)
+    halved.precision = "bfloat16"
+    compiled.unet.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
     cases: list[tuple[str, Denoiser, int, int]] = [
         ("paper network, 100 steps, float32", large, 100, 1),
         ("paper network, 1 step, float32", large, 1, 1),
         ("small network, 100 steps, float32", small, 100, 1),
-        ("small network, its default steps", small, small.num_inference_steps, 5),
+        ("small network, 1 step, float32, channels last (default)", small, 1, 10),
+        ("... contiguous instead", plain, 1, 10),
+        ("... bfloat16", halved, 1, 10),
+        ("... compiled", compiled, 1, 10),
     ]
     rows: list[dict[str, Any]] = []
     for name, denoiser, steps, repeats in cases:

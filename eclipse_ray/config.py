@@ -20,6 +20,7 @@ from eclipse_ray.errors import ConfigError
 
 Settings = Mapping[str, Any]
 Sampler = Literal["ddpm", "ddim", "dpm"]
+Precision = Literal["float32", "bfloat16"]
 
 # Side of a tile: few of its pixels lie near a border, and self-attention, of cost tile**4, is still affordable.
 TILE = 128
@@ -123,6 +124,7 @@ class PurifyConfig(Section):
     sampler: Sampler | None = Field(
         None, description="ancestral, deterministic, or second-order; null: what the denoiser recommends."
     )
+    precision: Precision = Field("float32", description="Of the network's arithmetic; bfloat16 is for GPUs.")
     shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
     shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
     batch_size: int = Field(64, ge=1, description="Images of one pass through the denoiser.")

@@ -119,7 +119,9 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
         sampler=card.sampler,
         timestep_scale=card.timestep_scale,
     )
-    return denoiser.to(device or "cpu").eval()
+    # Channels-last convolutions are a quarter faster on a CPU and what tensor cores want.
+    denoiser = denoiser.to(device or "cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return denoiser.eval()
 
 
 def _open_unet(folder: Path) -> UNet2DModel:

@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from eclipse_ray.config import DenoiserConfig, Sampler
+from eclipse_ray.config import DenoiserConfig, Precision, Sampler
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
 
 IMAGE_CHANNELS = 3
@@ -60,6 +60,7 @@ class Denoiser(nn.Module):
         self.t_max, self.t_star, self.num_inference_steps = t_max, t_star, num_inference_steps
         self.sampler = sampler
         self.timestep_scale = timestep_scale
+        self.precision: Precision = "float32"
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)
 
@@ -73,8 +74,10 @@ class Denoiser(nn.Module):
 
         It is eps_pred (B, 3, H, W), followed by the variance mix on 3 more channels if that was learned.
         """
-        output: Tensor = self.unet(x_t, t if self.timestep_scale == 1 else t * self.timestep_scale).sample
-        return output
+        shown = t if self.timestep_scale == 1 else t * self.timestep_scale
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            output: Tensor = self.unet(x_t, shown).sample
+        return output.to(x_t.dtype)
 
     @property
     def learned_range(self) -> bool:

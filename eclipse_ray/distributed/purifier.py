@@ -25,6 +25,7 @@ class Purifier:
         torch.set_num_threads(1)
         self.job = job
         self.denoiser = load_denoiser(local_denoiser(job.denoiser), default_device())
+        self.denoiser.precision = job.precision
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the shard with its images purified; those that are too small fail."""

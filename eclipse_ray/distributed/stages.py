@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from eclipse_ray import ledger
-from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, DataConfig, Sampler
+from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, DataConfig, Precision, Sampler
 from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image, resize_image
 from eclipse_ray.data.store import Store
@@ -50,6 +50,7 @@ class Job:
     sampler: Sampler
     batch_size: int
     batch_pixels: int
+    precision: Precision
     tile: int
     tile_overlap: int
     seed: int

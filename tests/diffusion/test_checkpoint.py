@@ -49,7 +49,7 @@ def test_round_trip(folder):
     x, t = torch.rand(2, 3, 16, 16), torch.tensor([1, 4])
     plain = UNet2DModel.from_pretrained(folder).eval()
     with torch.inference_mode():
-        assert torch.equal(denoiser(x, t), plain(x, t).sample)
+        assert torch.allclose(denoiser(x, t), plain(x, t).sample, atol=1e-6)
     assert (denoiser.t_max, denoiser.t_star, denoiser.num_inference_steps) == (5, 4, 1)
     assert read_card(folder).sparse_hashes == ["00" * 16]
 

@@ -118,6 +118,20 @@ def test_seed_and_id_change_the_result(denoiser):
     assert not torch.equal(base, purify_images(images, denoiser, ids=["a"], seed=1))
 
 
+def test_bfloat16_stays_near_float32(denoiser):
+    images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8)
+    ids = ["a", "b", "c", "d"]
+    exact = purify_images(images, denoiser, ids=ids).int()
+    try:
+        denoiser.precision = "bfloat16"
+        half = purify_images(images, denoiser, ids=ids).int()
+    finally:
+        denoiser.precision = "float32"
+    assert not torch.equal(half, exact), "bfloat16 was not used"
+    # The network's eight bits are of the noise, whose deviation at this depth is a part of the image's range.
+    assert (half - exact).abs().double().mean() < 2
+
+
 def test_rounding_never_truncates():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     x = to_model_range(levels)

@@ -179,6 +179,7 @@ def make_job(source, config, world):
         sampler="ddpm",
         batch_size=8,
         batch_pixels=config.purify.batch_pixels,
+        precision=config.purify.precision,
         tile=config.purify.tile,
         tile_overlap=config.purify.tile_overlap,
         seed=0,

@@ -3,7 +3,7 @@
     python benchmarks/cifar10.py --data ../shared/data/cifar10 --work runs/cifar10
 
 Everything goes through the public API, so each step resumes. Prints the table of docs/results.md and writes
-results.json with every accuracy. About an hour on 2 cores. `--steps prepare,train,purify,evaluate` runs a part.
+results.json with every accuracy. About two hours on 2 cores. `--steps prepare,train,purify,evaluate` runs a part.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -36,14 +37,7 @@ def rows(work: Path) -> list[tuple[str, str, str, Settings]]:
     """Return (defense, column, training set, settings) of every cell of the table."""
     train = {"clean": work / "sets/rest", **{name: work / name for name in POISONS}}
     cells = [("none", column, str(train[column]), NO_COMPENSATION) for column in ("clean", "ar", "lsp")]
-    for sparse, column in (
-        (2000, "ar"),
-        (2000, "lsp"),
-        (500, "ar"),
-        (500, "lsp"),
-        (2000, "clean"),
-        (500, "clean"),
-    ):
+    for sparse, column in product(SPARSE, ("ar", "lsp", "clean")):
         purified = str(work / f"purified-{sparse}-{column}")
         cells.append((f"ECLIPSE, {sparse:,} sparse", column, purified, COMPENSATION))
     for column in ("ar", "lsp"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict
+from pathlib import PurePosixPath
 from typing import Any
 
 import ray
@@ -105,7 +106,8 @@ def _train_all(
     seeds = [config.run.seed + index for index in range(config.evaluate.seeds)]
     gpus, threads = _share(resources, len(seeds))
     board = start_board()
-    line = ProgressLine("evaluate", "epochs", len(seeds) * config.victim.epochs, config.run.progress_seconds)
+    what = f"evaluate {PurePosixPath(str(config.data.source)).name}"
+    line = ProgressLine(what, "epochs", len(seeds) * config.victim.epochs, config.run.progress_seconds)
     data = ray.put((train.images, train.labels, test.images, test.labels))
     task = ray.remote(num_cpus=threads * resources.cpus_per_core, num_gpus=gpus)(_train_one)
     seen: set[tuple[int, int]] = set()

@@ -1,6 +1,7 @@
 """The main job on Ray: counts, bytes, order, resume, leakage and what it refuses."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_running_again_does_nothing_and_says_the_same(world, purified):
 
 def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
     output = tmp_path / "partial"
-    purify(world, output)
+    shutil.copytree(purified[0], output)
     names = object_names(output)
     lost = output / names["000003"]
     content = lost.read_bytes()

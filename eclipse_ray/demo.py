@@ -24,7 +24,7 @@ from eclipse_ray.results import DemoResult, EvaluateResult
 
 PICTURE = "demo.png"
 # A laptop's share of every step: 2 cores finish in minutes.
-SIZES = {"train": 4000, "clean": 200, "test": 800}
+SIZES = {"train": 3700, "clean": 185, "test": 500}
 SETTINGS: Settings = {
     "denoiser.image_size": 28,
     "denoiser.iterations": 250,

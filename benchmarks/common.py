@@ -20,7 +20,7 @@ from eclipse_ray.config import Settings, load_config
 from eclipse_ray.data.dataset import ImageSet, load_images
 from eclipse_ray.diffusion.model import Denoiser, default_device
 from eclipse_ray.diffusion.sampler import purify_images
-from eclipse_ray.diffusion.training import Progress, run_fit, start_fit
+from eclipse_ray.diffusion.training import Progress, run_fit, split_heldout, start_fit
 from eclipse_ray.victims.training import train_victim
 
 BATCH = 64
@@ -56,8 +56,7 @@ def fit(
     config = load_config(None, settings).denoiser
     device = default_device()
     pixels = torch.from_numpy(images.copy())
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    held = max(1, round(config.heldout_fraction * len(pixels)))
+    trained, held = split_heldout(len(pixels), config.heldout_fraction, 0)
     state = start_fit(config, 0, device)
     curve: list[Progress] = []
 
@@ -70,7 +69,7 @@ def fit(
             raise Enough
 
     with contextlib.suppress(Enough):
-        run_fit(state, pixels[order[held:]].to(device), pixels[order[:held]].to(device), 0, report, lambda _: None)
+        run_fit(state, pixels[trained].to(device), pixels[held].to(device), 0, report, lambda _: None)
     return state.averaged(), curve
 
 
@@ -91,10 +90,15 @@ def purified(denoiser: Denoiser, images: ImageSet, t_star: int, steps: int, samp
     return torch.cat(parts).numpy()
 
 
+def one_process_a_core() -> ProcessPoolExecutor:
+    """Return a pool of processes of one thread each; one process where they would share a GPU."""
+    workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    return ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+
+
 def victims(jobs: dict[str, VictimJob], test: ImageSet, seeds: int) -> dict[str, tuple[float, float]]:
     """Return the mean and standard deviation of last-epoch test accuracy over seeds, one process a core."""
-    workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_process_a_core() as pool:
         runs = {
             name: [pool.submit(_victim, job, test.images, test.labels, seed) for seed in range(seeds)]
             for name, job in jobs.items()

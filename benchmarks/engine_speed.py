@@ -13,8 +13,9 @@ from skimage.metrics import structural_similarity
 
 from eclipse_ray.config import load_config
 from eclipse_ray.diffusion.checkpoint import load_denoiser
+from eclipse_ray.diffusion.losses import psnr
 from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet, default_device
-from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.diffusion.sampler import purify_images, to_model_range
 
 IMAGES = 256
 SPEED_IMAGES = 64
@@ -27,11 +28,6 @@ GRID = (
     *(("ddim", steps) for steps in (10, 4, 2)),
     *(("dpm", steps) for steps in (10, 4, 2)),
 )
-
-
-def psnr(first: Pixels, second: Pixels) -> float:
-    """Return the peak signal-to-noise ratio in dB of uint8 images."""
-    return float(10 * np.log10(255**2 / np.mean((first.astype(float) - second) ** 2)))
 
 
 def ssim(first: Pixels, second: Pixels) -> float:
@@ -55,7 +51,10 @@ def samplers_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
         result = purified(denoiser, clean, T_STAR, steps, sampler)
         rate = IMAGES / (time.perf_counter() - started)
         row: dict[str, Any] = {"sampler": sampler, "steps": steps, "images_per_second": rate}
-        row |= {"psnr": psnr(result, clean.images), "ssim": ssim(result, clean.images)}
+        row |= {
+            "psnr": psnr(*(to_model_range(torch.from_numpy(x)) for x in (result, clean.images))),
+            "ssim": ssim(result, clean.images),
+        }
         row["ratio"] = rate / (rows[0]["images_per_second"] if rows else rate)
         for name, images in poisoned.items():
             # The same ids draw the same noise, so the difference is what is left of the perturbation.
@@ -79,9 +78,9 @@ def speed_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
     paper = load_config(None, {"denoiser.preset": "paper"}).denoiser
     torch.manual_seed(0)
     large = build_denoiser(build_unet(paper), paper).eval().to(device)
-    small = load_denoiser(work / "denoiser-2000", device)
-    images = load(work, "sets/rest", SPEED_IMAGES).images
     folder = work / "denoiser-2000"
+    small = load_denoiser(folder, device)
+    images = load(work, "sets/rest", SPEED_IMAGES).images
     plain = load_denoiser(folder, device).to(memory_format=torch.contiguous_format)
     halved, compiled = load_denoiser(folder, device), load_denoiser(folder, device)
     halved.precision = "bfloat16"
@@ -98,13 +97,8 @@ def speed_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     for name, denoiser, steps, repeats in cases:
         rate = rate_of(images, denoiser, steps, repeats)
-        rows.append(
-            {
-                "case": name,
-                "images_per_second": rate,
-                "ratio": rate / (rows or [{"images_per_second": rate}])[0]["images_per_second"],
-            }
-        )
+        published = rows[0]["images_per_second"] if rows else rate
+        rows.append({"case": name, "images_per_second": rate, "ratio": rate / published})
         print(rows[-1], flush=True)
     table = [[row["case"], f"{row['images_per_second']:.2f}", f"{row['ratio']:.0f}"] for row in rows]
     return markdown(["setting", "images/s", "ratio"], table), rows

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
-from common import fit, load, markdown
+from common import fit, load, markdown, one_process_a_core
 from engine_speed import rate_of
 
 from eclipse_ray.config import Settings
@@ -43,7 +40,7 @@ MAX_FACTOR = 20
 def networks_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
     """Held-out PSNR at t_star after equal training, against parameters and images/s."""
     images = load(work, SPARSE).images
-    with _pool() as pool:
+    with one_process_a_core() as pool:
         futures = {
             name: pool.submit(_network, images, {**settings, "denoiser.iterations": ITERATIONS})
             for name, settings in NETWORKS.items()
@@ -111,8 +108,3 @@ def _draw(file: Path, rows: list[dict[str, Any]]) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
-
-
-def _pool() -> ProcessPoolExecutor:
-    workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    return ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))

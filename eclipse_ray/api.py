@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from eclipse_ray.config import Config, Settings, load_config, to_yaml, with_overrides
+from eclipse_ray.config import Config, ScheduleName, Settings, load_config, to_yaml, with_overrides
 from eclipse_ray.results import (
     DatasetResult,
     EvaluateResult,
@@ -103,7 +103,7 @@ def import_checkpoint(
     out: str,
     heads: int = 4,
     timesteps: int = 4000,
-    schedule: Literal["cosine", "linear"] = "cosine",
+    schedule: ScheduleName = "cosine",
 ) -> ImportResult:
     """Turn weights of improved-diffusion or guided-diffusion, a local file, into the local denoiser `out`."""
     from eclipse_ray.diffusion import imported as room

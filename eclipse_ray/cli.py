@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from eclipse_ray.config import parse_assignment
+from eclipse_ray.config import ScheduleName, parse_assignment
 from eclipse_ray.errors import EXIT_FAILURE, EXIT_OK, EXIT_RUN_AGAIN, EXIT_TOO_MANY_FAILED, EclipseError
 from eclipse_ray.results import Result, to_json
 
@@ -127,7 +127,7 @@ def import_checkpoint(
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the denoiser.")],
     heads: Annotated[int, typer.Option(help="Attention heads, which the file does not tell.")] = 4,
     timesteps: Annotated[int, typer.Option(help="T of the training.")] = 4000,
-    schedule: Annotated[Literal["cosine", "linear"], typer.Option(help="Noise schedule of it.")] = "cosine",
+    schedule: Annotated[ScheduleName, typer.Option(help="Noise schedule of it.")] = "cosine",
     as_json: Json = False,
 ) -> None:
     """Make a denoiser of weights saved by improved-diffusion or guided-diffusion."""

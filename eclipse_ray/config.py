@@ -21,6 +21,7 @@ from eclipse_ray.errors import ConfigError
 Settings = Mapping[str, Any]
 Sampler = Literal["ddpm", "ddim", "dpm"]
 Precision = Literal["float32", "bfloat16"]
+ScheduleName = Literal["cosine", "linear"]
 
 # Side of a tile: few of its pixels lie near a border, and self-attention, of cost tile**4, is still affordable.
 TILE = 128

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import World, make_world
 
@@ -22,3 +23,12 @@ def shared_data() -> Path:
 def world(tmp_path_factory) -> World:
     """Poisoned, clean and test sets of 16 px images and a debug denoiser, below one folder."""
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny networks are slower on several threads, by far if the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

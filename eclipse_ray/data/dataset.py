@@ -58,7 +58,7 @@ def load_images(
     for table in read_tables(source, data_config, max_images=min(count, 2048)):
         wanted = table.slice(0, count - len(ids))
         for name, data in zip(wanted["id"].to_pylist(), image_bytes(wanted), strict=True):
-            pixels = _decode(url, name, data, data_config)
+            pixels = decode_resized(url, name, data, data_config)
             if images is None:
                 images = np.empty((count, *pixels.shape), np.uint8)
             elif pixels.shape != images.shape[1:]:
@@ -215,7 +215,8 @@ def _regroup(tables: Iterable[pa.Table], max_images: int, max_bytes: int) -> Ite
         yield pa.concat_tables(held, promote_options="default")
 
 
-def _decode(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArray[np.uint8]:
+def decode_resized(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArray[np.uint8]:
+    """Return an image, uint8 (H, W, 3), in the size of data.resize. Raises InputError if it cannot be decoded."""
     return resize_image(_decode_stored(url, name, data, data_config), data_config.resize)
 
 

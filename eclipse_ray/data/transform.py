@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.data.dataset import Layout, refuse_existing, write_dataset
+from eclipse_ray.data.dataset import Layout, decode_resized, refuse_existing, write_dataset
 from eclipse_ray.data.formats import Source, open_source, read_tables
 from eclipse_ray.data.images import (
     ImageError,
@@ -21,7 +21,6 @@ from eclipse_ray.data.images import (
     content_hash,
     decode_image,
     encode_image,
-    resize_image,
 )
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import CANONICAL, canonical_table, image_bytes
@@ -48,10 +47,7 @@ def _resized(source: Source, table: pa.Table, data_config: DataConfig) -> pa.Tab
     ids: list[str] = table["id"].to_pylist()
     encoded: list[bytes] = []
     for name, data in zip(ids, image_bytes(table), strict=True):
-        try:
-            pixels = resize_image(decode_image(data, data_config.max_pixels), data_config.resize)
-        except ImageError as error:
-            raise InputError(f"{source.url}: image {name}: {error}; mend it or leave it out") from error
+        pixels = decode_resized(source.url, name, data, data_config)
         encoded.append(encode_image(pixels, data_config.encoding))
     labels = table["label"] if "label" in table.column_names else None
     extras = table.drop_columns([name for name in CANONICAL if name in table.column_names])

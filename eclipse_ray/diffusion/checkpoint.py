@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eclipse_ray.config import Sampler
+from eclipse_ray.config import Sampler, ScheduleName
 from eclipse_ray.diffusion.fixed_heads import FixedHeadsUNet2DModel
 from eclipse_ray.diffusion.model import Denoiser
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas
@@ -25,7 +25,6 @@ SCHEDULER_FILE = "scheduler_config.json"
 CARD_FILE = "eclipse.json"
 DENOISER_FILES = (WEIGHTS_FILE, MODEL_FILE, SCHEDULER_FILE, CARD_FILE)
 
-ScheduleName = Literal["cosine", "linear"]
 _SCHEDULE_NAMES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 # What `_class_name` of a denoiser's config.json may say.
 _UNETS = {"UNet2DModel": UNet2DModel, "FixedHeadsUNet2DModel": FixedHeadsUNet2DModel}

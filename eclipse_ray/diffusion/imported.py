@@ -19,12 +19,11 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor
 
-from eclipse_ray.config import digest
+from eclipse_ray.config import ScheduleName, digest
 from eclipse_ray.diffusion.checkpoint import (
     CARD_FILE,
     DENOISER_FILES,
     Card,
-    ScheduleName,
     read_card,
     save_denoiser,
 )

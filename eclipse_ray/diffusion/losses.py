@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from eclipse_ray.diffusion.model import IMAGE_CHANNELS, Denoiser
+from eclipse_ray.diffusion.model import IMAGE_CHANNELS, Denoiser, Network
 from eclipse_ray.diffusion.noise import noise
-from eclipse_ray.diffusion.sampler import Network, mixed_log_variance, posterior, predict_x0, split_output
+from eclipse_ray.diffusion.sampler import mixed_log_variance, posterior, predict_x0, split_output
 
 
 def add_noise(x0: Tensor, epsilon: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from eclipse_ray.config import DenoiserConfig, Precision, Sampler
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
 
 IMAGE_CHANNELS = 3
+# From (x_t, t) to the raw output, whatever stands between: a denoiser, its tiled view, a test's closed form.
+Network = Callable[[Tensor, Tensor], Tensor]
 
 
 def build_unet(config: DenoiserConfig) -> UNet2DModel:

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, Sampler
-from eclipse_ray.diffusion.model import IMAGE_CHANNELS, Denoiser
+from eclipse_ray.diffusion.model import IMAGE_CHANNELS, Denoiser, Network
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.schedule import respaced_timesteps
 from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled
-from eclipse_ray.diffusion.tiling import Network as Network
 from eclipse_ray.errors import ConfigError, InputError
 
 # Bumped only when the pixels that purification gives change, so that other fixes do not orphan unfinished runs.

@@ -8,13 +8,13 @@ to match at a border but two predictions of the same pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Network = Callable[[Tensor, Tensor], Tensor]
+from eclipse_ray.diffusion.model import Network
 
 # Below this side there is little left to look at, and deep networks shrink such an image to nothing.
 MIN_SIDE = 16

@@ -17,7 +17,6 @@ from eclipse_ray.diffusion.ema import start_ema, update_ema
 from eclipse_ray.diffusion.losses import heldout_psnr, loss_hybrid
 from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet
 from eclipse_ray.diffusion.sampler import to_model_range
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
 from eclipse_ray.diffusion.timesteps import draw_timesteps, record_losses, start_losses
 
 
@@ -85,6 +84,13 @@ def start_fit(config: DenoiserConfig, seed: int, device: torch.device) -> Fit:
     return Fit(config, unet, start_ema(unet), optimizer, losses)
 
 
+def split_heldout(images: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the indices of (training part, held-out part), chosen by the seed; each has at least one image."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    count = min(max(1, round(fraction * images)), images - 1)
+    return order[count:], order[:count]
+
+
 def enlarged_batch(images: int, replication: int, batch_size: int, iteration: int, seed: int) -> Tensor:
     """Return the indices (batch_size,) of one batch of the enlarged set, shuffled anew each epoch.
 
@@ -131,8 +137,8 @@ def run_fit(
     `gather` joins a tensor (B of this worker,) of every worker in rank order; only resampled timesteps need it.
     """
     config = fit.config
-    schedule = cosine_alphas_cumprod(config.num_train_timesteps).to(heldout.device)
-    network = wrap(build_denoiser(fit.unet, config).to(heldout.device)).train()
+    denoiser = build_denoiser(fit.unet, config).to(heldout.device)
+    schedule, network = denoiser.alphas_cumprod, wrap(denoiser).train()
     losses: list[Tensor] = []
     while fit.iteration < config.iterations:
         x0, epsilon, t, weights = _draw_batch(

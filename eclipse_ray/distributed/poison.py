@@ -9,12 +9,12 @@ import pyarrow as pa
 import torch
 
 from eclipse_ray.config import Config
-from eclipse_ray.data.dataset import refuse_existing, write_dataset
+from eclipse_ray.data.dataset import decode_resized, refuse_existing, write_dataset
 from eclipse_ray.data.formats import Source, open_source, read_tables
-from eclipse_ray.data.images import ImageError, decode_image, encode_image, resize_image
+from eclipse_ray.data.images import encode_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import CANONICAL, canonical_table, image_bytes
-from eclipse_ray.distributed.stages import Pixels, same_size_batches
+from eclipse_ray.distributed.stages import same_size_batches
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.poisons import poison_images
 from eclipse_ray.results import DatasetResult
@@ -39,7 +39,10 @@ def _poisoned(source: Source, config: Config, classes: int) -> Iterator[pa.Table
     for table in read_tables(source, config.data):
         ids: list[str] = table["id"].to_pylist()
         labels = table["label"].to_numpy()
-        decoded = [_decode(source, config, name, data) for name, data in zip(ids, image_bytes(table), strict=True)]
+        decoded = [
+            decode_resized(source.url, name, data, config.data)
+            for name, data in zip(ids, image_bytes(table), strict=True)
+        ]
         encoded: dict[int, bytes] = {}
         for indices in same_size_batches(decoded, len(decoded)):
             poisoned = poison_images(
@@ -56,13 +59,6 @@ def _poisoned(source: Source, config: Config, classes: int) -> Iterator[pa.Table
         extras = table.drop_columns([name for name in CANONICAL if name in table.column_names])
         ordered = [encoded[index] for index in range(len(ids))]
         yield canonical_table(ids, ordered, table["label"], extras, source.classes)
-
-
-def _decode(source: Source, config: Config, name: str, data: bytes) -> Pixels:
-    try:
-        return resize_image(decode_image(data, config.data.max_pixels), config.data.resize)
-    except ImageError as error:
-        raise InputError(f"{source.url}: image {name}: {error}; mend it or leave it out") from None
 
 
 def _class_count(source: Source, config: Config) -> int:

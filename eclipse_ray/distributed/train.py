@@ -13,7 +13,6 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from torch import Tensor
 
 from eclipse_ray import ledger
 from eclipse_ray.config import Config, digest, to_yaml
@@ -43,13 +42,12 @@ def train(config: Config) -> TrainResult:
     """
     clean, output = _locations(config)
     images = _sparse_set(config, clean)
-    hashes = images.hashes
     store = Store(output)
     refuse_process_local(output, store.in_this_process_only)
-    fingerprint = _fingerprint(config, hashes)
+    fingerprint = _fingerprint(config, images.hashes)
     ledger.claim(store, fingerprint, to_yaml(config))
     if not store.exists(CARD_FILE):
-        _run_training(config, store, images, hashes, fingerprint.value)
+        _run_training(config, store, images, fingerprint.value)
     else:
         say(f"{output}: already trained with these settings and images")
     card = read_card(local_denoiser(output))
@@ -92,7 +90,7 @@ def _fingerprint(config: Config, hashes: list[str]) -> ledger.Fingerprint:
     return ledger.Fingerprint(config=tree, weights="", input=digest(sorted(hashes)), engine_version=ENGINE_VERSION)
 
 
-def _run_training(config: Config, store: Store, images: MixedSet, hashes: list[str], fingerprint: str) -> None:
+def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: str) -> None:
     resources = connect(config)
     workers, use_gpu = _workers(config, resources)
     require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
@@ -105,7 +103,7 @@ def _run_training(config: Config, store: Store, images: MixedSet, hashes: list[s
             # One buffer, which every worker of a node reads in place.
             "pixels": ray.put(images.pixels),
             "sizes": images.sizes.tolist(),
-            "hashes": hashes,
+            "hashes": images.hashes,
             "fingerprint": fingerprint,
             "threads": 0 if use_gpu else max(1, resources.cores // workers),
             "board": board,
@@ -157,7 +155,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
     device = ray.train.torch.get_device()
     images = _shared_images(settings)
-    trained, heldout = split_heldout(len(images), config.denoiser.heldout_fraction, config.run.seed)
+    trained, heldout = training.split_heldout(len(images), config.denoiser.heldout_fraction, config.run.seed)
     fit = training.start_fit(config.denoiser, config.run.seed, device)
     _restore(fit)
     first = context.get_world_rank() == 0
@@ -192,13 +190,6 @@ def _shared_images(settings: dict[str, Any]) -> ImageBuffer:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         pixels = torch.from_numpy(ray.get(settings["pixels"]))
     return image_buffer(pixels, torch.tensor(settings["sizes"], dtype=torch.int64))
-
-
-def split_heldout(images: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the indices of (training part, held-out part), chosen by the seed; each has at least one image."""
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
-    count = min(max(1, round(fraction * images)), images - 1)
-    return order[count:], order[:count]
 
 
 def _restore(fit: training.Fit) -> None:

@@ -16,19 +16,12 @@ from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, linear_alphas_
 from eclipse_ray.errors import ConfigError, InputError
 from tests.diffusion.original_unet import Original, original_unet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MULTIPLIERS = {32: (1, 2, 2, 2), 64: (1, 2, 3, 4)}
 SMALL = Original(image_size=16, multipliers=(1, 2), blocks=1, attention_pixels=(8,))
 # Its last two levels attend, with 32 and 64 channels: 4 heads are 8 and 16 channels wide.
 UNEVEN = Original(image_size=16, multipliers=(1, 2), blocks=1, attention_pixels=(16, 8))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Networks as small as these lose more to waiting threads than they gain.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def saved(folder, size: Original, name: str = "ema_0.9999_000120.pt"):

@@ -72,15 +72,6 @@ def published_chain(x, unet, seed):
     raise AssertionError("the chain ends at t = 1")
 
 
-@pytest.fixture
-def one_thread():
-    """Tiny networks are slower on several threads, by far if the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 @torch.inference_mode()
 def test_a_hundred_steps_are_the_published_formulas():

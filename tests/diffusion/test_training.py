@@ -20,6 +20,8 @@ from eclipse_ray.diffusion.training import (
     worker_slice,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 # What preset `paper` changes in the method of training, without its sizes.
 PAPER = {
@@ -34,15 +36,6 @@ PAPER = {
         "dropout",
     )
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks are slower on several threads, by far if the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def smooth_images(count: int) -> torch.Tensor:

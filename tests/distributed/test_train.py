@@ -10,8 +10,7 @@ from eclipse_ray.config import load_config
 from eclipse_ray.data.dataset import load_images
 from eclipse_ray.data.images import encode_image
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
-from eclipse_ray.diffusion.training import run_fit, start_fit
-from eclipse_ray.distributed.train import split_heldout
+from eclipse_ray.diffusion.training import run_fit, split_heldout, start_fit
 from eclipse_ray.errors import ConfigError, InputError, ResumeError
 from tests.support import DEBUG, kill_when
 

@@ -8,15 +8,9 @@ from eclipse_ray.poisons import poison_images
 from eclipse_ray.victims import VICTIMS, training
 from eclipse_ray.victims.training import draw_batch, learning_rate_at, train_victim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = VictimConfig(epochs=4, batch_size=32, learning_rate=0.05, crop_padding=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def coloured(count, seed, size=16, classes=3):

@@ -51,9 +51,8 @@ def rows(work: Path) -> list[tuple[str, str, str, Settings]]:
 
 def prepare(data: str, work: Path) -> None:
     """Choose disjoint sparse, training and test sets, stratified by label, and poison the training set."""
-    pool = {"clean": TRAIN_IMAGES + SPARSE[0], "output": str(work / "pool")}
     if not (work / "pool").exists():
-        api.split(f"{data}/train-*.parquet", **pool)
+        api.split(f"{data}/train-*.parquet", clean=TRAIN_IMAGES + SPARSE[0], output=str(work / "pool"))
     if not (work / "sets").exists():
         api.split(str(work / "pool/clean"), clean=SPARSE[0], output=str(work / "sets"))
     if not (work / "fewer").exists():

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from eclipse_ray.config import Settings, load_config
+from eclipse_ray.config import Sampler, Settings, load_config
 from eclipse_ray.data.dataset import ImageSet, load_images
 from eclipse_ray.diffusion.model import Denoiser, default_device
 from eclipse_ray.diffusion.sampler import purify_images
@@ -38,9 +38,7 @@ class VictimJob:
 
 def load(work: Path, name: str, count: int | None = None) -> ImageSet:
     """Return the first images of a dataset that `benchmarks/cifar10.py --steps prepare` wrote below `work`."""
-    images = load_images(str(work / name), load_config().data)
-    labels = None if images.labels is None else images.labels[:count]
-    return ImageSet(images.images[:count], images.ids[:count], labels, images.classes)
+    return load_images(str(work / name), load_config().data, limit=count)
 
 
 def machine() -> str:
@@ -73,7 +71,9 @@ def fit(
     return state.averaged(), curve
 
 
-def purified(denoiser: Denoiser, images: ImageSet, t_star: int, steps: int, sampler: str, seed: int = 0) -> Pixels:
+def purified(
+    denoiser: Denoiser, images: ImageSet, t_star: int, steps: int, sampler: Sampler, seed: int = 0
+) -> Pixels:
     """Return the purified images, uint8 (N, H, W, 3)."""
     parts = [
         purify_images(
@@ -98,6 +98,7 @@ def one_process_a_core() -> ProcessPoolExecutor:
 
 def victims(jobs: dict[str, VictimJob], test: ImageSet, seeds: int) -> dict[str, tuple[float, float]]:
     """Return the mean and standard deviation of last-epoch test accuracy over seeds, one process a core."""
+    assert test.labels is not None
     with one_process_a_core() as pool:
         runs = {
             name: [pool.submit(_victim, job, test.images, test.labels, seed) for seed in range(seeds)]

@@ -9,7 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eclipse_ray.api import convert, evaluate, import_checkpoint, poison, purify, split, status, train, verify
+    from eclipse_ray.api import (
+        convert,
+        dry_run,
+        evaluate,
+        gc,
+        import_checkpoint,
+        poison,
+        purify,
+        split,
+        status,
+        train,
+        verify,
+    )
     from eclipse_ray.config import Config, load_config
     from eclipse_ray.demo import demo
     from eclipse_ray.diffusion.checkpoint import load_denoiser
@@ -20,7 +32,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "convert": "eclipse_ray.api",
+    "dry_run": "eclipse_ray.api",
     "evaluate": "eclipse_ray.api",
+    "gc": "eclipse_ray.api",
     "import_checkpoint": "eclipse_ray.api",
     "poison": "eclipse_ray.api",
     "purify": "eclipse_ray.api",
@@ -40,7 +54,9 @@ __all__ = [
     "Config",
     "convert",
     "demo",
+    "dry_run",
     "evaluate",
+    "gc",
     "import_checkpoint",
     "load_config",
     "load_denoiser",

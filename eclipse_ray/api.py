@@ -11,7 +11,9 @@ from typing import Literal
 from eclipse_ray.config import Config, ScheduleName, Settings, load_config, to_yaml, with_overrides
 from eclipse_ray.results import (
     DatasetResult,
+    DryRunResult,
     EvaluateResult,
+    GcResult,
     ImportResult,
     PurifyResult,
     StatusResult,
@@ -117,19 +119,49 @@ def purify(
     *,
     denoiser: str | None = None,
     resize: int | None = None,
+    retry_failed: bool = False,
+    extend: bool = False,
     config: ConfigLike = None,
     settings: Settings | None = None,
 ) -> PurifyResult:
-    """Purify every image of `source` into `output`; the same call resumes what it began."""
+    """Purify every image of `source` into `output`; the same call resumes what it began.
+
+    `retry_failed` does failed images again and keeps the bytes of the others; `extend` also purifies objects that
+    the source has gained since the output was begun.
+    """
     from eclipse_ray.distributed import purify as room
 
-    named = {
+    resolved = resolve(config, settings, _purify_settings(source, output, denoiser, resize))
+    return room.purify(resolved, retry_failed=retry_failed, extend=extend)
+
+
+def dry_run(
+    source: str | None = None,
+    output: str | None = None,
+    *,
+    denoiser: str | None = None,
+    resize: int | None = None,
+    extend: bool = False,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> DryRunResult:
+    """Return what `purify` would do and about how long it would take; nothing is written, no cluster is asked."""
+    from eclipse_ray.distributed import estimate as room
+
+    return room.estimate(
+        resolve(config, settings, _purify_settings(source, output, denoiser, resize)), extend=extend
+    )
+
+
+def _purify_settings(
+    source: str | None, output: str | None, denoiser: str | None, resize: int | None
+) -> dict[str, str | int | None]:
+    return {
         "data.source": source,
         "data.output": output,
         "purify.denoiser": denoiser,
         "data.resize": resize,
     }
-    return room.purify(resolve(config, settings, named))
 
 
 def status(output: str) -> StatusResult:
@@ -146,6 +178,19 @@ def verify(output: str) -> VerifyResult:
     from eclipse_ray.data.store import Store
 
     return ledger.verify(Store(output))
+
+
+def gc(output: str, *, idle: bool = False) -> GcResult:
+    """Remove what dead workers left in an output folder; nothing that a status names is ever touched.
+
+    `idle` promises that no run is writing there: leftovers of unfinished shards and unfinished uploads go too.
+    """
+    from eclipse_ray import ledger
+    from eclipse_ray.data.store import Store
+
+    store = Store(output)
+    removed = ledger.collect(store, idle)
+    return GcResult(removed, store.abort_uploads() if idle else 0, store.url)
 
 
 def evaluate(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
 
 from eclipse_ray.config import ScheduleName, parse_assignment
-from eclipse_ray.errors import EXIT_FAILURE, EXIT_OK, EXIT_RUN_AGAIN, EXIT_TOO_MANY_FAILED, EclipseError
-from eclipse_ray.results import Result, to_json
+from eclipse_ray.errors import EXIT_FAILURE, EXIT_OK, EXIT_TOO_MANY_FAILED, EclipseError, InterruptedRunError
+from eclipse_ray.results import DryRunResult, Result, to_json
 
 app = typer.Typer(
     name="eclipse-ray",
@@ -151,6 +153,10 @@ def purify(
     output: Annotated[str | None, typer.Argument(metavar="DST", help="Output folder.")] = None,
     denoiser: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.")] = None,
     resize: Resize = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do failed images again.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Also do objects that SRC has gained.")] = False,
+    max_failed_fraction: Annotated[float | None, typer.Option(help="More failed images end in exit 3.")] = None,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
@@ -158,8 +164,21 @@ def purify(
     """Purify a dataset; the same command resumes. Exit 3: done, but more images failed than allowed."""
     from eclipse_ray import api
 
-    resolved = api.resolve(config, _settings(assign), {})
-    result = api.purify(source, output, denoiser=denoiser, resize=resize, config=resolved)
+    named = {"purify.max_failed_fraction": max_failed_fraction}
+    resolved = api.resolve(config, _settings(assign), named)
+    if dry_run:
+        plan = api.dry_run(source, output, denoiser=denoiser, resize=resize, extend=extend, config=resolved)
+        _print(plan, as_json, lambda: _describe(plan))
+        return
+    result = api.purify(
+        source,
+        output,
+        denoiser=denoiser,
+        resize=resize,
+        retry_failed=retry_failed,
+        extend=extend,
+        config=resolved,
+    )
     _print(
         result,
         as_json,
@@ -170,6 +189,15 @@ def purify(
     )
     if result.failed > resolved.purify.max_failed_fraction * result.planned:
         raise typer.Exit(EXIT_TOO_MANY_FAILED)
+
+
+def _describe(plan: DryRunResult) -> str:
+    return (
+        f"{plan.images_left:,} of {plan.planned:,} images to purify, in {plan.shards_left:,} of {plan.shards:,} "
+        f"shards, from {plan.input_bytes / 2**30:,.2f} GiB; about {plan.output_bytes / 2**30:,.2f} GiB to write, "
+        f"{plan.device_hours:,.2f} hours on one such {plan.device} as here, {plan.cpu_hours:,.2f} core hours to "
+        f"decode and encode; nothing was written to {plan.output}"
+    )
 
 
 @app.command()
@@ -202,6 +230,27 @@ def verify(
     _print(result, as_json, lambda: "\n".join([*lines, "ok" if result.ok else "NOT ok"]))
     if not result.ok:
         raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command()
+def gc(
+    output: Annotated[str, typer.Argument(metavar="DST", help="Output folder of purify.")],
+    idle: Annotated[
+        bool, typer.Option("--idle", help="No run is writing there: unfinished shards' leftovers go too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove what dead workers left behind; never what a status names."""
+    from eclipse_ray import api
+
+    result = api.gc(output, idle=idle)
+    _print(
+        result,
+        as_json,
+        lambda: (
+            f"{result.removed:,} leftovers removed, {result.uploads_aborted:,} uploads aborted in {result.output}"
+        ),
+    )
 
 
 @app.command()
@@ -248,16 +297,19 @@ def _reserve_standard_output() -> None:
     os.dup2(2, 1)
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise InterruptedRunError("stopped; run the same command again to resume")
+
+
 def main() -> None:
     """Run the command line and exit with a documented code: 0, 1, 2, 3 or 75."""
     if "--json" in sys.argv:
         _reserve_standard_output()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except EclipseError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        sys.exit(EXIT_RUN_AGAIN)
     sys.exit(EXIT_OK)

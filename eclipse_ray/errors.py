@@ -35,3 +35,9 @@ class StorageError(EclipseError):
     """A store cannot do what the commit protocol needs, or refused an operation."""
 
     exit_code = EXIT_FAILURE
+
+
+class InterruptedRunError(EclipseError):
+    """A run stopped on the way with everything finished so far kept; the same command goes on from there."""
+
+    exit_code = EXIT_RUN_AGAIN

@@ -41,6 +41,31 @@ class PurifyResult:
 
 
 @dataclass(frozen=True)
+class DryRunResult:
+    """What `purify` would do: hours are of one CPU core (decode, encode) and of one device of the named kind."""
+
+    planned: int
+    images_left: int
+    shards: int
+    shards_left: int
+    input_bytes: int
+    output_bytes: int
+    cpu_hours: float
+    device_hours: float
+    device: str
+    output: str
+
+
+@dataclass(frozen=True)
+class GcResult:
+    """What was cleared from an output folder: leftover objects, and uploads that were never completed."""
+
+    removed: int
+    uploads_aborted: int
+    output: str
+
+
+@dataclass(frozen=True)
 class StatusResult:
     """How far a run is, in images and shards."""
 
@@ -101,6 +126,8 @@ Result = (
     TrainResult
     | ImportResult
     | PurifyResult
+    | DryRunResult
+    | GcResult
     | StatusResult
     | VerifyResult
     | EvaluateResult

@@ -32,6 +32,7 @@ from tests.ledger_helpers import (
     make_fingerprint,
     make_shards,
     memory_store,
+    plan_of,
     start,
     table,
     written,
@@ -80,8 +81,8 @@ def test_plan_refuses_doubled_and_unreadable_names():
 def test_plan_round_trips(store):
     shards = plan_shards([Part("ä 'q\"\n%2F.png"), Part("t", 9, 77, "etag"), *map(Part, "xyz")], 2)
     start(store, shards)
-    assert read_plan(store) == shards
-    assert plan_digest(read_plan(store)) == plan_digest(shards)
+    assert read_plan(store) == plan_of(shards)
+    assert plan_digest(read_plan(store).shards) == plan_digest(shards)
 
 
 def test_complete_run_is_proved_and_finalise_is_idempotent(store):
@@ -278,7 +279,7 @@ def test_changes_are_refused_with_a_readable_difference(store):
         ({"engine_version": 2}, "engine_version: 1 -> 2"),
     ]:
         with pytest.raises(ResumeError) as refused:
-            open_run(store, shards, make_fingerprint(shards, **change), "")
+            open_run(store, plan_of(shards), make_fingerprint(shards, **change), "")
         assert str(refused.value).splitlines()[1:] == [f"  {line}"]
     assert written(store) == before
 
@@ -301,8 +302,8 @@ def test_changed_input_is_refused_naming_the_objects():
 
 def test_resume_keeps_the_first_config_and_knows_it_resumes(store):
     shards = make_shards()
-    first = open_run(store, shards, make_fingerprint(shards), "run: {progress_seconds: 1}\n")
-    again = open_run(store, shards, make_fingerprint(shards, config=dict(CONFIG)), "run: {}\n")
+    first = open_run(store, plan_of(shards), make_fingerprint(shards), "run: {progress_seconds: 1}\n")
+    again = open_run(store, plan_of(shards), make_fingerprint(shards, config=dict(CONFIG)), "run: {}\n")
     assert (first.resumed, again.resumed) == (False, True)
     assert store.read("_eclipse/config.yaml") == b"run: {progress_seconds: 1}\n"
     assert again.fingerprint.value == first.fingerprint.value
@@ -311,7 +312,7 @@ def test_resume_keeps_the_first_config_and_knows_it_resumes(store):
 def test_fingerprint_must_be_of_the_plan():
     shards = make_shards()
     with pytest.raises(ValueError, match="plan_digest"):
-        open_run(memory_store(), shards, make_fingerprint(shards, input="other"), "")
+        open_run(memory_store(), plan_of(shards), make_fingerprint(shards, input="other"), "")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b'{"value": 1}', b"\xff"])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError
-from eclipse_ray.ledger import finalise, pending, read_statuses, summarise, verify
+from eclipse_ray.ledger import Shard, collect, finalise, pending, read_statuses, retriable, summarise, verify
 from tests.ledger_helpers import (
     CrashError,
     CrashingStore,
@@ -22,6 +27,7 @@ from tests.ledger_helpers import (
 )
 
 _SHARDS = 4
+MEANWHILE = (collect, finalise, Store.probe)
 shard_numbers = st.integers(0, _SHARDS - 1)
 salts = st.integers(0, 2)
 crash_points = st.integers(0, 5)
@@ -83,13 +89,32 @@ class Drivers(RuleBasedStateMachine):
         won = commit(Slow(store.url), shard, ours)
         assert self.between in (None, won)
 
-    @precondition(lambda self: self.store.exists("_eclipse/manifest.parquet"))
-    @rule(number=shard_numbers, salt=salts)
-    def retry_as_the_next_generation(self, number: int, salt: int) -> None:
-        shard = self.shards[number]
-        generation = read_statuses(self.store)[shard.name].generation + 1
-        won = commit(self.store, shard, salt, generation)
-        assert read_statuses(self.store)[shard.name] == won
+    @precondition(lambda self: self.again())
+    @rule(salt=salts, mended=st.booleans(), meanwhile=st.sampled_from(MEANWHILE))
+    def retry_while_another_driver_cleans_up(
+        self, salt: int, mended: bool, meanwhile: Callable[[Store], object]
+    ) -> None:
+        shard, store = self.again()[-1], self.store
+        generation = read_statuses(store)[shard.name].generation + 1
+
+        class Slow(CrashingStore):
+            def create(self, key: str, data: bytes) -> bool:
+                if key.startswith("_eclipse/status"):
+                    with contextlib.suppress(InputError):  # finalise, before every shard is done
+                        meanwhile(store)
+                return super().create(key, data)
+
+        won = commit(Slow(store.url), shard, salt, generation, mended)
+        assert read_statuses(store)[shard.name] == won
+
+    def again(self) -> list[Shard]:
+        planned = self.store.exists("_eclipse/plan.parquet")
+        return retriable(self.shards, read_statuses(self.store)) if planned else []
+
+    @precondition(lambda self: self.store.exists("_eclipse/plan.parquet"))
+    @rule(idle=st.booleans())
+    def clean_up(self, idle: bool) -> None:
+        collect(self.store, idle)
 
     @precondition(lambda self: self.store.exists("_eclipse/plan.parquet"))
     @rule(at=st.none() | crash_points, after=st.booleans())
@@ -121,9 +146,10 @@ class Drivers(RuleBasedStateMachine):
         result = verify(self.store)
         assert result.ok, result.mismatched
         ids: list[str] = []
+        named = {k for s in read_statuses(self.store).values() for k in (s.object, s.errors_object)}
         for key, data in written(self.store).items():
             assert ".tmp-" not in key
-            if key.startswith(("data/", "_eclipse/errors/")):
+            if key in named and key.startswith(("data/", "_eclipse/errors/")):
                 ids += pq.read_table(pa.BufferReader(data)).column("id").to_pylist()
         assert sorted(ids) == sorted(span.key for shard in self.shards for span in shard.spans)
         summary = summarise(self.store)
@@ -132,12 +158,17 @@ class Drivers(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "store"):
             complete(self.store, self.shards)
+            collect(self.store, idle=True)
             self.assert_exact()
+            named = {k for s in read_statuses(self.store).values() for k in (s.object, s.errors_object)}
+            assert {k for k in written(self.store) if k.startswith(("data/", "_eclipse/errors/"))} == named - {
+                None
+            }
             self.store.fs.rm(self.store.root, recursive=True)
 
 
 Drivers.TestCase.settings = settings(
-    max_examples=100,
+    max_examples=int(os.environ.get("ECLIPSE_RAY_EXAMPLES", "100")),
     stateful_step_count=14,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +57,19 @@ def connect(config: Config) -> Resources:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if address == "local":
             options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
-        ray.init(address=address, **options)
+        with _own_sigterm():
+            ray.init(address=address, **options)
     total = ray.cluster_resources()
     return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), cores, address == "local")
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    # A Ray driver that starts its cluster takes this signal over, and would then not say that it can be resumed.
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def require_cpus(resources: Resources, needed: float, purpose: str) -> None:

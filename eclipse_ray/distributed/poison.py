@@ -14,7 +14,7 @@ from eclipse_ray.data.formats import Source, open_source, read_tables
 from eclipse_ray.data.images import encode_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import CANONICAL, canonical_table, image_bytes
-from eclipse_ray.distributed.stages import same_size_batches
+from eclipse_ray.distributed.shards import same_size_batches
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.poisons import poison_images
 from eclipse_ray.results import DatasetResult

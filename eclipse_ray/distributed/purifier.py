@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from eclipse_ray import compensation
+from eclipse_ray import compensation, ledger
+from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.diffusion.sampler import purify_images
 from eclipse_ray.distributed.fetch import local_denoiser
-from eclipse_ray.distributed.stages import Job, Pixels, pack, same_size_batches, unpack
-from eclipse_ray.errors import InputError
+from eclipse_ray.distributed.shards import (
+    Job,
+    Pixels,
+    Task,
+    fatal_note,
+    pack,
+    same_size_batches,
+    task_of,
+    unpack,
+)
+from eclipse_ray.errors import InputError, StorageError
+
+STAGE = "purify"
+# Purified pixels (H, W, 3), or why there are none.
+Outcome = Pixels | str
 
 
 class Purifier:
@@ -24,46 +39,87 @@ class Purifier:
         # One thread each, whatever the number of actors: threads change how sums are split, hence bytes.
         torch.set_num_threads(1)
         self.job = job
+        self.note = ""
         self.denoiser = load_denoiser(local_denoiser(job.denoiser), default_device())
-        self.denoiser.precision = job.precision
+        self.denoiser.precision = job.purify.precision
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Return the shard with its images purified; those that are too small fail."""
+        """Return the shard with its images purified; those that are too small or kill the actor fail."""
         if batch["fatal"][0].as_py():
             return batch
         started = time.monotonic()
-        job = self.job
         table, images, failures = unpack(batch)
         ids: list[str] = table["id"].to_pylist()
-        done: dict[int, Pixels] = {}
-        for indices in same_size_batches(images, job.batch_size, job.batch_pixels):
-            names = [ids[index] for index in indices]
-            stack = np.stack([images[index] for index in indices])
-            try:
-                done.update(zip(indices, self._purify(stack, names), strict=True))
-            except InputError as error:
-                failures += [{"id": name, "key": "", "error": str(error)} for name in names]
-        kept = sorted(done)
-        columns = {
-            "shard": batch["shard"].to_pylist(),
-            "input_sha256": batch["input_sha256"].to_pylist(),
-            "seconds": [batch["seconds"][0].as_py() + time.monotonic() - started],
-        }
-        return pack(columns, table.take(kept), [done[index] for index in kept], failures)
+        outcomes: dict[int, Outcome] = {}
+        fatal, self.note = "", ""
+        try:
+            outcomes = self._outcomes(task_of(batch), images, ids)
+        except StorageError as error:
+            fatal = fatal_note(error)
+        kept = [place for place in sorted(outcomes) if not isinstance(outcomes[place], str)]
+        failures += [
+            {"id": ids[place], "key": "", "error": outcome}
+            for place, outcome in sorted(outcomes.items())
+            if isinstance(outcome, str)
+        ]
+        columns = {name: batch[name].to_pylist() for name in ("task", "input_sha256", "order")}
+        columns["seconds"] = [batch["seconds"][0].as_py() + time.monotonic() - started]
+        done = [outcome for place in kept if not isinstance(outcome := outcomes[place], str)]
+        return pack(columns, table.take(kept), done, failures, fatal, self.note)
 
-    def _purify(self, images: Pixels, ids: list[str]) -> Pixels:
+    def _outcomes(self, task: Task, images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
+        """Return what became of every image; those that kill this actor are found by its earlier lives."""
+        store, shard, settings = Store(self.job.output), task.shard.name, self.job.purify
+
+        def alone(place: int) -> object:
+            return self._batch([place], images, ids)
+
+        attempt = ledger.begin(store, shard, task.generation, STAGE)
+        blamed, care = ledger.try_alone(store, shard, task.generation, STAGE, attempt, len(images), alone)
+        if care is ledger.Care.GIVE_UP:
+            return dict.fromkeys(
+                range(len(images)), "purifying its shard kills the worker, though no image does so alone"
+            )
+        outcomes: dict[int, Outcome] = dict.fromkeys(
+            blamed, "purifying this image kills the worker, also when tried alone"
+        )
+        size = settings.batch_size if care is ledger.Care.USUAL else 1
+        for places in same_size_batches(images, size, settings.batch_pixels):
+            outcomes |= self._batch([place for place in places if place not in blamed], images, ids)
+        return outcomes
+
+    def _batch(self, places: Sequence[int], images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
+        """Purify some images of one size at once, or in halves where there is too little memory for that."""
+        if not places:
+            return {}
+        try:
+            done = self._purify(np.stack([images[place] for place in places]), [ids[place] for place in places])
+            return dict(zip(places, done, strict=True))
+        except InputError as error:
+            return dict.fromkeys(places, str(error))
+        except (MemoryError, RuntimeError) as error:
+            # On a CPU torch has no class of its own for this.
+            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+                raise
+        if len(places) == 1:
+            return dict.fromkeys(places, "too little memory for this image alone; lower purify.tile")
+        middle = len(places) // 2
+        self.note = self.note or f"too little memory for batches of {len(places)} images; lower purify.batch_size"
+        return self._batch(places[:middle], images, ids) | self._batch(places[middle:], images, ids)
+
+    def _purify(self, images: Pixels, ids: Sequence[str]) -> Pixels:
         job = self.job
         purified = purify_images(
             images,
             self.denoiser,
-            t_star=job.t_star,
-            num_inference_steps=job.num_inference_steps,
-            sampler=job.sampler,
+            t_star=job.purify.t_star,
+            num_inference_steps=job.purify.num_inference_steps,
+            sampler=job.purify.sampler,
             seed=job.seed,
             ids=ids,
-            tile=job.tile,
-            tile_overlap=job.tile_overlap,
-            batch_pixels=job.batch_pixels,
+            tile=job.purify.tile,
+            tile_overlap=job.purify.tile_overlap,
+            batch_pixels=job.purify.batch_pixels,
         )
         if job.compensation.mode == "baked":
             purified = compensation.bake(purified, ids, job.compensation, job.seed)

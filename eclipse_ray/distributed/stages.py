@@ -1,116 +1,139 @@
-"""What happens to a shard between plan and commit. One row of an Arrow table is one shard.
-
-Columns carry only strings, numbers and contiguous buffers, never Python objects (Ray would pickle them):
-`shard` and `failures` are JSON, `table` is an Arrow stream of ids, labels and extra columns, `pixels` one uint8
-buffer of all images in order, `shapes` their (height, width) as int32 pairs. No torch here: CPU workers start in a
-second or two without it.
-"""
+"""What CPU workers do to a shard: read and decode it before the denoiser, encode and commit it afterwards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from eclipse_ray import ledger
-from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, DataConfig, Precision, Sampler
 from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image, resize_image
 from eclipse_ray.data.store import Store
-from eclipse_ray.data.table import canonical_table, table_to_parquet
-from eclipse_ray.errors import InputError
-
-Pixels = NDArray[np.uint8]
+from eclipse_ray.data.table import canonical_table, image_bytes, table_to_parquet
+from eclipse_ray.distributed.shards import Job, Pixels, Task, fatal_note, pack, task_of, unpack
+from eclipse_ray.errors import EclipseError, InputError, StorageError
 
 # Where the image's own file name waits while its pixels travel.
 PATH_COLUMN = ".image_path"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker must know; small, so that it travels with each task."""
-
-    source: str
-    format: str
-    classes: tuple[str, ...] | None
-    data: DataConfig
-    output: str
-    denoiser: str
-    t_star: int
-    num_inference_steps: int
-    sampler: Sampler
-    batch_size: int
-    batch_pixels: int
-    precision: Precision
-    tile: int
-    tile_overlap: int
-    seed: int
-    compensation: CompensationConfig
-    sparse_hashes: frozenset[str]
-
-
-def shard_rows(shards: Sequence[ledger.Shard]) -> list[pa.Table]:
-    """Return one table of one row for each shard, so that Ray gives every shard a task of its own."""
-    return [pa.table({"shard": [json.dumps(asdict(shard))]}) for shard in shards]
+STAGE = "decode"
 
 
 def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
     """Read a shard's rows and decode them; undecodable images become failures.
 
-    What makes the whole source unusable (a vanished object, an image of the sparse set) travels on as `fatal`:
+    What makes the whole run impossible (a vanished object, an image of the sparse set) travels on as `fatal`:
     an exception would reach the driver as text only.
     """
-    try:
-        return _read_and_decode(batch, job)
-    except InputError as error:
-        columns = {"shard": batch["shard"].to_pylist(), "input_sha256": [""], "seconds": [0.0]}
-        return pack(columns, pa.table({"id": pa.array([], pa.string())}), [], [], fatal=str(error))
-
-
-def _read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
     started = time.monotonic()
-    shard = shard_of(batch)
+    task = task_of(batch)
+    store, name, generation = Store(job.output), task.shard.name, task.generation
+    try:
+        attempt = ledger.begin(store, name, generation, STAGE)
+        if ledger.hopeless(store, name, generation, STAGE, attempt):
+            packed = _given_up(task)
+        else:
+            packed = _read_and_decode(task, job, attempt)
+    except EclipseError as error:
+        packed = _nothing(fatal=fatal_note(error))
+    columns = {"task": batch["task"], "seconds": pa.array([time.monotonic() - started])}
+    for column, value in columns.items():
+        packed = packed.append_column(column, value)
+    return packed
+
+
+def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
+    shard = task.shard
     spans = [(span.key, span.start, span.stop) for span in shard.spans]
     table = read_parts(job.source, job.format, job.classes, spans, job.data)
+    encoded, order = image_bytes(table), table["id"].to_pylist()
+    _refuse_repeated_ids(job, order)
     state = hashlib.sha256()
+    for data in encoded:
+        state.update(len(data).to_bytes(8, "little") + data)
+    rows = _rows_to_do(job, task, order)
     pixels: list[Pixels] = []
     kept: list[int] = []
     failures: list[dict[str, str]] = []
-    for index, (name, image) in enumerate(zip(table["id"].to_pylist(), table["image"].to_pylist(), strict=True)):
-        data = (image or {}).get("bytes") or b""
-        state.update(len(data).to_bytes(8, "little") + data)
-        try:
-            image_pixels = decode_image(data, job.data.max_pixels)
-        except ImageError as error:
-            failures.append({"id": name, "key": _key_of(shard, index), "error": str(error)})
+    for index, image in zip(rows, _decoded(job, task, attempt, [encoded[row] for row in rows]), strict=True):
+        if isinstance(image, str):
+            failures.append({"id": order[index], "key": _key_of(shard, index), "error": image})
             continue
         # Before it is resized: hashes are of images as they are stored, whatever size either run works at.
-        _refuse_leakage(job, name, image_pixels)
-        pixels.append(resize_image(image_pixels, job.data.resize))
+        _refuse_leakage(job, order[index], image)
+        pixels.append(resize_image(image, job.data.resize))
         kept.append(index)
-    columns = {
-        "shard": batch["shard"].to_pylist(),
-        "input_sha256": [state.hexdigest()],
-        "seconds": [time.monotonic() - started],
-    }
     paths = pc.struct_field(table["image"], "path")
     table = table.drop_columns(["image"]).append_column(PATH_COLUMN, paths)
+    columns = {"input_sha256": [state.hexdigest()], "order": [json.dumps(order if task.generation else [])]}
     return pack(columns, table.take(kept), pixels, failures)
 
 
-def shard_of(batch: pa.Table) -> ledger.Shard:
-    """Return the shard of a one-row batch."""
-    tree = json.loads(batch["shard"][0].as_py())
-    return ledger.Shard(tree["name"], tuple(ledger.Span(**span) for span in tree["spans"]))
+def _decoded(job: Job, task: Task, attempt: int, encoded: Sequence[bytes]) -> Iterator[Pixels | str]:
+    """Yield each image, or why it cannot be had; those that kill their worker are found by earlier attempts."""
+    store, name = Store(job.output), task.shard.name
+    blamed, care = ledger.try_alone(
+        store, name, task.generation, STAGE, attempt, len(encoded), lambda row: _decode(job, encoded[row])
+    )
+    for row, data in enumerate(encoded):
+        if row in blamed:
+            yield "decoding this image kills the worker, also when tried alone"
+        elif care is ledger.Care.GIVE_UP:
+            yield "decoding its shard kills the worker, though no image does so alone; lower purify.shard_images"
+        else:
+            yield _decode(job, data)
+
+
+def _decode(job: Job, data: bytes) -> Pixels | str:
+    try:
+        return decode_image(data, job.data.max_pixels)
+    except ImageError as error:
+        return str(error)
+
+
+def _rows_to_do(job: Job, task: Task, order: Sequence[str]) -> list[int]:
+    """Return the rows of a shard that a task is about: all, or those not done in the generation before."""
+    before = _done_before(job, task)
+    done = set() if before is None else set(before["id"].to_pylist())
+    return [row for row, name in enumerate(order) if name not in done]
+
+
+def _done_before(job: Job, task: Task) -> pa.Table | None:
+    """Return the images that the generation before this task's has done, None if there are none."""
+    if not task.generation:
+        return None
+    store = Store(job.output)
+    status = ledger.read_status(store, task.shard.name, task.generation - 1)
+    if status is None:
+        raise StorageError(
+            f"{store.url}: generation {task.generation - 1} of shard {task.shard.name} has gone; run the same "
+            "command again"
+        )
+    return ledger.read_object(store, status)
+
+
+def _given_up(task: Task) -> pa.Table:
+    # Reading itself kills, so nobody knows the ids that the source gives these rows.
+    failures = [
+        {
+            "id": f"{span.key}#{row}",
+            "key": span.key,
+            "error": "reading its shard kills the worker, before any image is decoded",
+        }
+        for span in task.shard.spans
+        for row in range(span.start, span.stop)
+    ]
+    return _nothing(failures=failures)
+
+
+def _nothing(failures: Sequence[dict[str, str]] = (), fatal: str = "") -> pa.Table:
+    columns = {"input_sha256": [""], "order": ["[]"]}
+    return pack(columns, pa.table({"id": pa.array([], pa.string())}), [], list(failures), fatal)
 
 
 def _key_of(shard: ledger.Shard, index: int) -> str:
@@ -121,6 +144,12 @@ def _key_of(shard: ledger.Shard, index: int) -> str:
     raise IndexError(f"shard {shard.name} has fewer rows than were read")
 
 
+def _refuse_repeated_ids(job: Job, ids: Sequence[str]) -> None:
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise InputError(f"{job.source}: two images have the id {twice}; give every image an id of its own")
+
+
 def _refuse_leakage(job: Job, name: str, image: Pixels) -> None:
     if job.sparse_hashes and content_hash(image) in job.sparse_hashes:
         raise InputError(
@@ -129,49 +158,60 @@ def _refuse_leakage(job: Job, name: str, image: Pixels) -> None:
         )
 
 
-def same_size_batches(
-    images: Sequence[Pixels], batch_size: int, batch_pixels: int = BATCH_PIXELS
-) -> list[list[int]]:
-    """Return index lists of images of equal shape, in order within each shape.
-
-    A list holds at most `batch_size` images and `batch_pixels` pixels, but always one image.
-    """
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for index, image in enumerate(images):
-        by_shape.setdefault(image.shape, []).append(index)
-    batches: list[list[int]] = []
-    for (height, width, _), indices in by_shape.items():
-        size = max(1, min(batch_size, batch_pixels // (height * width)))
-        batches += [indices[start : start + size] for start in range(0, len(indices), size)]
-    return batches
-
-
 def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
-    """Encode a purified shard and commit it; return one row {shard, ok, failed, fatal} of what now stands."""
+    """Encode a purified shard and commit it; return one row of what now stands: shard, ok, failed, fatal, note."""
+    task = task_of(batch)
+    fatal, ok, failed = batch["fatal"][0].as_py(), 0, 0
+    if not fatal:
+        try:
+            status = _encode_and_commit(batch, task, job)
+            ok, failed = status.ok, status.failed
+        except EclipseError as error:
+            fatal = fatal_note(error)
+    found = {
+        "shard": task.shard.name,
+        "ok": ok,
+        "failed": failed,
+        "fatal": fatal,
+        "note": batch["note"][0].as_py(),
+    }
+    return pa.Table.from_pylist([found])
+
+
+def _encode_and_commit(batch: pa.Table, task: Task, job: Job) -> ledger.Status:
     started = time.monotonic()
-    shard = shard_of(batch)
-    fatal = batch["fatal"][0].as_py()
-    if fatal:
-        return pa.table({"shard": [shard.name], "ok": [0], "failed": [0], "fatal": [fatal]})
     table, images, failures = unpack(batch)
-    ids = table["id"].to_pylist()
-    data: bytes | None = None
-    if ids:
-        encoded = [encode_image(image, job.data.encoding) for image in images]
-        labels = table["label"].to_pylist() if "label" in table.column_names else None
-        paths = [_renamed(path, job.data.encoding) for path in table[PATH_COLUMN].to_pylist()]
-        extras = table.drop_columns([name for name in ("id", "label", PATH_COLUMN) if name in table.column_names])
-        data = table_to_parquet(canonical_table(ids, encoded, labels, extras, job.classes, paths))
-    status = ledger.commit_shard(
+    done = _encoded(table, images, job) if table.num_rows else None
+    if task.generation:
+        done = _merged(_done_before(job, task), done, json.loads(batch["order"][0].as_py()))
+    return ledger.commit_shard(
         Store(job.output),
-        shard,
-        ok=data,
-        ok_count=len(ids),
+        task.shard,
+        ok=table_to_parquet(done) if done else None,
+        ok_count=done.num_rows if done else 0,
         errors=[ledger.ImageFailure(**failure) for failure in failures],
         input_sha256=batch["input_sha256"][0].as_py(),
         seconds=batch["seconds"][0].as_py() + time.monotonic() - started,
+        generation=task.generation,
     )
-    return pa.table({"shard": [status.shard], "ok": [status.ok], "failed": [status.failed], "fatal": [""]})
+
+
+def _encoded(table: pa.Table, images: Sequence[Pixels], job: Job) -> pa.Table:
+    encoded = [encode_image(image, job.data.encoding) for image in images]
+    labels = table["label"].to_pylist() if "label" in table.column_names else None
+    paths = [_renamed(path, job.data.encoding) for path in table[PATH_COLUMN].to_pylist()]
+    extras = table.drop_columns([name for name in ("id", "label", PATH_COLUMN) if name in table.column_names])
+    return canonical_table(table["id"].to_pylist(), encoded, labels, extras, job.classes, paths)
+
+
+def _merged(before: pa.Table | None, done: pa.Table | None, order: Sequence[str]) -> pa.Table | None:
+    """Return the images that were already done, their bytes untouched, and the new ones, in the shard's order."""
+    if before is None or done is None:
+        return done if before is None else before
+    both = pa.concat_tables([before, done], promote_options="default")
+    both = both.replace_schema_metadata(before.schema.metadata)
+    place = {name: row for row, name in enumerate(both["id"].to_pylist())}
+    return both.take([place[name] for name in order if name in place])
 
 
 def _renamed(path: str | None, encoding: str) -> str | None:
@@ -179,45 +219,3 @@ def _renamed(path: str | None, encoding: str) -> str | None:
     if path is None:
         return None
     return str(PurePosixPath(path).with_suffix("." + encoding.partition("-")[0].partition(":")[0]))
-
-
-def pack(
-    columns: dict[str, list[Any]],
-    table: pa.Table,
-    images: Sequence[Pixels],
-    failures: list[dict[str, str]],
-    fatal: str = "",
-) -> pa.Table:
-    """Return a shard between two stages as one row; `table` holds everything but the images."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    shapes = np.array([image.shape[:2] for image in images], dtype=np.int32).tobytes()
-    pixels = np.concatenate([image.reshape(-1) for image in images]) if images else np.empty(0, np.uint8)
-    packed = {
-        "table": _binary(sink.getvalue()),
-        "pixels": _binary(pa.py_buffer(pixels)),
-        "shapes": _binary(pa.py_buffer(shapes)),
-        "failures": pa.array([json.dumps(failures)]),
-        "fatal": pa.array([fatal]),
-    }
-    return pa.table({**{name: pa.array(values) for name, values in columns.items()}, **packed})
-
-
-def _binary(buffer: pa.Buffer) -> pa.Array:
-    # One value over the buffer as it is: no copy, and 64-bit offsets for shards of large images.
-    offsets = pa.py_buffer(np.array([0, buffer.size], dtype=np.int64))
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
-
-
-def unpack(batch: pa.Table) -> tuple[pa.Table, list[Pixels], list[dict[str, str]]]:
-    """Return (table, images as views of the row's buffer, failures) of one packed row."""
-    table = pa.ipc.open_stream(batch["table"][0].as_buffer()).read_all()
-    shapes = np.frombuffer(batch["shapes"][0].as_buffer(), dtype=np.int32).reshape(-1, 2)
-    flat = np.frombuffer(batch["pixels"][0].as_buffer(), dtype=np.uint8)
-    ends = np.cumsum(shapes.astype(np.int64).prod(axis=1) * 3)
-    images = [
-        flat[end - height * width * 3 : end].reshape(height, width, 3)
-        for (height, width), end in zip(shapes.tolist(), ends.tolist(), strict=True)
-    ]
-    return table, images, json.loads(batch["failures"][0].as_py())

@@ -4,8 +4,18 @@ A shard is done once its status exists; statuses are created by put-if-absent an
 number of drivers may work on one folder and die at any moment without losing or doubling an image.
 """
 
-from eclipse_ray.ledger.manifest import Manifest, finalise
-from eclipse_ray.ledger.plan import PartLike, Shard, Span, plan_digest, plan_shards, read_plan
+from eclipse_ray.ledger.attempts import Care, begin, hopeless, try_alone
+from eclipse_ray.ledger.manifest import Manifest, collect, finalise
+from eclipse_ray.ledger.plan import (
+    PartLike,
+    Plan,
+    Shard,
+    Span,
+    plan_digest,
+    plan_shards,
+    plan_source,
+    read_plan,
+)
 from eclipse_ray.ledger.run import Fingerprint, Run, claim, open_run, read_fingerprint
 from eclipse_ray.ledger.status import (
     ImageFailure,
@@ -13,31 +23,44 @@ from eclipse_ray.ledger.status import (
     commit_shard,
     named_objects,
     pending,
+    read_object,
+    read_status,
     read_statuses,
+    retriable,
     summarise,
 )
 from eclipse_ray.ledger.verify import verify
 
 __all__ = [
+    "Care",
     "Fingerprint",
     "ImageFailure",
     "Manifest",
     "PartLike",
+    "Plan",
     "Run",
     "Shard",
     "Span",
     "Status",
+    "begin",
     "claim",
+    "collect",
     "commit_shard",
     "finalise",
+    "hopeless",
     "named_objects",
     "open_run",
     "pending",
     "plan_digest",
     "plan_shards",
+    "plan_source",
     "read_fingerprint",
+    "read_object",
     "read_plan",
+    "read_status",
     "read_statuses",
+    "retriable",
     "summarise",
+    "try_alone",
     "verify",
 ]

@@ -16,26 +16,39 @@ DATA = "data"
 PRIVATE = "_eclipse"
 STATUS = f"{PRIVATE}/status"
 ERRORS = f"{PRIVATE}/errors"
+ATTEMPTS = f"{PRIVATE}/attempts"
 FINGERPRINT = f"{PRIVATE}/fingerprint.json"
 CONFIG = f"{PRIVATE}/config.yaml"
 PLAN = f"{PRIVATE}/plan.parquet"
 MANIFEST = f"{PRIVATE}/manifest.parquet"
 
-OBJECT_KEY = re.compile(rf"({DATA}|{ERRORS})/[0-9]{{6,}}-[0-9a-f]{{16}}\.parquet")
+OBJECT_KEY = re.compile(rf"(?:{DATA}|{ERRORS})/([0-9]{{6,}})(?:-([0-9]+))?-[0-9a-f]{{16}}\.parquet")
 STATUS_KEY = re.compile(rf"{STATUS}/([0-9]{{6,}})/([0-9]+)\.json")
 
 # What pyarrow raises for bytes that are not the table they should be; ArrowInvalid is a ValueError.
 DAMAGE: tuple[type[Exception], ...] = (pa.ArrowException, OSError, ValueError, KeyError)
 
 
-def object_key(folder: str, shard: str, sha256: str) -> str:
-    """Return the key of a data or errors object, which its content names."""
-    return f"{folder}/{shard}-{sha256[:16]}.parquet"
+def extension_key(number: int) -> str:
+    """Return the key of the plan's extension `number`, counted from 1."""
+    return f"{PRIVATE}/plan-{number:06d}.parquet"
+
+
+def object_key(folder: str, shard: str, generation: int, sha256: str) -> str:
+    """Return the key of a data or errors object: shard, generation unless it is the first, content."""
+    # With the generation in the name, an object whose generation has its status can never be named any more.
+    later = f"-{generation}" if generation else ""
+    return f"{folder}/{shard}{later}-{sha256[:16]}.parquet"
 
 
 def status_key(shard: str, generation: int) -> str:
     """Return the key of a shard's status."""
     return f"{STATUS}/{shard}/{generation}.json"
+
+
+def attempt_key(shard: str, generation: int, stage: str, what: str) -> str:
+    """Return the key of word left by a worker before it starts a stage of a shard."""
+    return f"{ATTEMPTS}/{shard}/{generation}-{stage}-{what}"
 
 
 def hash_of(data: bytes) -> str:

@@ -12,7 +12,7 @@ from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.ledger import layout
 from eclipse_ray.ledger.plan import Shard, read_plan
 from eclipse_ray.ledger.run import read_fingerprint
-from eclipse_ray.ledger.status import Status, pending, read_statuses
+from eclipse_ray.ledger.status import Status, newest_generations, pending, read_statuses
 
 # Without `seconds`: two runs that did the same work write the same manifest.
 SCHEMA = pa.schema(
@@ -56,19 +56,38 @@ def finalise(store: Store) -> Manifest:
     Raises InputError if there is no run or shards are missing, StorageError if a status is damaged or
     contradicts the plan.
     """
-    shards = read_plan(store)
     fingerprint = read_fingerprint(store).value
+    while True:
+        collect(store)
+        shards = read_plan(store).shards
+        statuses = read_statuses(store)
+        _require_complete(store, shards, statuses)
+        manifest = Manifest(fingerprint, tuple(statuses[shard.name] for shard in shards))
+        data = layout.table_bytes(manifest_table(manifest))
+        if layout.read_optional(store, layout.MANIFEST) != data:
+            store.write(layout.MANIFEST, data)
+        # Another driver may have retried or extended the run and written its manifest just before this one's.
+        settled = newest_generations(store) == {s.shard: s.generation for s in statuses.values()}
+        if settled and len(read_plan(store).shards) == len(shards):
+            return manifest
+        store.delete(layout.MANIFEST)
+
+
+def collect(store: Store, idle: bool = False) -> int:
+    """Delete leftovers of workers that died or lost a race; return how many objects that were.
+
+    While others may be writing, only objects go that can never be named any more, because their generation of
+    their shard is committed. `idle` says that nobody is writing: then whatever no status names goes. Raises
+    StorageError if a status is damaged.
+    """
     # Listed before the statuses are read: an object that a status names by now is never taken for an orphan.
     entries = [*store.list(layout.DATA, hidden=True), *store.list(layout.PRIVATE, hidden=True)]
     statuses = read_statuses(store)
-    _require_complete(store, shards, statuses)
-    for key in _orphans(entries, statuses):
+    removed = 0
+    for key in _orphans(entries, statuses, idle):
         store.delete(key)
-    manifest = Manifest(fingerprint, tuple(statuses[shard.name] for shard in shards))
-    data = layout.table_bytes(manifest_table(manifest))
-    if layout.read_optional(store, layout.MANIFEST) != data:
-        store.write(layout.MANIFEST, data)
-    return manifest
+        removed += 1
+    return removed
 
 
 def manifest_table(manifest: Manifest) -> pa.Table:
@@ -109,12 +128,20 @@ def _require_complete(store: Store, shards: Sequence[Shard], statuses: Mapping[s
             )
 
 
-def _orphans(entries: Sequence[Entry], statuses: Mapping[str, Status]) -> list[str]:
-    # Only names of our own making: what somebody else put here is for verify to report, not ours to delete.
+def _orphans(entries: Sequence[Entry], statuses: Mapping[str, Status], idle: bool) -> list[str]:
     named = {key for status in statuses.values() for key in (status.object, status.errors_object)}
-    return [
-        entry.key
-        for entry in entries
-        if entry.key.rpartition("/")[2].startswith(".tmp-")
-        or (layout.OBJECT_KEY.fullmatch(entry.key) and entry.key not in named)
-    ]
+    return [entry.key for entry in entries if entry.key not in named and _is_leftover(entry.key, statuses, idle)]
+
+
+def _is_leftover(key: str, statuses: Mapping[str, Status], idle: bool) -> bool:
+    # Only names of our own making: what somebody else put here is for verify to report, not ours to delete.
+    if key.rpartition("/")[2].startswith(".tmp-"):
+        return True
+    if key.startswith(f"{layout.ATTEMPTS}/"):
+        return idle
+    match = layout.OBJECT_KEY.fullmatch(key)
+    if match is None:
+        return False
+    status = statuses.get(match[1])
+    # Its generation has a status, and there is never another one.
+    return idle or (status is not None and int(match[2] or 0) <= status.generation)

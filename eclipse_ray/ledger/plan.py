@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
 from eclipse_ray.config import digest
 from eclipse_ray.data.store import Store
-from eclipse_ray.errors import InputError
+from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import layout
 
 SCHEMA = pa.schema(
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
         ("version", pa.string()),
     ]
 )
+_NOTE = b"eclipse_ray"
 
 
 class PartLike(Protocol):
@@ -74,15 +76,64 @@ class Shard:
         return sum(span.stop - span.start for span in self.spans)
 
 
-def plan_shards(parts: Sequence[PartLike], shard_images: int) -> list[Shard]:
-    """Cut `parts`, in their order, into shards of at most `shard_images` rows.
+@dataclass(frozen=True)
+class Plan:
+    """What a run has to do: the shards it began with, and those of each later extension.
+
+    `shard_images` is the size at which they were cut and `classes` what their labels count through, so that
+    an extension of the source is cut and labelled alike.
+    """
+
+    base: tuple[Shard, ...]
+    shard_images: int
+    classes: tuple[str, ...] | None = None
+    later: tuple[tuple[Shard, ...], ...] = ()
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All shards, in order."""
+        return [*self.base, *itertools.chain.from_iterable(self.later)]
+
+
+def plan_shards(parts: Sequence[PartLike], shard_images: int, first: int = 0) -> list[Shard]:
+    """Cut `parts`, in their order, into shards of at most `shard_images` rows, numbered from `first`.
 
     Raises InputError if two parts have one key, or a key is not valid Unicode.
     """
     if shard_images < 1:
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
     _check_keys(parts)
-    return [Shard(f"{index:06d}", spans) for index, spans in enumerate(_groups(parts, shard_images))]
+    return [Shard(f"{index:06d}", spans) for index, spans in enumerate(_groups(parts, shard_images), first)]
+
+
+def plan_source(
+    store: Store, parts: Sequence[PartLike], shard_images: int, classes: Sequence[str] | None, extend: bool = False
+) -> Plan:
+    """Return the plan for a listed source: new, or cut as the plan in `store` was, which it may extend.
+
+    Raises InputError as `plan_shards` does and for a damaged plan, ResumeError if the source has objects that
+    the stored plan lacks, unless `extend`, or other classes than it.
+    """
+    stored = read_plan_if_any(store)
+    if stored is None:
+        names = None if classes is None else tuple(classes)
+        return Plan(tuple(plan_shards(parts, shard_images)), shard_images, names)
+    _check_keys(parts)
+    fresh = {part.key: part for part in parts}
+    pieces: list[tuple[Shard, ...]] = []
+    count = 0
+    for piece in (stored.base, *stored.later):
+        keys = {span.key for shard in piece for span in shard.spans}
+        # In the order of the listing: a stored plan that was cut otherwise then differs, and is refused.
+        kept = [part for part in parts if part.key in keys]
+        for part in kept:
+            fresh.pop(part.key, None)
+        pieces.append(tuple(plan_shards(kept, stored.shard_images, count)))
+        count += len(piece)
+    if fresh:
+        _refuse_growth(store, stored, list(fresh), classes, extend)
+        pieces.append(tuple(plan_shards(list(fresh.values()), stored.shard_images, count)))
+    return Plan(pieces[0], stored.shard_images, stored.classes, tuple(pieces[1:]))
 
 
 def plan_digest(shards: Sequence[Shard]) -> str:
@@ -90,31 +141,72 @@ def plan_digest(shards: Sequence[Shard]) -> str:
     return digest([digest([shard.name, *(span.row() for span in shard.spans)]) for shard in shards])
 
 
-def plan_bytes(shards: Sequence[Shard]) -> bytes:
-    """Return the plan as Parquet, one row a span."""
+def plan_bytes(shards: Sequence[Shard], shard_images: int, classes: Sequence[str] | None = None) -> bytes:
+    """Return the plan as Parquet, one row a span; the rest is metadata."""
     rows = [(shard.name, *span.row()) for shard in shards for span in shard.spans]
     columns = zip(*rows, strict=True) if rows else ([] for _ in SCHEMA.names)
+    note = json.dumps({"shard_images": shard_images, "classes": classes and list(classes)})
+    schema = SCHEMA.with_metadata({_NOTE: note.encode()})
     return layout.table_bytes(
-        pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], SCHEMA)
+        pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=schema)
     )
 
 
-def read_plan(store: Store) -> list[Shard]:
-    """Return the shards of the run in `store`. Raises InputError if it has no plan or a damaged one."""
-    data = layout.read_optional(store, layout.PLAN)
-    if data is None:
+def read_plan(store: Store) -> Plan:
+    """Return the plan of the run in `store`. Raises InputError if it has none or a damaged one."""
+    plan = read_plan_if_any(store)
+    if plan is None:
         layout.require_run(store)
         raise InputError(f"{store.url}: the run stopped before it was planned; run the same command again")
+    return plan
+
+
+def read_plan_if_any(store: Store) -> Plan | None:
+    """Return the plan in `store`, None if there is none yet. Raises InputError if it is damaged."""
+    base = _read_piece(store, layout.PLAN)
+    if base is None:
+        return None
+    shards, note = base
+    later: list[tuple[Shard, ...]] = []
+    while (piece := _read_piece(store, layout.extension_key(len(later) + 1))) is not None:
+        later.append(piece[0])
+    classes = note["classes"]
+    return Plan(shards, note["shard_images"], classes and tuple(classes), tuple(later))
+
+
+def _read_piece(store: Store, key: str) -> tuple[tuple[Shard, ...], dict[str, Any]] | None:
+    data = layout.read_optional(store, key)
+    if data is None:
+        return None
     try:
-        rows = zip(*layout.read_table(data, SCHEMA).to_pydict().values(), strict=True)
-        return [
+        table = layout.read_table(data, SCHEMA)
+        note = json.loads(table.schema.metadata[_NOTE])
+        rows = zip(*table.to_pydict().values(), strict=True)
+        shards = tuple(
             Shard(name, tuple(Span(*row[1:]) for row in group))
             for name, group in itertools.groupby(rows, key=lambda row: row[0])
-        ]
-    except layout.DAMAGE as error:
+        )
+        return shards, {"shard_images": int(note["shard_images"]), "classes": note["classes"]}
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{store.path(layout.PLAN)}: damaged ({error}); delete it and run the same command again"
+            f"{store.path(key)}: damaged ({error}); delete it and run the same command again"
         ) from error
+
+
+def _refuse_growth(
+    store: Store, stored: Plan, fresh: list[str], classes: Sequence[str] | None, extend: bool
+) -> None:
+    found = f"the source has {len(fresh)} objects that the plan lacks, such as {min(fresh)}"
+    if not extend:
+        raise ResumeError(
+            f"{store.url}: {found}; add --extend to purify them too, or take them out of the source to resume"
+        )
+    if stored.classes != (None if classes is None else tuple(classes)):
+        raise ResumeError(
+            f"{store.url}: {found}, and its classes are now {', '.join(classes or ['not named'])}, not "
+            f"{', '.join(stored.classes or ['not named'])}: labels would change their meaning; purify the "
+            "new objects into an output of their own"
+        )
 
 
 def _check_keys(parts: Sequence[PartLike]) -> None:

@@ -11,7 +11,7 @@ from eclipse_ray.config import difference, digest
 from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import layout
-from eclipse_ray.ledger.plan import Shard, plan_bytes, plan_digest, read_plan
+from eclipse_ray.ledger.plan import Plan, Shard, plan_bytes, plan_digest, read_plan
 
 _EXAMPLES = 5
 
@@ -56,19 +56,33 @@ class Run:
     """A run that owns its output folder; `fingerprint` is the one that the first caller wrote."""
 
     store: Store
-    shards: tuple[Shard, ...]
+    plan: Plan
     fingerprint: Fingerprint
     resumed: bool
 
 
-def open_run(store: Store, shards: Sequence[Shard], fingerprint: Fingerprint, config_yaml: str) -> Run:
-    """Claim the output folder for a plan, or resume the run that did; raises what `claim` raises."""
-    if fingerprint.input != plan_digest(shards):
-        raise ValueError("fingerprint.input must be plan_digest(shards)")
-    claimed, resumed = claim(store, fingerprint, config_yaml, shards)
+def open_run(store: Store, plan: Plan, fingerprint: Fingerprint, config_yaml: str) -> Run:
+    """Claim the output folder for a plan, or resume the run that did; raises what `claim` raises.
+
+    Raises ResumeError too if an extension of the stored plan differs from this one's.
+    """
+    if fingerprint.input != plan_digest(plan.base):
+        raise ValueError("fingerprint.input must be plan_digest(plan.base)")
+    claimed, resumed = claim(store, fingerprint, config_yaml, plan.shards)
     if not store.exists(layout.PLAN):
-        store.create(layout.PLAN, plan_bytes(shards))
-    return Run(store, tuple(shards), claimed, resumed)
+        store.create(layout.PLAN, plan_bytes(plan.base, plan.shard_images, plan.classes))
+    for number, piece in enumerate(plan.later, 1):
+        key = layout.extension_key(number)
+        if piece and not store.exists(key):
+            # Before the plan grows: whoever reads the folder meanwhile must not take it for finished.
+            store.delete(layout.MANIFEST)
+            store.create(key, plan_bytes(piece, plan.shard_images, plan.classes))
+    if plan.later and read_plan(store).later != plan.later:
+        raise ResumeError(
+            f"{store.url}: the source no longer holds what was planned; undo the changes below to resume it, or "
+            "choose another output:\n" + "\n".join(f"  {line}" for line in _input_changes(store, plan.shards))
+        )
+    return Run(store, plan, claimed, resumed)
 
 
 def claim(
@@ -142,7 +156,7 @@ def _refuse_difference(store: Store, old: Fingerprint, new: Fingerprint, shards:
 
 def _input_changes(store: Store, shards: Sequence[Shard]) -> list[str]:
     try:
-        old, new = _objects(read_plan(store)), _objects(shards)
+        old, new = _objects(read_plan(store).shards), _objects(shards)
     except InputError:
         return []
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

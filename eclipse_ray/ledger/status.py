@@ -49,8 +49,9 @@ class Status(BaseModel):
     def _consistent(self) -> Status:
         # Objects are opened by these names, so a forged or damaged one must not lead out of the folder.
         expected = (
-            self.sha256 and layout.object_key(layout.DATA, self.shard, self.sha256),
-            self.errors_sha256 and layout.object_key(layout.ERRORS, self.shard, self.errors_sha256),
+            self.sha256 and layout.object_key(layout.DATA, self.shard, self.generation, self.sha256),
+            self.errors_sha256
+            and layout.object_key(layout.ERRORS, self.shard, self.generation, self.errors_sha256),
         )
         if (self.object, self.errors_object) != expected:
             raise ValueError("objects are not named by shard and hash")
@@ -81,12 +82,12 @@ def commit_shard(
     status = Status(
         shard=shard.name,
         generation=generation,
-        object=sha256 and layout.object_key(layout.DATA, shard.name, sha256),
+        object=sha256 and layout.object_key(layout.DATA, shard.name, generation, sha256),
         sha256=sha256,
         bytes=len(ok or b""),
         ok=ok_count,
         failed=len(errors),
-        errors_object=errors_sha256 and layout.object_key(layout.ERRORS, shard.name, errors_sha256),
+        errors_object=errors_sha256 and layout.object_key(layout.ERRORS, shard.name, generation, errors_sha256),
         errors_sha256=errors_sha256,
         input_sha256=input_sha256,
         seconds=seconds,
@@ -121,17 +122,32 @@ def read_statuses(store: Store) -> dict[str, Status]:
     return statuses
 
 
-def scan_statuses(store: Store) -> tuple[dict[str, Status], list[str]]:
-    """Return each shard's status of the highest generation, and a sentence for every unreadable one."""
+def newest_generations(store: Store) -> dict[str, int]:
+    """Return the highest generation of each shard that has a status, from the listing alone."""
     newest: dict[str, int] = {}
     for entry in store.list(layout.STATUS):
         match = layout.STATUS_KEY.fullmatch(entry.key)
         if match:
             newest[match[1]] = max(int(match[2]), newest.get(match[1], 0))
+    return newest
+
+
+def scan_statuses(store: Store) -> tuple[dict[str, Status], list[str]]:
+    """Return each shard's status of the highest generation, and a sentence for every unreadable one."""
+    newest = newest_generations(store)
     with ThreadPoolExecutor(min(_READERS, len(newest) or 1)) as pool:
         found = list(pool.map(lambda item: _read(store, *item), newest.items()))
     statuses = {status.shard: status for status in found if isinstance(status, Status)}
     return statuses, [problem for problem in found if isinstance(problem, str)]
+
+
+def read_status(store: Store, shard: str, generation: int) -> Status | None:
+    """Return one status, None if it is not there. Raises StorageError if it is damaged."""
+    data = layout.read_optional(store, layout.status_key(shard, generation))
+    parsed = None if data is None else _parse(store, shard, generation, data)
+    if isinstance(parsed, str):
+        raise StorageError(parsed)
+    return parsed
 
 
 def pending(shards: Iterable[Shard], statuses: Mapping[str, Status]) -> list[Shard]:
@@ -139,9 +155,30 @@ def pending(shards: Iterable[Shard], statuses: Mapping[str, Status]) -> list[Sha
     return [shard for shard in shards if shard.name not in statuses]
 
 
+def retriable(shards: Iterable[Shard], statuses: Mapping[str, Status]) -> list[Shard]:
+    """Return the shards that are done but for images that failed, in plan order."""
+    return [shard for shard in shards if shard.name in statuses and statuses[shard.name].failed]
+
+
+def read_object(store: Store, status: Status) -> pa.Table | None:
+    """Return a shard's purified images, None if it has none. Raises StorageError if they are not as written."""
+    if status.object is None:
+        return None
+    try:
+        data = store.read(status.object)
+        if layout.hash_of(data) != status.sha256:
+            raise ValueError("its bytes have changed since it was written")
+        return layout.open_parquet(data).read()
+    except layout.DAMAGE as error:
+        raise StorageError(
+            f"{store.path(status.object)}: cannot be read ({error}); delete {layout.STATUS}/{status.shard} and "
+            "run the same command again to redo the shard"
+        ) from error
+
+
 def summarise(store: Store) -> StatusResult:
     """Return how far the run in `store` is. Raises InputError if there is none or it has no plan yet."""
-    shards = read_plan(store)
+    shards = read_plan(store).shards
     statuses = read_statuses(store)
     done = [statuses[shard.name] for shard in shards if shard.name in statuses]
     return StatusResult(

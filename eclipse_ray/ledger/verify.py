@@ -9,7 +9,7 @@ from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import layout
 from eclipse_ray.ledger.manifest import Manifest, manifest_problem
-from eclipse_ray.ledger.plan import Shard, plan_digest, read_plan
+from eclipse_ray.ledger.plan import Plan, Shard, plan_digest, read_plan
 from eclipse_ray.ledger.run import read_fingerprint
 from eclipse_ray.ledger.status import Status, pending, scan_statuses
 from eclipse_ray.results import VerifyResult
@@ -42,20 +42,20 @@ def verify(store: Store) -> VerifyResult:
 
 
 def _read_claim(store: Store) -> tuple[list[Shard], str | None, list[str]]:
-    shards: list[Shard] = []
+    plan: Plan | None = None
     problems: list[str] = []
     try:
-        shards = read_plan(store)
+        plan = read_plan(store)
     except InputError as error:
         problems.append(str(error))
     try:
         fingerprint = read_fingerprint(store)
     except InputError as error:
-        return shards, None, [*problems, str(error)]
-    if not problems and fingerprint.input != plan_digest(shards):
+        return plan.shards if plan else [], None, [*problems, str(error)]
+    if plan and fingerprint.input != plan_digest(plan.base):
         path = store.path(layout.PLAN)
         problems.append(f"{path}: not the plan that the fingerprint names; delete it and run again")
-    return shards, fingerprint.value, problems
+    return plan.shards if plan else [], fingerprint.value, problems
 
 
 def _check_shard(
@@ -149,7 +149,7 @@ def _check_folder(store: Store, shards: Sequence[Shard], statuses: Mapping[str, 
     for entry in store.list(layout.DATA):
         if entry.key not in named:
             problems.append(
-                f"{store.path(entry.key)}: no status names this object; run the same command again to have "
-                "leftovers removed, or move it elsewhere if it is yours"
+                f"{store.path(entry.key)}: no status names this object; have leftovers removed with "
+                f"`eclipse-ray gc --idle {store.url}`, or move it elsewhere if it is yours"
             )
     return problems

@@ -13,8 +13,8 @@ from eclipse_ray import api
 from eclipse_ray.data.dataset import load_images
 from eclipse_ray.data.formats import open_source
 from eclipse_ray.data.store import Store
-from eclipse_ray.distributed import purify as room
-from eclipse_ray.distributed import stages
+from eclipse_ray.distributed import prepare, stages
+from eclipse_ray.distributed import shards as rows
 from eclipse_ray.distributed.purifier import Purifier
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import plan_shards, read_statuses
@@ -167,22 +167,15 @@ def test_images_of_the_sparse_set_fail_the_run(world, tmp_path):
         api.purify(world.clean, str(tmp_path / "leak"), denoiser=world.denoiser, settings=SHARDS)
 
 
-def make_job(source, config, world):
-    return stages.Job(
+def make_job(source, config, world, output):
+    return rows.Job(
         source=source.url,
         format=source.format,
         classes=None,
         data=config.data,
-        output="",
+        output=output,
         denoiser=world.denoiser,
-        t_star=4,
-        num_inference_steps=1,
-        sampler="ddpm",
-        batch_size=8,
-        batch_pixels=config.purify.batch_pixels,
-        precision=config.purify.precision,
-        tile=config.purify.tile,
-        tile_overlap=config.purify.tile_overlap,
+        purify=config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1}),
         seed=0,
         compensation=config.compensation,
         sparse_hashes=frozenset(),
@@ -191,8 +184,8 @@ def make_job(source, config, world):
 
 def test_batches_hold_fewer_of_the_larger_images():
     images = [np.zeros((side, 10, 3), np.uint8) for side in (10, 100, 10, 100, 10, 300)]
-    assert stages.same_size_batches(images, 2, 1000) == [[0, 2], [4], [1], [3], [5]]
-    assert stages.same_size_batches(images, 64, 2000) == [[0, 2, 4], [1, 3], [5]]
+    assert rows.same_size_batches(images, 2, 1000) == [[0, 2], [4], [1], [3], [5]]
+    assert rows.same_size_batches(images, 64, 2000) == [[0, 2, 4], [1, 3], [5]]
 
 
 def test_samples_of_large_images_are_their_middles(world, tmp_path):
@@ -201,29 +194,29 @@ def test_samples_of_large_images_are_their_middles(world, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.png").write_bytes(encode_image(np.zeros((400, 90, 3), np.uint8), "png"))
     config = api.resolve(None, None, {})
-    sample = room._read_samples(open_source(str(tmp_path), config.data), config)[0]
+    sample = prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)[0]
     assert (sample.height, sample.width, sample.crop.shape) == (400, 90, (64, 64, 3))
     config.data.resize = 32
-    assert room._read_samples(open_source(str(tmp_path), config.data), config)[0].height == 32
+    assert prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)[0].height == 32
 
 
-def test_leakage_is_found_whatever_the_size_worked_at(world):
+def test_leakage_is_found_whatever_the_size_worked_at(world, tmp_path):
     config = api.resolve(None, {**SHARDS, "data.resize": 24}, {})
     source = open_source(world.clean, config.data)
-    batch = stages.shard_rows(plan_shards(source.parts, 16))[0]
-    job = make_job(source, config, world)
-    _, images, _ = stages.unpack(stages.read_and_decode(batch, job))
+    batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
+    job = make_job(source, config, world, str(tmp_path / "out"))
+    _, images, _ = rows.unpack(stages.read_and_decode(batch, job))
     assert {image.shape for image in images} == {(24, 24, 3)}
     stored = load_images(world.clean, api.resolve(None, None, {}).data).hashes()
     fatal = stages.read_and_decode(batch, replace(job, sparse_hashes=frozenset(stored)))["fatal"][0].as_py()
     assert "is in the sparse clean set" in fatal
 
 
-def test_no_column_between_stages_is_a_python_object(world):
+def test_no_column_between_stages_is_a_python_object(world, tmp_path):
     config = api.resolve(None, SHARDS, {})
     source = open_source(world.poisoned, config.data)
-    job = make_job(source, config, world)
-    batch = stages.shard_rows(plan_shards(source.parts, 16))[0]
+    job = make_job(source, config, world, str(tmp_path / "out"))
+    batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
     decoded = stages.read_and_decode(batch, job)
     purified = Purifier(job)(decoded)
     for table in (batch, decoded, purified):
@@ -241,10 +234,10 @@ def test_the_wrong_denoiser_is_noticed(world, tmp_path, capsys):
     write_synthetic(str(tmp_path / "src"), 8, 16, 3)
     images = load_images(str(tmp_path / "src"), api.resolve(None, None, {}).data)
     denoiser = load_denoiser(world.denoiser)
-    room._warn_if_unsuitable(denoiser, list(images.images), 15.0, denoiser.t_star)
+    prepare.warn_if_unsuitable(denoiser, list(images.images), 15.0, denoiser.t_star)
     assert "warning" not in capsys.readouterr().err
     noise = np.random.default_rng(0).integers(0, 256, images.images.shape, dtype=np.uint8)
-    room._warn_if_unsuitable(denoiser, list(noise), 30.0, denoiser.t_star)
+    prepare.warn_if_unsuitable(denoiser, list(noise), 30.0, denoiser.t_star)
     assert "was this denoiser trained on images of this kind?" in capsys.readouterr().err
 
 
@@ -259,11 +252,11 @@ def test_an_imported_denoiser_must_leave_no_more_than_the_noise(capsys):
     with torch.no_grad():
         denoiser.unet.conv_out.weight.zero_()
         denoiser.unet.conv_out.bias.zero_()
-    room._warn_if_unsuitable(denoiser, images, None, denoiser.t_star)
+    prepare.warn_if_unsuitable(denoiser, images, None, denoiser.t_star)
     assert "warning" not in capsys.readouterr().err
     with torch.no_grad():
         denoiser.unet.conv_out.bias.fill_(5)
-    room._warn_if_unsuitable(denoiser, images, None, denoiser.t_star)
+    prepare.warn_if_unsuitable(denoiser, images, None, denoiser.t_star)
     assert "warning" in capsys.readouterr().err
 
 
@@ -288,3 +281,50 @@ def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
         from eclipse_ray.data.images import decode_image
 
         assert decode_image(row["image"]["bytes"], 10**6).shape[:2] == sizes[index % 4]
+
+
+def test_a_dry_run_writes_nothing_and_counts_what_is_left(world, purified, tmp_path):
+    plan = api.dry_run(world.poisoned, str(tmp_path / "new"), denoiser=world.denoiser, settings=SHARDS)
+    assert (plan.planned, plan.images_left, plan.shards, plan.shards_left) == (240, 240, 8, 8)
+    written = sum(file.stat().st_size for file in (purified[0] / "data").glob("*.parquet"))
+    assert plan.input_bytes == sum(f.stat().st_size for f in (world.root / "poisoned/data").glob("*.parquet"))
+    # Noise is removed, so the output is smaller than what the sample of the source says.
+    assert written / 2 < plan.output_bytes < 2 * written
+    assert plan.cpu_hours > 0
+    assert plan.device_hours > 0
+    assert not (tmp_path / "new").exists()
+    again = api.dry_run(world.poisoned, str(purified[0]), denoiser=world.denoiser, settings=SHARDS)
+    assert (again.images_left, again.shards_left, again.output_bytes) == (0, 0, 0)
+
+
+def test_a_source_that_grew_is_extended(world, tmp_path):
+    source, output = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(world.poisoned, source)
+    settings = {**SHARDS, "purify.shard_images": 120}
+    first = api.purify(str(source), str(output), denoiser=world.denoiser, settings=settings)
+    before = object_names(output)
+    table = pq.read_table(sorted((source / "data").glob("*.parquet"))[0]).slice(0, 8)
+    ids = pa.array([f"new-{row}" for row in range(8)])
+    pq.write_table(table.set_column(table.column_names.index("id"), "id", ids), source / "data/a-new.parquet")
+    with pytest.raises(ResumeError, match="add --extend"):
+        api.purify(str(source), str(output), denoiser=world.denoiser, settings=settings)
+    grown = api.purify(str(source), str(output), denoiser=world.denoiser, extend=True, settings=settings)
+    assert (first.planned, grown.planned, grown.ok) == (240, 248, 248)
+    after = object_names(output)
+    assert {name: after[name] for name in before} == before
+    assert api.verify(str(output)).ok
+
+
+def test_two_images_of_one_id_are_refused(world, tmp_path):
+    (tmp_path / "source").mkdir()
+    table = pq.read_table(sorted((world.root / "poisoned/data").glob("*.parquet"))[0]).slice(0, 4)
+    ids = pa.array(["a", "b", "b", "c"])
+    pq.write_table(table.set_column(table.column_names.index("id"), "id", ids), tmp_path / "source/x.parquet")
+    config = api.resolve(None, SHARDS, {})
+    source = open_source(str(tmp_path / "source"), config.data)
+    task = rows.Task(plan_shards(source.parts, 16)[0])
+    job = make_job(source, config, world, str(tmp_path / "out"))
+    fatal = stages.read_and_decode(rows.task_rows([task])[0], job)["fatal"][0].as_py()
+    error = rows.fatal_error(fatal)
+    assert isinstance(error, InputError)
+    assert "two images have the id b" in str(error)

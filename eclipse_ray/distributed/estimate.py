@@ -1,0 +1,105 @@
+"""What a purification would take, from its plan and from some of its images purified and encoded here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from eclipse_ray import ledger
+from eclipse_ray.config import Config
+from eclipse_ray.data.formats import read_tables
+from eclipse_ray.data.images import ImageError, centre_crop, decode_image, encode_image, resize_image
+from eclipse_ray.data.table import image_bytes
+from eclipse_ray.diffusion.model import default_device
+from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.diffusion.tiling import MIN_SIDE
+from eclipse_ray.distributed.prepare import Prepared, prepare
+from eclipse_ray.distributed.shards import Pixels, same_size_batches
+from eclipse_ray.results import DryRunResult
+
+ENCODED = 200
+# Time on the device goes by pixels, so the middle of a large image says as much as all of it.
+TIMED_SIDE = 256
+TIMED = 64
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Sums over the images looked at, and the middles of some of them."""
+
+    images: int
+    pixels: int
+    encoded_bytes: int
+    cpu_seconds: float
+    middles: list[Pixels]
+
+
+def estimate(config: Config, *, extend: bool = False) -> DryRunResult:
+    """Return shards, bytes and times of what `purify` would do now; nothing is written. Raises what it raises."""
+    prepared = prepare(config, extend=extend)
+    shards = prepared.plan.shards
+    statuses = ledger.read_statuses(prepared.store) if prepared.store.exists() else {}
+    left = ledger.pending(shards, statuses)
+    images = sum(shard.rows for shard in left)
+    sampled = _sample(prepared)
+    share = images / max(1, sampled.images)
+    return DryRunResult(
+        planned=sum(shard.rows for shard in shards),
+        images_left=images,
+        shards=len(shards),
+        shards_left=len(left),
+        input_bytes=sum(part.size for part in prepared.source.parts),
+        output_bytes=round(share * sampled.encoded_bytes),
+        cpu_hours=share * sampled.cpu_seconds / 3600,
+        device_hours=share * sampled.pixels * _seconds_a_pixel(prepared, sampled.middles) / 3600,
+        device=default_device().type,
+        output=prepared.store.url,
+    )
+
+
+def _sample(prepared: Prepared) -> Sampled:
+    """Decode and encode the first images, one at a time."""
+    config = prepared.config
+    started = time.process_time()
+    images = pixels = size = 0
+    middles: list[Pixels] = []
+    for table in read_tables(prepared.source, config.data, max_images=ENCODED):
+        for data in image_bytes(table):
+            try:
+                image = resize_image(decode_image(data, config.data.max_pixels), config.data.resize)
+            except ImageError:
+                continue
+            images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
+            size += len(encode_image(image, config.data.encoding))
+            if len(middles) < TIMED:
+                middles.append(centre_crop(image, TIMED_SIDE))
+        break
+    return Sampled(images, pixels, size, time.process_time() - started, middles)
+
+
+def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
+    """Return the time on this machine's device for each pixel, after one pass to warm up."""
+    settings = prepared.config.purify
+    batches = same_size_batches(middles, settings.batch_size, settings.batch_pixels)
+    fitting = [batch for batch in batches if min(middles[batch[0]].shape[:2]) >= MIN_SIDE]
+    if not fitting:
+        return 0.0
+    images = np.stack([middles[index] for index in max(fitting, key=len)])
+    denoiser = prepared.denoiser.to(default_device())
+    denoiser.precision = settings.precision
+    for _ in range(2):
+        started = time.perf_counter()
+        purify_images(
+            images,
+            denoiser,
+            t_star=settings.t_star,
+            num_inference_steps=settings.num_inference_steps,
+            sampler=settings.sampler,
+            ids=[f"timed-{index}" for index in range(len(images))],
+            tile=settings.tile,
+            tile_overlap=settings.tile_overlap,
+            batch_pixels=settings.batch_pixels,
+        )
+    return (time.perf_counter() - started) / (images.shape[0] * images.shape[1] * images.shape[2])

@@ -1,0 +1,282 @@
+"""Workers that are killed, end, hang or run out of memory: every image still ends once, and the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from eclipse_ray import api, ledger
+from eclipse_ray.data.images import encode_image
+from eclipse_ray.data.store import Store
+from eclipse_ray.data.synthetic import write_synthetic
+from tests.support import DEBUG, pixels_of, read_output
+
+SETTINGS = {**DEBUG, "purify.shard_images": 20, "purify.actors": 2, "purify.batch_size": 8}
+IMAGES = 240
+DECODE, PURIFY = "eclipse_ray.data.images.decode_image", "eclipse_ray.diffusion.sampler.purify_images"
+FAULTS = Path(__file__).parent / "faults"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    api.purify(world.poisoned, str(output), denoiser=world.denoiser, settings=SETTINGS)
+    return output
+
+
+def command(world, output, *more: str, **settings) -> list[str]:
+    words = [
+        sys.executable,
+        "-c",
+        "from eclipse_ray.cli import main; main()",
+        "purify",
+        world.poisoned,
+        str(output),
+    ]
+    words += ["--denoiser", world.denoiser, "--json", *more]
+    for key, value in {**SETTINGS, **settings}.items():
+        words += ["--set", f"{key}={value}"]
+    return words
+
+
+def run(words: list[str], **environment: str) -> tuple[int, str, str]:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, env={**os.environ, **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+def fault(log: Path, function: str, how: str, when: str, times: int = 10**6) -> dict[str, str]:
+    tree = {"function": function, "how": how, "when": when, "times": times, "log": str(log)}
+    # The repository comes along: its packages may not be installed where PYTHONPATH is set.
+    path = os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, "ECLIPSE_RAY_TEST_FAULT": json.dumps(tree)}
+
+
+def fired(log: Path) -> int:
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def an_id(world, number: int) -> str:
+    """The id of an image; from 64 on they are not looked at before the run."""
+    files = sorted((world.root / "poisoned/data").glob("*.parquet"))
+    return [name for file in files for name in pq.read_table(file, columns=["id"])["id"].to_pylist()][number]
+
+
+def objects(output) -> dict[str, str | None]:
+    return {name: status.object for name, status in ledger.read_statuses(Store(str(output))).items()}
+
+
+def errors(output) -> dict[str, str]:
+    rows = [
+        row for file in (output / "_eclipse/errors").glob("*.parquet") for row in pq.read_table(file).to_pylist()
+    ]
+    return {row["id"]: row["error"] for row in rows}
+
+
+def assert_all_but(output, undisturbed, lost: str) -> None:
+    """Every image but one is there, as it is undisturbed up to the company it had in its batch."""
+    table, whole = read_output(output), read_output(undisturbed)
+    kept = [row for row, name in enumerate(whole["id"].to_pylist()) if name != lost]
+    assert table["id"].to_pylist() == whole["id"].take(kept).to_pylist()
+    assert table["label"].to_pylist() == whole["label"].take(kept).to_pylist()
+    difference = np.abs(pixels_of(table).astype(int) - pixels_of(whole.take(kept)).astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 1e-3
+
+
+def test_an_image_that_kills_its_actor_becomes_an_error_row_then_a_retry_mends_it(world, tmp_path, undisturbed):
+    output, log, lost = tmp_path / "out", tmp_path / "fired", an_id(world, 130)
+    code, printed, said = run(command(world, output), **fault(log, PURIFY, "kill", lost))
+    assert code == 0, said
+    assert fired(log) == 5, "three starts of the shard, and the image alone twice"
+    result = json.loads(printed)
+    assert (result["planned"], result["ok"], result["failed"]) == (IMAGES, IMAGES - 1, 1)
+    assert list(errors(output)) == [lost]
+    assert "kills the worker" in errors(output)[lost]
+    assert_all_but(output, undisturbed, lost)
+    before = objects(output)
+    code, printed, said = run(command(world, output, "--retry-failed"))
+    assert code == 0, said
+    assert json.loads(printed)["failed"] == 0
+    assert api.verify(str(output)).ok
+    after = objects(output)
+    assert sum(before[name] != after[name] for name in before) == 1
+    assert read_output(output)["id"].to_pylist() == read_output(undisturbed)["id"].to_pylist()
+
+
+@pytest.mark.chaos
+def test_an_image_that_kills_its_decoder_becomes_an_error_row(world, tmp_path):
+    source, output, log = tmp_path / "source", tmp_path / "out", tmp_path / "fired"
+    write_synthetic(str(tmp_path / "images"), 96, 16, 5)
+    api.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
+    victim = sorted(source.rglob("*.png"))[80]
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    # Bytes after the end of a PNG are no part of it.
+    victim.write_bytes(encode_image(image, "png") + b"KILLER")
+    words = command(world, output)
+    words[words.index(world.poisoned)] = str(source)
+    code, printed, said = run(words, **fault(log, DECODE, "kill", "KILLER"))
+    assert (code, fired(log)) == (3, 5), said
+    assert json.loads(printed)["failed"] == 1
+    assert list(errors(output)) == [str(victim.relative_to(source))]
+    assert api.verify(str(output)).ok
+
+
+def actors() -> list[int]:
+    """Process ids of the denoising actors on this machine."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::MapWorker"):
+            found.append(int(folder.name))
+    return found
+
+
+def done(output) -> int:
+    return sum(1 for _ in (output / "_eclipse/status").glob("*/*.json"))
+
+
+@pytest.mark.chaos
+def test_three_killed_actors_change_nothing(world, tmp_path, undisturbed):
+    output, killed = tmp_path / "out", []
+
+    def kill_three() -> None:
+        deadline = time.monotonic() + 200
+        while len(killed) < 3 and time.monotonic() < deadline:
+            alive = [actor for actor in actors() if actor not in killed]
+            # Each at a later stage, and only while there is work left for its successor.
+            if alive and 2 * len(killed) < done(output) < 11:
+                os.kill(alive[0], signal.SIGKILL)
+                killed.append(alive[0])
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=kill_three)
+    thread.start()
+    code, _, said = run(command(world, output))
+    thread.join()
+    assert code == 0, said
+    assert len(killed) == 3, "no fault fired"
+    assert objects(output) == objects(undisturbed)
+    assert api.verify(str(output)).ok
+
+
+@pytest.mark.parametrize("how", ["exit", pytest.param("sleep", marks=pytest.mark.chaos)])
+def test_a_worker_that_ends_or_hangs_ends_the_run_and_the_next_run_completes_it(how, world, tmp_path, undisturbed):
+    output, log = tmp_path / "out", tmp_path / "fired"
+    limit = 12.0
+    words = command(world, output, **{"purify.watchdog_seconds": limit})
+    started = time.monotonic()
+    code, _, said = run(words, **fault(log, PURIFY, how, an_id(world, 130), times=1))
+    assert fired(log) == 1, "no fault fired"
+    if code != 0:
+        assert code == 75, said
+        assert "run the same command again to resume" in said
+        assert time.monotonic() - started < 10 * limit
+        code, _, said = run(words)
+    assert code == 0, said
+    assert objects(output) == objects(undisturbed)
+
+
+def test_a_batch_without_memory_is_halved(world, tmp_path, undisturbed):
+    output, log = tmp_path / "out", tmp_path / "fired"
+    code, _, said = run(command(world, output), **fault(log, PURIFY, "memory", an_id(world, 130), times=2))
+    assert (code, fired(log)) == (0, 2), said
+    assert_all_but(output, undisturbed, "nobody")
+    assert "too little memory for batches of 8 images" in said
+
+
+@pytest.mark.chaos
+def test_two_drivers_on_one_output_agree(world, tmp_path, undisturbed):
+    output = tmp_path / "out"
+    both = [
+        subprocess.Popen(command(world, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for driver in both:
+        printed, said = driver.communicate(timeout=280)
+        assert driver.returncode == 0, said
+        assert json.loads(printed)["ok"] == IMAGES
+    assert objects(output) == objects(undisturbed)
+    assert api.verify(str(output)).ok
+    assert [path.name for path in (output / "data").iterdir() if path.name.startswith(".tmp")] == []
+
+
+@pytest.mark.chaos
+def test_sigterm_says_that_the_run_can_be_resumed(world, tmp_path, undisturbed):
+    output = tmp_path / "out"
+    driver = subprocess.Popen(command(world, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while done(output) < 2:
+        assert driver.poll() is None, "ended before the signal"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.terminate()
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 75, said
+    assert done(output) < len(objects(undisturbed))
+    code, _, said = run(command(world, output))
+    assert code == 0, said
+    assert objects(output) == objects(undisturbed)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(("bad", "code"), [(0, 0), (1, 0), (50, 3), (100, 3)])
+def test_unreadable_images_decide_the_exit_code(bad, code, tmp_path, world):
+    source, output = tmp_path / "source", tmp_path / "out"
+    write_synthetic(str(tmp_path / "images"), 100, 16, 5)
+    api.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
+    for file in sorted(source.rglob("*.png"))[:bad]:
+        file.write_bytes(file.read_bytes()[:40])
+    words = command(world, output)
+    words[words.index(world.poisoned)] = str(source)
+    found, printed, said = run(words)
+    assert found == code, said
+    result = json.loads(printed)
+    assert (result["planned"], result["ok"], result["failed"]) == (100, 100 - bad, bad)
+    assert len(errors(output)) == bad
+    assert api.verify(str(output)).ok
+
+
+@pytest.mark.chaos
+def test_a_node_that_disappears_costs_only_its_shards(world, tmp_path, undisturbed):
+    from ray.cluster_utils import Cluster
+
+    output = tmp_path / "out"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
+    try:
+        node = cluster.add_node(num_cpus=3)
+        cluster.wait_for_nodes()
+        words = command(world, output, **{"purify.actors": 3})
+        driver = subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+        )
+        deadline = time.monotonic() + 200
+        while done(output) < 3:
+            assert driver.poll() is None, "ended before the node was lost"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        cluster.remove_node(node, allow_graceful=False)
+        lost_at = done(output)
+        _, said = driver.communicate(timeout=200)
+        assert driver.returncode == 0, said
+    finally:
+        cluster.shutdown()
+    assert 3 <= lost_at < len(objects(undisturbed)), "no fault fired"
+    assert objects(output) == objects(undisturbed)
+    assert api.verify(str(output)).ok

@@ -104,6 +104,17 @@ def test_status_and_verify_as_json(monkeypatch, finished):
     }
 
 
+def test_a_dry_run_and_a_clean_up_say_what_they_found(monkeypatch, capfd, world, finished, tmp_path):
+    words = ["purify", world.poisoned, str(tmp_path / "out"), "--denoiser", world.denoiser, "--dry-run"]
+    code, out, err = call(monkeypatch, capfd, *words)
+    assert (code, err) == (0, "")
+    assert "240 of 240 images to purify, in 1 of 1 shards" in out
+    assert "nothing was written" in out
+    assert not (tmp_path / "out").exists()
+    code, out, _ = call(monkeypatch, capfd, "gc", finished)
+    assert (code, out) == (0, f"0 leftovers removed, 0 uploads aborted in {finished}\n")
+
+
 def test_verify_fails_on_damage(monkeypatch, capfd, finished, tmp_path):
     import shutil
     from pathlib import Path

@@ -19,7 +19,7 @@ from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.distributed.cluster import Resources, connect
 from eclipse_ray.distributed.fetch import local_denoiser
-from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, start_board
+from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
 from eclipse_ray.results import EvaluateResult
 from eclipse_ray.victims.training import train_victim
@@ -60,7 +60,13 @@ def source_compensation(config: Config, source: str) -> CompensationConfig:
     Key by key: a preset may set one key without deciding about the mode.
     """
     recorded = _recorded_config(source).get("compensation") or {"mode": "none"}
-    return CompensationConfig.model_validate({**recorded, **config.compensation.model_dump(exclude_unset=True)})
+    chosen = config.compensation.model_dump(exclude_unset=True)
+    if chosen and "mode" not in chosen and recorded["mode"] == "none":
+        say(
+            f"note: compensation.{min(chosen)} has no effect: {source} was not compensated and no mode is set; add "
+            "--set compensation.mode=augment to compensate while the victim trains"
+        )
+    return CompensationConfig.model_validate({**recorded, **chosen})
 
 
 def _recorded_config(source: str) -> dict[str, Any]:

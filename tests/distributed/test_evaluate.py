@@ -32,6 +32,14 @@ def test_compensation_is_what_the_purification_recorded(world, tmp_path):
     assert source_compensation(load_config(), world.poisoned).mode == "none"
 
 
+def test_a_setting_without_effect_is_not_passed_over_in_silence(world, capsys):
+    assert source_compensation(load_config(None, {"compensation.p": 0.3}), world.poisoned).mode == "none"
+    assert "compensation.p has no effect" in capsys.readouterr().err
+    both = load_config(None, {"compensation.p": 0.3, "compensation.mode": "augment"})
+    assert source_compensation(both, world.poisoned).p == 0.3
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("train", "test", "clean", "words"),
     [

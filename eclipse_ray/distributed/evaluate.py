@@ -63,7 +63,7 @@ def source_compensation(config: Config, source: str) -> CompensationConfig:
     chosen = config.compensation.model_dump(exclude_unset=True)
     if chosen and "mode" not in chosen and recorded["mode"] == "none":
         say(
-            f"note: compensation.{min(chosen)} has no effect: {source} was not compensated and no mode is set; add "
+            f"note: compensation.{min(chosen)} has no effect: {source} was not compensated, no mode is set; add "
             "--set compensation.mode=augment to compensate while the victim trains"
         )
     return CompensationConfig.model_validate({**recorded, **chosen})

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from eclipse_ray import ledger
 from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, DataConfig, Precision, Sampler
 from eclipse_ray.data.formats import read_parts
-from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image, resize_image
+from eclipse_ray.data.images import ImageError, content_hash, decode_stored, encode_image, resize_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import canonical_table, table_to_parquet
 from eclipse_ray.errors import InputError
@@ -89,8 +89,12 @@ def _read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
         data = (image or {}).get("bytes") or b""
         state.update(len(data).to_bytes(8, "little") + data)
         try:
-            image_pixels = decode_image(data, job.data.max_pixels)
+            image_pixels = decode_stored(data, job.data)
         except ImageError as error:
+            if job.data.on_error == "stop":
+                raise InputError(
+                    f"{job.source}: image {name}: {error}; mend it, leave it out, or set data.on_error=row"
+                ) from error
             failures.append({"id": name, "key": _key_of(shard, index), "error": str(error)})
             continue
         # Before it is resized: hashes are of images as they are stored, whatever size either run works at.

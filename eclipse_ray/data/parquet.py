@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.data.store import Entry, Store
-from eclipse_ray.data.table import CANONICAL, METADATA_KEY, Part, canonical_table
+from eclipse_ray.data.table import CANONICAL, METADATA_KEY, Part, canonical_table, check_label
 from eclipse_ray.errors import InputError
 
 _LISTING_THREADS = 16
@@ -34,17 +34,21 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     Raises InputError for a damaged file, an extension type, or a missing image or label column.
     """
 
-    def look(entry: Entry) -> tuple[Part, list[str] | None]:
+    def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
             reader = _open(store, entry.key, file)
             _check_columns(f"{store.url}/{entry.key}", reader.schema_arrow, config)
             classes = _classes(reader.schema_arrow, config)
-            return Part(entry.key, reader.metadata.num_rows, entry.size, entry.version), classes
+            part = Part(entry.key, reader.metadata.num_rows, entry.size, entry.version)
+            return part, classes, _extreme_labels(reader, config)
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
-    classes = next((names for _, names in found if names is not None), None)
-    return [part for part, _ in found if part.rows], classes
+    classes = next((names for _, names, _ in found if names is not None), None)
+    for part, _, labels in found:
+        for label in labels:
+            check_label(f"{store.url}/{part.key}", label, classes)
+    return [part for part, *_ in found if part.rows], classes
 
 
 def read_rows(
@@ -141,6 +145,19 @@ def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
             )
 
 
+def _extreme_labels(reader: pq.ParquetFile, config: DataConfig) -> list[int]:
+    # From the footer, whose statistics nearly every writer fills in; the rows themselves are checked when read.
+    name = config.label_column
+    metadata = reader.metadata
+    place = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == name), None)
+    labels: list[int] = []
+    for group in range(metadata.num_row_groups if place is not None else 0):
+        statistics = metadata.row_group(group).column(place).statistics
+        if statistics is not None and statistics.has_min_max:
+            labels += [statistics.min, statistics.max]
+    return [label for label in labels if isinstance(label, int)]
+
+
 def _require_column(where: str, schema: pa.Schema, setting: str, name: str) -> None:
     if name in schema.names:
         return
@@ -191,11 +208,23 @@ def _canonical(
     try:
         ids = _ids(where, table, key, start)
         labels = None if label is None else table[label].cast(pa.int64())
+        _check_labels(where, ids, labels, classes)
     except pa.ArrowInvalid as error:
         raise InputError(f"{where}: ids or labels cannot be read: {error}; mend the source") from error
     known = {"id", config.image_column, label}
     extras = table.select([name for name in table.column_names if name not in known])
     return canonical_table(ids, encoded, labels, extras, classes, paths)
+
+
+def _check_labels(
+    where: str, ids: Sequence[str], labels: pa.ChunkedArray | None, classes: Sequence[str] | None
+) -> None:
+    if labels is None or classes is None:
+        return
+    wrong = pc.fill_null(pc.or_(pc.less(labels, -1), pc.greater_equal(labels, len(classes))), False)
+    row = pc.index(wrong, True).as_py()
+    if row >= 0:
+        check_label(f"{where}: image {ids[row]}", labels[row].as_py(), classes)
 
 
 def _ids(where: str, table: pa.Table, key: str, start: int) -> Sequence[str]:

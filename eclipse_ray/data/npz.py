@@ -5,9 +5,11 @@ Headers are parsed, rows are read; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -49,6 +51,7 @@ _GARBAGE = (
     MemoryError,
     RecursionError,
     struct.error,
+    tokenize.TokenError,
 )
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
@@ -139,6 +142,10 @@ def _arrays(store: Store, key: str, file: BinaryIO) -> dict[str, Array]:
                     found[name] = _header(name, cast(BinaryIO, member))
             return found
     except _GARBAGE as error:
+        raise InputError(f"{where}: not a readable NumPy file: {error}; {_ADVICE}") from error
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # A failing disk or network, which may heal.
+            raise
         raise InputError(f"{where}: not a readable NumPy file: {error}; {_ADVICE}") from error
 
 

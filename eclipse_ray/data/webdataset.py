@@ -42,12 +42,12 @@ class _Index(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """What planning learns of a tar: samples and their keys, and one with and one without a label, if any."""
+    """What planning learns of a tar: its keys, one with and one without a label, and whether some may have one."""
 
-    rows: int
     keys: list[str]
     labelled: str | None
     unlabelled: str | None
+    unknown: bool
 
 
 def claims(key: str) -> bool:
@@ -69,14 +69,14 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         looks = list(pool.map(lambda entry: _look(store, entry, config, classes), entries))
     _refuse_half_labelled(store, looks)
-    if config.label_column != _DEFAULT_LABEL_COLUMN and not any(look.labelled for look in looks):
+    if config.label_column != _DEFAULT_LABEL_COLUMN and not any(look.labelled or look.unknown for look in looks):
         raise InputError(
             f"{store.url}: no .json member has a field {config.label_column!r}; "
             "name one that has with --set data.label_column=NAME"
         )
     if config.tar_ids == "key":
         _refuse_repeated_keys(store, entries, looks)
-    parts = [Part(e.key, look.rows, e.size, e.version) for e, look in zip(entries, looks, strict=True)]
+    parts = [Part(e.key, len(look.keys), e.size, e.version) for e, look in zip(entries, looks, strict=True)]
     return [part for part in parts if part.rows], classes
 
 
@@ -90,12 +90,17 @@ def read_rows(
     where = f"{store.url}/{key}"
     entry = store.entry(key)
     index = _index(store.url, key, entry.size, entry.version)
-    begin, end = index.begins[start], index.begins[min(stop, len(index.keys))]
+    if stop > len(index.keys):
+        raise InputError(f"{where}: has no {stop} samples; it changed since it was listed, start again from there")
+    begin, end = index.begins[start], index.begins[stop]
     with _reader(store, key) as read:
         data = read(begin, end)
-    cut: Read = lambda first, last: data[first - begin : last - begin]  # noqa: E731
+
+    def cut(first: int, last: int) -> bytes:
+        return data[first - begin : last - begin]
+
     samples = list(group_members(where, members(where, cut, begin, end)))
-    if [name for name, _ in samples] != index.keys[start:stop] or len(samples) != stop - start:
+    if [name for name, _ in samples] != index.keys[start:stop] or len(data) != end - begin:
         raise InputError(
             f"{where}: rows {start} to {stop} are not the ones its index or listing names; "
             "delete the .idx beside it if there is one, and start again"
@@ -134,8 +139,8 @@ def _block_reader(store: Store, key: str) -> Read:
 def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str] | None) -> _Look:
     where = f"{store.url}/{entry.key}"
     keys: list[str] = []
-    labelled = unlabelled = None
-    image = None
+    labelled = unlabelled = image = None
+    unknown = False
     with _reader(store, entry.key) as read:
         indexed = _indexed(store, entry.key, entry.size, read)
         found = all_members(where, read, entry.size) if indexed is None else iter(indexed)
@@ -145,13 +150,14 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
                 continue
             image = key
             known = _has_label(where, sample, read, config, classes, indexed is not None)
-            if known is not None:
-                labelled, unlabelled = (key, unlabelled) if known else (labelled, key)
+            unknown = unknown or known is None
+            labelled = key if known else labelled
+            unlabelled = key if known is False else unlabelled
     if keys and image is None:
         raise InputError(
             f"{where}: none of its {len(keys)} samples has an image ({', '.join(SUFFIXES)}); leave this tar out"
         )
-    return _Look(len(keys), keys, labelled, unlabelled)
+    return _Look(keys, labelled, unlabelled, unknown)
 
 
 def _has_label(

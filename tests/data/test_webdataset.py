@@ -253,3 +253,17 @@ def test_keys_hold_any_id(one, other):
     assert key
     assert not key.startswith("/")
     assert not key.endswith("/")
+
+
+def test_a_tar_that_changed_since_it_was_listed_is_named(tmp_path):
+    url = tar(tmp_path / "src" / "a.tar", *sample("0"), *sample("1"))
+    assert open_source(url, CONFIG).images == 2
+    tar(tmp_path / "src" / "a.tar", *sample("0"))
+    with pytest.raises(InputError, match=r"a\.tar: has no 2 samples"):
+        read_parts(url, "webdataset", None, [("a.tar", 0, 2)], CONFIG)
+
+
+def test_labels_in_json_behind_an_index_are_read_with_the_rows(tmp_path):
+    url = tar(tmp_path / "src" / "a.tar", ("0.png", PNG), ("0.json", b'{"fine": 7}'))
+    (tmp_path / "src" / "a.idx").write_text(index_of(tmp_path / "src" / "a.tar"))
+    assert read_all(url, DataConfig(label_column="fine"))["label"].to_pylist() == [7]

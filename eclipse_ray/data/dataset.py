@@ -197,7 +197,8 @@ def write_folder(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[
                 f"{store.url}: a folder of images cannot hold the column {extras[0]!r}; use the parquet layout, "
                 "or leave such columns out with --set data.extra_columns=drop"
             )
-        labels = all_labels(store.url, table) or [None] * table.num_rows
+        known = all_labels(store.url, table)
+        labels: Sequence[int | None] = [None] * table.num_rows if known is None else known
         for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):
             _create(store, name, _file_key(name, data, label, classes), data)
             images += 1

@@ -239,15 +239,14 @@ def _decode_as(data: bytes, raw_mode: str) -> Image.Image:
 
 def _narrow(high: NDArray[np.uint8], low: NDArray[np.uint8], mode: str, transparent: object) -> Image.Image:
     # Bytes of 16-bit values, each (H, W, C), to an 8-bit image; rows apart, so that wide copies stay small.
-    narrow = np.empty((*high.shape[:2], high.shape[2]), np.uint8)
+    narrow = np.empty(high.shape, np.uint8)
     clear = np.zeros(high.shape[:2], np.bool_)
-    for row in range(high.shape[0]):
+    for row in range(len(high)):
         wide = high[row].astype(np.uint32) * 256 + low[row]
         narrow[row] = (wide + 128) // 257
         if isinstance(transparent, int | tuple):
             clear[row] = (wide == np.array(transparent)).all(axis=-1)
-    height, width = clear.shape
-    image = Image.frombytes(mode, (width, height), narrow.tobytes())
+    image = Image.frombytes(mode, (high.shape[1], high.shape[0]), narrow.tobytes())
     if clear.any():
         image = image.convert("RGBA")
         image.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
@@ -262,7 +261,7 @@ def _to_rgb(image: Image.Image, alpha: Alpha) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     see_through = image.convert("RGBA")
-    if alpha == "refuse" and see_through.getextrema()[3] != (255, 255):
+    if alpha == "refuse" and see_through.getchannel("A").getextrema() != (255, 255):
         raise ImageError("the image is transparent in places, which data.alpha=refuse does not permit")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, see_through).convert("RGB")

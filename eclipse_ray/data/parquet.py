@@ -20,6 +20,7 @@ from eclipse_ray.data.table import CANONICAL, METADATA_KEY, Part, canonical_tabl
 from eclipse_ray.errors import InputError
 
 _LISTING_THREADS = 16
+_MAGIC = b"PAR1"
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
 
 
@@ -36,11 +37,12 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 
     def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
-            reader = _open(store, entry.key, file)
-            _check_columns(f"{store.url}/{entry.key}", reader.schema_arrow, config)
-            classes = _classes(reader.schema_arrow, config)
-            part = Part(entry.key, reader.metadata.num_rows, entry.size, entry.version)
-            return part, classes, _extreme_labels(reader, config)
+            where = f"{store.url}/{entry.key}"
+            metadata = _metadata(where, file)
+        schema = _schema(where, metadata)
+        _check_columns(where, schema, config)
+        part = Part(entry.key, metadata.num_rows, entry.size, entry.version)
+        return part, _classes(schema, config), _extreme_labels(metadata, config)
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
@@ -60,9 +62,10 @@ def read_rows(
     """
     where = f"{store.url}/{key}"
     with store.open(key) as file:
-        reader = _open(store, key, file)
-        groups, skipped = _groups(reader.metadata, start, stop)
+        metadata = _metadata(where, file)
+        groups, skipped = _groups(metadata, start, stop)
         try:
+            reader = pq.ParquetFile(file, metadata=metadata, pre_buffer=True, page_checksum_verification=True)
             table = reader.read_row_groups(groups).slice(start - skipped, stop - start)
         except (pa.ArrowException, OSError) as error:
             raise _damaged(where, error) from error
@@ -74,32 +77,42 @@ def read_rows(
     return _canonical(where, table, key, start, config, classes)
 
 
-def _open(store: Store, key: str, file: BinaryIO) -> pq.ParquetFile:
-    where = f"{store.url}/{key}"
-    _refuse_extension_types(where, file)
+def _metadata(where: str, file: BinaryIO) -> pq.FileMetaData:
+    # From the footer's own bytes: Arrow would read 64 KiB from the end, image bytes among them.
+    footer = _footer(where, file)
     try:
-        return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+        return pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
     except (pa.ArrowException, OSError) as error:
         raise _damaged(where, error) from error
 
 
-def _refuse_extension_types(where: str, file: BinaryIO) -> None:
-    # Opening a reader already builds the types, and a type that somebody registered in this process may
-    # unpickle its metadata while being built. So the footer is searched before Arrow sees it.
+def _schema(where: str, metadata: pq.FileMetaData) -> pa.Schema:
+    try:
+        return metadata.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(where, error) from error
+
+
+def _footer(where: str, file: BinaryIO) -> bytes:
+    """Return the footer. Raises InputError for what is no whole file, and for extension types.
+
+    Opening a reader already builds the types, and a type that somebody registered in this process may unpickle its
+    metadata while being built. So the footer is searched before Arrow sees it.
+    """
     size = file.seek(0, 2)
     file.seek(max(0, size - 8))
     tail = file.read(8)
     length = int.from_bytes(tail[:4], "little")
-    if tail[4:] != b"PAR1" or length > size - 8:
+    if tail[4:] != _MAGIC or length > size - 8:
         raise InputError(f"{where}: not a whole Parquet file; copy it again or leave it out")
     file.seek(size - 8 - length)
     footer = file.read(length)
-    file.seek(0)
     if any(fragment in footer for fragment in _EXTENSION_MARKS):
         raise InputError(
             f"{where}: has a column of an Arrow extension type, which may run code when read; "
             "write it again with plain columns"
         )
+    return footer
 
 
 def _base64_forms(text: bytes) -> list[bytes]:
@@ -145,10 +158,9 @@ def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
             )
 
 
-def _extreme_labels(reader: pq.ParquetFile, config: DataConfig) -> list[int]:
+def _extreme_labels(metadata: pq.FileMetaData, config: DataConfig) -> list[int]:
     # From the footer, whose statistics nearly every writer fills in; the rows themselves are checked when read.
     name = config.label_column
-    metadata = reader.metadata
     place = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == name), None)
     labels: list[int] = []
     for group in range(metadata.num_row_groups if place is not None else 0):

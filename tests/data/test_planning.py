@@ -16,7 +16,7 @@ from eclipse_ray.data.table import canonical_table, table_to_parquet
 from eclipse_ray.ledger import plan_shards
 
 CONFIG = DataConfig()
-BIG = np.random.default_rng(0).bytes(20_000)
+NOISE = np.random.default_rng(0).bytes(1_000 * 700)
 
 
 class CountingStore(Store):
@@ -56,7 +56,8 @@ class _CountingFile(io.BytesIO):
 def test_no_column_chunk_of_parquet_is_read(tmp_path):
     for number in range(12):
         ids = [f"{number}-{row}" for row in range(700)]
-        data = table_to_parquet(canonical_table(ids, [BIG] * 700, [0] * 700))
+        images = [NOISE[1000 * row : 1000 * (row + 1)] for row in range(700)]
+        data = table_to_parquet(canonical_table(ids, images, [0] * 700))
         (tmp_path / f"{number:02d}.parquet").write_bytes(data)
     store = CountingStore(str(tmp_path))
     entries = list(store.list())
@@ -69,10 +70,9 @@ def test_no_column_chunk_of_parquet_is_read(tmp_path):
             for column in range(metadata.num_columns):
                 chunk = metadata.row_group(group).column(column)
                 first = min(p for p in (chunk.dictionary_page_offset, chunk.data_page_offset) if p is not None)
-                # The first four bytes of a file are its magic number, before any column.
                 assert stop <= first or start >= first + chunk.total_compressed_size, chunk.path_in_schema
     read = sum(stop - start for _, start, stop in store.ranges)
-    assert read < 0.01 * sum(entry.size for entry in entries)
+    assert 0 < read < 0.01 * sum(entry.size for entry in entries)
 
 
 def test_no_image_of_an_archive_is_read(tmp_path):

@@ -21,6 +21,8 @@ from eclipse_ray.errors import InputError
 
 _LISTING_THREADS = 16
 _MAGIC = b"PAR1"
+# A damaged name of a column is no text; Arrow has no error of its own for that.
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
 
 
@@ -67,7 +69,7 @@ def read_rows(
         try:
             reader = pq.ParquetFile(file, metadata=metadata, pre_buffer=True, page_checksum_verification=True)
             table = reader.read_row_groups(groups).slice(start - skipped, stop - start)
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGE as error:
             raise _damaged(where, error) from error
     if table.num_rows != stop - start:
         raise InputError(
@@ -82,14 +84,14 @@ def _metadata(where: str, file: BinaryIO) -> pq.FileMetaData:
     footer = _footer(where, file)
     try:
         return pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise _damaged(where, error) from error
 
 
 def _schema(where: str, metadata: pq.FileMetaData) -> pa.Schema:
     try:
         return metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise _damaged(where, error) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -162,6 +163,7 @@ class _Unpickler(pickle.Unpickler):
 def _load(where: str, data: bytes) -> dict[str, Any]:
     advice = "expected a CIFAR batch of numbers and bytes; do not open this file with anything else"
     try:
+        _check_sizes(data)
         batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except InputError as error:
         raise InputError(f"{where}: {error}, which can run code; {advice}") from None
@@ -174,6 +176,13 @@ def _load(where: str, data: bytes) -> dict[str, Any]:
         for key, value in batch.items()
         if isinstance(key, str | bytes)
     }
+
+
+def _check_sizes(data: bytes) -> None:
+    # The C unpickler allocates what a few bytes ask for: a memo of two billion places, a bytearray of any length.
+    for opcode, argument, place in pickletools.genops(data):
+        if "PUT" in opcode.name and isinstance(argument, int) and not 0 <= argument <= (place or 0):
+            raise ValueError(f"it asks for a memo of {argument} places")
 
 
 def _pixels(where: str, batch: dict[str, Any]) -> NDArray[np.uint8]:

@@ -41,6 +41,8 @@ POLICIES = [
 ]
 WORDS = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\x01", b"\x80", b"../", b"9" * 11, b"IDAT"]
 KEPT_CRASHES = 20
+# What asks for more than this is kept too, to be looked at.
+MUCH_MB, LONG_SECONDS = 100, 5
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Tally:
     refused: int = 0
     crashes: int = 0
     slowest: float = 0.0
+    most_mb: int = 0
     kinds: set[str] = field(default_factory=set)
 
 
@@ -175,13 +178,14 @@ def fuzz(seconds: float, seed: int, keep: Path | None = None) -> dict[str, objec
         "seed": seed,
         "executions": executions,
         "crashes": sum(tally.crashes for tally in tallies.values()),
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_rss_mb": _peak_mb(),
         "readers": {
             name: {
                 "executions": tally.executions,
                 "accepted": tally.accepted,
                 "refused": tally.refused,
                 "slowest_s": round(tally.slowest, 3),
+                "most_mb": tally.most_mb,
                 "crashes": sorted(tally.kinds),
             }
             for name, tally in tallies.items()
@@ -190,7 +194,7 @@ def fuzz(seconds: float, seed: int, keep: Path | None = None) -> dict[str, objec
 
 
 def _execute(name: str, data: bytes, rng: random.Random, tally: Tally, keep: Path | None) -> None:
-    started = time.monotonic()
+    started, before = time.monotonic(), _peak_mb()
     try:
         TARGETS[name](data, rng)
         tally.accepted += 1
@@ -200,12 +204,25 @@ def _execute(name: str, data: bytes, rng: random.Random, tally: Tally, keep: Pat
         tally.crashes += 1
         frame = traceback.extract_tb(error.__traceback__)[-1]
         kind = f"{type(error).__name__}: {str(error)[:120]} ({Path(frame.filename).name}:{frame.lineno})"
-        if keep is not None and len(tally.kinds) < KEPT_CRASHES and kind not in tally.kinds:
-            keep.mkdir(parents=True, exist_ok=True)
-            (keep / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
+        if len(tally.kinds) < KEPT_CRASHES and kind not in tally.kinds:
+            _keep(keep, f"{name}-crash", data)
         tally.kinds.add(kind)
+    seconds, grown = time.monotonic() - started, _peak_mb() - before
+    if grown > MUCH_MB or seconds > LONG_SECONDS:
+        _keep(keep, f"{name}-{grown}mb-{seconds:.0f}s", data)
     tally.executions += 1
-    tally.slowest = max(tally.slowest, time.monotonic() - started)
+    tally.slowest = max(tally.slowest, seconds)
+    tally.most_mb = max(tally.most_mb, grown)
+
+
+def _keep(folder: Path | None, name: str, data: bytes) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}-{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
+
+
+def _peak_mb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def main() -> None:

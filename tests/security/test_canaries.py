@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import resource
 import sys
 import tarfile
 import time
@@ -73,6 +74,15 @@ def test_cifar_class_names(tmp_path, canary):
     (tmp_path / "src" / "data_batch_1").write_bytes(pickle.dumps(batch, 2))
     (tmp_path / "src" / "batches.meta").write_bytes(pickle.dumps({"label_names": Touch(canary)}, 2))
     refused(tmp_path / "src", "batches.meta", "can run code")
+
+
+@pytest.mark.parametrize("attack", [b"\x80\x02}r\xff\xff\xff\x7f.", b"\x80\x05\x96\0\0\0\0\x08\0\0\0."])
+def test_a_few_bytes_of_pickle_cannot_ask_for_gigabytes(tmp_path, attack):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "data_batch_1").write_bytes(attack)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(tmp_path / "src", "not a readable pickle")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
 
 
 @pytest.mark.parametrize("place", ["images", "labels", "other"])

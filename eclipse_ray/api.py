@@ -6,9 +6,7 @@ override it; arguments named here override both. Ray is imported by the verbs th
 
 from __future__ import annotations
 
-from typing import Literal
-
-from eclipse_ray.config import Config, ScheduleName, Settings, load_config, to_yaml, with_overrides
+from eclipse_ray.config import Config, Layout, ScheduleName, Settings, load_config, to_yaml, with_overrides
 from eclipse_ray.results import (
     DatasetResult,
     DryRunResult,
@@ -22,7 +20,6 @@ from eclipse_ray.results import (
 )
 
 ConfigLike = Config | str | None
-Layout = Literal["parquet", "folder"]
 
 
 def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> Config:
@@ -42,7 +39,7 @@ def convert(
     config: ConfigLike = None,
     settings: Settings | None = None,
 ) -> DatasetResult:
-    """Rewrite a dataset as canonical Parquet or as one folder a class; only `resize` touches pixels."""
+    """Rewrite a dataset as canonical Parquet or in another layout; only `resize` touches pixels."""
     from eclipse_ray.data import transform as room
 
     named = {"data.source": source, "data.output": output, "data.resize": resize}

@@ -8,11 +8,11 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from eclipse_ray.config import ScheduleName, parse_assignment
+from eclipse_ray.config import Layout, ScheduleName, parse_assignment
 from eclipse_ray.errors import EXIT_FAILURE, EXIT_OK, EXIT_TOO_MANY_FAILED, EclipseError, InterruptedRunError
 from eclipse_ray.results import DryRunResult, Result, to_json
 
@@ -55,13 +55,13 @@ def demo(
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Any readable dataset.")],
     output: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
-    layout: Annotated[Literal["parquet", "folder"], typer.Option(help="folder: one a class.")] = "parquet",
+    layout: Annotated[Layout, typer.Option(help="folder: one a class; cifar: 32 x 32 only.")] = "parquet",
     resize: Resize = None,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
 ) -> None:
-    """Rewrite a dataset as canonical Parquet, or as one folder a class; only --resize touches a pixel."""
+    """Rewrite a dataset as canonical Parquet or in another layout; only --resize touches a pixel."""
     from eclipse_ray import api
 
     result = api.convert(source, output, layout=layout, resize=resize, config=config, settings=_settings(assign))

@@ -22,6 +22,9 @@ Settings = Mapping[str, Any]
 Sampler = Literal["ddpm", "ddim", "dpm"]
 Precision = Literal["float32", "bfloat16"]
 ScheduleName = Literal["cosine", "linear"]
+Layout = Literal["parquet", "folder", "webdataset", "npz", "cifar"]
+Alpha = Literal["composite", "refuse"]
+Animated = Literal["first", "refuse"]
 
 # Side of a tile: few of its pixels lie near a border, and self-attention, of cost tile**4, is still affordable.
 TILE = 128
@@ -49,6 +52,15 @@ class DataConfig(Section):
     encoding: str = Field("png", description="png, webp-lossless, or jpeg:Q with allow_lossy.")
     allow_lossy: bool = Field(False, description="Permit an encoding that changes pixels.")
     max_pixels: int = Field(40_000_000, ge=1, description="Images with more pixels become error rows.")
+    on_error: Literal["row", "stop"] = Field(
+        "row", description="An undecodable image becomes an error row, or ends the run with exit code 2."
+    )
+    alpha: Alpha = Field("composite", description="Transparency is laid on white, or makes an image undecodable.")
+    animated: Animated = Field("first", description="First frame of several, or they make an image undecodable.")
+    extra_columns: Literal["keep", "drop"] = Field("keep", description="What becomes of columns that came along.")
+    tar_ids: Literal["key", "path"] = Field(
+        "key", description="ids of tar members: the sample's key, or the tar's name before it."
+    )
     resize: int | None = Field(None, ge=16, description="Central square resized to so many pixels; null: no.")
 
 

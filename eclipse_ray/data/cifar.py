@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig
 from eclipse_ray.data.images import encode_image
 from eclipse_ray.data.store import Entry, Store
-from eclipse_ray.data.table import Part, canonical_table
+from eclipse_ray.data.table import Part, canonical_table, check_label
 from eclipse_ray.errors import InputError
 
 _BATCH_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test|.*\.pkl|.*\.pickle)", re.IGNORECASE)
@@ -47,14 +48,17 @@ def claims(key: str) -> bool:
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part a batch, and the class names of the meta file beside it; reads every batch.
 
-    Raises InputError for a pickle that holds anything but a CIFAR batch.
+    Raises InputError for a pickle that holds anything but a CIFAR batch with a label for every image, or for none.
     """
     parts = []
+    classes = _class_names(store, entries[0].key)
     for entry in entries:
         where = f"{store.url}/{entry.key}"
-        rows = len(_pixels(where, _load(where, store.read(entry.key))))
+        batch = _load(where, store.read(entry.key))
+        rows = len(_pixels(where, batch))
+        _labels(where, batch, rows, classes)
         parts.append(Part(entry.key, rows, entry.size, entry.version))
-    return [part for part in parts if part.rows], _class_names(store, entries[0].key)
+    return [part for part in parts if part.rows], classes
 
 
 def read_rows(
@@ -65,11 +69,10 @@ def read_rows(
     batch = _load(where, store.read(key))
     pixels = _pixels(where, batch)
     total, rows = len(pixels), range(start, min(stop, len(pixels)))
-    labels = next((batch[name] for name in _LABELS if name in batch), None)
     coarse = _column(where, batch.get("coarse_labels"), total)
     names = batch.get("filenames")
     paths = [_text(names[row]) for row in rows] if isinstance(names, list) and len(names) == total else None
-    chosen = _column(where, labels, total)
+    chosen = _labels(where, batch, total, classes)
     return canonical_table(
         [f"{key}#{row}" for row in rows],
         [encode_image(pixels[row], "png") for row in rows],
@@ -160,6 +163,7 @@ class _Unpickler(pickle.Unpickler):
 def _load(where: str, data: bytes) -> dict[str, Any]:
     advice = "expected a CIFAR batch of numbers and bytes; do not open this file with anything else"
     try:
+        _check_sizes(data)
         batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except InputError as error:
         raise InputError(f"{where}: {error}, which can run code; {advice}") from None
@@ -174,6 +178,13 @@ def _load(where: str, data: bytes) -> dict[str, Any]:
     }
 
 
+def _check_sizes(data: bytes) -> None:
+    # The C unpickler allocates what a few bytes ask for: a memo of two billion places, a bytearray of any length.
+    for opcode, argument, place in pickletools.genops(data):
+        if "PUT" in opcode.name and isinstance(argument, int) and not 0 <= argument <= (place or 0):
+            raise ValueError(f"it asks for a memo of {argument} places")
+
+
 def _pixels(where: str, batch: dict[str, Any]) -> NDArray[np.uint8]:
     data = batch.get("data")
     if isinstance(data, np.ndarray) and data.dtype == np.uint8:
@@ -186,6 +197,15 @@ def _pixels(where: str, batch: dict[str, Any]) -> NDArray[np.uint8]:
         f"{where}: expected a key 'data' with uint8 (N, 3072) or (N, H, W, 3), found the keys "
         f"{', '.join(batch) or '(none)'}; this is no CIFAR batch, convert it to image files instead"
     )
+
+
+def _labels(
+    where: str, batch: dict[str, Any], rows: int, classes: Sequence[str] | None
+) -> NDArray[np.int64] | None:
+    labels = _column(where, next((batch[name] for name in _LABELS if name in batch), None), rows)
+    for label in set() if labels is None else set(labels.tolist()):
+        check_label(where, label, classes)
+    return labels
 
 
 def _column(where: str, values: object, rows: int) -> NDArray[np.int64] | None:

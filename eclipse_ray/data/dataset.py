@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from eclipse_ray.config import DataConfig
-from eclipse_ray.data.folder import NOTE, folder_name
+from eclipse_ray.config import DataConfig, Layout
+from eclipse_ray.data import cifar_writer, npz_writer, webdataset_writer
+from eclipse_ray.data.folder import folder_name
 from eclipse_ray.data.formats import UNFINISHED, open_source, read_tables
-from eclipse_ray.data.images import SUFFIXES, ImageError, content_hash, decode_image, resize_image, suffix_of
+from eclipse_ray.data.images import SUFFIXES, content_hash, decode_required, resize_image, suffix_of
+from eclipse_ray.data.note import ESCAPED_KEYS, NOTE
 from eclipse_ray.data.store import Store
-from eclipse_ray.data.table import image_bytes, table_to_parquet, with_classes
+from eclipse_ray.data.table import (
+    FILE_BYTES,
+    FILE_IMAGES,
+    all_labels,
+    extra_columns,
+    image_bytes,
+    regroup,
+    table_to_parquet,
+    with_classes,
+)
 from eclipse_ray.errors import InputError
 
-Layout = Literal["parquet", "folder"]
-
-FILE_IMAGES = 4096
-FILE_BYTES = 128 * 2**20
+Writer = Callable[[Store, Iterable[pa.Table], Sequence[str] | None, DataConfig], int]
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
     pixels = bytearray()
     for table in read_tables(source, data_config, max_images=2048):
         for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
-            stored = _decode_stored(url, name, data, data_config)
+            stored = decode_required(f"{url}: image {name}", data, data_config)
             image = resize_image(stored, data_config.resize)
             ids.append(name)
             hashes.append(content_hash(stored))
@@ -118,20 +127,26 @@ def write_dataset(
     classes: Sequence[str] | None,
     source: str,
     layout: Layout = "parquet",
+    data_config: DataConfig | None = None,
 ) -> int:
     """Write canonical `tables` as a new dataset at `url` and return the number of images.
 
     Parts come first and a note `_eclipse/dataset.json` last; until then readers refuse the dataset. Raises
-    InputError if there already is something at `url`.
+    InputError if there already is something at `url`, and for what `layout` cannot hold.
     """
     store = Store(url)
     refuse_existing(store)
     store.write(UNFINISHED, b"")
-    if layout == "folder":
-        images = write_folder(store, tables, classes=classes)
-    else:
-        images = write_parquet(store, tables, classes=classes)
+    try:
+        images = _WRITERS[layout](store, tables, classes, data_config or DataConfig())
+    except InputError:
+        # Nothing was written yet, so nothing has to be deleted before the next attempt.
+        if next(store.list(), None) is None:
+            store.delete(UNFINISHED)
+        raise
     note = {"images": images, "classes": None if classes is None else list(classes), "source": source}
+    if layout == "webdataset":
+        note[ESCAPED_KEYS] = True
     store.write(NOTE, json.dumps(note, indent=2).encode())
     store.delete(UNFINISHED)
     return images
@@ -143,9 +158,9 @@ def refuse_existing(store: Store) -> None:
         raise InputError(f"{store.url}: is a file; name a new folder to write to")
     if store.exists(UNFINISHED):
         raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
-    taken = next((entry.key for entry in store.list()), "_eclipse" if store.exists("_eclipse") else None)
+    taken = next(itertools.chain(store.list(), store.list("_eclipse")), None)
     if taken is not None:
-        raise InputError(f"{store.url}: already holds data ({taken}); delete it or name another folder")
+        raise InputError(f"{store.url}: already holds data ({taken.key}); delete it or name another folder")
 
 
 def write_parquet(
@@ -161,7 +176,7 @@ def write_parquet(
     A file ends before it exceeds `max_images` or about `max_bytes`.
     """
     images = 0
-    for number, table in enumerate(_regroup(tables, max_images, max_bytes)):
+    for number, table in enumerate(regroup(tables, max_images, max_bytes)):
         data = table_to_parquet(with_classes(table, classes))
         store.write(f"data/part-{number:05d}.parquet", data)
         images += table.num_rows
@@ -171,19 +186,32 @@ def write_parquet(
 def write_folder(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | None = None) -> int:
     """Write the encoded bytes of every image, unchanged, into one folder a class (flat without labels).
 
-    Returns the number of images. Raises InputError for a row without a label among labelled ones, and for
-    two ids that need the same file name.
+    Returns the number of images. Raises InputError for a row without a label among labelled ones, for two ids that
+    need the same file name, and for columns that came along.
     """
     images = 0
     for table in tables:
-        labels = table["label"].to_pylist() if "label" in table.column_names else [None] * table.num_rows
+        extras = extra_columns(table).column_names
+        if extras:
+            raise InputError(
+                f"{store.url}: a folder of images cannot hold the column {extras[0]!r}; use the parquet layout, "
+                "or leave such columns out with --set data.extra_columns=drop"
+            )
+        known = all_labels(store.url, table)
+        labels: Sequence[int | None] = [None] * table.num_rows if known is None else known
         for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):
-            if label is None and "label" in table.column_names:
-                raise InputError(f"{store.url}: image {name} has no label; use the parquet layout for it")
-            if not store.create(_file_key(name, data, label, classes), data):
-                raise InputError(f"{store.url}: two images would be named like {name}; use the parquet layout")
+            _create(store, name, _file_key(name, data, label, classes), data)
             images += 1
     return images
+
+
+_WRITERS: dict[Layout, Writer] = {
+    "parquet": lambda store, tables, classes, _: write_parquet(store, tables, classes=classes),
+    "folder": lambda store, tables, classes, _: write_folder(store, tables, classes=classes),
+    "webdataset": webdataset_writer.write,
+    "npz": npz_writer.write,
+    "cifar": cifar_writer.write,
+}
 
 
 def _file_key(name: str, data: bytes, label: int | None, classes: Sequence[str] | None) -> str:
@@ -193,38 +221,29 @@ def _file_key(name: str, data: bytes, label: int | None, classes: Sequence[str] 
     if label is None:
         return folder_name(file)
     known = classes is not None and 0 <= label < len(classes)
-    top = folder_name(classes[label]) if classes is not None and known else f"{label:05d}"
-    # An id that came from such a folder names its class already.
-    return f"{top}/{folder_name(file.removeprefix(top + '/'))}"
+    raw = classes[label] if classes is not None and known else f"{label:05d}"
+    top = folder_name(raw)
+    # An id that came from such a folder names its class already, as it is or escaped.
+    first, slash, rest = file.partition("/")
+    return f"{top}/{folder_name(rest if slash and first in (raw, top) else file)}"
 
 
-def _regroup(tables: Iterable[pa.Table], max_images: int, max_bytes: int) -> Iterator[pa.Table]:
-    held: list[pa.Table] = []
-    rows = size = 0
-    for table in tables:
-        start = 0
-        while start < table.num_rows:
-            piece = table.slice(start, max_images - rows)
-            start += piece.num_rows
-            held.append(piece)
-            rows, size = rows + piece.num_rows, size + piece.nbytes
-            if rows >= max_images or size >= max_bytes:
-                yield pa.concat_tables(held, promote_options="default")
-                held, rows, size = [], 0, 0
-    if held:
-        yield pa.concat_tables(held, promote_options="default")
+def _create(store: Store, name: str, key: str, data: bytes) -> None:
+    try:
+        created = store.create(key, data)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"{store.url}: id {name} is too long to name a file here; use the parquet layout"
+            ) from error
+        raise
+    if not created:
+        raise InputError(f"{store.url}: two images would be named like {name}; use the parquet layout")
 
 
 def decode_resized(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArray[np.uint8]:
     """Return an image, uint8 (H, W, 3), in the size of data.resize. Raises InputError if it cannot be decoded."""
-    return resize_image(_decode_stored(url, name, data, data_config), data_config.resize)
-
-
-def _decode_stored(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArray[np.uint8]:
-    try:
-        return decode_image(data, data_config.max_pixels)
-    except ImageError as error:
-        raise InputError(f"{url}: image {name}: {error}; mend it or leave it out") from error
+    return resize_image(decode_required(f"{url}: image {name}", data, data_config), data_config.resize)
 
 
 def _two_sizes(url: str, first: str, one: NDArray[np.uint8], second: str, other: NDArray[np.uint8]) -> InputError:

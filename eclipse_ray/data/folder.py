@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 import pyarrow as pa
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.data.images import SUFFIXES
+from eclipse_ray.data.note import noted_classes
 from eclipse_ray.data.store import Entry, Store
 from eclipse_ray.data.table import Part, canonical_table
 from eclipse_ray.errors import InputError
 
-NOTE = "_eclipse/dataset.json"
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 
 
@@ -50,12 +50,25 @@ def read_rows(
     top, separator, _ = key.partition("/")
     labels = None
     if classes is not None and separator:
-        names = [folder_name(name) for name in classes]
-        if top not in names:
-            raise InputError(f"{store.url}/{key}: {top!r} is not one of the classes {', '.join(classes)}")
-        labels = [names.index(top)]
+        places = _places(tuple(classes)).get(top, set())
+        if len(places) != 1:
+            raise InputError(
+                f"{store.url}/{key}: {top!r} is {'not' if not places else 'more than'} one of the classes "
+                f"{', '.join(classes[:20])}; rename that folder"
+            )
+        labels = list(places)
     table = canonical_table([key], [store.read(key)], labels, None, classes, [key])
     return table.slice(start, stop - start)
+
+
+@lru_cache(maxsize=8)
+def _places(classes: tuple[str, ...]) -> dict[str, set[int]]:
+    # Folders that were written here are named by folder_name; those of others as their class is.
+    places: dict[str, set[int]] = {}
+    for place, name in enumerate(classes):
+        for folder in (name, folder_name(name)):
+            places.setdefault(folder, set()).add(place)
+    return places
 
 
 def folder_name(text: str) -> str:
@@ -68,10 +81,5 @@ def folder_name(text: str) -> str:
 
 def _noted_classes(store: Store, folders: set[str]) -> list[str] | None:
     # Sorting the folders would renumber the labels of a dataset whose classes are not in that order.
-    try:
-        classes = json.loads(store.read(NOTE)).get("classes")
-    except (FileNotFoundError, ValueError, AttributeError):
-        return None
-    if isinstance(classes, list) and folders and folders <= {folder_name(str(name)) for name in classes}:
-        return [str(name) for name in classes]
-    return None
+    classes = noted_classes(store)
+    return classes if classes and folders and folders <= {folder_name(name) for name in classes} else None

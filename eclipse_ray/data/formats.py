@@ -13,16 +13,16 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.data import cifar, folder, parquet
+from eclipse_ray.data import cifar, folder, npz, parquet, webdataset
 from eclipse_ray.data.store import Entry, Store
-from eclipse_ray.data.table import Part, Span, with_classes
+from eclipse_ray.data.table import Part, Span, extra_columns, with_classes
 from eclipse_ray.errors import InputError
 
 UNFINISHED = "_eclipse/unfinished"
 # A purification's plan comes first and its manifest last; only then does data/ hold each image once.
 RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
 _READING_THREADS = 8
-_SPLIT_NAME = re.compile(r"(train|test|validation|valid|val|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
+_SPLIT_NAME = re.compile(r"(?:x_)?(train|test|validation|valid|val|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
 
 
 class Format(NamedTuple):
@@ -36,6 +36,8 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {
     "parquet": Format(parquet.claims, parquet.list_parts, parquet.read_rows),
     "folder": Format(folder.claims, folder.list_parts, folder.read_rows),
+    "webdataset": Format(webdataset.claims, webdataset.list_parts, webdataset.read_rows),
+    "npz": Format(npz.claims, npz.list_parts, npz.read_rows),
     "cifar": Format(cifar.claims, cifar.list_parts, cifar.read_rows),
 }
 
@@ -56,7 +58,7 @@ class Source:
 
 
 def open_source(url: str, data_config: DataConfig) -> Source:
-    """List the dataset at `url` without reading its images (CIFAR batches are read).
+    """List the dataset at `url` without reading its images (CIFAR batches and labels in tars are read).
 
     `url` is a folder, one file, or a folder and a pattern of file names (`DIR/train-*.parquet`). Raises
     InputError if there is nothing there that can be read as one dataset.
@@ -69,8 +71,9 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     }
     if not found:
         raise InputError(
-            f"{url}: found {len(entries)} files, none of them Parquet (.parquet), an image "
-            "(.png, .jpg, ...) or a CIFAR batch (data_batch_1, ...); name the folder that holds the data"
+            f"{url}: found {len(entries)} files, none of them Parquet (.parquet), an image (.png, .jpg, ...), a "
+            "WebDataset (.tar), a NumPy archive (.npz) or a CIFAR batch (data_batch_1, ...); name the folder that "
+            "holds the data"
         )
     if len(found) > 1:
         some = ", ".join(f"{len(claimed)} {name} ({claimed[0].key})" for name, claimed in found.items())
@@ -99,6 +102,8 @@ def read_parts(
     else:
         with ThreadPoolExecutor(_READING_THREADS) as pool:
             tables = list(pool.map(read, spans))
+    if data_config.extra_columns == "drop":
+        tables = [table.drop_columns(extra_columns(table).column_names) for table in tables]
     try:
         return with_classes(pa.concat_tables(tables, promote_options="default"), classes)
     except pa.ArrowException as error:

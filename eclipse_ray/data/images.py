@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
-from eclipse_ray.errors import ConfigError
+from eclipse_ray.config import Alpha, Animated, DataConfig
+from eclipse_ray.errors import ConfigError, InputError
 
 Pixels = NDArray[np.uint8]
 
@@ -36,7 +39,10 @@ _DAMAGE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+# Raw modes end in their byte order; N is this machine's.
+_OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _ORIENTATION_TAG = 0x0112
+_TIFF_BITS, _TIFF_PLANES = 258, 284
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -63,11 +69,26 @@ class ImageError(ValueError):
     """One image cannot be decoded or encoded; the message says why in one sentence."""
 
 
-def decode_image(data: bytes, max_pixels: int) -> Pixels:
+def decode_stored(data: bytes, policy: DataConfig) -> Pixels:
+    """Return encoded `data` as RGB uint8 (H, W, 3) by data.max_pixels, alpha and animated. Raises ImageError."""
+    return decode_image(data, policy.max_pixels, alpha=policy.alpha, animated=policy.animated)
+
+
+def decode_required(where: str, data: bytes, policy: DataConfig) -> Pixels:
+    """Return encoded `data` as decode_stored does. Raises InputError naming `where` if it cannot be decoded."""
+    try:
+        return decode_stored(data, policy)
+    except ImageError as error:
+        raise InputError(f"{where}: {error}; mend it or leave it out") from error
+
+
+def decode_image(
+    data: bytes, max_pixels: int, *, alpha: Alpha = "composite", animated: Animated = "first"
+) -> Pixels:
     """Return the upright first frame of encoded `data` as RGB uint8 (H, W, 3), alpha laid on white.
 
-    16-bit gray is scaled to 8 bits. Raises ImageError for anything that is not a whole image in one of
-    FORMATS with at most `max_pixels` pixels; the size is checked before pixels are decoded.
+    16 bits are scaled to 8, rounded. Raises ImageError for anything that is not a whole image in one of FORMATS
+    of at most `max_pixels` pixels (checked before they are decoded), and for what `alpha` and `animated` refuse.
     """
     if not data:
         raise ImageError("the image is empty (0 bytes)")
@@ -78,8 +99,9 @@ def decode_image(data: bytes, max_pixels: int) -> Pixels:
                 raise ImageError(
                     f"the image has {width}x{height} pixels, more than data.max_pixels ({max_pixels}) permits"
                 )
-            image.load()
-            return np.array(_to_rgb(_upright(image)), dtype=np.uint8)
+            if animated == "refuse" and _is_animated(image):
+                raise ImageError("the image has several frames, which data.animated=refuse does not permit")
+            return np.array(_upright(image, _to_rgb(_to_8_bits(image, data), alpha)), dtype=np.uint8)
     except ImageError:
         raise
     except _DAMAGE as error:
@@ -152,26 +174,97 @@ def suffix_of(data: bytes) -> str | None:
     return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), None)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _is_animated(image: Image.Image) -> bool:
+    # A camera's JPEG may hold a second picture (MPO); that is a thumbnail or the other eye, not an animation.
+    return image.format in ("GIF", "PNG", "WEBP", "TIFF") and bool(getattr(image, "is_animated", False))
+
+
+def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
+    # `rgb` turned as the note in `image` says; Pillow has turned a TIFF, and deleted the note, while loading it.
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except _DAMAGE:
-        return image  # A damaged note about the camera is no reason to lose the picture.
+        return rgb  # A damaged note about the camera is no reason to lose the picture.
     method = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+    return rgb if method is None else rgb.transpose(method)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image, data: bytes) -> Image.Image:
+    """Return `image`, loaded; 16-bit channels are scaled to 8 bits and rounded."""
+    raw_mode = _raw_mode(image)
+    _refuse_wide_planes(image)
+    image.load()
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255 instead of scaling.
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+        if raw_mode == "I;12":
+            raise ImageError("the image has 12-bit pixels; save it with 8 or 16 bits a channel")
+        wide = np.asarray(image)
+        return _narrow(wide[..., None] // 256, wide[..., None] % 256, "L", image.info.get("transparency"))
+    if ";16" in raw_mode and raw_mode.partition(";")[0] in ("RGB", "RGBA", "RGBX", "CMYK"):
+        # Pillow cuts the low bytes off. Read in the other byte order, they are what it keeps.
+        low = _decode_as(data, raw_mode[:-1] + _OTHER_ORDER[raw_mode[-1]])
+        return _narrow(np.asarray(image), np.asarray(low), image.mode, image.info.get("transparency"))
+    if raw_mode == "LA;16B":
+        four = np.asarray(_decode_as(data, "RGBA"))  # Gray and alpha as they lie there: high, low, high, low.
+        return _narrow(four[..., 0::2], four[..., 1::2], "LA", None)
+    return image
+
+
+def _refuse_wide_planes(image: Image.Image) -> None:
+    # Pillow reads the bytes of such planes as if they were 8-bit pixels, without a word.
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_TIFF_PLANES) == 2:
+        bits = image.tag_v2.get(_TIFF_BITS, (1,))
+        if max(bits if isinstance(bits, tuple) else (bits,)) > 8:
+            raise ImageError("the image has 16-bit channels in separate planes; save it with interleaved channels")
+
+
+def _raw_mode(image: Image.Image) -> str:
+    # How the file stores a pixel, which Pillow forgets when it loads them.
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
+    arguments = tiles[0].args if tiles else None
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
+
+
+def _decode_as(data: bytes, raw_mode: str) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    assert isinstance(image, ImageFile.ImageFile)
+    tiles = []
+    for tile in image.tile:
+        arguments = (raw_mode, *tile.args[1:]) if isinstance(tile.args, tuple) else raw_mode
+        tiles.append(tile._replace(args=arguments))
+    image.tile = tiles
+    image.load()
+    return image
+
+
+def _narrow(high: NDArray[np.uint8], low: NDArray[np.uint8], mode: str, transparent: object) -> Image.Image:
+    # Bytes of 16-bit values, each (H, W, C), to an 8-bit image; rows apart, so that wide copies stay small.
+    narrow = np.empty(high.shape, np.uint8)
+    clear = np.zeros(high.shape[:2], np.bool_)
+    for row in range(len(high)):
+        wide = high[row].astype(np.uint32) * 256 + low[row]
+        narrow[row] = (wide + 128) // 257
+        if isinstance(transparent, int | tuple):
+            clear[row] = (wide == np.array(transparent)).all(axis=-1)
+    image = Image.frombytes(mode, (high.shape[1], high.shape[0]), narrow.tobytes())
+    if clear.any():
+        image = image.convert("RGBA")
+        image.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return image
+
+
+def _to_rgb(image: Image.Image, alpha: Alpha) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ImageError(f"the image has 32-bit pixels (mode {image.mode}), which have no fixed range")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    if image.mode == "LAB":
+        raise ImageError("the image is in the LAB colour space; save it as RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    see_through = image.convert("RGBA")
+    if alpha == "refuse" and see_through.getchannel("A").getextrema() != (255, 255):
+        raise ImageError("the image is transparent in places, which data.alpha=refuse does not permit")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, see_through).convert("RGB")
 
 
 def _explain(error: BaseException) -> str:

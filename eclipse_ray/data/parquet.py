@@ -16,10 +16,13 @@ import pyarrow.parquet as pq
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.data.store import Entry, Store
-from eclipse_ray.data.table import CANONICAL, METADATA_KEY, Part, canonical_table
+from eclipse_ray.data.table import CANONICAL, METADATA_KEY, Part, canonical_table, check_label
 from eclipse_ray.errors import InputError
 
 _LISTING_THREADS = 16
+_MAGIC = b"PAR1"
+# A damaged name of a column is no text; Arrow has no error of its own for that.
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
 
 
@@ -34,17 +37,22 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     Raises InputError for a damaged file, an extension type, or a missing image or label column.
     """
 
-    def look(entry: Entry) -> tuple[Part, list[str] | None]:
+    def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
-            reader = _open(store, entry.key, file)
-            _check_columns(f"{store.url}/{entry.key}", reader.schema_arrow, config)
-            classes = _classes(reader.schema_arrow, config)
-            return Part(entry.key, reader.metadata.num_rows, entry.size, entry.version), classes
+            where = f"{store.url}/{entry.key}"
+            metadata = _metadata(where, file)
+        schema = _schema(where, metadata)
+        _check_columns(where, schema, config)
+        part = Part(entry.key, metadata.num_rows, entry.size, entry.version)
+        return part, _classes(schema, config), _extreme_labels(metadata, config)
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
-    classes = next((names for _, names in found if names is not None), None)
-    return [part for part, _ in found if part.rows], classes
+    classes = next((names for _, names, _ in found if names is not None), None)
+    for part, _, labels in found:
+        for label in labels:
+            check_label(f"{store.url}/{part.key}", label, classes)
+    return [part for part, *_ in found if part.rows], classes
 
 
 def read_rows(
@@ -56,11 +64,12 @@ def read_rows(
     """
     where = f"{store.url}/{key}"
     with store.open(key) as file:
-        reader = _open(store, key, file)
-        groups, skipped = _groups(reader.metadata, start, stop)
+        metadata = _metadata(where, file)
+        groups, skipped = _groups(metadata, start, stop)
         try:
+            reader = pq.ParquetFile(file, metadata=metadata, pre_buffer=True, page_checksum_verification=True)
             table = reader.read_row_groups(groups).slice(start - skipped, stop - start)
-        except (pa.ArrowException, OSError) as error:
+        except _DAMAGE as error:
             raise _damaged(where, error) from error
     if table.num_rows != stop - start:
         raise InputError(
@@ -70,32 +79,42 @@ def read_rows(
     return _canonical(where, table, key, start, config, classes)
 
 
-def _open(store: Store, key: str, file: BinaryIO) -> pq.ParquetFile:
-    where = f"{store.url}/{key}"
-    _refuse_extension_types(where, file)
+def _metadata(where: str, file: BinaryIO) -> pq.FileMetaData:
+    # From the footer's own bytes: Arrow would read 64 KiB from the end, image bytes among them.
+    footer = _footer(where, file)
     try:
-        return pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        return pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
+    except _DAMAGE as error:
         raise _damaged(where, error) from error
 
 
-def _refuse_extension_types(where: str, file: BinaryIO) -> None:
-    # Opening a reader already builds the types, and a type that somebody registered in this process may
-    # unpickle its metadata while being built. So the footer is searched before Arrow sees it.
+def _schema(where: str, metadata: pq.FileMetaData) -> pa.Schema:
+    try:
+        return metadata.schema.to_arrow_schema()
+    except _DAMAGE as error:
+        raise _damaged(where, error) from error
+
+
+def _footer(where: str, file: BinaryIO) -> bytes:
+    """Return the footer. Raises InputError for what is no whole file, and for extension types.
+
+    Opening a reader already builds the types, and a type that somebody registered in this process may unpickle its
+    metadata while being built. So the footer is searched before Arrow sees it.
+    """
     size = file.seek(0, 2)
     file.seek(max(0, size - 8))
     tail = file.read(8)
     length = int.from_bytes(tail[:4], "little")
-    if tail[4:] != b"PAR1" or length > size - 8:
+    if tail[4:] != _MAGIC or length > size - 8:
         raise InputError(f"{where}: not a whole Parquet file; copy it again or leave it out")
     file.seek(size - 8 - length)
     footer = file.read(length)
-    file.seek(0)
     if any(fragment in footer for fragment in _EXTENSION_MARKS):
         raise InputError(
             f"{where}: has a column of an Arrow extension type, which may run code when read; "
             "write it again with plain columns"
         )
+    return footer
 
 
 def _base64_forms(text: bytes) -> list[bytes]:
@@ -139,6 +158,18 @@ def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
                 f"{where}: column {column!r} is to become {name!r}, but there is another column of that "
                 "name; rename it in the source"
             )
+
+
+def _extreme_labels(metadata: pq.FileMetaData, config: DataConfig) -> list[int]:
+    # From the footer, whose statistics nearly every writer fills in; the rows themselves are checked when read.
+    name = config.label_column
+    place = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == name), None)
+    labels: list[int] = []
+    for group in range(metadata.num_row_groups if place is not None else 0):
+        statistics = metadata.row_group(group).column(place).statistics
+        if statistics is not None and statistics.has_min_max:
+            labels += [statistics.min, statistics.max]
+    return [label for label in labels if isinstance(label, int)]
 
 
 def _require_column(where: str, schema: pa.Schema, setting: str, name: str) -> None:
@@ -191,11 +222,23 @@ def _canonical(
     try:
         ids = _ids(where, table, key, start)
         labels = None if label is None else table[label].cast(pa.int64())
+        _check_labels(where, ids, labels, classes)
     except pa.ArrowInvalid as error:
         raise InputError(f"{where}: ids or labels cannot be read: {error}; mend the source") from error
     known = {"id", config.image_column, label}
     extras = table.select([name for name in table.column_names if name not in known])
     return canonical_table(ids, encoded, labels, extras, classes, paths)
+
+
+def _check_labels(
+    where: str, ids: Sequence[str], labels: pa.ChunkedArray | None, classes: Sequence[str] | None
+) -> None:
+    if labels is None or classes is None:
+        return
+    wrong = pc.fill_null(pc.or_(pc.less(labels, -1), pc.greater_equal(labels, len(classes))), False)
+    row = pc.index(wrong, True).as_py()
+    if row >= 0:
+        check_label(f"{where}: image {ids[row]}", labels[row].as_py(), classes)
 
 
 def _ids(where: str, table: pa.Table, key: str, start: int) -> Sequence[str]:

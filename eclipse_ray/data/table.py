@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +19,13 @@ METADATA_KEY = b"eclipse_ray"
 # A row group is what a reader has to fetch for one image, so it stays small.
 ROW_GROUP_IMAGES = 512
 
+FILE_IMAGES = 4096
+FILE_BYTES = 128 * 2**20
+
 Span = tuple[str, int, int]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A piece of a source that is read by row range: key, rows, bytes stored, version of those bytes."""
 
     key: str
@@ -92,3 +94,43 @@ def image_bytes(table: pa.Table) -> list[bytes]:
     """Return the encoded images of a canonical table, one bytes object a row."""
     encoded: list[bytes] = table["image"].combine_chunks().field("bytes").to_pylist()
     return encoded
+
+
+def extra_columns(table: pa.Table) -> pa.Table:
+    """Return the columns of a canonical table that merely came along."""
+    return table.drop_columns([name for name in CANONICAL if name in table.column_names])
+
+
+def all_labels(url: str, table: pa.Table) -> list[int] | None:
+    """Return the labels of a canonical table, None if it has none. Raises InputError if some rows have none."""
+    if "label" not in table.column_names:
+        return None
+    labels: list[int | None] = table["label"].to_pylist()
+    if None in labels:
+        name = table["id"][labels.index(None)].as_py()
+        raise InputError(f"{url}: image {name} has no label; use the parquet layout for it")
+    return [label for label in labels if label is not None]
+
+
+def check_label(where: str, label: int, classes: Sequence[str] | None) -> None:
+    """Raise InputError unless `label` is the place of a class or -1, which stands for none."""
+    if classes is not None and not -1 <= label < len(classes):
+        raise InputError(f"{where}: label {label} is out of range, there are {len(classes)} classes; mend it")
+
+
+def regroup(tables: Iterable[pa.Table], max_images: int, max_bytes: int) -> Iterator[pa.Table]:
+    """Yield the rows of `tables` in order, as tables of at most `max_images` rows and about `max_bytes`."""
+    held: list[pa.Table] = []
+    rows = size = 0
+    for table in tables:
+        start = 0
+        while start < table.num_rows:
+            piece = table.slice(start, max_images - rows)
+            start += piece.num_rows
+            held.append(piece)
+            rows, size = rows + piece.num_rows, size + piece.nbytes
+            if rows >= max_images or size >= max_bytes:
+                yield pa.concat_tables(held, promote_options="default")
+                held, rows, size = [], 0, 0
+    if held:
+        yield pa.concat_tables(held, promote_options="default")

@@ -12,27 +12,27 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from eclipse_ray.config import DataConfig
-from eclipse_ray.data.dataset import Layout, decode_resized, refuse_existing, write_dataset
+from eclipse_ray.config import DataConfig, Layout
+from eclipse_ray.data.dataset import decode_resized, refuse_existing, write_dataset
 from eclipse_ray.data.formats import Source, open_source, read_tables
 from eclipse_ray.data.images import (
     ImageError,
     check_encoding,
     content_hash,
-    decode_image,
+    decode_stored,
     encode_image,
 )
 from eclipse_ray.data.store import Store
-from eclipse_ray.data.table import CANONICAL, canonical_table, image_bytes
+from eclipse_ray.data.table import canonical_table, extra_columns, image_bytes
 from eclipse_ray.errors import InputError
 
 
 def convert(source_url: str, output_url: str, data_config: DataConfig, layout: Layout = "parquet") -> int:
     """Write the dataset at `source_url` in another layout and return the number of images.
 
-    Encoded images are copied byte for byte (CIFAR arrays become PNG), unless `data.resize` asks for another size:
-    then they are written anew as `data.encoding`. Raises InputError for an unreadable source, for an output that
-    already holds data, and for an image that should be resized but cannot be decoded.
+    Encoded images are copied byte for byte (arrays become PNG and back), unless `data.resize` asks for another
+    size: then they are written anew as `data.encoding`. Raises InputError for an unreadable source, for an output
+    that already holds data, for what `layout` cannot hold, and for an image that has to be decoded and cannot be.
     """
     check_encoding(data_config.encoding, data_config.allow_lossy)
     refuse_existing(Store(output_url))
@@ -40,7 +40,14 @@ def convert(source_url: str, output_url: str, data_config: DataConfig, layout: L
     tables = read_tables(source, data_config)
     if data_config.resize is not None:
         tables = (_resized(source, table, data_config) for table in tables)
-    return write_dataset(output_url, tables, classes=source.classes, source=source_url, layout=layout)
+    return write_dataset(
+        output_url,
+        tables,
+        classes=source.classes,
+        source=source_url,
+        layout=layout,
+        data_config=data_config,
+    )
 
 
 def _resized(source: Source, table: pa.Table, data_config: DataConfig) -> pa.Table:
@@ -50,8 +57,7 @@ def _resized(source: Source, table: pa.Table, data_config: DataConfig) -> pa.Tab
         pixels = decode_resized(source.url, name, data, data_config)
         encoded.append(encode_image(pixels, data_config.encoding))
     labels = table["label"] if "label" in table.column_names else None
-    extras = table.drop_columns([name for name in CANONICAL if name in table.column_names])
-    return canonical_table(ids, encoded, labels, extras, source.classes)
+    return canonical_table(ids, encoded, labels, extra_columns(table), source.classes)
 
 
 def split(
@@ -142,7 +148,7 @@ def _read_contents(source: Source, data_config: DataConfig) -> tuple[list[str | 
     for table in read_tables(source, data_config):
         for data in image_bytes(table):
             try:
-                hashes.append(content_hash(decode_image(data, data_config.max_pixels)))
+                hashes.append(content_hash(decode_stored(data, data_config)))
             except ImageError:
                 hashes.append(None)
         known = "label" in table.column_names

@@ -10,7 +10,7 @@ import numpy as np
 from eclipse_ray import ledger
 from eclipse_ray.config import Config
 from eclipse_ray.data.formats import read_tables
-from eclipse_ray.data.images import ImageError, centre_crop, decode_image, encode_image, resize_image
+from eclipse_ray.data.images import ImageError, centre_crop, decode_stored, encode_image, resize_image
 from eclipse_ray.data.table import image_bytes
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.diffusion.sampler import purify_images
@@ -68,7 +68,7 @@ def _sample(prepared: Prepared) -> Sampled:
     for table in read_tables(prepared.source, config.data, max_images=ENCODED):
         for data in image_bytes(table):
             try:
-                image = resize_image(decode_image(data, config.data.max_pixels), config.data.resize)
+                image = resize_image(decode_stored(data, config.data), config.data.resize)
             except ImageError:
                 continue
             images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]

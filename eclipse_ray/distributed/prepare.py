@@ -9,7 +9,7 @@ import numpy as np
 from eclipse_ray import ledger
 from eclipse_ray.config import Config, to_yaml
 from eclipse_ray.data.formats import Source, open_source, read_parts
-from eclipse_ray.data.images import ImageError, centre_crop, check_encoding, decode_image, resize_image
+from eclipse_ray.data.images import ImageError, centre_crop, check_encoding, decode_stored, resize_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
 from eclipse_ray.diffusion.model import Denoiser
@@ -24,7 +24,17 @@ from eclipse_ray.errors import ConfigError, InputError
 SAMPLES = 64
 # Of larger images the middle is looked at, so that the check takes seconds whatever their size.
 SAMPLE_SIDE = 64
-DATA_IN_FINGERPRINT = {"encoding", "image_column", "label_column", "max_pixels", "resize"}
+DATA_IN_FINGERPRINT = {
+    "alpha",
+    "animated",
+    "encoding",
+    "extra_columns",
+    "image_column",
+    "label_column",
+    "max_pixels",
+    "resize",
+    "tar_ids",
+}
 # Settings of `purify` that decide pixels or how the source is cut.
 PURIFY_IN_FINGERPRINT = {
     "t_star",
@@ -136,7 +146,7 @@ def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
         table = read_parts(source.url, source.format, source.classes, [(part.key, 0, rows)], config.data)
         for image in table["image"].to_pylist():
             try:
-                pixels = decode_image((image or {}).get("bytes") or b"", config.data.max_pixels)
+                pixels = decode_stored((image or {}).get("bytes") or b"", config.data)
             except ImageError:
                 # It will be an error row of its shard; here it only says nothing about size.
                 continue

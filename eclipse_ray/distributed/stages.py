@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from eclipse_ray import ledger
 from eclipse_ray.data.formats import read_parts
-from eclipse_ray.data.images import ImageError, content_hash, decode_image, encode_image, resize_image
+from eclipse_ray.data.images import ImageError, content_hash, decode_stored, encode_image, resize_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.distributed.shards import Job, Pixels, Task, fatal_note, pack, task_of, unpack
@@ -62,6 +62,10 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     failures: list[dict[str, str]] = []
     for index, image in zip(rows, _decoded(job, task, attempt, [encoded[row] for row in rows]), strict=True):
         if isinstance(image, str):
+            if job.data.on_error == "stop":
+                raise InputError(
+                    f"{job.source}: image {order[index]}: {image}; mend it, leave it out, or set data.on_error=row"
+                )
             failures.append({"id": order[index], "key": _key_of(shard, index), "error": image})
             continue
         # Before it is resized: hashes are of images as they are stored, whatever size either run works at.
@@ -91,7 +95,7 @@ def _decoded(job: Job, task: Task, attempt: int, encoded: Sequence[bytes]) -> It
 
 def _decode(job: Job, data: bytes) -> Pixels | str:
     try:
-        return decode_image(data, job.data.max_pixels)
+        return decode_stored(data, job.data)
     except ImageError as error:
         return str(error)
 

@@ -75,7 +75,7 @@ def test_bad_sets_are_refused_by_name(tmp_path):
     assert "has no labels" in refused("d", table(images(1)), require_labels=True)
     assert "im/001 has no label" in refused("e", table(images(2), [1, None]), require_labels=True)
     beyond = refused("f", table(images(2), [1, 3]), classes=CLASSES, require_labels=True)
-    assert "im/001 has label 3, but there are 3 classes" in beyond
+    assert "label 3 is out of range, there are 3 classes" in beyond
 
 
 def test_a_missing_label_is_minus_one(tmp_path):
@@ -153,3 +153,17 @@ def test_images_of_several_sizes_load_into_one_buffer(tmp_path):
     assert resized.sizes.tolist() == [[16, 16]] * 3
     # The stored image is what leakage is about, whatever size it is trained at.
     assert resized.hashes == loaded.hashes
+
+
+def test_ids_too_long_for_a_file_are_refused(tmp_path):
+    with pytest.raises(InputError, match="too long to name a file"):
+        write_folder(Store(str(tmp_path)), [table(images(1), ids=["x" * 300])])
+
+
+def test_folders_written_by_others_may_look_escaped(tmp_path):
+    for name in ("100%", "a%2Fb", "plain"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(encode_image(images(1)[0], "png"))
+    loaded = load_images(str(tmp_path), CONFIG)
+    assert loaded.classes == ["100%", "a%2Fb", "plain"]
+    assert loaded.labels.tolist() == [0, 1, 2]

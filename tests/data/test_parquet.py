@@ -202,3 +202,11 @@ def test_hugging_face_datasets_reads_what_we_write(tmp_path, monkeypatch):
     back = read_all(str(tmp_path / "back"))
     assert back.drop_columns("image").equals(table.drop_columns("image"))
     assert image_bytes(back) == [PNG, PNG]
+
+
+def test_a_column_name_that_is_no_text_is_damage(tmp_path):
+    whole = table_to_parquet(canonical_table(["a"], [PNG], [0], pa.table({"weight": [1]})))
+    damaged = whole.replace(b"weight", b"we\xa0ght")
+    (tmp_path / "x.parquet").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"x\.parquet"):
+        read_all(str(tmp_path))

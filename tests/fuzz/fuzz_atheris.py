@@ -1,0 +1,55 @@
+"""The readers of fuzz_decode under Atheris, which keeps whatever reaches new code (pip install atheris).
+
+    python -m tests.fuzz.fuzz_atheris --seconds 300 --work runs/atheris
+
+The first byte of an input chooses the reader. Ends with libFuzzer's summary, or with the input that crashed it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import warnings
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["eclipse_ray.data", "PIL", "zipfile"]):
+    from eclipse_ray.data.images import ImageError
+    from eclipse_ray.errors import InputError
+    from tests.fuzz.fuzz_decode import TARGETS, seeds
+
+READERS = list(TARGETS)
+
+
+def one_input(data: bytes) -> None:
+    """Feed `data` to the reader that its first byte names; only the readers' own errors are fine."""
+    if not data:
+        return
+    try:
+        TARGETS[READERS[data[0] % len(READERS)]](data[1:], random.Random(0))
+    except (ImageError, InputError):
+        return
+
+
+def main() -> None:
+    """Write the seeds as a corpus and hand over to libFuzzer, which ends the process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=300)
+    parser.add_argument("--work", type=Path, default=Path("runs/atheris"))
+    options = parser.parse_args()
+    corpus = options.work / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(READERS):
+        for index, data in enumerate(seeds()[name]):
+            (corpus / f"{name}-{index}").write_bytes(bytes([number]) + data)
+    warnings.simplefilter("ignore")
+    limits = ["-rss_limit_mb=1024", "-max_len=20000", "-print_final_stats=1", "-verbosity=0"]
+    prefix = f"-artifact_prefix={options.work}/"
+    atheris.Setup([sys.argv[0], f"-max_total_time={options.seconds}", prefix, *limits, str(corpus)], one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -167,6 +168,7 @@ def _gif_claiming(side: int) -> bytes:
     return _patched(saved(Image.new("P", (8, 8)), "GIF"), 6, struct.pack("<HH", side, side))
 
 
+@cache
 def specimens() -> dict[str, Specimen]:
     """Return every specimen by the name that docs/formats.md gives it."""
     rgb = Image.fromarray(NOISE)

@@ -98,8 +98,9 @@ class Store:
         """Yield every object below the folder `prefix`, sorted by key; nothing if there is no such folder.
 
         Names that start with `_` or `.` are the business of whoever wrote them and are passed over, below
-        `prefix` only, unless `hidden`. Memory is bounded: a page of 1,000 keys on S3, the names of one folder
-        on a disk. Raises OSError for a local folder that cannot be read.
+        `prefix` only, unless `hidden`. Memory holds a page of 1,000 keys on Amazon S3, the names of one folder
+        on a disk, every entry on other stores, since those list in an order of their own. Raises OSError for
+        a local folder that cannot be read.
         """
         return self.backend.walk(prefix, hidden)
 

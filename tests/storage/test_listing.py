@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +14,10 @@ from eclipse_ray.errors import StorageError
 class Pages:
     """Stands for a connected s3fs filesystem whose bucket has `count` objects."""
 
-    def __init__(self, count: int, **last_word: object) -> None:
+    def __init__(self, count: int, host: str = "s3.eu-north-1.amazonaws.com", **last_word: object) -> None:
         self.count = count
         self.calls = 0
-        self.s3 = object()
+        self.s3 = SimpleNamespace(meta=SimpleNamespace(endpoint_url=f"https://{host}"))
         self.last_word = last_word
 
     def split_path(self, path: str) -> tuple[str, str, None]:
@@ -55,3 +56,18 @@ def test_a_listing_that_does_not_say_how_it_goes_on_is_an_error(token):
     with pytest.raises(StorageError, match="goes on"):
         list(S3Folder(pages, "bucket/deep").walk("folder", hidden=False))
     assert pages.calls <= 3
+
+
+class Backwards(Pages):
+    """A store that lists in an order of its own."""
+
+    def call_s3(self, method: str, parameters: dict[str, str], Bucket: str) -> dict[str, object]:
+        page = super().call_s3(method, parameters, Bucket)
+        return {**page, "Contents": page["Contents"][::-1]}
+
+
+def test_a_store_with_an_order_of_its_own_is_put_in_order():
+    pages = Backwards(2500, host="127.0.0.1:8333")
+    assert [entry.size for entry in S3Folder(pages, "bucket/deep").walk("folder", False)] == list(range(2500))
+    with pytest.raises(StorageError, match="lists folder/0000998 after folder/0000999"):
+        list(S3Folder(Backwards(2500), "bucket/deep").walk("folder", False))

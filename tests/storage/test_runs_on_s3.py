@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import subprocess
 import sys
 
@@ -11,7 +11,7 @@ import pytest
 from eclipse_ray import api
 from eclipse_ray.data.store import Store
 from eclipse_ray.ledger import finalise, named_objects, pending, read_statuses, summarise, verify
-from tests.ledger_helpers import commit, complete, make_shards, start, written
+from tests.ledger_helpers import complete, make_shards, written
 from tests.storage.proxy import Fault
 from tests.storage.servers import point_at
 from tests.support import DEBUG, run_cli
@@ -19,27 +19,42 @@ from tests.support import DEBUG, run_cli
 SHARDS = make_shards(24, 2)
 
 
-def _drive(url, salt, barrier, won):
-    """Commit every shard, each driver with bytes of its own, so that the winner can be told."""
-    store = Store(url)
-    barrier.wait(60)
-    start(store, SHARDS)
-    # The drivers meet at every shard.
-    won.put((salt, [s.name for s in SHARDS if commit(store, s, salt=salt).seconds == 0.5 + salt]))
+CONTENDER = """
+import json, sys, time
+from eclipse_ray.data.store import Store
+from tests.ledger_helpers import commit, make_shards, start
+url, salt = sys.argv[1], int(sys.argv[2])
+signs, out, shards = Store(url + "/signs"), Store(url + "/out"), make_shards(24, 2)
+
+def meet(place):
+    signs.write(f"{place}/{salt}", b"")
+    while not signs.exists(f"{place}/{3 - salt}"):
+        time.sleep(0.01)
+
+meet("start")
+start(out, shards)
+won = []
+for shard in shards:
+    meet(shard.name)
+    if commit(out, shard, salt=salt).seconds == 0.5 + salt:
+        won.append(shard.name)
+print(json.dumps(won))
+"""
 
 
 def test_two_drivers_at_once_have_one_winner_a_shard(s3_url):
-    context = multiprocessing.get_context("spawn")
-    barrier, won = context.Barrier(2), context.Queue()
-    drivers = [context.Process(target=_drive, args=(s3_url, salt, barrier, won)) for salt in (1, 2)]
-    for driver in drivers:
-        driver.start()
-    winners = dict(won.get(timeout=120) for _ in drivers)
-    for driver in drivers:
-        driver.join(60)
-        assert driver.exitcode == 0
+    """Two drivers meet at every shard and commit it, with bytes of their own so that the winner can be told."""
+    drivers = {}
+    try:
+        for salt in (1, 2):
+            command = [sys.executable, "-c", CONTENDER, s3_url, str(salt)]
+            drivers[salt] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        winners = {salt: json.loads(driver.communicate(timeout=120)[0]) for salt, driver in drivers.items()}
+    finally:
+        for driver in drivers.values():
+            driver.kill()
     assert sorted(winners[1] + winners[2]) == [shard.name for shard in SHARDS]
-    store = Store(s3_url)
+    store = Store(f"{s3_url}/out")
     manifest = finalise(store)
     assert (manifest.ok, manifest.failed) == (18, 6)
     assert verify(store).ok

@@ -96,6 +96,9 @@ NAMES = {
     "upper": "CASE.png",
     "long": "/".join(["0123456789" * 19] * 6)[: 1024 - 13],
     "hidden": "x/_y/.z",
+    "folder": "o/1.png",
+    "before": "o-p/1.png",
+    "after": "o0/1.png",
 }
 
 
@@ -162,9 +165,6 @@ def test_a_listing_takes_one_request_a_thousand_keys(proxy, faulty_url, seaweed)
     proxy.seen.clear()
     assert [entry.key for entry in Store(faulty_url).list()] == sorted(keys)
     assert proxy.count("list-type=2") == 2
-    proxy.seen.clear()
-    assert next(Store(faulty_url).list()).key == min(keys)
-    assert proxy.count("list-type=2") == 1
     # An error in the middle is waited out, one that stays is raised: a listing never just ends.
     proxy.faults.append(Fault("error", "continuation-token"))
     assert len(list(Store(faulty_url).list())) == len(keys)

@@ -92,6 +92,8 @@ def seaweedfs(folder: Path, volumes: int = 200, volume_mb: int = 1024) -> Iterat
         f"-volume.port={volume}",
         f"-filer.port={filer}",
         f"-s3.port={s3}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
         f"-volume.max={volumes}",
         f"-master.volumeSizeLimitMB={volume_mb}",
         "-master.telemetry=false",
@@ -110,6 +112,11 @@ def seaweedfs(folder: Path, volumes: int = 200, volume_mb: int = 1024) -> Iterat
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
+        for port in (master, volume, filer, s3):
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink()
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port + 10000}.sock"):
+                left.unlink()
 
 
 @contextmanager

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from eclipse_ray import api
+from eclipse_ray.data import transient
 from eclipse_ray.data.store import Store
+from eclipse_ray.data.transient import Patience
 from eclipse_ray.ledger import finalise, named_objects, pending, read_statuses, summarise, verify
 from tests.ledger_helpers import complete, make_shards, written
 from tests.storage.proxy import Fault
@@ -91,7 +93,8 @@ def test_a_driver_killed_in_the_middle_is_resumed_exactly(proxy, faulty_url):
     assert written(store) == written(undisturbed)
 
 
-def test_a_run_through_faults_gives_the_bytes_of_one_without(proxy, faulty_url):
+def test_a_run_through_faults_gives_the_bytes_of_one_without(proxy, faulty_url, monkeypatch):
+    monkeypatch.setattr(transient, "PATIENCE", Patience(tries=8, first_wait=0.01))
     for kind in ("reset", "lose", "error"):
         proxy.faults += [Fault(kind, "^PUT", times=3), Fault(kind, "^GET", times=3)]
     store = Store(faulty_url)

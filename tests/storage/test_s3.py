@@ -52,6 +52,7 @@ def test_one_of_sixteen_threads_creates_a_key(s3_url, small_parts, size):
     assert store.read("claim") == bytes([won.index(True)]) * size
 
 
+@pytest.mark.chaos
 def test_objects_in_parts_are_never_mixed_in_a_race(s3_url, small_parts):
     """SeaweedFS (4.48) checks the condition of an upload in parts and completes it in two steps."""
     store = Store(s3_url)

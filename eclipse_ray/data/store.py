@@ -3,49 +3,67 @@
 from __future__ import annotations
 
 import os
-import posixpath
 import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import datetime
-from typing import BinaryIO, cast
+from functools import lru_cache
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from eclipse_ray.data.entry import Entry, is_hidden, join
+from eclipse_ray.data.local import LocalFolder
+from eclipse_ray.data.s3 import DELETE, LIST, READ, WRITE, S3Folder
+from eclipse_ray.data.transient import ShortReadError, retried
 from eclipse_ray.errors import InputError, StorageError
 
+__all__ = ["Entry", "Store"]
+
+T = TypeVar("T")
+
 _MEMORY_LOCK = threading.Lock()
-_TRIES = 5
+_CONNECTIONS = 32
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A stored object: key relative to the store, size in bytes, version (ETag, or mtime_ns on disk)."""
+class Backend(Protocol):
+    """What a kind of store must do; keys are relative to its root."""
 
-    key: str
-    size: int
-    version: str
+    def exists(self, key: str) -> bool: ...
+    def is_file(self) -> bool: ...
+    def read(self, key: str) -> bytes: ...
+    def open(self, key: str) -> BinaryIO: ...
+    def entry(self, key: str) -> Entry: ...
+    def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]: ...
+    def write(self, key: str, data: bytes) -> None: ...
+    def create(self, key: str, data: bytes) -> bool: ...
+    def delete(self, key: str) -> None: ...
+    def abort_uploads(self, prefix: str) -> int: ...
 
 
 class Store:
-    """One folder or one file at a path or fsspec URL; keys are relative, with forward slashes."""
+    """One folder or one file at a path or fsspec URL; keys are relative, with forward slashes.
 
-    def __init__(self, url: str) -> None:
+    `single_writer` writes without put-if-absent, for stores that have none: two drivers on one output may then
+    both believe that they committed a shard. Every method raises StorageError when a store refuses or stays away.
+    """
+
+    def __init__(self, url: str, single_writer: bool = False) -> None:
         try:
-            self.fs, root = fsspec.core.url_to_fs(url)
+            self.fs, root = _open(url)
         except (ImportError, ValueError) as error:
             raise InputError(f"{url}: cannot open this kind of location: {error}") from error
         self.local = isinstance(self.fs, LocalFileSystem)
         self.root = os.path.abspath(root) if self.local else root.rstrip("/")
         self.url = self.root if self.local else url.rstrip("/")
+        self.single_writer = single_writer
+        self.backend = _backend(self.fs, self.root)
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Store], tuple[str, bool]]:
         # A store crosses process borders as its URL: connections and locks are made anew there.
-        return Store, (self.url,)
+        return Store, (self.url, self.single_writer)
 
     @property
     def in_this_process_only(self) -> bool:
@@ -54,75 +72,61 @@ class Store:
 
     def path(self, key: str) -> str:
         """Return the filesystem's own path of `key`."""
-        return posixpath.join(self.root, key) if key else self.root
+        return f"{self.root.rstrip('/')}/{key}" if key else self.root
 
     def exists(self, key: str = "") -> bool:
         """Return whether an object or folder `key` is there now."""
-        return bool(self.fs.exists(self.path(key)))
+        return self.backend.exists(key)
 
     def is_file(self) -> bool:
         """Return whether the store's own URL is a single file."""
-        return bool(self.fs.isfile(self.root))
+        return self.backend.is_file()
 
     def read(self, key: str = "") -> bytes:
-        """Return the whole object. Raises FileNotFoundError if it is not there."""
-        return cast(bytes, self.fs.cat_file(self.path(key)))
+        """Return the whole object, never less. Raises FileNotFoundError if it is not there."""
+        return self.backend.read(key)
 
     def open(self, key: str = "") -> BinaryIO:
         """Open an object for random access. Raises FileNotFoundError if it is not there."""
-        return cast(BinaryIO, self.fs.open(self.path(key), "rb"))
+        return self.backend.open(key)
 
     def entry(self, key: str) -> Entry:
         """Return size and version of one object. Raises FileNotFoundError if it is not there."""
-        info = self.fs.info(self.path(key))
-        return Entry(key, int(info["size"]), _version(info))
+        return self.backend.entry(key)
 
     def list(self, prefix: str = "", hidden: bool = False) -> Iterator[Entry]:
         """Yield every object below the folder `prefix`, sorted by key; nothing if there is no such folder.
 
         Names that start with `_` or `.` are the business of whoever wrote them and are passed over, below
-        `prefix` only, unless `hidden`. Raises OSError for a local folder that cannot be read.
+        `prefix` only, unless `hidden`. Memory holds a page of 1,000 keys on Amazon S3, the names of one folder
+        on a disk, every entry on other stores, since those list in an order of their own. Raises OSError for
+        a local folder that cannot be read.
         """
-        self.fs.invalidate_cache()
-        base = self.path(prefix)
-        for path, info in sorted(self._find(base).items()):
-            relative = path[len(base) :].lstrip("/")
-            if hidden or not any(part.startswith(("_", ".")) for part in relative.split("/")):
-                yield Entry(posixpath.join(prefix, relative), int(str(info["size"])), _version(info))
+        return self.backend.walk(prefix, hidden)
 
     def write(self, key: str, data: bytes) -> None:
         """Store an object whole, replacing any other; a reader never sees half of it."""
-        if self.local:
-            self._place(key, data, os.replace)
-        else:
-            self.fs.pipe_file(self.path(key), data)
+        self.backend.write(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
         """Store an object unless `key` is taken; return whether this call stored it (put-if-absent)."""
-        if self.local:
-            try:
-                self._place(key, data, os.link)
-            except FileExistsError:
-                return False
-            return True
-        if isinstance(self.fs, MemoryFileSystem):
-            with _MEMORY_LOCK:
-                if self.exists(key):
-                    return False
-                self.fs.pipe_file(self.path(key), data)
-                return True
-        try:
-            self.fs.pipe_file(self.path(key), data, mode="create")
-        except FileExistsError:
+        if not self.single_writer:
+            return self.backend.create(key, data)
+        if self.backend.exists(key):
             return False
+        self.backend.write(key, data)
         return True
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is already gone is no error."""
-        try:
-            self.fs.rm_file(self.path(key))
-        except FileNotFoundError:
-            return
+        self.backend.delete(key)
+
+    def abort_uploads(self, prefix: str = "") -> int:
+        """Abort all unfinished uploads below `prefix`, also those of a live run, which then begins them anew.
+
+        Returns how many there were: invisible leftovers that cost storage; always 0 where there is no such thing.
+        """
+        return self.backend.abort_uploads(prefix)
 
     def probe(self) -> None:
         """Prove that put-if-absent works here. Raises StorageError, as without it two runs could mix."""
@@ -136,80 +140,133 @@ class Store:
         if not first or second or content != b"1":
             raise StorageError(
                 f"{self.url}: this store cannot create an object only if it is absent, so commits are not "
-                "safe here; choose a local folder or a store with conditional writes as output"
+                "safe here; choose a local folder or a store with conditional writes as output, or "
+                "--single-writer if nobody else writes to it"
             )
 
-    def _find(self, base: str) -> dict[str, dict[str, object]]:
+
+class AnyFolder:
+    """A folder of any fsspec filesystem, memory:// among them."""
+
+    def __init__(self, fs: Any, root: str) -> None:
+        self.fs = fs
+        self.root = root
+
+    def path(self, key: str) -> str:
+        """Return the filesystem's own path of `key`."""
+        return f"{self.root}/{key}" if key else self.root
+
+    def exists(self, key: str) -> bool:
+        """Return whether an object or folder is there."""
+        return retried(READ, self.path(key), lambda: bool(self.fs.exists(self.path(key))))
+
+    def is_file(self) -> bool:
+        """Return whether the root is a file."""
+        return retried(READ, self.root, lambda: bool(self.fs.isfile(self.root)))
+
+    def read(self, key: str) -> bytes:
+        """Return the whole object. Raises FileNotFoundError if it is not there."""
+
+        def call() -> bytes:
+            data = cast(bytes, self.fs.cat_file(self.path(key)))
+            size = self.fs.info(self.path(key)).get("size")
+            if size is not None and len(data) != size:
+                raise ShortReadError(f"{len(data)} bytes came, {size} were expected")
+            return data
+
+        return retried(READ, self.path(key), call)
+
+    def open(self, key: str) -> BinaryIO:
+        """Open an object. Raises FileNotFoundError if it is not there."""
+        return retried(READ, self.path(key), lambda: cast(BinaryIO, self.fs.open(self.path(key), "rb")))
+
+    def entry(self, key: str) -> Entry:
+        """Return size and version. Raises FileNotFoundError if it is not there."""
+        info = retried(READ, self.path(key), lambda: self.fs.info(self.path(key)))
+        return Entry(key, int(info["size"]), _version(info))
+
+    def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]:
+        """Yield the objects below a folder, sorted by key; the listing is held in memory."""
+        base = self.path(prefix)
+        self.fs.invalidate_cache()
+        for path, info in sorted(retried(LIST, base, lambda: self._find(base)).items()):
+            relative = path[len(base) :].lstrip("/")
+            if hidden or not is_hidden(relative):
+                yield Entry(join(prefix, relative), int(info["size"]), _version(info))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Store an object whole, replacing any other."""
+        retried(WRITE, self.path(key), lambda: self.fs.pipe_file(self.path(key), data))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Store an object unless there is one; return whether this call did."""
+        if isinstance(self.fs, MemoryFileSystem):
+            with _MEMORY_LOCK:
+                if self.exists(key):
+                    return False
+                self.write(key, data)
+                return True
+        try:
+            retried(WRITE, self.path(key), lambda: self.fs.pipe_file(self.path(key), data, mode="create"))
+        except FileExistsError:
+            return False
+        return True
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is gone is no error."""
+        try:
+            retried(DELETE, self.path(key), lambda: self.fs.rm_file(self.path(key)))
+        except FileNotFoundError:
+            return
+
+    def abort_uploads(self, prefix: str) -> int:
+        """Return 0: fsspec knows no unfinished uploads."""
+        return 0
+
+    def _find(self, base: str) -> dict[str, dict[str, Any]]:
         if not self.fs.isdir(base):
             return {}
-        if not self.local:
-            return cast(dict[str, dict[str, object]], self.fs.find(base, detail=True))
-        # fsspec lists a local folder that it may not read as empty, which would lose images without a word.
-        found: dict[str, dict[str, object]] = {}
-        for folder, folders, files in os.walk(base, onerror=_raise_unless_gone, followlinks=True):
-            here = os.path.join(os.path.realpath(folder), "")
-            folders[:] = [name for name in folders if not here.startswith(os.path.realpath(here + name) + os.sep)]
-            for name in files:
-                path = os.path.join(folder, name)
-                try:
-                    info = os.stat(path)
-                except FileNotFoundError:
-                    continue
-                found[path] = {"size": info.st_size, "mtime_ns": info.st_mtime_ns}
-        return found
-
-    def _place(self, key: str, data: bytes, move: Callable[[str, str], None]) -> None:
-        # Another run that has just finished may sweep away our temporary, taking it for a leftover.
-        for _ in range(_TRIES):
-            temporary = self._write_temporary(key, data)
-            try:
-                move(temporary, self.path(key))
-            except FileNotFoundError:
-                continue
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(temporary)
-            _sync_folder(os.path.dirname(self.path(key)))
-            return
-        raise StorageError(f"{self.path(key)}: temporary files vanish while they are written; try again")
-
-    def _write_temporary(self, key: str, data: bytes) -> str:
-        folder = os.path.dirname(self.path(key))
-        os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
-        return temporary
+        return cast(dict[str, dict[str, Any]], self.fs.find(base, detail=True))
 
 
-def _sync_folder(folder: str) -> None:
-    # A new name survives a power cut only once its folder is on disk.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _open(url: str) -> tuple[Any, str]:
+    if fsspec.utils.get_protocol(url) not in ("s3", "s3a"):
+        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+    settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    fs = _connect_s3(settings, os.getpid())
+    return fs, fs._strip_protocol(url)
 
 
-def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+@lru_cache(maxsize=8)
+def _connect_s3(settings: tuple[tuple[str, str], ...], process: int) -> Any:
+    """Return the S3 filesystem of this environment: fsspec keeps one a thread, whatever AWS_* says by now."""
+    environment = dict(settings)
+    options: dict[str, Any] = {}
+    # Other SDKs read AWS_REGION, and people set it; botocore reads AWS_DEFAULT_REGION alone.
+    if "AWS_REGION" in environment and "AWS_DEFAULT_REGION" not in environment:
+        options["client_kwargs"] = {"region_name": environment["AWS_REGION"]}
+    configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    once = {"retries": {"total_max_attempts": 1}, "max_pool_connections": _CONNECTIONS}
+    fs = fsspec.filesystem(
+        "s3", config_kwargs={**configured, **once}, use_listings_cache=False, skip_instance_cache=True, **options
+    )
+    # Three layers would each retry the others' retries, for minutes and without a word: ours is the only one.
+    fs.retries = 1
+    return fs
 
 
-def _version(info: dict[str, object]) -> str:
+def _backend(fs: Any, root: str) -> Backend:
+    if isinstance(fs, LocalFileSystem):
+        return LocalFolder(root)
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return S3Folder(fs, root) if "s3" in protocols else AnyFolder(fs, root)
+
+
+def _version(info: dict[str, Any]) -> str:
     if "ETag" in info:
         return str(info["ETag"]).strip('"')
     if "mtime_ns" in info:
         return str(info["mtime_ns"])
-    if "mtime" in info:
-        return str(os.stat(str(info["name"])).st_mtime_ns)
-    created = info.get("created", "")
+    created = info.get("created", info.get("mtime", ""))
     # Some filesystems give a date for one object and seconds in a listing.
     return str(created.timestamp() if isinstance(created, datetime) else created)

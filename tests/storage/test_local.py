@@ -1,0 +1,194 @@
+"""Put-if-absent between processes, another run's clean-up, full disks, and honest listings on a local disk."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from eclipse_ray.data.local import LocalFolder
+from eclipse_ray.data.store import Store
+from eclipse_ray.errors import StorageError
+
+
+def _contend(url, name, barrier, winners):
+    barrier.wait(30)
+    if Store(url).create("claim", str(name).encode()):
+        winners.put(name)
+
+
+def test_put_if_absent_between_processes_has_one_winner(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, winners = context.Barrier(16), context.Queue()
+    processes = [context.Process(target=_contend, args=(str(tmp_path), i, barrier, winners)) for i in range(16)]
+    for process in processes:
+        process.start()
+    winner = winners.get(timeout=60)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert winners.empty()
+    assert (tmp_path / "claim").read_bytes() == str(winner).encode()
+    assert os.listdir(tmp_path) == ["claim"]
+
+
+@pytest.mark.parametrize("operation", ["create", "write"])
+def test_write_survives_another_runs_clean_up(tmp_path, operation, monkeypatch):
+    """Another run's clean-up takes the first temporary away."""
+    swept = []
+    original = LocalFolder._write_temporary
+
+    def write_temporary(self, path, data):
+        temporary = original(self, path, data)
+        if not swept:
+            swept.append(temporary)
+            os.unlink(temporary)
+        return temporary
+
+    monkeypatch.setattr(LocalFolder, "_write_temporary", write_temporary)
+    store = Store(str(tmp_path))
+    getattr(store, operation)("data/x", b"1")
+    assert len(swept) == 1
+    assert store.read("data/x") == b"1"
+    assert os.listdir(tmp_path / "data") == ["x"]
+
+
+def test_listing_follows_links_but_not_in_circles(tmp_path):
+    (tmp_path / "src" / "a").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "1.png").write_bytes(b"12")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "src")
+    (tmp_path / "src" / "linked").symlink_to(tmp_path / "other")
+    (tmp_path / "src" / "a" / "loop").symlink_to(tmp_path / "src")
+    (tmp_path / "src" / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "src" / "a" / "gone.png").symlink_to(tmp_path / "nothing")
+    found = list(Store(str(tmp_path / "src")).list())
+    assert [(entry.key, entry.size) for entry in found] == [("linked/1.png", 2)]
+
+
+def test_listing_is_in_the_order_of_keys_and_streams(tmp_path):
+    keys = ["a-b/1", "a.b", "a/x", "a/y/z", "a0", "b/é", "b/z", "z"]
+    store = Store(str(tmp_path))
+    for key in reversed(keys):
+        store.write(key, b"")
+    assert [entry.key for entry in store.list()] == sorted(keys)
+    listing = store.list()
+    assert next(listing).key == "a-b/1"
+    store.delete("z")
+    assert "z" not in [entry.key for entry in listing]
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_not_an_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "secret").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        list(Store(str(tmp_path)).list())
+
+
+def test_a_file_in_place_of_a_folder_is_not_a_lost_race(tmp_path):
+    (tmp_path / "data").write_bytes(b"")
+    with pytest.raises(NotADirectoryError):
+        Store(str(tmp_path)).create("data/x", b"1")
+
+
+LIMITED = """
+import resource, sys
+from eclipse_ray.data.store import Store
+from eclipse_ray.errors import StorageError
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try:
+    getattr(Store(sys.argv[1]), sys.argv[2])("data/x", bytes(2 << 20))
+except StorageError as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("operation", ["create", "write"])
+def test_a_file_that_may_not_grow_leaves_nothing_behind(tmp_path, operation):
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), operation]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert "EFBIG" in done.stdout
+    assert str(tmp_path / "data/x") in done.stdout
+    assert os.listdir(tmp_path / "data") == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 1 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 8 MB, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(store: Store, most: int) -> tuple[int, str]:
+    """Create objects of 1 MiB until the store refuses; return how many, and what it said."""
+    for number in range(most):
+        try:
+            store.create(f"data/{number}", bytes(1 << 20))
+        except StorageError as error:
+            return number, str(error)
+    pytest.fail(f"{most} MiB fit: no fault fired")
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(small_disk):
+    store = Store(str(small_disk))
+    written, error = fill(store, 9)
+    assert 4 <= written <= 8, "the disk did not fill as it should"
+    assert "ENOSPC" in error
+    assert f"data/{written}" in error
+    assert sorted(os.listdir(small_disk / "data")) == sorted(map(str, range(written)))
+    store.delete("data/0")
+    assert store.create(f"data/{written}", bytes(1 << 20))
+
+
+@pytest.mark.parametrize(("code", "words"), [(errno.EROFS, "EROFS"), (errno.ENOSPC, "ENOSPC")])
+def test_a_refusing_disk_is_one_sentence(tmp_path, monkeypatch, code, words):
+    fired = []
+
+    def replace(source, target):
+        fired.append(target)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(StorageError, match=words):
+        Store(str(tmp_path)).write("data/x", b"1")
+    assert len(fired) == 1
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_a_disk_without_hard_links_is_refused_unless_there_is_one_writer(tmp_path, monkeypatch):
+    fired = []
+
+    def link(source, target):
+        fired.append(target)
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(StorageError, match="hard links"):
+        Store(str(tmp_path)).probe()
+    assert fired
+    alone = Store(str(tmp_path), single_writer=True)
+    alone.probe()
+    assert alone.create("x", b"1")
+    assert not alone.create("x", b"2")

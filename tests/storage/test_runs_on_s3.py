@@ -1,0 +1,152 @@
+"""Whole runs on a real S3 server: two drivers at once, a driver that dies, and a purification from S3 to S3."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from eclipse_ray import api
+from eclipse_ray.data import transient
+from eclipse_ray.data.store import Store
+from eclipse_ray.data.transient import Patience
+from eclipse_ray.ledger import finalise, named_objects, pending, read_statuses, summarise, verify
+from tests.ledger_helpers import complete, make_shards, written
+from tests.storage.proxy import Fault
+from tests.storage.servers import point_at
+from tests.support import DEBUG, run_cli
+
+SHARDS = make_shards(24, 2)
+
+
+CONTENDER = """
+import json, sys, time
+from eclipse_ray.data.store import Store
+from tests.ledger_helpers import commit, make_shards, start
+url, salt = sys.argv[1], int(sys.argv[2])
+signs, out, shards = Store(url + "/signs"), Store(url + "/out"), make_shards(24, 2)
+
+def meet(place):
+    signs.write(f"{place}/{salt}", b"")
+    while not signs.exists(f"{place}/{3 - salt}"):
+        time.sleep(0.01)
+
+meet("start")
+start(out, shards)
+won = []
+for shard in shards:
+    meet(shard.name)
+    if commit(out, shard, salt=salt).seconds == 0.5 + salt:
+        won.append(shard.name)
+print(json.dumps(won))
+"""
+
+
+def test_two_drivers_at_once_have_one_winner_a_shard(s3_url):
+    """Two drivers meet at every shard and commit it, with bytes of their own so that the winner can be told."""
+    drivers = {}
+    try:
+        for salt in (1, 2):
+            command = [sys.executable, "-c", CONTENDER, s3_url, str(salt)]
+            drivers[salt] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        winners = {salt: json.loads(driver.communicate(timeout=120)[0]) for salt, driver in drivers.items()}
+    finally:
+        for driver in drivers.values():
+            driver.kill()
+    assert sorted(winners[1] + winners[2]) == [shard.name for shard in SHARDS]
+    store = Store(f"{s3_url}/out")
+    manifest = finalise(store)
+    assert (manifest.ok, manifest.failed) == (18, 6)
+    assert verify(store).ok
+    statuses = read_statuses(store)
+    assert all(statuses[name].seconds == 0.5 + salt for salt, names in winners.items() for name in names)
+    data = {entry.key for entry in store.list("data")}
+    assert data == set(named_objects(store))
+    assert store.abort_uploads() == 0
+
+
+DRIVER = """
+import sys
+from eclipse_ray.data.store import Store
+from tests.ledger_helpers import complete, make_shards
+complete(Store(sys.argv[1]), make_shards(24, 2))
+"""
+
+
+def test_a_driver_killed_in_the_middle_is_resumed_exactly(proxy, faulty_url):
+    # The sixth status is never answered; by then five shards are committed.
+    proxy.faults.append(Fault("stall", "^PUT .*/status/000005/", seconds=60))
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, faulty_url])
+    while not proxy.fired["stall"]:
+        assert driver.poll() is None, "the driver ended before the kill"
+    driver.kill()
+    assert driver.wait(30) == -9
+    store = Store(faulty_url)
+    assert summarise(store).shards_done == 5
+    assert len(pending(SHARDS, read_statuses(store))) == 7
+    complete(store, SHARDS)
+    assert verify(store).ok
+    undisturbed = Store(faulty_url + "-undisturbed")
+    complete(undisturbed, SHARDS)
+    assert written(store) == written(undisturbed)
+
+
+def test_a_run_through_faults_gives_the_bytes_of_one_without(proxy, faulty_url, monkeypatch):
+    monkeypatch.setattr(transient, "PATIENCE", Patience(tries=8, first_wait=0.01))
+    for kind in ("reset", "lose", "error"):
+        proxy.faults += [Fault(kind, "^PUT", times=3), Fault(kind, "^GET", times=3)]
+    store = Store(faulty_url)
+    complete(store, SHARDS)
+    assert all(proxy.fired[kind] == 6 for kind in ("reset", "lose", "error"))
+    assert verify(store).ok
+    undisturbed = Store(faulty_url + "-undisturbed")
+    complete(undisturbed, SHARDS)
+    assert written(store) == written(undisturbed)
+
+
+@pytest.fixture
+def poisoned_on_s3(world, s3_url) -> str:
+    """The world's poisoned set, copied to S3."""
+    source, target = Store(world.poisoned), Store(f"{s3_url}/poisoned")
+    for entry in source.list(hidden=True):
+        target.write(entry.key, source.read(entry.key))
+    return target.url
+
+
+def test_purify_from_s3_to_s3(world, poisoned_on_s3, s3_url):
+    settings = [f"--set={key}={value}" for key, value in {**DEBUG, "purify.shard_images": 60}.items()]
+    output = f"{s3_url}/purified"
+    result = run_cli("purify", poisoned_on_s3, output, "--denoiser", world.denoiser, *settings)
+    assert (result["planned"], result["ok"], result["failed"]) == (240, 240, 0)
+    assert result["output"] == output
+    assert api.verify(output).ok
+    assert api.status(output).shards_done == 4
+    assert Store(output).abort_uploads() == 0
+
+
+@pytest.mark.chaos
+def test_purify_through_faults_gives_the_bytes_of_a_run_on_disk(
+    world, poisoned_on_s3, proxy, tmp_path, monkeypatch
+):
+    """The environment leads through the proxy by now; every third request is broken for a while."""
+    settings = [f"--set={key}={value}" for key, value in {**DEBUG, "purify.shard_images": 60}.items()]
+    output = poisoned_on_s3 + "-purified"
+    for number in range(3):
+        proxy.faults += [
+            Fault("cut", f"^GET .*part-0000{number}.parquet", times=1),
+            Fault("reset", f"^PUT .*/data/00000{number}", times=2),
+            Fault("lose", f"^PUT .*/status/00000{number}", times=1),
+        ]
+    result = run_cli("purify", poisoned_on_s3, output, "--denoiser", world.denoiser, *settings)
+    assert result["ok"] == 240
+    assert proxy.fired["reset"] == 6
+    assert proxy.fired["lose"] == 3
+    assert proxy.fired["cut"] >= 1
+    disk = str(tmp_path / "disk")
+    run_cli("purify", poisoned_on_s3, disk, "--denoiser", world.denoiser, *settings)
+    names = {shard: status.object for shard, status in read_statuses(Store(output)).items()}
+    assert names == {shard: status.object for shard, status in read_statuses(Store(disk)).items()}
+    point_at(monkeypatch, proxy.server_port)
+    assert api.verify(output).ok

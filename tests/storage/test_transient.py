@@ -1,0 +1,149 @@
+"""Which errors are repeated, how often, and what is said about the others; no server needed."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from eclipse_ray.data import transient
+from eclipse_ray.data.transient import Action, Patience, ShortReadError, kind_of, retried
+from eclipse_ray.errors import StorageError
+
+READ = Action("read", "s3:GetObject")
+
+
+class ClientError(Exception):
+    """As botocore's: the answer as parsed."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(f"An error occurred ({code})")
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+class BotoCoreError(Exception):
+    """As botocore's."""
+
+
+class NoCredentialsError(BotoCoreError):
+    """As botocore's."""
+
+
+class HTTPClientError(BotoCoreError):
+    """As botocore's."""
+
+
+class ClientPayloadError(Exception):
+    """As aiohttp's: a truncated body, and no OSError."""
+
+
+def answered(status: int, code: str) -> OSError:
+    error = OSError(errno.EINVAL, "as s3fs raises it")
+    error.__cause__ = ClientError(status, code)
+    return error
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(transient, "PATIENCE", Patience(tries=5, seconds=20, first_wait=0.001))
+
+
+def failing(error: Exception, times: int):
+    calls: list[int] = []
+
+    def call() -> bytes:
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return b"data"
+
+    return calls, call
+
+
+PASSING = [
+    answered(503, "SlowDown"),
+    answered(500, "InternalError"),
+    answered(200, "InternalError"),
+    answered(400, "RequestTimeout"),
+    answered(409, "ConditionalRequestConflict"),
+    TimeoutError(),
+    ConnectionResetError(),
+    ClientPayloadError(),
+    HTTPClientError(),
+    ShortReadError(),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_what_passes_is_repeated_within_bounds(error):
+    calls, call = failing(error, 3)
+    assert retried(READ, "s3://b/k", call) == b"data"
+    assert len(calls) == 4
+    calls, call = failing(error, 99)
+    with pytest.raises(StorageError, match=r"s3://b/k: could not read it: 5 tries in .* failed, the last with"):
+        retried(READ, "s3://b/k", call)
+    assert len(calls) == 5
+
+
+LASTING = [
+    (answered(403, "AccessDenied"), "s3:GetObject"),
+    (answered(403, "403"), "s3:GetObject"),
+    (answered(404, "NoSuchBucket"), "no such bucket"),
+    (answered(403, "SignatureDoesNotMatch"), "AWS_SECRET_ACCESS_KEY"),
+    (answered(403, "RequestTimeTooSkewed"), "clock"),
+    (answered(501, "NotImplemented"), "does not support"),
+    (answered(400, "InvalidArgument"), "refused"),
+    (answered(400, "ExpiredToken"), "expired"),
+    (NoCredentialsError(), "no credentials were found"),
+    (BotoCoreError(), "could not be made"),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), LASTING, ids=[repr(words) for _, words in LASTING])
+def test_what_lasts_stops_at_once_in_one_sentence(error, words):
+    calls, call = failing(error, 99)
+    with pytest.raises(StorageError, match=words) as caught:
+        retried(READ, "s3://b/k", call)
+    assert len(calls) == 1
+    assert str(caught.value).startswith("s3://b/k: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_absence_and_lost_races_keep_their_types():
+    for status, code in ((404, "NoSuchKey"), (404, "404"), (404, "NoSuchUpload")):
+        with pytest.raises(FileNotFoundError):
+            retried(READ, "k", failing(answered(status, code), 1)[1])
+    for error in (answered(412, "PreconditionFailed"), answered(412, "412"), FileExistsError()):
+        with pytest.raises(FileExistsError):
+            retried(READ, "k", failing(error, 1)[1])
+
+
+def test_the_text_of_an_error_decides_nothing():
+    assert kind_of(OSError(errno.EINVAL, "PreconditionFailed 412 SlowDown 503 AccessDenied")) == "unknown"
+
+
+def test_errors_of_other_origin_are_raised_as_they_are():
+    calls, call = failing(ValueError("ours"), 1)
+    with pytest.raises(ValueError, match="ours") as caught:
+        retried(READ, "k", call)
+    assert len(calls) == 1
+    assert caught.value.__cause__ is None
+
+
+def test_expired_credentials_are_renewed_and_used():
+    renewed: list[int] = []
+    calls, call = failing(answered(400, "ExpiredToken"), 2)
+    assert retried(READ, "k", call, lambda: renewed.append(1)) == b"data"
+    assert (len(calls), len(renewed)) == (3, 2)
+    calls, call = failing(answered(400, "ExpiredToken"), 99)
+    with pytest.raises(StorageError, match="renew them"):
+        retried(READ, "k", call, lambda: renewed.append(1))
+    assert len(calls) == transient.PATIENCE.renewals + 1
+
+
+def test_time_is_bounded_too(monkeypatch):
+    monkeypatch.setattr(transient, "PATIENCE", Patience(tries=10**6, seconds=0.2, first_wait=0.01))
+    calls, call = failing(TimeoutError(), 10**6)
+    with pytest.raises(StorageError, match=r"could not read it: [0-9]+ tries"):
+        retried(READ, "k", call)
+    assert 1 < len(calls) < 100

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test check chaos clean
+.PHONY: help demo test check chaos soak fuzz clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +27,14 @@ check: $(STAMP) ## style, types and the walls between packages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-chaos: $(STAMP) ## every fault test: real processes are killed
-	$(BIN)/python -m pytest -m chaos
+chaos: $(STAMP) ## every fault test: real processes are killed, real servers break; about 25 minutes
+	ECLIPSE_RAY_EXAMPLES=500 $(BIN)/python -m pytest -m 'chaos or ledger'
+
+soak: $(STAMP) ## 200,000 images in 1,000 shards: the driver's memory, listings, and the ledger's share of the time
+	$(BIN)/python benchmarks/ledger.py --out runs/ledger
+
+fuzz: $(STAMP) ## five minutes of damaged images, tars and tables
+	$(BIN)/python -m tests.fuzz.fuzz_decode --seconds 300
 
 clean: ## remove the virtual environment and all runs
 	rm -rf .venv runs

@@ -28,9 +28,7 @@ GRID: dict[Sampler, tuple[int, ...]] = {"ddpm": (100, 25, 10, 4, 2, 1), "ddim": 
 def ssim(first: Pixels, second: Pixels) -> float:
     """Return the mean structural similarity of uint8 colour images (Wang et al. 2004: Gaussian window)."""
     values = [
-        structural_similarity(  # type: ignore[no-untyped-call]
-            a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-        )
+        structural_similarity(a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
         for a, b in zip(first, second, strict=True)
     ]
     return float(np.mean(values))

@@ -157,6 +157,10 @@ def purify(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do failed images again.")] = False,
     extend: Annotated[bool, typer.Option("--extend", help="Also do objects that SRC has gained.")] = False,
     max_failed_fraction: Annotated[float | None, typer.Option(help="More failed images end in exit 3.")] = None,
+    single_writer: Annotated[
+        bool | None,
+        typer.Option("--single-writer", help="DST has no conditional writes, and nobody else writes there."),
+    ] = None,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
@@ -164,7 +168,7 @@ def purify(
     """Purify a dataset; the same command resumes. Exit 3: done, but more images failed than allowed."""
     from eclipse_ray import api
 
-    named = {"purify.max_failed_fraction": max_failed_fraction}
+    named = {"purify.max_failed_fraction": max_failed_fraction, "purify.single_writer": single_writer}
     resolved = api.resolve(config, _settings(assign), named)
     if dry_run:
         plan = api.dry_run(source, output, denoiser=denoiser, resize=resize, extend=extend, config=resolved)

@@ -147,6 +147,9 @@ class PurifyConfig(Section):
     actors: int | None = Field(None, ge=1, description="null: one for each GPU, else one for each CPU core.")
     num_gpus: float | None = Field(None, ge=0, description="GPUs of an actor; null: 1 if there are any.")
     max_failed_fraction: float = Field(0.01, ge=0, le=1, description="More failed images end in exit 3.")
+    single_writer: bool = Field(
+        False, description="Write to a store without put-if-absent too; unsafe with two drivers on one output."
+    )
     watchdog_seconds: float = Field(1800, gt=0, description="No finished shard for so long ends the run.")
 
     @model_validator(mode="after")

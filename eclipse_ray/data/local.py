@@ -41,6 +41,12 @@ class LocalFolder:
         with open(self.path(key), "rb") as file:
             return file.read()
 
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop`, or to the end. Raises FileNotFoundError if it is not there."""
+        with self.open(key) as file:
+            file.seek(start)
+            return file.read(stop - start)
+
     def open(self, key: str) -> BinaryIO:
         """Open a file. Raises FileNotFoundError if it is not there."""
         return open(self.path(key), "rb")

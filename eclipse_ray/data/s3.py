@@ -69,7 +69,11 @@ class S3Folder:
         entry = self.entry(key)
         return cast(BinaryIO, io.BufferedReader(_Object(self, entry), _BUFFER_BYTES))
 
-    def read_range(self, entry: Entry, start: int, stop: int) -> bytes:
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop`, or to the end. Raises FileNotFoundError if it is not there."""
+        return self._get(key, {"Range": f"bytes={start}-{stop - 1}"})
+
+    def read_part(self, entry: Entry, start: int, stop: int) -> bytes:
         """Return bytes `start` to `stop`; raises StorageError if the object is no longer that of `entry`."""
         condition = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": f'"{entry.version}"'}
         try:
@@ -314,7 +318,7 @@ class _Object(io.RawIOBase):
     def _read(self, start: int, stop: int) -> bytes:
         tail_start = max(0, self._entry.size - _TAIL_BYTES)
         if start < tail_start:
-            return self._folder.read_range(self._entry, start, stop)
+            return self._folder.read_part(self._entry, start, stop)
         if self._tail is None:
-            self._tail = self._folder.read_range(self._entry, tail_start, self._entry.size)
+            self._tail = self._folder.read_part(self._entry, tail_start, self._entry.size)
         return self._tail[start - tail_start : stop - tail_start]

@@ -34,6 +34,7 @@ class Backend(Protocol):
     def exists(self, key: str) -> bool: ...
     def is_file(self) -> bool: ...
     def read(self, key: str) -> bytes: ...
+    def read_range(self, key: str, start: int, stop: int) -> bytes: ...
     def open(self, key: str) -> BinaryIO: ...
     def entry(self, key: str) -> Entry: ...
     def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]: ...
@@ -85,6 +86,10 @@ class Store:
     def read(self, key: str = "") -> bytes:
         """Return the whole object, never less. Raises FileNotFoundError if it is not there."""
         return self.backend.read(key)
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop`, or to the end. Raises FileNotFoundError if it is not there."""
+        return self.backend.read_range(key, start, stop)
 
     def open(self, key: str = "") -> BinaryIO:
         """Open an object for random access. Raises FileNotFoundError if it is not there."""
@@ -175,6 +180,11 @@ class AnyFolder:
             return data
 
         return retried(READ, self.path(key), call)
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop`, or to the end. Raises FileNotFoundError if it is not there."""
+        path = self.path(key)
+        return retried(READ, path, lambda: cast(bytes, self.fs.cat_file(path, start=start, end=stop)))
 
     def open(self, key: str) -> BinaryIO:
         """Open an object. Raises FileNotFoundError if it is not there."""

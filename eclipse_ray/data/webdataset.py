@@ -130,7 +130,7 @@ def _block_reader(store: Store, key: str) -> Read:
         nonlocal held, place
         if not place <= start <= stop <= place + len(held):
             place, end = start, max(stop, start + _BLOCK_BYTES)
-            held = store.fs.cat_file(store.path(key), start=start, end=end)
+            held = store.read_range(key, start, end)
         return held[start - place : stop - place]
 
     return read

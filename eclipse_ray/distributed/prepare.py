@@ -95,7 +95,7 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
     opened = open_source(source, config.data)
     samples = read_samples(opened, config, SAMPLES)
     _check_sizes(source, samples)
-    store = Store(output)
+    store = Store(output, config.purify.single_writer)
     refuse_process_local(output, store.in_this_process_only)
     plan = ledger.plan_source(store, opened.parts, _images_per_shard(config, samples), opened.classes, extend)
     job = Job(

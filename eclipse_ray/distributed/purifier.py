@@ -10,7 +10,6 @@ import pyarrow as pa
 import torch
 
 from eclipse_ray import compensation, ledger
-from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.diffusion.sampler import purify_images
@@ -69,7 +68,7 @@ class Purifier:
 
     def _outcomes(self, task: Task, images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
         """Return what became of every image; those that kill this actor are found by its earlier lives."""
-        store, shard, settings = Store(self.job.output), task.shard.name, self.job.purify
+        store, shard, settings = self.job.store(), task.shard.name, self.job.purify
 
         def alone(place: int) -> object:
             return self._batch([place], images, ids)

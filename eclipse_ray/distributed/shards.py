@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from eclipse_ray import ledger
 from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, DataConfig, PurifyConfig
+from eclipse_ray.data.store import Store
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, ResumeError, StorageError
 
 Pixels = NDArray[np.uint8]
@@ -38,6 +39,10 @@ class Job:
     seed: int
     compensation: CompensationConfig
     sparse_hashes: frozenset[str]
+
+    def store(self) -> Store:
+        """Open the output folder."""
+        return Store(self.output, self.purify.single_writer)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 from eclipse_ray import ledger
 from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, content_hash, decode_stored, encode_image, resize_image
-from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.distributed.shards import Job, Pixels, Task, fatal_note, pack, task_of, unpack
 from eclipse_ray.errors import EclipseError, InputError, StorageError
@@ -32,7 +31,7 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
     """
     started = time.monotonic()
     task = task_of(batch)
-    store, name, generation = Store(job.output), task.shard.name, task.generation
+    store, name, generation = job.store(), task.shard.name, task.generation
     try:
         attempt = ledger.begin(store, name, generation, STAGE)
         if ledger.hopeless(store, name, generation, STAGE, attempt):
@@ -80,7 +79,7 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
 
 def _decoded(job: Job, task: Task, attempt: int, encoded: Sequence[bytes]) -> Iterator[Pixels | str]:
     """Yield each image, or why it cannot be had; those that kill their worker are found by earlier attempts."""
-    store, name = Store(job.output), task.shard.name
+    store, name = job.store(), task.shard.name
     blamed, care = ledger.try_alone(
         store, name, task.generation, STAGE, attempt, len(encoded), lambda row: _decode(job, encoded[row])
     )
@@ -111,7 +110,7 @@ def _done_before(job: Job, task: Task) -> pa.Table | None:
     """Return the images that the generation before this task's has done, None if there are none."""
     if not task.generation:
         return None
-    store = Store(job.output)
+    store = job.store()
     status = ledger.read_status(store, task.shard.name, task.generation - 1)
     if status is None:
         raise StorageError(
@@ -189,7 +188,7 @@ def _encode_and_commit(batch: pa.Table, task: Task, job: Job) -> ledger.Status:
     if task.generation:
         done = _merged(_done_before(job, task), done, json.loads(batch["order"][0].as_py()))
     return ledger.commit_shard(
-        Store(job.output),
+        job.store(),
         task.shard,
         ok=table_to_parquet(done) if done else None,
         ok_count=done.num_rows if done else 0,

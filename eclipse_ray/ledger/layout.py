@@ -16,6 +16,8 @@ DATA = "data"
 PRIVATE = "_eclipse"
 STATUS = f"{PRIVATE}/status"
 ERRORS = f"{PRIVATE}/errors"
+# Left by a run that died while it tried out the store.
+PROBES = f"{PRIVATE}/probe-"
 ATTEMPTS = f"{PRIVATE}/attempts"
 FINGERPRINT = f"{PRIVATE}/fingerprint.json"
 CONFIG = f"{PRIVATE}/config.yaml"

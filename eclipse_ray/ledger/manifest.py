@@ -137,7 +137,7 @@ def _is_leftover(key: str, statuses: Mapping[str, Status], idle: bool) -> bool:
     # Only names of our own making: what somebody else put here is for verify to report, not ours to delete.
     if key.rpartition("/")[2].startswith(".tmp-"):
         return True
-    if key.startswith(f"{layout.ATTEMPTS}/"):
+    if key.startswith((f"{layout.ATTEMPTS}/", layout.PROBES)):
         return idle
     match = layout.OBJECT_KEY.fullmatch(key)
     if match is None:

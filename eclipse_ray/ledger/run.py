@@ -91,13 +91,15 @@ def claim(
     """Make the folder this run's, or find it so; return the fingerprint there and whether it was there before.
 
     Raises ResumeError if the folder belongs to a run with another fingerprint or to somebody else (naming the
-    source objects in which `shards` differ), and InputError if it is a file or its fingerprint is damaged.
+    source objects in which `shards` differ), InputError if it is a file or its fingerprint is damaged, and
+    StorageError if the store cannot create an object only if it is absent.
     """
     if store.is_file():
         raise InputError(f"{store.url}: this is a file; choose a folder as output")
     found = layout.read_optional(store, layout.FINGERPRINT)
     if found is None:
         _refuse_foreign(store)
+        store.probe()
         if not store.create(layout.FINGERPRINT, fingerprint.to_json().encode()):
             found = store.read(layout.FINGERPRINT)
     claimed = fingerprint if found is None else parse_fingerprint(store, found)
@@ -132,8 +134,7 @@ def parse_fingerprint(store: Store, data: bytes) -> Fingerprint:
 
 
 def _refuse_foreign(store: Store) -> None:
-    probes = f"{layout.PRIVATE}/probe-"
-    found = [*store.list(), *(e for e in store.list(layout.PRIVATE) if not e.key.startswith(probes))]
+    found = [*store.list(), *(e for e in store.list(layout.PRIVATE) if not e.key.startswith(layout.PROBES))]
     # A run that claimed the folder while it was being listed is not foreign: the comparison comes next.
     if found and layout.read_optional(store, layout.FINGERPRINT) is None:
         raise ResumeError(

@@ -22,6 +22,8 @@ Parameters = dict[str, Any]
 
 # Up to this many bytes go in one request, more in parts of this size.
 PART_BYTES = 32 * 2**20
+# The most that S3 puts on one page.
+PAGE_ITEMS = 1000
 _PARTS_AT_ONCE = 4
 _UPLOAD_TRIES = 3
 # A Parquet footer is read with the first look at the end of an object.
@@ -225,7 +227,8 @@ class S3Folder:
         self, action: Action, method: str, field: str, prefix: str, following: Mapping[str, str]
     ) -> Iterator[Mapping[str, Any]]:
         base = join(self.prefix, prefix)
-        parameters: Parameters = {"Prefix": base and f"{base}/"}
+        limit = "MaxKeys" if field == "Contents" else "MaxUploads"
+        parameters: Parameters = {"Prefix": base and f"{base}/", limit: PAGE_ITEMS}
         while True:
             page = self._request(action, method, prefix, parameters)
             yield from page.get(field, ())

@@ -10,11 +10,18 @@ import time
 import botocore.auth
 import pytest
 
+from eclipse_ray.data import transient
 from eclipse_ray.data.store import Store
+from eclipse_ray.data.transient import Patience
 from eclipse_ray.errors import StorageError
 from tests.storage.proxy import Fault
 from tests.storage.servers import BUCKET, SECRET, environment, point_at, seaweedfs
 from tests.storage.test_local import fill
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(transient, "PATIENCE", Patience(first_wait=0.01, renewals=1))
 
 
 @pytest.fixture
@@ -52,7 +59,7 @@ def test_a_bucket_that_turns_read_only_stops_the_run_and_resumes_later(proxy, fa
     assert [entry.key for entry in store.list()] == ["a", "b"]
 
 
-def test_wrong_and_missing_credentials(seaweed, s3_url, monkeypatch, hurry):
+def test_wrong_and_missing_credentials(seaweed, s3_url, monkeypatch, impatient, hurry):
     point_at(monkeypatch, seaweed.port, key="nobody")
     with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID"):
         Store(s3_url).read("x")
@@ -115,7 +122,7 @@ def test_credentials_renewed_a_moment_too_late_are_waited_for(proxy, faulty_url,
     assert proxy.fired["error"] >= 1
 
 
-def test_credentials_that_expire_for_good_stop_the_run(proxy, faulty_url, profile, hurry):
+def test_credentials_that_expire_for_good_stop_the_run(proxy, faulty_url, profile, impatient, hurry):
     store = Store(faulty_url)
     assert store.create("a", b"1")
     expire(proxy)
@@ -166,6 +173,13 @@ def shift_clock(monkeypatch, minutes: int) -> list[int]:
 
     monkeypatch.setattr(botocore.auth, "get_current_datetime", shifted)
     return fired
+
+
+@pytest.mark.chaos
+def test_with_default_patience_unknown_credentials_stop_within_a_minute(seaweed, s3_url, monkeypatch, hurry):
+    point_at(monkeypatch, seaweed.port, key="nobody")
+    with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID"):
+        Store(s3_url).create("x", b"1")
 
 
 @pytest.mark.chaos

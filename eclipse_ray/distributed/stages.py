@@ -21,13 +21,14 @@ from eclipse_ray.errors import EclipseError, InputError, StorageError
 # Where the image's own file name waits while its pixels travel.
 PATH_COLUMN = ".image_path"
 STAGE = "decode"
+_EMPTY = canonical_table([], [])
 
 
 def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
     """Read a shard's rows and decode them; undecodable images become failures.
 
-    What makes the whole run impossible (a vanished object, an image of the sparse set) travels on as `fatal`:
-    an exception would reach the driver as text only.
+    What makes the whole run impossible (a store that stays away, an image of the sparse set) travels on as
+    `fatal`: an exception would reach the driver as text only.
     """
     started = time.monotonic()
     task = task_of(batch)
@@ -35,7 +36,7 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
     try:
         attempt = ledger.begin(store, name, generation, STAGE)
         if ledger.hopeless(store, name, generation, STAGE, attempt):
-            packed = _given_up(task)
+            packed = _given_up(task, job)
         else:
             packed = _read_and_decode(task, job, attempt)
     except EclipseError as error:
@@ -47,9 +48,8 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
 
 
 def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
-    shard = task.shard
-    spans = [(span.key, span.start, span.stop) for span in shard.spans]
-    table = read_parts(job.source, job.format, job.classes, spans, job.data)
+    table, spans, failures = _read(task, job)
+    keys = [span.key for span in spans for _ in range(span.start, span.stop)]
     encoded, order = image_bytes(table), table["id"].to_pylist()
     _refuse_repeated_ids(job, order)
     state = hashlib.sha256()
@@ -58,14 +58,13 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     rows = _rows_to_do(job, task, order)
     pixels: list[Pixels] = []
     kept: list[int] = []
-    failures: list[dict[str, str]] = []
     for index, image in zip(rows, _decoded(job, task, attempt, [encoded[row] for row in rows]), strict=True):
         if isinstance(image, str):
             if job.data.on_error == "stop":
                 raise InputError(
                     f"{job.source}: image {order[index]}: {image}; mend it, leave it out, or set data.on_error=row"
                 )
-            failures.append({"id": order[index], "key": _key_of(shard, index), "error": image})
+            failures.append({"id": order[index], "key": keys[index], "error": image})
             continue
         # Before it is resized: hashes are of images as they are stored, whatever size either run works at.
         _refuse_leakage(job, order[index], image)
@@ -75,6 +74,39 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     table = table.drop_columns(["image"]).append_column(PATH_COLUMN, paths)
     columns = {"input_sha256": [state.hexdigest()], "order": [json.dumps(order if task.generation else [])]}
     return pack(columns, table.take(kept), pixels, failures)
+
+
+def _read(task: Task, job: Job) -> tuple[pa.Table, list[ledger.Span], list[dict[str, str]]]:
+    """Return the rows of a shard, the spans they come from, and error rows for spans that cannot be read."""
+
+    def read(spans: Sequence[ledger.Span]) -> pa.Table:
+        places = [(span.key, span.start, span.stop) for span in spans]
+        return read_parts(job.source, job.format, job.classes, places, job.data)
+
+    spans = list(task.shard.spans)
+    try:
+        return read(spans), spans, []
+    except InputError:
+        # A retry knows the images that it did not reach before, so it must see all of them.
+        if job.data.on_error == "stop" or task.generation:
+            raise
+    good: list[ledger.Span] = []
+    failures: list[dict[str, str]] = []
+    for span in spans:
+        try:
+            read([span])
+            good.append(span)
+        except InputError as error:
+            failures += _unread(job, span, str(error))
+    return (read(good) if good else _EMPTY), good, failures
+
+
+def _unread(job: Job, span: ledger.Span, reason: str) -> list[dict[str, str]]:
+    """Return error rows for images that nobody could read, so that only a folder's ids are known."""
+    return [
+        {"id": span.key if job.format == "folder" else f"{span.key}#{row}", "key": span.key, "error": reason}
+        for row in range(span.start, span.stop)
+    ]
 
 
 def _decoded(job: Job, task: Task, attempt: int, encoded: Sequence[bytes]) -> Iterator[Pixels | str]:
@@ -120,31 +152,14 @@ def _done_before(job: Job, task: Task) -> pa.Table | None:
     return ledger.read_object(store, status)
 
 
-def _given_up(task: Task) -> pa.Table:
-    # Reading itself kills, so nobody knows the ids that the source gives these rows.
-    failures = [
-        {
-            "id": f"{span.key}#{row}",
-            "key": span.key,
-            "error": "reading its shard kills the worker, before any image is decoded",
-        }
-        for span in task.shard.spans
-        for row in range(span.start, span.stop)
-    ]
-    return _nothing(failures=failures)
+def _given_up(task: Task, job: Job) -> pa.Table:
+    reason = "reading its shard kills the worker, before any image is decoded"
+    return _nothing(failures=[row for span in task.shard.spans for row in _unread(job, span, reason)])
 
 
 def _nothing(failures: Sequence[dict[str, str]] = (), fatal: str = "") -> pa.Table:
     columns = {"input_sha256": [""], "order": ["[]"]}
     return pack(columns, pa.table({"id": pa.array([], pa.string())}), [], list(failures), fatal)
-
-
-def _key_of(shard: ledger.Shard, index: int) -> str:
-    for span in shard.spans:
-        if index < span.stop - span.start:
-            return span.key
-        index -= span.stop - span.start
-    raise IndexError(f"shard {shard.name} has fewer rows than were read")
 
 
 def _refuse_repeated_ids(job: Job, ids: Sequence[str]) -> None:

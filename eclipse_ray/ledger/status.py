@@ -219,7 +219,7 @@ def _write_object(store: Store, key: str | None, data: bytes | None) -> None:
 def _read(store: Store, shard: str, generation: int) -> Status | str:
     try:
         data = store.read(layout.status_key(shard, generation))
-    except OSError as error:
+    except (OSError, StorageError) as error:
         return f"{store.path(layout.status_key(shard, generation))}: cannot be read: {error}"
     return _parse(store, shard, generation, data)
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from eclipse_ray.data.store import Store
-from eclipse_ray.errors import InputError
+from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.ledger import layout
 from eclipse_ray.ledger.manifest import Manifest, manifest_problem
 from eclipse_ray.ledger.plan import Plan, Shard, plan_digest, read_plan
@@ -88,7 +88,7 @@ def _check_object(
     except FileNotFoundError:
         problems.append(f"{path}: missing; {_redo(key)}")
         return 0
-    except OSError as error:
+    except (OSError, StorageError) as error:
         problems.append(f"{path}: cannot be read: {error}")
         return 0
     if layout.hash_of(data) != sha256:

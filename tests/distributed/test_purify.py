@@ -328,3 +328,22 @@ def test_two_images_of_one_id_are_refused(world, tmp_path):
     error = rows.fatal_error(fatal)
     assert isinstance(error, InputError)
     assert "two images have the id b" in str(error)
+
+
+def test_what_cannot_be_read_becomes_error_rows_of_its_own(world, tmp_path):
+    api.convert(world.test, str(tmp_path / "source"), layout="folder", settings=DEBUG)
+    config = api.resolve(None, SHARDS, {})
+    source = open_source(str(tmp_path / "source"), config.data)
+    task = rows.Task(plan_shards(source.parts, 16)[0])
+    gone = [span.key for span in task.shard.spans][3]
+    (tmp_path / "source" / gone).unlink()
+    job = make_job(source, config, world, str(tmp_path / "out"))
+    decoded = stages.read_and_decode(rows.task_rows([task])[0], job)
+    table, images, failures = rows.unpack(decoded)
+    assert (table.num_rows, len(images)) == (15, 15)
+    assert [(row["id"], row["key"]) for row in failures] == [(gone, gone)]
+    assert "is gone" in failures[0]["error"]
+    assert decoded["fatal"][0].as_py() == ""
+    strict = replace(job, data=job.data.model_copy(update={"on_error": "stop"}))
+    stopped = stages.read_and_decode(rows.task_rows([task])[0], strict)
+    assert "is gone" in str(rows.fatal_error(stopped["fatal"][0].as_py()))

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from eclipse_ray.config import CompensationConfig, DataConfig
+from eclipse_ray.config import CompensationConfig, DataConfig, PurifyConfig
 from eclipse_ray.data.formats import open_source
 from eclipse_ray.data.images import ImageError, decode_image, decode_stored
-from eclipse_ray.distributed.stages import Job, read_and_decode, shard_rows, unpack
+from eclipse_ray.distributed.shards import Job, Task, task_rows, unpack
+from eclipse_ray.distributed.stages import read_and_decode
 from eclipse_ray.ledger import plan_shards
 from tests.zoo import NOISE, bombs, saved, specimens
 
@@ -79,16 +80,9 @@ def job(source, classes, data):
         format=source.format,
         classes=classes,
         data=data,
-        output="",
+        output=f"{source.url}-out",
         denoiser="",
-        t_star=1,
-        num_inference_steps=1,
-        sampler="ddpm",
-        batch_size=1,
-        batch_pixels=1,
-        precision="float32",
-        tile=128,
-        tile_overlap=32,
+        purify=PurifyConfig(),
         seed=0,
         compensation=CompensationConfig(),
         sparse_hashes=frozenset(),
@@ -106,7 +100,7 @@ def test_every_specimen_becomes_an_image_or_an_error_row(zoo_folder):
     source = open_source(zoo_folder, CONFIG)
     shards = plan_shards(source.parts, 16)
     ok, failed = [], []
-    for batch in shard_rows(shards):
+    for batch in task_rows([Task(shard) for shard in shards]):
         row = read_and_decode(batch, job(source, None, CONFIG))
         assert row["fatal"][0].as_py() == ""
         table, images, failures = unpack(row)
@@ -121,7 +115,7 @@ def test_every_specimen_becomes_an_image_or_an_error_row(zoo_folder):
 
 def test_a_run_can_stop_at_the_first_bad_image(zoo_folder):
     source = open_source(zoo_folder, CONFIG)
-    (batch,) = shard_rows(plan_shards(source.parts, 1000))
+    (batch,) = task_rows([Task(shard) for shard in plan_shards(source.parts, 1000)])
     row = read_and_decode(batch, job(source, None, DataConfig(on_error="stop")))
     fatal = row["fatal"][0].as_py()
     assert "016.jpg: the image has 16-bit channels in separate planes" in fatal

@@ -1,4 +1,7 @@
-"""Workers that are killed, end, hang or run out of memory: every image still ends once, and the same."""
+"""Workers that are killed, end, hang or run out of memory: every image still ends once, and the same.
+
+`make test` has the same without Ray: tests/test_ledger_attempts.py and tests/distributed/test_faults.py.
+"""
 
 from __future__ import annotations
 
@@ -93,6 +96,7 @@ def assert_all_but(output, undisturbed, lost: str) -> None:
     assert (difference > 0).mean() <= 1e-3
 
 
+@pytest.mark.chaos
 def test_an_image_that_kills_its_actor_becomes_an_error_row_then_a_retry_mends_it(world, tmp_path, undisturbed):
     output, log, lost = tmp_path / "out", tmp_path / "fired", an_id(world, 130)
     code, printed, said = run(command(world, output), **fault(log, PURIFY, "kill", lost))
@@ -172,10 +176,12 @@ def test_three_killed_actors_change_nothing(world, tmp_path, undisturbed):
     assert api.verify(str(output)).ok
 
 
-@pytest.mark.parametrize("how", ["exit", pytest.param("sleep", marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("how", ["exit", "sleep"])
 def test_a_worker_that_ends_or_hangs_ends_the_run_and_the_next_run_completes_it(how, world, tmp_path, undisturbed):
     output, log = tmp_path / "out", tmp_path / "fired"
-    limit = 12.0
+    # Longer than it takes to start Ray and load the denoiser here.
+    limit = 45.0
     words = command(world, output, **{"purify.watchdog_seconds": limit})
     started = time.monotonic()
     code, _, said = run(words, **fault(log, PURIFY, how, an_id(world, 130), times=1))
@@ -183,12 +189,13 @@ def test_a_worker_that_ends_or_hangs_ends_the_run_and_the_next_run_completes_it(
     if code != 0:
         assert code == 75, said
         assert "run the same command again to resume" in said
-        assert time.monotonic() - started < 10 * limit
+        assert time.monotonic() - started < 4 * limit
         code, _, said = run(words)
     assert code == 0, said
     assert objects(output) == objects(undisturbed)
 
 
+@pytest.mark.chaos
 def test_a_batch_without_memory_is_halved(world, tmp_path, undisturbed):
     output, log = tmp_path / "out", tmp_path / "fired"
     code, _, said = run(command(world, output), **fault(log, PURIFY, "memory", an_id(world, 130), times=2))

@@ -1,0 +1,127 @@
+"""What a worker and the driver do when something fails under them, without Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from eclipse_ray import api
+from eclipse_ray.config import CompensationConfig
+from eclipse_ray.data.formats import open_source
+from eclipse_ray.distributed import purifier
+from eclipse_ray.distributed.purify import _watched
+from eclipse_ray.distributed.shards import Job, Task, task_rows, unpack
+from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
+from eclipse_ray.errors import InputError, InterruptedRunError
+from eclipse_ray.ledger import open_run, plan_shards, read_statuses
+from tests.ledger_helpers import make_fingerprint, plan_of
+from tests.support import DEBUG
+
+
+def shard_of_sixteen(world, output) -> tuple[Job, Task]:
+    config = api.resolve(None, DEBUG, {"purify.batch_size": 8})
+    source = open_source(world.poisoned, config.data)
+    shards = plan_shards(source.parts, 16)[:1]
+    job = Job(
+        source=source.url,
+        format=source.format,
+        classes=None,
+        data=config.data,
+        output=str(output),
+        denoiser=world.denoiser,
+        purify=config.purify,
+        seed=0,
+        compensation=CompensationConfig(mode="none"),
+        sparse_hashes=frozenset(),
+    )
+    open_run(job.store(), plan_of(shards), make_fingerprint(shards), "")
+    return job, Task(shards[0])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("none left"),
+        torch.OutOfMemoryError("none left"),
+        RuntimeError("can't allocate memory: 9 bytes"),
+    ],
+)
+def test_a_batch_without_memory_is_halved_until_it_fits(world, tmp_path, monkeypatch, error):
+    job, task = shard_of_sixteen(world, tmp_path / "out")
+    decoded = read_and_decode(task_rows([task])[0], job)
+    _, whole, _ = unpack(purifier.Purifier(job)(decoded))
+    genuine, fired = purifier.purify_images, []
+
+    def short_of_memory(images, *arguments, **named):
+        if len(images) > 2:
+            fired.append(len(images))
+            raise error
+        return genuine(images, *arguments, **named)
+
+    monkeypatch.setattr(purifier, "purify_images", short_of_memory)
+    purified = purifier.Purifier(job)(decoded)
+    _, images, failures = unpack(purified)
+    assert fired == [8, 4, 4] * 2
+    assert failures == []
+    assert "too little memory for batches of 8 images" in purified["note"][0].as_py()
+    difference = np.abs(np.stack(images).astype(int) - np.stack(whole).astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 1e-3
+
+
+def test_an_image_without_memory_alone_becomes_an_error_row(world, tmp_path, monkeypatch):
+    job, task = shard_of_sixteen(world, tmp_path / "out")
+    decoded = read_and_decode(task_rows([task])[0], job)
+    genuine, victim = purifier.purify_images, unpack(decoded)[0]["id"][5].as_py()
+
+    def short_of_memory(images, *arguments, ids, **named):
+        if victim in ids:
+            raise MemoryError
+        return genuine(images, *arguments, ids=ids, **named)
+
+    monkeypatch.setattr(purifier, "purify_images", short_of_memory)
+    row = encode_and_commit(purifier.Purifier(job)(decoded), job).to_pylist()[0]
+    assert (row["ok"], row["failed"], row["fatal"]) == (15, 1, "")
+    assert read_statuses(job.store())[task.shard.name].failed == 1
+
+
+def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(world, tmp_path, monkeypatch):
+    job, task = shard_of_sixteen(world, tmp_path / "out")
+    decoded = read_and_decode(task_rows([task])[0], job)
+
+    def broken(*arguments, **named):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(purifier, "purify_images", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        purifier.Purifier(job)(decoded)
+
+
+def hanging() -> Iterator[tuple[int, int]]:
+    yield 1, 0
+    time.sleep(60)
+
+
+def failing(error: Exception) -> Iterator[tuple[int, int]]:
+    yield 1, 0
+    raise error
+
+
+def test_a_stream_that_stands_still_is_given_up():
+    results = _watched(hanging(), 0.2)
+    assert next(results) == (1, 0)
+    with pytest.raises(InterruptedRunError, match=r"no shard was finished for .* run the same command again"):
+        next(results)
+    assert InterruptedRunError.exit_code == 75
+
+
+def test_a_stream_that_breaks_says_why_and_a_users_mistake_stays_one():
+    with pytest.raises(InterruptedRunError, match="the last line; run the same command again"):
+        list(_watched(failing(OSError("a traceback\nthe last line")), 5))
+    with pytest.raises(InputError, match="as it was"):
+        list(_watched(failing(InputError("as it was")), 5))
+    assert list(_watched(iter([(1, 0), (2, 1)]), 5)) == [(1, 0), (2, 1)]

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -21,8 +21,6 @@ from eclipse_ray.data.transient import ShortReadError, retried
 from eclipse_ray.errors import InputError, StorageError
 
 __all__ = ["Entry", "Store"]
-
-T = TypeVar("T")
 
 _MEMORY_LOCK = threading.Lock()
 _CONNECTIONS = 32

@@ -5,18 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 from eclipse_ray import ledger
 from eclipse_ray.config import Config
 from eclipse_ray.data.formats import read_tables
 from eclipse_ray.data.images import ImageError, centre_crop, decode_stored, encode_image, resize_image
 from eclipse_ray.data.table import image_bytes
 from eclipse_ray.diffusion.model import default_device
-from eclipse_ray.diffusion.sampler import purify_images
-from eclipse_ray.diffusion.tiling import MIN_SIDE
-from eclipse_ray.distributed.prepare import Prepared, prepare
-from eclipse_ray.distributed.shards import Pixels, same_size_batches
+from eclipse_ray.distributed.prepare import Prepared, largest_batch, prepare
+from eclipse_ray.distributed.purifier import purify_batch
+from eclipse_ray.distributed.shards import Pixels
 from eclipse_ray.results import DryRunResult
 
 ENCODED = 200
@@ -82,24 +79,13 @@ def _sample(prepared: Prepared) -> Sampled:
 def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
     """Return the time on this machine's device for each pixel, after one pass to warm up."""
     settings = prepared.config.purify
-    batches = same_size_batches(middles, settings.batch_size, settings.batch_pixels)
-    fitting = [batch for batch in batches if min(middles[batch[0]].shape[:2]) >= MIN_SIDE]
-    if not fitting:
+    images = largest_batch(middles, settings.batch_size, settings.batch_pixels)
+    if images is None:
         return 0.0
-    images = np.stack([middles[index] for index in max(fitting, key=len)])
+    ids = [f"timed-{index}" for index in range(len(images))]
     denoiser = prepared.denoiser.to(default_device())
     denoiser.precision = settings.precision
     for _ in range(2):
         started = time.perf_counter()
-        purify_images(
-            images,
-            denoiser,
-            t_star=settings.t_star,
-            num_inference_steps=settings.num_inference_steps,
-            sampler=settings.sampler,
-            ids=[f"timed-{index}" for index in range(len(images))],
-            tile=settings.tile,
-            tile_overlap=settings.tile_overlap,
-            batch_pixels=settings.batch_pixels,
-        )
+        purify_batch(denoiser, images, ids, settings, prepared.config.run.seed)
     return (time.perf_counter() - started) / (images.shape[0] * images.shape[1] * images.shape[2])

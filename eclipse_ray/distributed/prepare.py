@@ -183,6 +183,13 @@ def _fingerprint(config: Config, plan: ledger.Plan, weights: str) -> ledger.Fing
     return ledger.Fingerprint(tree, weights, ledger.plan_digest(plan.base), ENGINE_VERSION)
 
 
+def largest_batch(images: list[Pixels], batch_size: int, batch_pixels: int) -> Pixels | None:
+    """Return the most images of one size that are large enough to purify, (B, H, W, 3), at most one batch."""
+    batches = same_size_batches(images, batch_size, batch_pixels)
+    fitting = [batch for batch in batches if min(images[batch[0]].shape[:2]) >= MIN_SIDE]
+    return np.stack([images[index] for index in max(fitting, key=len)]) if fitting else None
+
+
 def warn_if_unsuitable(
     denoiser: Denoiser, samples: list[Pixels], heldout: float | None, t_star: int | None
 ) -> None:
@@ -190,11 +197,9 @@ def warn_if_unsuitable(
 
     For an imported denoiser, whose held-out error nobody measured: more than the noise that it should remove.
     """
-    batches = same_size_batches(samples, SAMPLES, SAMPLES * SAMPLE_SIDE**2)
-    fitting = [batch for batch in batches if min(samples[batch[0]].shape[:2]) >= MIN_SIDE]
-    if not fitting or t_star != denoiser.t_star:
+    images = largest_batch(samples, SAMPLES, SAMPLES * SAMPLE_SIDE**2)
+    if images is None or t_star != denoiser.t_star:
         return
-    images = np.stack([samples[index] for index in max(fitting, key=len)])
     ids = [f"sample-{index}" for index in range(len(images))]
     purified = purify_images(images, denoiser, t_star=denoiser.t_star, num_inference_steps=1, ids=ids).numpy()
     error = float(np.mean(((purified.astype(np.float64) - images) / 127.5) ** 2))

@@ -10,8 +10,9 @@ import pyarrow as pa
 import torch
 
 from eclipse_ray import compensation, ledger
+from eclipse_ray.config import PurifyConfig
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.model import default_device
+from eclipse_ray.diffusion.model import Denoiser, default_device
 from eclipse_ray.diffusion.sampler import purify_images
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.shards import (
@@ -29,6 +30,24 @@ from eclipse_ray.errors import InputError, StorageError
 STAGE = "purify"
 # Purified pixels (H, W, 3), or why there are none.
 Outcome = Pixels | str
+
+
+def purify_batch(
+    denoiser: Denoiser, images: Pixels, ids: Sequence[str], settings: PurifyConfig, seed: int
+) -> torch.Tensor:
+    """Return uint8 images (B, H, W, 3) of one size purified as `settings` say."""
+    return purify_images(
+        images,
+        denoiser,
+        t_star=settings.t_star,
+        num_inference_steps=settings.num_inference_steps,
+        sampler=settings.sampler,
+        seed=seed,
+        ids=ids,
+        tile=settings.tile,
+        tile_overlap=settings.tile_overlap,
+        batch_pixels=settings.batch_pixels,
+    )
 
 
 class Purifier:
@@ -108,18 +127,7 @@ class Purifier:
 
     def _purify(self, images: Pixels, ids: Sequence[str]) -> Pixels:
         job = self.job
-        purified = purify_images(
-            images,
-            self.denoiser,
-            t_star=job.purify.t_star,
-            num_inference_steps=job.purify.num_inference_steps,
-            sampler=job.purify.sampler,
-            seed=job.seed,
-            ids=ids,
-            tile=job.purify.tile,
-            tile_overlap=job.purify.tile_overlap,
-            batch_pixels=job.purify.batch_pixels,
-        )
+        purified = purify_batch(self.denoiser, images, ids, job.purify, job.seed)
         if job.compensation.mode == "baked":
             purified = compensation.bake(purified, ids, job.compensation, job.seed)
         return purified.numpy()

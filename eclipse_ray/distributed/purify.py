@@ -63,7 +63,7 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
     if done:
         say(f"purify: resuming, {len(shards) - len(tasks)} of {len(shards)} shards are already committed")
     line = ProgressLine("purify", "images", total, config.run.progress_seconds, done)
-    results = _stream(config, prepared.job, tasks, actors, gpus)
+    results = _stream(prepared.job, tasks, actors, gpus)
     for ok, failed in _watched(results, config.purify.watchdog_seconds):
         line.advance(ok + failed, failed)
     return line.rate
@@ -129,7 +129,7 @@ def _forward(
         put(None)
 
 
-def _stream(config: Config, job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[tuple[int, int]]:
+def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[tuple[int, int]]:
     """Yield (ok, failed) of each shard as it is committed."""
     context = DataContext.get_current()
     context.enable_progress_bars = False

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,27 +46,15 @@ def machine() -> str:
     return f"{device}; torch {torch.__version__}; Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}"
 
 
-def fit(
-    images: Pixels, settings: Settings, on_report: Callable[[Progress], bool] = lambda _: False
-) -> tuple[Denoiser, list[Progress]]:
-    """Fit a denoiser on uint8 (N, H, W, 3); 5 % are held out by seed 0. `on_report` returns True to stop."""
+def fit(images: Pixels, settings: Settings) -> tuple[Denoiser, list[Progress]]:
+    """Fit a denoiser on uint8 (N, H, W, 3), and return it with its curve; 5 % are held out by seed 0."""
     config = load_config(None, settings).denoiser
     device = default_device()
     pixels = torch.from_numpy(images.copy())
     trained, held = split_heldout(len(pixels), config.heldout_fraction, 0)
     state = start_fit(config, 0, device)
     curve: list[Progress] = []
-
-    class Enough(Exception):
-        """Raised to leave the training loop early."""
-
-    def report(progress: Progress) -> None:
-        curve.append(progress)
-        if on_report(progress):
-            raise Enough
-
-    with contextlib.suppress(Enough):
-        run_fit(state, pixels[trained].to(device), pixels[held].to(device), 0, report, lambda _: None)
+    run_fit(state, pixels[trained].to(device), pixels[held].to(device), 0, curve.append, lambda _: None)
     return state.averaged(), curve
 
 

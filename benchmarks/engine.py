@@ -1,10 +1,10 @@
-"""The denoising engine on CIFAR-10 without Ray: samplers, speed, networks, training range, victims, depth.
+"""The denoising engine on CIFAR-10 without Ray: samplers, speed, device, networks, training range, victims, depth.
 
     python benchmarks/cifar10.py --data ../shared/data/cifar10 --work runs/cifar10 --steps prepare
-    python benchmarks/engine.py --work runs/cifar10 [--parts samplers,speed,networks,training,victims,depth]
+    python benchmarks/engine.py --work runs/cifar10 [--parts samplers,speed,device,networks,training,victims,depth]
 
 Prints one table a part and keeps everything in WORK/engine.json (and WORK/training.png). A GPU is used if there is
-one. On 2 cores the parts take 10, 10, 25, 60, 40 and 60 minutes.
+one. On 2 cores the parts take 7, 20, 3, 40, 55, 90 and 45 minutes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 from common import machine
 from engine_accuracy import depth_part, victims_part
-from engine_speed import samplers_part, speed_part
+from engine_speed import device_part, samplers_part, speed_part
 from engine_training import networks_part, training_part
 
 Part = Callable[[Path], tuple[str, list[dict[str, Any]]]]
 PARTS: dict[str, Part] = {
     "samplers": samplers_part,
     "speed": speed_part,
+    "device": device_part,
     "networks": networks_part,
     "training": training_part,
     "victims": victims_part,

@@ -16,7 +16,7 @@ from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.model import default_device
 
 SEEDS = 3
-CHAIN_IMAGES, DEPTH_IMAGES = 2000, 5000
+CHAIN_IMAGES, DEPTH_IMAGES = 2000, 3000
 # What one process purifies at a time, so that both cores have work to the end.
 PIECE = 500
 TRAIN = {"clean": "sets/rest", "ar": "ar", "lsp": "lsp"}

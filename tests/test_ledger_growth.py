@@ -177,3 +177,12 @@ def test_finalise_writes_again_when_a_retry_was_committed_meanwhile():
     manifest = finalise(Slow(store.url))
     assert manifest.statuses[1].generation == 1
     assert verify(store).ok
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_cleaning_up_a_folder_that_holds_no_run_is_refused_and_takes_nothing(idle):
+    store = memory_store()
+    store.create("data/000001-0123456789abcdef.parquet", b"somebody else's table")
+    with pytest.raises(InputError, match="no purified dataset here"):
+        collect(store, idle)
+    assert store.exists("data/000001-0123456789abcdef.parquet")

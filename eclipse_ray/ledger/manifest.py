@@ -78,8 +78,9 @@ def collect(store: Store, idle: bool = False) -> int:
 
     While others may be writing, only objects go that can never be named any more, because their generation of
     their shard is committed. `idle` says that nobody is writing: then whatever no status names goes. Raises
-    StorageError if a status is damaged.
+    InputError where there is no run, whose files would all be leftovers, and StorageError if a status is damaged.
     """
+    layout.require_run(store)
     # Listed before the statuses are read: an object that a status names by now is never taken for an orphan.
     entries = [*store.list(layout.DATA, hidden=True), *store.list(layout.PRIVATE, hidden=True)]
     statuses = read_statuses(store)

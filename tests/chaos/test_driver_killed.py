@@ -9,12 +9,12 @@ from tests.support import DEBUG, kill_when, read_output, run_cli
 # One image a pass and every timestep: slow enough that a kill lands in the middle.
 SETTINGS = {
     **DEBUG,
-    "purify.shard_images": 4,
+    "purify.shard_images": 8,
     "purify.actors": 2,
     "purify.batch_size": 1,
     "purify.num_inference_steps": 4,
 }
-SHARDS = 60
+SHARDS = 30
 
 
 def arguments(world, output) -> list[str]:

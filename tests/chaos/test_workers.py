@@ -257,6 +257,21 @@ def test_unreadable_images_decide_the_exit_code(bad, code, tmp_path, world):
 
 
 @pytest.mark.chaos
+def test_a_strict_run_ends_at_the_first_unreadable_image_and_says_which(tmp_path, world):
+    source, output = tmp_path / "source", tmp_path / "out"
+    write_synthetic(str(tmp_path / "images"), 32, 16, 5)
+    api.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
+    damaged = sorted(source.rglob("*.png"))[7]
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    words = command(world, output, **{"data.on_error": "stop"})
+    words[words.index(world.poisoned)] = str(source)
+    code, _, said = run(words)
+    assert code == 2, said
+    assert damaged.name in said
+    assert "data.on_error=row" in said
+
+
+@pytest.mark.chaos
 def test_a_node_that_disappears_costs_only_its_shards(world, tmp_path, undisturbed):
     from ray.cluster_utils import Cluster
 

@@ -78,6 +78,16 @@ def test_an_empty_object_is_an_object(store):
         assert file.read() == b""
 
 
+def test_quotes_and_backslashes_in_a_key_are_kept(store):
+    """Not asked of SeaweedFS, whose listings lose such keys."""
+    keys = ['"quoted".png', "a'b.png", "back\\slash.png", 'both\\".png']
+    for key in keys:
+        assert store.create(key, key.encode()), key
+        assert not store.create(key, b"second"), key
+    assert [entry.key for entry in store.list()] == sorted(keys)
+    assert [store.read(key).decode() for key in keys] == keys
+
+
 def test_a_missing_bucket_is_named(mock_server, monkeypatch):
     point_at(monkeypatch, mock_server.port)
     store = Store("s3://nosuchbucket/x")

@@ -57,6 +57,8 @@ def test_killed_half_way(world, tmp_path, undisturbed):
     finish_and_check(world, output, undisturbed)
 
 
+# Eleven drivers and as many clusters.
+@pytest.mark.timeout(900)
 @pytest.mark.chaos
 def test_killed_at_ten_points(world, tmp_path, undisturbed):
     output = tmp_path / "out"

@@ -127,9 +127,9 @@ def test_no_image_is_normalised_with_the_others(opacus):
 
 def test_a_private_victim_learns_and_repeats(opacus):
     train, test, privacy = coloured(192, 0), coloured(60, 1), PrivacyConfig()
-    config = CONFIG.model_copy(update={"epochs": 3})
+    config = CONFIG.model_copy(update={"epochs": 4})
     first = run(train, test, config, privacy)
-    assert first.test_accuracy[-1] > 90
+    assert first.test_accuracy[-1] > 70  # by chance 33
     assert run(train, test, config, privacy) == first
     assert run(train, test, config, PrivacyConfig(noise_multiplier=0)).train_loss != first.train_loss
 

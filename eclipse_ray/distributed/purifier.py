@@ -22,6 +22,7 @@ from eclipse_ray.distributed.shards import (
     fatal_note,
     pack,
     same_size_batches,
+    take_rows,
     task_of,
     unpack,
 )
@@ -83,7 +84,7 @@ class Purifier:
         columns = {name: batch[name].to_pylist() for name in ("task", "input_sha256", "order")}
         columns["seconds"] = [batch["seconds"][0].as_py() + time.monotonic() - started]
         done = [outcome for place in kept if not isinstance(outcome := outcomes[place], str)]
-        return pack(columns, table.take(kept), done, failures, fatal, self.note)
+        return pack(columns, take_rows(table, kept), done, failures, fatal, self.note)
 
     def _outcomes(self, task: Task, images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
         """Return what became of every image; those that kill this actor are found by its earlier lives."""

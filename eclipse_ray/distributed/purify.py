@@ -93,9 +93,9 @@ def _watched(results: Iterator[tuple[int, int]], patience: float) -> Iterator[tu
     """
     ready: queue.SimpleQueue[tuple[int, int] | Exception | None] = queue.SimpleQueue()
     threading.Thread(target=_forward, args=(results, ready.put), daemon=True).start()
-    last, slowest = time.monotonic(), 0.0
+    last, slowest = time.monotonic(), None
     while True:
-        limit = max(patience, PATIENCE * slowest)
+        limit = max(patience, PATIENCE * (slowest or 0.0))
         try:
             result = ready.get(timeout=limit)
         except queue.Empty:
@@ -113,7 +113,10 @@ def _watched(results: Iterator[tuple[int, int]], patience: float) -> Iterator[tu
             raise InterruptedRunError(
                 f"purify stopped: {reason}; run the same command again to resume"
             ) from result
-        last, slowest = time.monotonic(), max(slowest, time.monotonic() - last)
+        now = time.monotonic()
+        # The first shard also waits for actors to start, which says nothing of how long a shard takes.
+        slowest = 0.0 if slowest is None else max(slowest, now - last)
+        last = now
         yield result
 
 

@@ -129,6 +129,11 @@ def _binary(buffer: pa.Buffer) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, buffer])
 
 
+def take_rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
+    """Return these rows; of no rows too, where a bare empty list would have no type that pyarrow could take."""
+    return table.take(pa.array(rows, pa.int64()))
+
+
 def unpack(batch: pa.Table) -> tuple[pa.Table, list[Pixels], list[dict[str, str]]]:
     """Return (table, images as views of the row's buffer, failures) of one packed row."""
     table = pa.ipc.open_stream(batch["table"][0].as_buffer()).read_all()

@@ -15,7 +15,7 @@ from eclipse_ray import ledger
 from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, content_hash, decode_stored, encode_image, resize_image
 from eclipse_ray.data.table import canonical_table, image_bytes, table_to_parquet
-from eclipse_ray.distributed.shards import Job, Pixels, Task, fatal_note, pack, task_of, unpack
+from eclipse_ray.distributed.shards import Job, Pixels, Task, fatal_note, pack, take_rows, task_of, unpack
 from eclipse_ray.errors import EclipseError, InputError, StorageError
 
 # Where the image's own file name waits while its pixels travel.
@@ -73,7 +73,7 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     paths = pc.struct_field(table["image"], "path")
     table = table.drop_columns(["image"]).append_column(PATH_COLUMN, paths)
     columns = {"input_sha256": [state.hexdigest()], "order": [json.dumps(order if task.generation else [])]}
-    return pack(columns, table.take(kept), pixels, failures)
+    return pack(columns, take_rows(table, kept), pixels, failures)
 
 
 def _read(task: Task, job: Job) -> tuple[pa.Table, list[ledger.Span], list[dict[str, str]]]:
@@ -229,7 +229,7 @@ def _merged(before: pa.Table | None, done: pa.Table | None, order: Sequence[str]
     both = pa.concat_tables([before, done], promote_options="default")
     both = both.replace_schema_metadata(before.schema.metadata)
     place = {name: row for row, name in enumerate(both["id"].to_pylist())}
-    return both.take([place[name] for name in order if name in place])
+    return take_rows(both, [place[name] for name in order if name in place])
 
 
 def _renamed(path: str | None, encoding: str) -> str | None:

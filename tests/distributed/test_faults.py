@@ -12,11 +12,12 @@ import torch
 from eclipse_ray import api
 from eclipse_ray.config import CompensationConfig
 from eclipse_ray.data.formats import open_source
-from eclipse_ray.distributed import purifier
+from eclipse_ray.data.images import ImageError
+from eclipse_ray.distributed import purifier, stages
 from eclipse_ray.distributed.purify import _watched
-from eclipse_ray.distributed.shards import Job, Task, task_rows, unpack
+from eclipse_ray.distributed.shards import Job, Task, fatal_error, task_rows, unpack
 from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
-from eclipse_ray.errors import InputError, InterruptedRunError
+from eclipse_ray.errors import InputError, InterruptedRunError, StorageError
 from eclipse_ray.ledger import open_run, plan_shards, read_statuses
 from tests.ledger_helpers import make_fingerprint, plan_of
 from tests.support import DEBUG
@@ -101,6 +102,40 @@ def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(world, tmp
         purifier.Purifier(job)(decoded)
 
 
+@pytest.mark.parametrize("where", ["decoding", "purifying"])
+def test_a_shard_of_which_nothing_is_left_is_committed_with_its_errors(world, tmp_path, monkeypatch, where):
+    job, task = shard_of_sixteen(world, tmp_path / "out")
+    if where == "decoding":
+
+        def refuse(*_):
+            raise ImageError("not an image, says the test")
+
+        monkeypatch.setattr(stages, "decode_stored", refuse)
+    else:
+        monkeypatch.setattr(
+            purifier.Purifier,
+            "_outcomes",
+            lambda self, _, images, ids: dict.fromkeys(range(len(ids)), "too small"),
+        )
+    found = encode_and_commit(purifier.Purifier(job)(read_and_decode(task_rows([task])[0], job)), job)
+    assert found.select(["ok", "failed", "fatal"]).to_pylist() == [{"ok": 0, "failed": 16, "fatal": ""}]
+    status = read_statuses(job.store())[task.shard.name]
+    assert (status.object, status.ok, status.failed) == (None, 0, 16)
+
+
+def test_a_store_that_fails_under_the_actor_is_reported_as_itself(world, tmp_path, monkeypatch):
+    job, task = shard_of_sixteen(world, tmp_path / "out")
+    decoded = read_and_decode(task_rows([task])[0], job)
+
+    def away(*_):
+        raise StorageError("the store stays away")
+
+    monkeypatch.setattr(purifier.Purifier, "_outcomes", away)
+    found = encode_and_commit(purifier.Purifier(job)(decoded), job)
+    assert "the store stays away" in str(fatal_error(found["fatal"][0].as_py()))
+    assert read_statuses(job.store()) == {}
+
+
 def hanging() -> Iterator[tuple[int, int]]:
     yield 1, 0
     time.sleep(60)
@@ -117,6 +152,21 @@ def test_a_stream_that_stands_still_is_given_up():
     with pytest.raises(InterruptedRunError, match=r"no shard was finished for .* run the same command again"):
         next(results)
     assert InterruptedRunError.exit_code == 75
+
+
+def slow_to_start() -> Iterator[tuple[int, int]]:
+    time.sleep(0.5)
+    yield 1, 0
+    yield 1, 0
+    time.sleep(60)
+
+
+def test_waiting_for_the_first_shard_does_not_make_the_watchdog_more_patient():
+    results = _watched(slow_to_start(), 1.0)
+    assert [next(results), next(results)] == [(1, 0), (1, 0)]
+    # Ten times the half second of the start would be five.
+    with pytest.raises(InterruptedRunError, match="no shard was finished for 1 s"):
+        next(results)
 
 
 def test_a_stream_that_breaks_says_why_and_a_users_mistake_stays_one():

@@ -84,7 +84,9 @@ def _find(name: str) -> Defense:
     if name in DEFENSES:
         return DEFENSES[name]
     close = difflib.get_close_matches(name, DEFENSES, n=1, cutoff=0.0)
-    raise ConfigError(f"the defense {name!r} is unknown; did you mean {close[0]}? There are: {', '.join(DEFENSES)}")
+    raise ConfigError(
+        f"the defense {name!r} is unknown; did you mean {close[0]}? There are: {', '.join(DEFENSES)}"
+    )
 
 
 def _check(name: str, names: list[str], parts: list[Defense]) -> None:
@@ -114,7 +116,9 @@ def _transform_all(transforms: tuple[Transform, ...], material: Material, config
     return images
 
 
-def _augment_all(builders: tuple[Callable[[DefenseConfig], Augmentation], ...], config: DefenseConfig) -> Augmentation:
+def _augment_all(
+    builders: tuple[Callable[[DefenseConfig], Augmentation], ...], config: DefenseConfig
+) -> Augmentation:
     """Return the augmentations that `builders` make, as one."""
     chain = [build(config) for build in builders]
 

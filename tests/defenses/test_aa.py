@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.aa import policy, ueraser, ueraser_max, worst
+from eclipse_ray.defenses.aa import policy, ueraser, ueraser_max
 from eclipse_ray.defenses.library import seeded
 from eclipse_ray.defenses.op import strong_augmentation
 from eclipse_ray.errors import ConfigError
@@ -40,11 +40,6 @@ def test_the_draw_of_highest_loss_is_kept_for_each_image():
     assert len(best.unique()) > 1, "different images keep different draws"
     assert torch.equal(found, candidates[best, torch.arange(len(images))])
     assert (losses(found, targets) == scores.max(dim=0).values).all()
-
-
-def test_worst_prefers_the_first_of_equals():
-    images, targets = batch()
-    assert torch.equal(worst([images, images.clone(), images * 0 + images], targets, MODEL), images)
 
 
 @pytest.mark.parametrize(

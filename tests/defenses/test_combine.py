@@ -66,13 +66,15 @@ def test_the_other_parts_add_up():
         ("eclipse+cutmixx", "did you mean cutmix?"),
         ("", "unknown"),
         ("eclipse+", "unknown"),
-        ("aa+aa", "named twice"),
-        ("dp-sgd+dp-sgd", "named twice"),
+        ("aa+aa", "names one twice"),
+        ("dp-sgd+dp-sgd", "names one twice"),
         ("eclipse-a+avatar", "two of them purify"),
         ("eclipse-draws+eclipse-a", "two of them purify"),
         ("eclipse-b+eclipse-c", "two of them compensate"),
         ("eclipse-baked+eclipse-bc", "two of them compensate"),
-        ("at+dp-sgd", "gradients of its own"),
+        ("aa+aa-max", "the worst of several draws"),
+        ("op+op-projection", "share a part"),
+        ("op-augmentation+op", "share a part"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(name, words):

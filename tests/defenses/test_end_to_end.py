@@ -34,7 +34,7 @@ def trained(name, seed=0):
     )
 
 
-@pytest.mark.parametrize("name", [*DEFENSES, "eclipse+aa", "eclipse-draws+cutmix+dilution"])
+@pytest.mark.parametrize("name", [*DEFENSES, "eclipse+aa", "eclipse-draws+cutmix+dilution", "at+dp-sgd"])
 def test_every_defense_trains_a_victim(name):
     result = trained(name)
     assert len(result.test_accuracy) == 1

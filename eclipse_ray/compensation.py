@@ -59,7 +59,9 @@ def bake(images: Tensor, ids: Sequence[str], config: CompensationConfig, seed: i
     if len(ids) != len(images):
         raise InputError(f"{len(images)} images came with {len(ids)} ids; give one id to each image")
     height, width = int(images.shape[1]), int(images.shape[2])
-    gray, drawn, coarse = _keyed_draws(torch.Size((len(images), 3, height, width)), ids, config, seed, images.device)
+    gray, drawn, coarse = _keyed_draws(
+        torch.Size((len(images), 3, height, width)), ids, config, seed, images.device
+    )
     result = torch.empty_like(images)
     rows = max(1, BAND_PIXELS // max(1, len(images) * width))
     for top in range(0, height, rows):

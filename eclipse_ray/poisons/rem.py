@@ -1,75 +1,173 @@
 """REM: robust error-minimising noise (Fu et al., arXiv 2203.14533).
 
-Noise that a classifier learns instead of the images even if it trains adversarially: the loss is minimised under an
-adversary of a smaller radius, which maximises it, and averaged over random crops and flips.
+Noise that a classifier learns instead of the images even if it trains adversarially: the loss is minimised under
+an adversary of a smaller radius, which maximises it, and averaged over random crops and flips. Network and noise
+are fitted together; the noise that is kept is then made anew for every image against the finished network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from eclipse_ray.poisons.views import Draw, random_view
+from eclipse_ray.config import PoisonConfig
+from eclipse_ray.diffusion.noise import uniform
+from eclipse_ray.poisons.budget import REM_T
+from eclipse_ray.poisons.optimised import (
+    LabelledImages,
+    Session,
+    State,
+    by_id,
+    to_float,
+    to_images,
+)
+from eclipse_ray.poisons.surrogate import (
+    Crops,
+    Training,
+    classify,
+    crop_flip,
+    draw_crops,
+    epoch_batches,
+    frozen,
+    keyed_crops,
+    keyed_generator,
+    load_surrogate,
+    needed,
+    new_surrogate,
+    pgd,
+    rate_at,
+    start_training,
+    surrogate_state,
+)
 
-Classifier = Callable[[Tensor], Tensor]
-"""From images (B, 3, H, W) in [0, 1] to logits (B, K)."""
+ROUND = 20
+"""Optimiser steps between two saved states: at full cost each takes seconds of a GPU."""
+
+Unit = Callable[[int], Tensor]
+"""From a slot to numbers in [0, 1] of the shape of a batch: slot 0 starts the noise, 1, 2, ... the adversary."""
 
 
-@dataclass(frozen=True)
-class MinMax:
-    """Bounds and step sizes on [0, 1], and how many steps and draws are spent."""
+def fit_rem(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:
+    """Train the network that robust noise is made against, on noise made for every batch, and return it.
 
-    eps: float
-    step_size: float
-    steps: int
-    eot_draws: int
-    adversary_eps: float
-    adversary_step_size: float
-    adversary_steps: int
-
-
-def adversary(classifier: Classifier, x: Tensor, labels: Tensor, setting: MinMax, start: Tensor) -> Tensor:
-    """Return x (B, 3, H, W in [0, 1]) moved within adversary_eps to raise the classifier's loss (PGD).
-
-    `start`, of the shape of x in [0, 1], places the first point in the adversary's box.
+    A step makes noise for its batch, rounds it to 8 bits, crops and flips, lets the adversary attack, and trains.
     """
-    eps = setting.adversary_eps
-    moved = (x + (2 * start - 1) * eps).clamp(0, 1).detach()
-    for _ in range(setting.adversary_steps):
-        moved.requires_grad_()
-        (gradient,) = torch.autograd.grad(_loss(classifier, moved, labels), moved)
-        moved = moved.detach() + setting.adversary_step_size * gradient.sign()
-        moved = (x + (moved - x).clamp(-eps, eps)).clamp(0, 1)
-    return moved.detach()
+    data, steps = by_id(data), needed(config.train_steps)
+    training = start_training(new_surrogate(config, data.num_classes, seed, session.device), config)
+    first = 0
+    if (saved := session.load()) is not None:
+        first = int(saved["training.step"])
+        training.restore(saved)
+    losses: list[Tensor] = []
+    for step, rows in _batches(len(data.ids), config, seed, first):
+        losses.append(_train_step(training, data, rows, config, seed, step, session.device))
+        if (step + 1) % ROUND == 0 or step + 1 == steps:
+            session.save({**training.state(), "training.step": torch.tensor(step + 1)})
+            session.report(step + 1, steps, f"loss under attack {float(torch.stack(losses).mean()):.3f}")
+            losses.clear()
+    return surrogate_state(training.model, 0)
 
 
-def min_max_noise(classifier: Classifier, x: Tensor, labels: Tensor, setting: MinMax, draw: Draw) -> Tensor:
-    """Return noise (B, 3, H, W) within eps that lowers the loss which the adversary then raises again.
+def perturb_rem(
+    data: LabelledImages, state: State, config: PoisonConfig, seed: int, device: torch.device
+) -> Tensor:
+    """Return the noise, float32 (B, H, W, 3) on [0, 1], of any images; draws are keyed by (seed, image id)."""
+    model = load_surrogate(state, 0, config, data.num_classes, device)
+    size = needed(config.perturb_batch_size)
+    draws = needed(config.steps) * needed(config.eot_draws)
+    made = []
+    for first in range(0, len(data.ids), size):
+        part = slice(first, first + size)
+        images, ids = to_float(data.images[part], device), data.ids[part]
+        crops = keyed_crops(seed, ids, REM_T, draws, needed(config.crop_padding))
+        unit = _keyed_unit(seed, ids, images)
+        made.append(to_images(min_max_noise(model, images, data.labels[part].to(device), config, crops, unit)))
+    return torch.cat(made) if made else torch.zeros(data.images.shape)
 
-    Each step sums the gradients of `eot_draws` random views of x + noise, taken at the point that the adversary
-    found near each view, as if the point moved along with the view.
+
+def adversary(model: nn.Module, images: Tensor, labels: Tensor, config: PoisonConfig, unit: Tensor) -> Tensor:
+    """Return images (B, 3, H, W in [0, 1]) moved within adversary_eps_255 to raise the cross-entropy (sign-PGD).
+
+    `unit`, of the same shape and range, places the start in the adversary's box. The model is in evaluation mode.
     """
-    shape = (int(x.shape[1]), int(x.shape[2]), int(x.shape[3]))
-    delta = (2 * draw(0, shape) - 1) * setting.eps
-    views = draw(1, (setting.steps, setting.eot_draws, 3))
-    for step in range(setting.steps):
-        total = torch.zeros_like(x)
-        for index in range(setting.eot_draws):
-            delta.requires_grad_()
-            seen = random_view((x + delta).clamp(0, 1), views[:, step, index])
-            start = draw(2 + step * setting.eot_draws + index, shape)
-            worst = adversary(classifier, seen.detach(), labels, setting, start).requires_grad_()
-            (gradient,) = torch.autograd.grad(_loss(classifier, worst, labels), worst)
-            total += torch.autograd.grad(seen, delta, gradient)[0]
-            delta = delta.detach()
-        delta = (delta - setting.step_size * total.sign()).clamp(-setting.eps, setting.eps)
+    bound = needed(config.adversary_eps_255) / 255
+    return images + pgd(
+        images,
+        lambda attacked, _: F.cross_entropy(classify(model, attacked), labels, reduction="none"),
+        bound,
+        needed(config.adversary_step_size_255) / 255,
+        needed(config.adversary_steps),
+        start=(2 * unit - 1) * bound,
+        maximise=True,
+    )
+
+
+def min_max_noise(
+    model: nn.Module, images: Tensor, labels: Tensor, config: PoisonConfig, crops: Sequence[Crops], unit: Unit
+) -> Tensor:
+    """Return noise (B, 3, H, W) within eps_255 that lowers the cross-entropy which the adversary then raises.
+
+    Each of `steps` sign steps sums, over `eot_draws` crops, the gradient at the point that the adversary found
+    near the cropped image, taken back to the noise as if that point moved along with the crop. `crops` holds steps
+    times eot_draws of them. The model is in evaluation mode and asks for no gradients of its weights.
+    """
+    bound, size = needed(config.eps_255) / 255, needed(config.step_size_255) / 255
+    draws, padding = needed(config.eot_draws), needed(config.crop_padding)
+    delta = (2 * unit(0) - 1) * bound
+    for step in range(needed(config.steps)):
+        total = torch.zeros_like(delta)
+        for slot in range(step * draws, (step + 1) * draws):
+            at = delta.requires_grad_(True)
+            seen = crop_flip((images + at).clamp(0, 1), crops[slot], padding)
+            worst = adversary(model, seen.detach(), labels, config, unit(1 + slot)).requires_grad_(True)
+            loss = F.cross_entropy(classify(model, worst), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, worst)
+            total += torch.autograd.grad(seen, at, gradient)[0]
+        delta = (delta.detach() - size * total.sign()).clamp(-bound, bound)
     return delta
 
 
-def _loss(classifier: Classifier, x: Tensor, labels: Tensor) -> Tensor:
-    # The sum, so that the gradient of an image does not depend on its batch.
-    return F.cross_entropy(classifier(x), labels, reduction="sum")
+def _train_step(
+    training: Training,
+    data: LabelledImages,
+    rows: Tensor,
+    config: PoisonConfig,
+    seed: int,
+    step: int,
+    device: torch.device,
+) -> Tensor:
+    images, labels = to_float(data.images[rows], device), data.labels[rows].to(device)
+    draws, padding = needed(config.steps) * needed(config.eot_draws), needed(config.crop_padding)
+    generator = keyed_generator(seed, "rem crops", step)
+    crops = [draw_crops(len(rows), padding, generator) for _ in range(draws + 1)]
+
+    def unit(slot: int) -> Tensor:
+        return torch.rand(images.shape, generator=keyed_generator(seed, "rem", step, slot)).to(device)
+
+    with frozen(training.model):
+        noise = min_max_noise(training.model, images, labels, config, crops[:draws], unit)
+        stored = (images + (noise * 255).round() / 255).clamp(0, 1)
+        attacked = adversary(
+            training.model, crop_flip(stored, crops[draws], padding), labels, config, unit(1 + draws)
+        )
+    rate = rate_at(config, step, needed(config.train_steps))
+    return training.step(attacked, labels, rate, needed(config.max_grad_norm))
+
+
+def _batches(count: int, config: PoisonConfig, seed: int, first: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (step, rows) from step `first` to the last, epoch after epoch."""
+    steps, epoch, step = needed(config.train_steps), 0, 0
+    while step < steps:
+        for rows in epoch_batches(seed, epoch, count, needed(config.surrogate_batch_size)):
+            if first <= step < steps:
+                yield step, rows
+            step += 1
+        epoch += 1
+
+
+def _keyed_unit(seed: int, ids: Sequence[str], images: Tensor) -> Unit:
+    shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
+    return lambda slot: uniform(seed, ids, REM_T + 1 + slot, shape, images.device).float()

@@ -28,6 +28,7 @@ from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import encode_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import Span, canonical_table, extra_columns, image_bytes, table_to_parquet
+from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.shards import same_size_batches
@@ -75,12 +76,6 @@ class PoisonJob:
         """Whether the poison is fitted first, and its chunks are kept until all are there."""
         return self.poison.name in OPTIMISED
 
-    def here(self) -> PoisonConfig:
-        """Return the poison's settings with its denoiser, if it has one, brought to this machine."""
-        if not self.poison.denoiser:
-            return self.poison
-        return self.poison.model_copy(update={"denoiser": local_denoiser(self.poison.denoiser)})
-
 
 def chunk_key(number: int) -> str:
     """Return where a poisoned chunk is kept."""
@@ -99,15 +94,16 @@ def fit_stored(job: PoisonJob, report: Report, device: torch.device | None = Non
     data = LabelledImages(
         torch.from_numpy(loaded.images), torch.from_numpy(loaded.labels), loaded.ids, job.num_classes
     )
-    session = stored_session(store, job.poison.save_seconds, device or default_device(), report)
-    state = fit_poison(data, job.here(), job.seed, session)
+    session = stored_session(store, job.poison, device or default_device(), report)
+    state = fit_poison(data, job.poison, job.seed, session)
     store.write(STATE_KEY, safetensors.torch.save(state))
     store.delete(FIT_KEY)
     return as_arrays(state)
 
 
-def stored_session(store: Store, save_seconds: float, device: torch.device, report: Report) -> Session:
-    """Return a session that keeps its state in `store`, at most once in `save_seconds`."""
+def stored_session(store: Store, poison: PoisonConfig, device: torch.device, report: Report) -> Session:
+    """Return a session that keeps its state in `store`, at most once in `save_seconds`; loads adp's denoiser."""
+    denoiser = load_denoiser(local_denoiser(poison.denoiser), device) if poison.denoiser else None
     last = [time.monotonic()]
 
     def load() -> State | None:
@@ -115,11 +111,11 @@ def stored_session(store: Store, save_seconds: float, device: torch.device, repo
 
     def save(state: State) -> None:
         # Any saved state leads to the same result, so one that is skipped costs time only.
-        if time.monotonic() - last[0] >= save_seconds:
+        if time.monotonic() - last[0] >= poison.save_seconds:
             store.write(FIT_KEY, safetensors.torch.save(state))
             last[0] = time.monotonic()
 
-    return Session(device, report, load, save)
+    return Session(device, report, load, save, denoiser)
 
 
 def as_arrays(state: State) -> Arrays:
@@ -173,7 +169,7 @@ def _changed(job: PoisonJob, data: LabelledImages, state: Arrays | None) -> torc
         return poison_images(data.images, data.labels, data.ids, job.poison, job.seed, job.num_classes)
     # Ray's shared memory cannot be written to, of which torch would warn.
     tensors = {key: torch.from_numpy(value.copy()) for key, value in state.items()}
-    return poison_fitted(data, tensors, job.here(), job.seed, default_device())
+    return poison_fitted(data, tensors, job.poison, job.seed, default_device())
 
 
 def _with_perturbations(

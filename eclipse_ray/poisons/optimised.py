@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eclipse_ray.config import PoisonConfig
+from eclipse_ray.diffusion.model import Denoiser
 from eclipse_ray.errors import InputError
 
 State = dict[str, Tensor]
@@ -36,13 +37,14 @@ class Session:
 
     `report(done, total, note)` is for people. `load` returns what an interrupted run gave to `save` last, or None;
     a fit that goes on from there gives the same result as one that never stopped. `save` is called at most once a
-    round or epoch, and may choose not to store every state it is given.
+    round or epoch, and may choose not to store every state it is given. `denoiser` is what adp strong attacks.
     """
 
     device: torch.device
     report: Callable[[int, int, str], None]
     load: Callable[[], State | None]
     save: Callable[[State], None]
+    denoiser: Denoiser | None = None
 
 
 Fit = Callable[[LabelledImages, PoisonConfig, int, Session], State]

@@ -50,7 +50,7 @@ def test_published_numbers():
     assert (rem.train_steps, rem.steps, rem.eot_draws, rem.adversary_steps) == (5000, 10, 5, 10)
     assert (rem.adversary_eps_255, rem.adversary_step_size_255, rem.step_size_255) == (4, 0.8, 1.6)
     sep = resolved_poison(PoisonConfig(name="sep"))
-    assert (sep.variant, sep.checkpoints, sep.steps, sep.target_shift) == ("plain", 30, 30, 5)
+    assert (sep.variant, sep.checkpoints, sep.steps) == ("plain", 30, 30)
     assert resolved_poison(PoisonConfig(name="sep", variant="fa_vr")).checkpoints == 15
     efp = resolved_poison(PoisonConfig(name="efp"))
     assert (efp.variant, efp.steps, efp.adversary_steps, efp.adversary_eps_255) == ("push", 300, 10, 4)

@@ -1,8 +1,7 @@
 """What every optimised poison costs: all its numbers, as published and reduced for two CPU cores.
 
-Published numbers are of the public code of each method, for CIFAR-10 and a ResNet-18. Three of them are no one's:
-no code names a cap on rounds, the learning-rate schedule of efp's surrogate, or adp's surrogate and bound
-(docs/poisons.md). Reduced numbers are ours: 10,000 images of 32 px and the small victim as surrogate.
+Published numbers are of the public code of each method, for CIFAR-10 and a ResNet-18. Two are no one's: no code
+names a cap on rounds, or adp's surrogate and bound (docs/poisons.md). Reduced numbers are ours: 10,000 images of 32 px and the small victim as surrogate.
 """
 
 from __future__ import annotations

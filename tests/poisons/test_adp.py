@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,26 +8,24 @@ from eclipse_ray.config import CompensationConfig, load_config
 from eclipse_ray.diffusion.model import build_denoiser, build_unet
 from eclipse_ray.diffusion.sampler import purify
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons import fit_poison
+from eclipse_ray.poisons import fit_poison, quiet_session
 from eclipse_ray.poisons.adp import UNetClassifier, defender, new_unet, purified
 from eclipse_ray.poisons.surrogate import keyed_generator, load_surrogate, under
-from tests.poisons.fitting import (
-    CLASSES,
-    CPU,
-    as_floats,
-    check_resume,
-    check_storage,
-    interrupting,
-    losses,
-    quiet_session,
-    tiny_config,
-    tiny_data,
-)
+from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
+from tests.poisons.helpers import CLASSES, CPU, Memory, tiny_config, tiny_images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NETWORK = load_config(None, {"denoiser.preset": "debug"}).denoiser
 IDS = ["a", "b"]
-SETTINGS = {"rounds": 3, "round_batches": 6, "steps": 3, "step_size_255": 2.5, "stop_error": 0.0}
-UNET = SETTINGS | {"surrogate": "unet", "unet_channels": (8, 8)}
+SETTINGS = {
+    "surrogate_batch_size": 8,
+    "rounds": 3,
+    "round_batches": 12,
+    "steps": 3,
+    "step_size_255": 2.5,
+    "stop_error": 0.0,
+}
+UNET = SETTINGS | {"unet_channels": (8, 8)}
 
 
 def denoiser():
@@ -45,7 +45,7 @@ def test_the_classifier_is_a_denoisers_network_with_another_end():
     assert {name.removeprefix("unet.") for name, _ in model.named_parameters()} == other
 
 
-def test_what_gradients_go_through_is_what_the_defender_does(one_thread):
+def test_what_gradients_go_through_is_what_the_defender_does():
     x, model = picture(), denoiser()
     for t_star in (model.t_star, 2):
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_compensation_for_attacks_is_that_of_the_baked_dataset():
     assert torch.equal((seen * 255).round().to(torch.uint8).permute(0, 2, 3, 1), bake(stored, IDS, config, 5))
 
 
-def test_gradients_through_noise_denoiser_and_compensation_equal_finite_differences(one_thread):
+def test_gradients_through_noise_denoiser_and_compensation_equal_finite_differences():
     # In the middle of the range, so that no clamp cuts a difference in two.
     x = (0.5 + 0.1 * (picture() - 0.5)).double()
     settings = {"compensation_sigma": 0.02, "compensation_coarse_sigma": 0.02}
@@ -92,8 +92,8 @@ def test_every_draw_of_the_defender_is_another():
     assert torch.equal(see(x, keyed_generator(1)), see(x, keyed_generator(1)))
 
 
-def test_noise_lowers_the_loss_of_the_unet_under_compensation(one_thread):
-    data, config = tiny_data(), tiny_config("adp", **UNET)
+def test_noise_lowers_the_loss_of_the_unet_under_compensation():
+    data, config = tiny_images(48), tiny_config("adp", **UNET)
     state = check_resume(data, config)
     poisoned = check_storage(data, state, config)
     model = new_unet(config, CLASSES, 0, CPU)
@@ -101,8 +101,8 @@ def test_noise_lowers_the_loss_of_the_unet_under_compensation(one_thread):
     check_lower(model.eval(), data, poisoned, defender(config, None))
 
 
-def test_noise_lowers_the_loss_of_a_victim_behind_the_denoiser(one_thread):
-    data, config, model = tiny_data(), tiny_config("adp", variant="strong", **SETTINGS), denoiser()
+def test_noise_lowers_the_loss_of_a_victim_behind_the_denoiser():
+    data, config, model = tiny_images(48), tiny_config("adp", variant="strong", **SETTINGS), denoiser()
     state = check_resume(data, config, denoiser=model)
     poisoned = check_storage(data, state, config)
     victim = load_surrogate(state, 0, config, CLASSES, CPU)
@@ -121,11 +121,11 @@ def check_lower(model, data, poisoned, see):
 
 
 def test_settings_that_cannot_work_are_named():
-    data, strong = tiny_data(), {"variant": "strong", **SETTINGS}
+    data, strong = tiny_images(48), {"variant": "strong", **SETTINGS}
     with pytest.raises(ConfigError, match="name its folder"):
         fit_poison(data, tiny_config("adp", **strong), 0, quiet_session())
     with pytest.raises(ConfigError, match="wants unet"):
-        fit_poison(data, tiny_config("adp", **SETTINGS), 0, quiet_session())
-    session = interrupting(1, denoiser=denoiser())[0]
+        fit_poison(data, tiny_config("adp", surrogate="small"), 0, quiet_session())
+    session = replace(Memory().session(), denoiser=denoiser())
     with pytest.raises(ConfigError, match="trained up to"):
         fit_poison(data, tiny_config("adp", **strong, t_star=9), 0, session)

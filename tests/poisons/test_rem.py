@@ -3,25 +3,24 @@ import torch
 
 from eclipse_ray.poisons.rem import adversary, min_max_noise
 from eclipse_ray.poisons.surrogate import crop_flip, keyed_crops, load_surrogate
-from tests.poisons.fitting import (
-    CLASSES,
-    CPU,
-    as_floats,
-    check_resume,
-    check_storage,
-    losses,
-    tiny_config,
-    tiny_data,
-)
+from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
+from tests.poisons.helpers import CLASSES, CPU, tiny_config, tiny_images
 
-SETTINGS = {"train_steps": 30, "surrogate_milestones": (20,), "eot_draws": 2, "steps": 4, "adversary_steps": 1}
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = {
+    "surrogate_batch_size": 8,
+    "train_steps": 50,
+    "surrogate_milestones": (40,),
+    "eot_draws": 2,
+    "steps": 4,
+    "adversary_steps": 1,
+}
 
 
 @pytest.fixture(scope="module")
 def fitted():
-    torch.set_num_threads(1)
-    data, config = tiny_data(), tiny_config("rem", **SETTINGS)
-    return data, config, check_resume(data, config, after=1)
+    data, config = tiny_images(48), tiny_config("rem", **SETTINGS)
+    return data, config, check_resume(data, config, kill_at=1)
 
 
 def test_a_fit_that_was_stopped_goes_on_as_if_it_never_was(fitted):
@@ -52,8 +51,8 @@ def test_noise_lowers_the_loss_that_an_adversary_leaves(fitted):
 
     def worst(images):
         total = torch.zeros(len(images))
-        for crops in keyed_crops(11, data.ids, 0, 4, 4):
-            seen = crop_flip(as_floats(images), crops, 4)
+        for crops in keyed_crops(11, data.ids, 0, 4, 2):
+            seen = crop_flip(as_floats(images), crops, 2)
             attacked = adversary(model, seen, data.labels, config, torch.full_like(seen, 0.5))
             total += losses(model, attacked, data.labels)
         return total / 4
@@ -67,7 +66,7 @@ def test_every_step_follows_the_gradient_at_the_worst_point(fitted):
     model = load_surrogate(state, 0, config, CLASSES, CPU)
     images, labels = as_floats(data.images)[:8], data.labels[:8]
     one = config.model_copy(update={"steps": 1, "eot_draws": 1, "step_size_255": 1.0})
-    upright = (torch.full((2, 8), 4), torch.zeros(8, dtype=torch.bool))
+    upright = (torch.full((2, 8), 2), torch.zeros(8, dtype=torch.bool))
     middle = torch.full_like(images, 0.5)
     noise = min_max_noise(model, images, labels, one, [upright], lambda _slot: middle)
     worst = adversary(model, images, labels, one, middle).requires_grad_()

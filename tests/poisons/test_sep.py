@@ -2,30 +2,21 @@ import pytest
 import torch
 
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.poisons import fit_poison, poison_fitted
+from eclipse_ray.poisons import fit_poison, poison_fitted, quiet_session
 from eclipse_ray.poisons.sep import ensemble_noise, mean_gradient, targets, variance_reduced_noise, visits
 from eclipse_ray.poisons.surrogate import classify, features, load_surrogate
-from tests.poisons.fitting import (
-    CLASSES,
-    CPU,
-    as_floats,
-    check_resume,
-    check_storage,
-    part_of,
-    quiet_session,
-    tiny_config,
-    tiny_data,
-)
+from tests.poisons.fitting import as_floats, check_resume, check_storage
+from tests.poisons.helpers import CLASSES, CPU, part, tiny_config, tiny_images
 
-SETTINGS = {"surrogate_epochs": 6, "surrogate_milestones": (5,), "checkpoints": 3, "steps": 10}
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = {"surrogate_batch_size": 8, "surrogate_epochs": 9, "checkpoints": 3, "steps": 10}
 STEPS = tiny_config("sep", steps=8, step_size_255=1.0)
 
 
 @pytest.fixture(scope="module", params=["plain", "fa_vr"])
 def fitted(request):
-    torch.set_num_threads(1)
-    data, config = tiny_data(), tiny_config("sep", variant=request.param, **SETTINGS)
-    state = check_resume(data, config, after=4)
+    data, config = tiny_images(48), tiny_config("sep", variant=request.param, **SETTINGS)
+    state = check_resume(data, config, kill_at=4)
     return data, config, state, check_storage(data, state, config)
 
 
@@ -122,7 +113,7 @@ def test_checkpoints_differ_and_all_of_them_are_moved_to_the_target(fitted):
 
 
 def test_features_come_closer_to_the_mean_of_the_target_class():
-    data, config = tiny_data(), tiny_config("sep", variant="fa_vr", **SETTINGS)
+    data, config = tiny_images(48), tiny_config("sep", variant="fa_vr", **SETTINGS)
     state = fit_poison(data, config, 3, quiet_session())
     poisoned = poison_fitted(data, state, config, 3)
     assert state["means"].shape[:2] == (3, CLASSES)
@@ -138,7 +129,7 @@ def test_features_come_closer_to_the_mean_of_the_target_class():
 
 
 def test_alignment_needs_images_of_every_class():
-    data = part_of(tiny_data(), [row for row in range(48) if row % 4 != 1])
+    data = part(tiny_images(48), [row for row in range(48) if row % 4 != 1])
     config = tiny_config("sep", variant="fa_vr", **(SETTINGS | {"checkpoints": 1, "surrogate_epochs": 1}))
     with pytest.raises(InputError, match="class 1 of 4"):
         fit_poison(data, config, 0, quiet_session())

@@ -11,6 +11,8 @@ from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.poisons.budget import TAP_T
 from eclipse_ray.poisons.optimised import LabelledImages, Session, State, to_float, to_images
 from eclipse_ray.poisons.surrogate import (
+    Crops,
+    Objective,
     classify,
     crop_flip,
     keyed_crops,
@@ -52,13 +54,15 @@ def _targeted(
     def loss(values: Tensor) -> Tensor:
         return F.cross_entropy(classify(model, values), target, reduction="none")
 
+    def through(crops: list[Crops]) -> Objective:
+        return lambda values, step: loss(crop_flip(values, crops[step], padding))
+
     for restart in range(needed(config.restarts)):
         slot = TAP_T + 2 * restart
         start = noise(seed, ids, slot, tuple(data.images.shape[1:])).permute(0, 3, 1, 2) * bound
-        crops = keyed_crops(seed, ids, slot + 1, steps, padding)
         delta = pgd(
             images,
-            lambda values, step, crops=crops: loss(crop_flip(values, crops[step], padding)),  # type: ignore[misc]
+            through(keyed_crops(seed, ids, slot + 1, steps, padding)),
             bound,
             needed(config.step_size_255) / 255,
             steps,

@@ -1,17 +1,16 @@
 """`poison` end to end on Ray: an optimised poison, SIGKILL and the same command again, refusals, spread chunks."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import yaml
 
 from eclipse_ray import api
 from eclipse_ray.config import load_config
 from eclipse_ray.data.dataset import load_images
 from eclipse_ray.data.store import Store
-from eclipse_ray.data.synthetic import write_synthetic
+from eclipse_ray.data.synthetic import CLASSES, write_synthetic
 from eclipse_ray.distributed import poison as room
 from eclipse_ray.distributed.poison_work import FIT_KEY, STATE_KEY
 from eclipse_ray.errors import InputError, ResumeError
@@ -41,42 +40,48 @@ def words(source, output, **settings) -> list[str]:
     return ["poison", "em", source, str(output), *(w for k, v in chosen.items() for w in ("--set", f"{k}={v}"))]
 
 
-def test_em_killed_while_it_fits_and_run_again(source, tmp_path):
-    output = tmp_path / "killed"
-    ready = output / FIT_KEY
-    # Long enough that the kill lands in the fit; the state that is resumed from is checked without Ray.
-    kill_when(words(source, output), ready.exists, tmp_path / "log")
-    assert not (output / STATE_KEY).exists()
-    with pytest.raises(InputError, match="interrupted"):
-        load_images(str(output), load_config().data)
-    changed = [sys.executable, "-c", "from eclipse_ray.cli import main; main()"]
-    refused = subprocess.run(
-        [*changed, *words(source, output, **{"poison.steps": 3})], capture_output=True, text=True, timeout=100
-    )
-    assert refused.returncode == 2
-    assert "poison.steps: 2 -> 3" in refused.stderr
-    result = run_cli(*words(source, output))
-    assert result["images"] == 40
-    details = result["details"]
-    assert {key: details[key] for key in ("poison", "variant", "norm", "eps_255", "cost")} == {
+def test_em_on_ray_within_its_bound_and_done_once(source, tmp_path):
+    output = str(tmp_path / "em")
+    done = api.poison("em", source, output, settings=TINY)
+    assert done.images == 40
+    assert done.details == {
         "poison": "em",
+        "classes": len(CLASSES),
         "variant": "sample",
+        "scope": "sample",
         "norm": "linf",
         "eps_255": 8.0,
+        "largest_norm_255": done.details["largest_norm_255"],
         "cost": "reduced",
     }
-    table, clean = read_output(output), load_images(source, load_config().data)
-    assert sorted(table["id"].to_pylist()) == sorted(clean.ids)
-    found = load_images(str(output), load_config().data)
+    found, clean = (load_images(name, load_config().data) for name in (output, source))
     assert found.ids == clean.ids
     assert np.array_equal(found.labels, clean.labels)
-    moved = np.abs(found.images.astype(int) - clean.images).max()
-    assert moved == details["largest_norm_255"] <= 8
-    left = [entry.key for entry in Store(str(output)).list("_eclipse/poison")]
+    assert np.abs(found.images.astype(int) - clean.images).max() == done.details["largest_norm_255"] <= 8
+    left = [entry.key for entry in Store(output).list("_eclipse/poison")]
     assert left == ["_eclipse/poison/result.json", STATE_KEY]
-    assert api.poison("em", source, str(output), settings=TINY).details == details, "done already: at once"
+    resolved = yaml.safe_load(Store(output).read("_eclipse/config.yaml"))["poison"]
+    assert (resolved["surrogate"], resolved["steps"], resolved["step_size_255"]) == ("small", 2, 2.0)
+    before = Store(output).entry("_eclipse/poison/result.json").version
+    assert api.poison("em", source, output, settings=TINY) == done
+    assert Store(output).entry("_eclipse/poison/result.json").version == before, "it was written again"
     with pytest.raises(ResumeError, match=r"run.seed: 0 -> 1"):
-        api.poison("em", source, str(output), settings={**TINY, "run.seed": 1})
+        api.poison("em", source, output, settings={**TINY, "run.seed": 1})
+
+
+@pytest.mark.chaos
+def test_em_killed_while_it_fits_and_run_again(source, tmp_path):
+    output, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    kill_when(words(source, output), (output / FIT_KEY).exists, tmp_path / "log")
+    assert not (output / STATE_KEY).exists(), "the kill came too late"
+    with pytest.raises(InputError, match="interrupted"):
+        load_images(str(output), load_config().data)
+    with pytest.raises(ResumeError, match=r"poison\.steps: 2 -> 3"):
+        api.poison("em", source, str(output), settings={**TINY, "poison.steps": 3})
+    result, whole = run_cli(*words(source, output)), run_cli(*words(source, undisturbed))
+    assert result["details"] == whole["details"]
+    assert Store(str(output)).read(STATE_KEY) == Store(str(undisturbed)).read(STATE_KEY)
+    assert read_output(output).equals(read_output(undisturbed))
 
 
 def test_spread_closed_forms_are_those_of_one_process(source, tmp_path, monkeypatch):

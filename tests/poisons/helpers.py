@@ -33,7 +33,7 @@ def tiny_config(name: str, **settings: object) -> PoisonConfig:
     numbers = {
         "cost": "reduced",
         "surrogate_batch_size": 32,
-        "surrogate_learning_rate": 0.05,
+        "surrogate_learning_rate": 0.1,
         "surrogate_epochs": 3,
         "perturb_batch_size": 64,
         "steps": 3,

@@ -1,7 +1,8 @@
 """What every optimised poison costs: all its numbers, as published and reduced for two CPU cores.
 
 Published numbers are of the public code of each method, for CIFAR-10 and a ResNet-18. Two are no one's: no code
-names a cap on rounds, or adp's surrogate and bound (docs/poisons.md). Reduced numbers are ours: 10,000 images of 32 px and the small victim as surrogate.
+names a cap on rounds, or adp's surrogate and bound (docs/poisons.md). Reduced numbers are ours: 10,000 images of
+32 px and the small victim as surrogate.
 """
 
 from __future__ import annotations

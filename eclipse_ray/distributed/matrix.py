@@ -1,0 +1,406 @@
+"""Measure a matrix: one Ray Tune trial a cell, each committed by put-if-absent, so that any run goes on with the rest.
+
+The ledger is ours, not Tune's: a finished cell is an object results/<key>.json, and Tune is only told what is
+missing. So a grid may grow between two runs, its order may change, and nothing of Tune has to be restored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.exceptions import RayError
+
+from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, VictimConfig, to_yaml
+from eclipse_ray.data.store import Store
+from eclipse_ray.defenses import combine
+from eclipse_ray.diffusion.model import default_device
+from eclipse_ray.distributed import materials
+from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
+from eclipse_ray.distributed.grid import Cell, Column, Facts, Grid, attacks_denoiser, build_grid, denoiser_key
+from eclipse_ray.distributed.materials import Cache, Sets, Work
+from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
+from eclipse_ray.errors import EclipseError
+from eclipse_ray.victims.training import train_victim
+
+CELLS_AHEAD = 4
+"""So many times the trials at once are made ready together: few trials wait for the last of a group."""
+RETRIES = 2
+"""How often a trial whose process died is begun again."""
+GPU_SHARE = 0.25
+
+
+@dataclass
+class Matrix:
+    """A matrix and how far it is."""
+
+    config: Config
+    sets: Sets
+    facts: Facts
+    grid: Grid
+    cache: Cache
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Store:
+        """The folder of results and tables."""
+        return self.cache.store
+
+    def done(self) -> set[str]:
+        """Return the keys of all cells that were ever measured in this folder."""
+        names = (entry.key.rpartition("/")[2] for entry in self.store.list("results"))
+        return {name.removesuffix(".json") for name in names}
+
+    def missing(self) -> list[Cell]:
+        """Return the cells that are still to be measured, each key once, in order."""
+        done = self.done()
+        return list({cell.key: cell for cell in self.grid.cells if cell.key not in done}.values())
+
+
+def open_matrix(config: Config) -> Matrix:
+    """Read the sets, check that they are disjoint, and return the matrix; only `run` writes anything.
+
+    Raises ConfigError for settings that cannot work, InputError for unusable sets.
+    """
+    sets = materials.load_sets(config)
+    facts = materials.facts(config, sets)
+    grid = build_grid(config, facts)
+    if any(row.defense.dilution for row in grid.rows) and (sets.sparse is None or sets.sparse.labels is None):
+        raise materials.no_labels(str(config.data.clean))
+    cache = Cache(str(config.data.output))
+    refuse_process_local(str(config.data.output), cache.store.in_this_process_only)
+    return Matrix(config, sets, facts, grid, cache)
+
+
+def run(matrix: Matrix, publish: Callable[[], None]) -> None:
+    """Measure what is missing; `publish` is called whenever some cells are done, and at the end, whatever ends it.
+
+    What fails is left out, so that it does not hold up the rest, and stands in `matrix.failures` by cell title.
+    """
+    matrix.store.probe()
+    matrix.store.write("_eclipse/config.yaml", to_yaml(matrix.config).encode())
+    try:
+        missing = matrix.missing()
+        if not missing:
+            say(f"matrix: all {len(matrix.grid.cells)} cells are measured already")
+            return
+        resources = connect(matrix.config)
+        runner = _Runner(matrix, resources, len(missing))
+        for cells in groups(missing, CELLS_AHEAD * runner.concurrent):
+            runner.measure(cells)
+            publish()
+    finally:
+        publish()
+
+
+def groups(cells: list[Cell], size: int) -> Iterator[list[Cell]]:
+    """Yield the cells in order, at least `size` at a time where there are so many, never parting a column's run."""
+    group: list[Cell] = []
+    for index, cell in enumerate(cells):
+        if len(group) >= size and cells[index - 1].column.key != cell.column.key:
+            yield group
+            group = []
+        group.append(cell)
+    if group:
+        yield group
+
+
+class Pantry:
+    """An actor that holds references to the sets of one group of trials, and lets go of them together.
+
+    Parameters handed to Tune stay in the object store until the driver ends.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.sets: dict[str, Any] = {}
+
+    def fill(self, jobs: dict[str, dict[str, Any]], sets: dict[str, Any]) -> None:
+        """Replace everything; `sets` are references by key."""
+        self.jobs, self.sets = jobs, sets
+
+    def take(self, cell: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a cell's job and references to what it needs."""
+        job = self.jobs[cell]
+        return job, {name: self.sets[key] for name, key in job["sets"].items()}
+
+
+class _Runner:
+    """Makes materials and trains victims for one group of cells after the other."""
+
+    def __init__(self, matrix: Matrix, resources: Resources, missing: int) -> None:
+        self.matrix, self.resources = matrix, resources
+        self.gpus, self.concurrent, self.threads = share(matrix.config, resources)
+        require_cpus(resources, self.cpus, "a victim of the matrix")
+        self.board, self.pantry = start_board(), ray.remote(num_cpus=0)(Pantry).remote()
+        epochs = sum(cell.victim.config.epochs for cell in matrix.missing())
+        self.line = ProgressLine("matrix", "epochs", epochs, matrix.config.run.progress_seconds)
+        self.cells, self.finished = len(matrix.grid.cells), len(matrix.grid.cells) - missing
+        self.seen: set[tuple[str, int]] = set()
+        self.titles = {cell.key: cell.title for cell in matrix.grid.cells}
+        images, labels = matrix.sets.source.images, matrix.sets.source.labels
+        self.source, self.labels = ray.put(images), ray.put(labels)
+        self.test = ray.put((matrix.sets.test.images, matrix.sets.test.labels))
+        self.fixed: dict[str, Any] = {}
+
+    @property
+    def cpus(self) -> float:
+        """Logical CPUs of a trial."""
+        return self.threads * self.resources.cpus_per_core
+
+    def measure(self, cells: list[Cell]) -> None:
+        """Make what the cells need, then train their victims; what fails is written down."""
+        columns = {cell.column.key: cell.column for cell in cells}
+        images = {key: ref for key, column in columns.items() if (ref := self._column(column, cells)) is not None}
+        cells = [cell for cell in cells if cell.column.key in images]
+        sets = self._defended(cells, images)
+        cells = [cell for cell in cells if cell.training in sets]
+        if not cells:
+            return
+        jobs = {cell.key: self._job(cell) for cell in cells}
+        extra = {job["sets"]["extra"]: self._extra(job["sets"]["extra"]) for job in jobs.values() if job["dilution"]}
+        ray.get(self.pantry.fill.remote(jobs, {**sets, **extra, "labels": self.labels, "test": self.test}))
+        with BoardWatcher(self.board, self._show):
+            for key, message in self._tune([cell.key for cell in cells]).items():
+                self._failed(self.titles[key], message)
+        ray.get(self.pantry.fill.remote({}, {}))
+
+    def _column(self, column: Column, cells: list[Cell]) -> Any:
+        """Return a reference to the column's images, or None after a failure."""
+        if column.config is None:
+            return self.source
+        matrix, ids = self.matrix, self.matrix.sets.source.ids
+        try:
+            denoiser = self._denoiser(column.config) if attacks_denoiser(column.config) else None
+            materials.ensure_poison(column, matrix.cache, denoiser, len(ids), matrix.facts.source)
+        except EclipseError as error:
+            # What ends a run (a signal) must end it; what concerns this column must not.
+            if error.exit_code == 75:
+                raise
+            for cell in cells:
+                if cell.column.key == column.key:
+                    self._failed(cell.title, str(error))
+            return None
+        load = self._task(materials.load_column)
+        url = matrix.cache.url("poisons", column.key)
+        images = load.remote(url, ids, matrix.config.data.max_pixels)
+        self._task(materials.keep_quality).remote(matrix.cache, column.key, images, self.source)
+        return images
+
+    def _denoiser(self, config: Config) -> str:
+        facts = self.matrix.facts
+        key = denoiser_key(config, facts)
+        sparse = facts.sparse.get(config.matrix.sparse_limit or 0, "")
+        return materials.ensure_denoiser(config, self.matrix.cache, key, sparse)
+
+    def _defended(self, cells: list[Cell], images: dict[str, Any]) -> dict[str, Any]:
+        """Return references to all training sets of `cells` that could be made, by key."""
+        ready = {key: ref for key, ref in images.items() if any(cell.training == key for cell in cells)}
+        wanted = {cell.training: cell for cell in cells if cell.training not in images}
+        pending = {self._defend(cell, images[cell.column.key]): key for key, cell in wanted.items()}
+        if pending:
+            say(f"matrix: {self._so_far()}; {len(pending)} transformed sets")
+        for ref, key in pending.items():
+            try:
+                ray.wait([ref], fetch_local=False)
+                ray.get(self._task(_nothing).remote(ref))
+                ready[key] = ref
+            except (RayError, EclipseError) as error:
+                for cell in cells:
+                    if cell.training == key:
+                        self._failed(cell.title, last_line(error))
+        return ready
+
+    def _defend(self, cell: Cell, images: Any) -> Any:
+        matrix, config = self.matrix, cell.row.config
+        work = Work(
+            cache=matrix.cache,
+            key=cell.training,
+            name=cell.row.entry.name,
+            config=config.model_dump(mode="json"),
+            denoiser=self._denoiser(config) if cell.row.denoiser else None,
+            seed=config.run.seed,
+            num_classes=matrix.sets.num_classes,
+            threads=self.threads,
+        )
+        sparse = materials.sparse_set(matrix.sets, config)
+        pair = None if sparse is None else (sparse.images, sparse.labels)
+        make = self._task(materials.make_defended)
+        return make.remote(work, images, self.source, self.labels, matrix.sets.source.ids, pair)
+
+    def _task(self, function: Callable[..., Any]) -> Any:
+        return ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(function)
+
+    def _job(self, cell: Cell) -> dict[str, Any]:
+        config, defense = cell.row.config, cell.row.defense
+        compensation = defense.compensation(config) if defense.compensation else CompensationConfig(mode="none")
+        sets = {"images": cell.training, "labels": "labels", "test": "test"}
+        if defense.dilution:
+            sets["extra"] = f"extra {config.matrix.sparse_limit or 0}"
+        return {
+            "output": self.matrix.store.url,
+            "title": cell.title,
+            "defense": cell.row.entry.name,
+            "settings": config.defense.model_dump(mode="json"),
+            "compensation": compensation.model_dump(mode="json"),
+            "privacy": config.defense.model_dump(mode="json").get("privacy"),
+            "dilution": defense.dilution,
+            "victim": cell.victim.config.model_dump(mode="json"),
+            "seed": cell.seed,
+            "threads": self.threads,
+            "sets": sets,
+        }
+
+    def _extra(self, name: str) -> Any:
+        if name not in self.fixed:
+            count = int(name.split()[1])
+            sparse = materials.first_images(self.matrix.sets.sparse, count)
+            self.fixed[name] = ray.put((sparse.images, sparse.labels))
+        return self.fixed[name]
+
+    def _tune(self, keys: list[str]) -> dict[str, str]:
+        """Run one trial a key; return the messages of those that failed."""
+        trial = tune.with_parameters(_trial, pantry=self.pantry, board=self.board)
+        with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-") as scratch:
+            tuner = tune.Tuner(
+                tune.with_resources(trial, {"cpu": self.cpus, "gpu": self.gpus}),
+                param_space={"cell": tune.grid_search(keys)},
+                tune_config=tune.TuneConfig(max_concurrent_trials=self.concurrent, reuse_actors=True),
+                run_config=tune.RunConfig(
+                    name="matrix",
+                    storage_path=scratch,
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=RETRIES),
+                ),
+            )
+            results = _on_a_thread(tuner.fit)
+        errors = [(one.config["cell"], one.error, (one.metrics or {}).get("error")) for one in results]
+        return {key: said or last_line(error) for key, error, said in errors if error is not None or said}
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        # A trial that Ray had to start again reports its first epochs twice.
+        place = (entry["cell"], entry["epoch"])
+        if place in self.seen:
+            return
+        self.seen.add(place)
+        self.finished += entry["last"]
+        accuracy = f"{self.titles[entry['cell']]}: {entry['test_accuracy']:.1f} %"
+        self.line.advance(1, note=f"{self._so_far()}, {accuracy}")
+
+    def _so_far(self) -> str:
+        return f"{self.finished}/{self.cells} cells"
+
+    def _failed(self, title: str, message: str) -> None:
+        self.matrix.failures[title] = message
+        say(f"matrix: {title} failed: {message}")
+
+
+def share(config: Config, resources: Resources) -> tuple[float, int, int]:
+    """Return (GPUs of a trial, trials at once, CPU threads of each); one thread unless fewer trials are asked for.
+
+    The threads do not depend on how many cells are left, because floats summed by other threads differ.
+    """
+    if resources.gpus and config.matrix.num_gpus != 0:
+        gpus = config.matrix.num_gpus or GPU_SHARE
+        room = max(1, int(resources.gpus / gpus))
+        return gpus, min(room, config.matrix.max_concurrent or room), 1
+    cores = resources.cores if resources.local else resources.cpus
+    concurrent = min(cores, config.matrix.max_concurrent or cores)
+    return 0.0, concurrent, max(1, resources.cores // concurrent)
+
+
+def last_line(error: BaseException) -> str:
+    """Return what an error of a worker says, without its trace."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _nothing(_value: Any) -> None:
+    """Succeed if what it waits for did; the value itself never comes to the driver."""
+
+
+def _on_a_thread(fit: Callable[[], Any]) -> Any:
+    """Run `fit` on a thread: Tune takes over SIGINT on the main one, which here must stay free to be stopped."""
+    # Tune's own files are of no use here, and its workers must see the folders that the driver was started in.
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    box: list[Any] = []
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            box.append(fit())
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+    if failure:
+        raise EclipseError(f"Ray Tune stopped: {last_line(failure[0])}; run the same command again to resume")
+    return box[0]
+
+
+def _trial(config: dict[str, Any], pantry: Any, board: Any) -> None:
+    """Train the victim of one cell and commit what it reached."""
+    key = config["cell"]
+    job, refs = ray.get(pantry.take.remote(key))
+    try:
+        result = _train(key, job, {name: ray.get(ref) for name, ref in refs.items()}, board)
+    except EclipseError as error:
+        # Said rather than raised, because trying again would not help.
+        tune.report({"error": str(error)})
+        return
+    Store(job["output"]).create(f"results/{key}.json", json.dumps(result, indent=1).encode())
+    tune.report({"error": ""})
+
+
+def _train(key: str, job: dict[str, Any], sets: dict[str, Any], board: Any) -> dict[str, Any]:
+    torch.set_num_threads(job["threads"])
+    defense, settings = combine(job["defense"]), DefenseConfig.model_validate(job["settings"])
+    victim, device = VictimConfig.model_validate(job["victim"]), default_device()
+
+    def on_epoch(epoch: int, accuracy: float, _loss: float) -> None:
+        last = epoch == victim.epochs
+        board.post.remote({"cell": key, "epoch": epoch, "test_accuracy": accuracy, "last": last})
+
+    began = time.monotonic()
+    run = train_victim(
+        sets["images"],
+        sets["labels"],
+        *sets["test"],
+        victim,
+        CompensationConfig.model_validate(job["compensation"]),
+        job["seed"],
+        device,
+        on_epoch,
+        augmentations=[defense.augmentation(settings)] if defense.augmentation else [],
+        privacy=materials.privacy_of(settings) if defense.privacy else None,
+        extra=sets.get("extra"),
+    )
+    return {
+        "title": job["title"],
+        "test_accuracy": run.test_accuracy,
+        "train_loss": run.train_loss,
+        "seconds": time.monotonic() - began,
+        "device": device_name(device),
+        "threads": job["threads"],
+        "images": len(sets["labels"]),
+        "victim": job["victim"],
+        "compensation": job["compensation"],
+        "seed": job["seed"],
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a result was computed on, in words."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

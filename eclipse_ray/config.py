@@ -24,6 +24,8 @@ Precision = Literal["float32", "bfloat16"]
 ScheduleName = Literal["cosine", "linear"]
 Layout = Literal["parquet", "folder", "webdataset", "npz", "cifar"]
 Alpha = Literal["composite", "refuse"]
+Arch = Literal["small", "resnet18", "resnet50", "vgg16", "vgg19", "densenet121"]
+Recipe = Literal["quick", "paper", "modern"]
 Animated = Literal["first", "refuse"]
 
 # Side of a tile: few of its pixels lie near a border, and self-attention, of cost tile**4, is still affordable.
@@ -32,6 +34,31 @@ TILE = 128
 TILE_OVERLAP = 32
 # Most pixels of one pass, 64 images of 64 px or 16 tiles: bounds the memory of activations.
 BATCH_PIXELS = 2**18
+
+# What the name in `victim.recipe` stands for (docs/victims.md). `paper` is the published setting, which decays
+# neither the learning rate nor the weights. `modern` scales the usual CIFAR setting, a peak of 0.1 for a batch of
+# 128 and weight decay 5e-4, to a batch of 256.
+RECIPES: dict[Recipe, dict[str, Any]] = {
+    "quick": {},
+    "paper": {
+        "epochs": 80,
+        "batch_size": 128,
+        "learning_rate": 0.1,
+        "lr_schedule": "constant",
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "label_smoothing": 0.0,
+        "crop_padding": 4,
+    },
+    "modern": {
+        "epochs": 30,
+        "batch_size": 256,
+        "learning_rate": 0.2,
+        "weight_decay": 5e-4,
+        "crop_padding": 4,
+        "precision": "bfloat16",
+    },
+}
 
 
 class Section(BaseModel):
@@ -173,6 +200,37 @@ class CompensationConfig(Section):
     coarse_grid: int = Field(6, ge=2, description="Points of that grid along each side of an image.")
 
 
+class DefenseConfig(Section):
+    """Rival defenses; the defaults are the published numbers (docs/defenses.md)."""
+
+    draws: int = Field(4, ge=1, description="eclipse-draws: independent purifications of each image.")
+    cutout_size: int = Field(16, ge=1, description="Side of the black square, in pixels.")
+    mix_alpha: float = Field(1.0, gt=0, description="mixup, cutmix: weights are Beta(alpha, alpha).")
+    dp_max_grad_norm: float = Field(1.0, gt=0, description="dp-sgd: an image's gradient is cut to this norm.")
+    dp_noise_multiplier: float = Field(0.01, ge=0, description="dp-sgd: standard deviation of noise, of that norm.")
+    iss_jpeg_quality: int = Field(10, ge=1, le=100, description="iss-j: Pillow's quality.")
+    aa_draws: int = Field(5, ge=1, description="aa: draws of which the one of highest loss is kept.")
+    aa_until: float = Field(
+        0.3, ge=0, le=1, description="aa: part of training with so many draws, one after it; 60 of 200 epochs."
+    )
+    aa_p: float = Field(0.5, ge=0, le=1, description="aa: probability of each operation before TrivialAugment.")
+    aa_roughness: tuple[float, float] = Field((0.3, 0.7), description="aa: range of the plasma's roughness.")
+    aa_intensity: tuple[float, float] = Field((0.5, 1.0), description="aa: range of plasma brightness.")
+    op_epochs: int = Field(20, ge=1, description="op: epochs of the linear model.")
+    op_learning_rate: float = Field(0.1, gt=0, description="op: of the linear model.")
+    op_batch_size: int = Field(1024, ge=1, description="op: of the linear model.")
+    op_rotation: float = Field(10.0, ge=0, description="op: most degrees of rotation.")
+    op_shear: float = Field(10.0, ge=0, description="op: most degrees of shear.")
+    op_scale: float = Field(0.2, ge=0, lt=1, description="op: most change of scale.")
+    op_jitter: float = Field(0.2, ge=0, le=1, description="op: most change of brightness, contrast, saturation.")
+    op_cutmix_p: float = Field(0.5, ge=0, le=1, description="op: probability of CutMix for a batch.")
+    avatar_noise_255: float = Field(43.0, gt=0, description="avatar: noise in grey levels of a full-strength image.")
+    avatar_steps: int = Field(100, ge=1, description="avatar: reverse steps.")
+    at_eps_255: float = Field(8.0, gt=0, description="at: L-inf radius of the attack, in 1/255.")
+    at_steps: int = Field(10, ge=1, description="at: steps of projected gradient ascent.")
+    at_step_size_255: float | None = Field(None, gt=0, description="at: null: a quarter of the radius.")
+
+
 class PoisonConfig(Section):
     """An availability poison; null means the published value."""
 
@@ -185,18 +243,36 @@ class PoisonConfig(Section):
 
 
 class VictimConfig(Section):
-    """The classifier that is trained to judge a dataset."""
+    """The classifier that is trained to judge a dataset; the defaults are the recipe `quick`."""
 
-    arch: Literal["small", "resnet18"] = Field("small")
+    recipe: Recipe = Field("quick", description="Named group of defaults of the keys below.")
+    arch: Arch = Field("small")
     epochs: int = Field(12, ge=1)
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(0.1, gt=0)
+    learning_rate: float = Field(0.1, gt=0, description="At its highest.")
     lr_schedule: Literal["constant", "one_cycle"] = Field("one_cycle")
     momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = Field(True, description="Nesterov momentum; no effect without momentum.")
     weight_decay: float = Field(1e-3, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     crop_padding: int = Field(3, ge=0, description="Random crop after padding by so many pixels.")
     flip: bool = Field(True, description="Random horizontal flip.")
+    precision: Precision = Field("float32", description="Of the network's arithmetic; bfloat16 is for GPUs.")
+
+    @model_validator(mode="after")
+    def _by_recipe(self) -> VictimConfig:
+        # Past pydantic's bookkeeping, so that a later override of the recipe moves these defaults along.
+        self.__dict__.update(
+            {key: value for key, value in RECIPES[self.recipe].items() if key not in self.model_fields_set}
+        )
+        return self
+
+
+class PrivacyConfig(Section):
+    """DP-SGD (Abadi et al., arXiv 1607.00133), as arXiv 2406.15093 uses it against poisons."""
+
+    max_grad_norm: float = Field(1.0, gt=0, description="Bound of the gradient of one image, L2.")
+    noise_multiplier: float = Field(0.01, ge=0, description="Standard deviation of the noise, in such bounds.")
 
 
 class EvaluateConfig(Section):
@@ -246,6 +322,7 @@ class Config(Section):
     denoiser: DenoiserConfig = Field(default_factory=DenoiserConfig)
     purify: PurifyConfig = Field(default_factory=PurifyConfig)
     compensation: CompensationConfig = Field(default_factory=CompensationConfig)
+    defense: DefenseConfig = Field(default_factory=DefenseConfig)
     poison: PoisonConfig = Field(default_factory=PoisonConfig)
     victim: VictimConfig = Field(default_factory=VictimConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)

@@ -129,6 +129,20 @@ def encode_image(pixels: Pixels, encoding: str) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg_roundtrip(images: Pixels, quality: int) -> Pixels:
+    """Return uint8 (N, H, W, 3) `images`, each stored as JPEG of `quality` (1..100) and read again.
+
+    With Pillow's own settings, so with 4:2:0 chroma, as image shortcut squeezing used it (arXiv 2301.13838).
+    """
+    result = np.empty_like(images)
+    for index, pixels in enumerate(images):
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=quality)
+        with Image.open(buffer, formats=("JPEG",)) as stored:
+            result[index] = np.asarray(stored)
+    return result
+
+
 def resize_image(pixels: Pixels, side: int | None) -> Pixels:
     """Return the central square of uint8 (H, W, 3) `pixels` resized to (side, side, 3); None leaves them alone.
 

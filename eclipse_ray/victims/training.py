@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eclipse_ray.compensation import augment
-from eclipse_ray.config import CompensationConfig, VictimConfig
+from eclipse_ray.config import CompensationConfig, PrivacyConfig, VictimConfig
 from eclipse_ray.errors import InputError
 from eclipse_ray.victims import VICTIMS
 
@@ -23,6 +23,13 @@ WARMUP = 0.2
 
 Array = Tensor | NDArray[np.generic]
 OnEpoch = Callable[[int, float, float], None]
+Augmentation = Callable[[Tensor, Tensor, nn.Module, torch.Generator, float], tuple[Tensor, Tensor]]
+"""(images, targets, victim, generator, progress) -> images and targets of the same shapes.
+
+`images` are float (B, 3, H, W) in [0, 1], already cropped, flipped and compensated; `targets` are soft labels, float
+(B, K), that sum to 1; the victim being trained is called through `classify`; `generator` lives on the images' device;
+`progress` in [0, 1) is the part of training that is done. The victim may be put into evaluation mode.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,40 @@ class VictimRun:
 
     test_accuracy: list[float]
     train_loss: list[float]
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Training images on the device: `views` stored versions of the first images, then one each of the others."""
+
+    padded: Tensor
+    labels: Tensor
+    views: int
+    viewed: int
+
+    def rows(self, generator: torch.Generator) -> Tensor:
+        """Return for each label the row of `padded` that stands for it in this epoch."""
+        count, device = len(self.labels), self.labels.device
+        rows = torch.arange(count, device=device)
+        if self.views > 1:
+            rows += (self.views - 1) * self.viewed
+            drawn = torch.randint(0, self.views, (self.viewed,), generator=generator, device=device)
+            rows[: self.viewed] = drawn * self.viewed + torch.arange(self.viewed, device=device)
+        return rows
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What stays the same from step to step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    pool: _Pool
+    classes: int
+    config: VictimConfig
+    compensation: CompensationConfig | None
+    augmentations: Sequence[Augmentation]
+    generator: torch.Generator
 
 
 def train_victim(
@@ -43,32 +84,38 @@ def train_victim(
     seed: int,
     device: torch.device | str,
     on_epoch: OnEpoch | None = None,
+    *,
+    augmentations: Sequence[Augmentation] = (),
+    privacy: PrivacyConfig | None = None,
+    extra: tuple[Array, Array] | None = None,
 ) -> VictimRun:
     """Train the victim `config.arch` from `seed` and return its accuracy on the test images after each epoch.
 
     Images are uint8 (N, H, W, 3), labels integers (N,) from 0; the number of classes is the largest label
-    plus one. Training images are cropped, flipped and, with compensation mode "augment", compensated anew
-    in every epoch (arXiv 2406.15093); test images never are. `on_epoch(epoch, test_accuracy, train_loss)`
-    is called after each epoch, counted from 1. The same seed, device and thread count give the same
-    result. Raises InputError for empty, mismatched or wrongly typed data and for negative labels.
+    plus one. Training images may be (D, N, H, W, 3): D versions of each image, of which each epoch draws one.
+    `extra` is more labelled training images, (M, H, W, 3) and (M,). All of them are cropped, flipped and, with
+    compensation mode "augment", compensated anew in every epoch (arXiv 2406.15093), then pass through
+    `augmentations` in turn; test images never do. With `privacy` every image's gradient is clipped and noise is
+    added (DP-SGD, arXiv 1607.00133), which needs Opacus. `on_epoch(epoch, test_accuracy, train_loss)` is called
+    after each epoch, counted from 1. The same seed, device and thread count give the same result. Raises
+    InputError for empty, mismatched or wrongly typed data and for negative labels, ConfigError without Opacus.
     """
-    images, labels = _checked(train_images, train_labels, "train", device)
+    pool = _pool(train_images, train_labels, extra, config.crop_padding, device)
     held_images, held_labels = _checked(test_images, test_labels, "test", device)
-    classes = int(max(labels.max(), held_labels.max())) + 1
+    classes = int(max(pool.labels.max(), held_labels.max())) + 1
     generator = torch.Generator(device).manual_seed(seed)
     model = _build(config, classes, seed, device)
-    optimizer = torch.optim.SGD(
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(
         model.parameters(),
         lr=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
+        nesterov=config.nesterov and config.momentum > 0,
     )
-    pad = config.crop_padding
-    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    training = _Training(model, optimizer, pool, classes, config, compensation, augmentations, generator)
     run = VictimRun([], [])
     for epoch in range(config.epochs):
-        loss = _train_epoch(model, optimizer, padded, labels, config, compensation, epoch, generator)
+        loss = _train_epoch(training, epoch)
         accuracy = evaluate(model, held_images, held_labels)
         run.train_loss.append(loss)
         run.test_accuracy.append(accuracy)
@@ -77,17 +124,23 @@ def train_victim(
     return run
 
 
+def classify(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits (B, K) of `model` for float images (B, 3, H, W) in [0, 1], which are normalised first."""
+    logits: Tensor = model((images - 0.5) / 0.25)
+    return logits
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the accuracy (0-100) of `model` on uint8 images (N, H, W, 3), which are only normalised."""
     model.eval()
-    correct = 0
+    correct = torch.zeros((), dtype=torch.int64, device=labels.device)
     for batch, target in zip(
         torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True
     ):
-        logits = model(_normalise(batch.permute(0, 3, 1, 2).float() / 255))
-        correct += int((logits.argmax(1) == target).sum())
-    return 100 * correct / len(labels)
+        logits = classify(model, batch.permute(0, 3, 1, 2).float() / 255)
+        correct += (logits.argmax(1) == target).sum()
+    return 100 * int(correct) / len(labels)
 
 
 def learning_rate_at(step: int, steps: int, config: VictimConfig) -> float:
@@ -122,35 +175,44 @@ def draw_batch(padded: Tensor, rows: Tensor, config: VictimConfig, generator: to
     return batch.permute(0, 3, 1, 2).float() / 255
 
 
-def _train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    padded: Tensor,
-    labels: Tensor,
-    config: VictimConfig,
-    compensation: CompensationConfig | None,
-    epoch: int,
-    generator: torch.Generator,
-) -> float:
-    model.train()
-    order = torch.randperm(len(labels), generator=generator, device=labels.device)
+def _train_epoch(training: _Training, epoch: int) -> float:
+    training.model.train()
+    config, pool, generator = training.config, training.pool, training.generator
+    order = torch.randperm(len(pool.labels), generator=generator, device=pool.labels.device)
+    source = pool.rows(generator)
     batches = torch.split(order, config.batch_size)
     # Batch normalisation cannot learn from one value a channel.
     batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
-    total = torch.zeros((), device=labels.device)
+    total = torch.zeros((), device=pool.labels.device)
     for index, rows in enumerate(batches):
-        rate = learning_rate_at(epoch * len(batches) + index, config.epochs * len(batches), config)
-        for group in optimizer.param_groups:
+        step, steps = epoch * len(batches) + index, config.epochs * len(batches)
+        rate = learning_rate_at(step, steps, config)
+        for group in training.optimizer.param_groups:
             group["lr"] = rate
-        batch = draw_batch(padded, rows, config, generator)
-        if compensation is not None and compensation.mode == "augment":
-            batch = augment(batch, compensation, generator)
-        loss = F.cross_entropy(model(_normalise(batch)), labels[rows], label_smoothing=config.label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
+        batch, targets = _draw(training, source[rows], pool.labels[rows], step / steps)
+        logits = classify(training.model, batch)
+        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+        training.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
-        optimizer.step()
+        training.optimizer.step()
         total += loss.detach()
     return float(total) / len(batches)
+
+
+def _draw(training: _Training, rows: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+    """Return one batch as the victim sees it, and its labels: classes (B,), or (B, K) after an augmentation."""
+    compensation = training.compensation
+    batch = draw_batch(training.pool.padded, rows, training.config, training.generator)
+    if compensation is not None and compensation.mode == "augment":
+        batch = augment(batch, compensation, training.generator)
+    if not training.augmentations:
+        return batch, labels
+    targets = F.one_hot(labels, training.classes).float()
+    for augmentation in training.augmentations:
+        batch, targets = augmentation(batch, targets, training.model, training.generator, progress)
+    # An augmentation may have asked the victim something, in another mode.
+    training.model.train()
+    return batch.detach().contiguous(memory_format=torch.channels_last), targets.detach()
 
 
 def _build(config: VictimConfig, classes: int, seed: int, device: torch.device | str) -> nn.Module:
@@ -162,8 +224,23 @@ def _build(config: VictimConfig, classes: int, seed: int, device: torch.device |
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _normalise(images: Tensor) -> Tensor:
-    return (images - 0.5) / 0.25
+def _pool(
+    images: Array, labels: Array, extra: tuple[Array, Array] | None, pad: int, device: torch.device | str
+) -> _Pool:
+    versions = torch.as_tensor(images)
+    views = len(versions) if versions.ndim == 5 else 1
+    first = versions[0] if versions.ndim == 5 and views else versions
+    _, target = _checked(first, labels, "train", device)
+    pixels = versions.reshape(-1, *first.shape[1:]).to(device)
+    if extra is not None:
+        more, more_labels = _checked(*extra, "extra", device)
+        if more.shape[1:] != pixels.shape[1:]:
+            raise InputError(
+                f"extra images: expected {tuple(pixels.shape[1:])} like the training images, "
+                f"got {tuple(more.shape[1:])}"
+            )
+        pixels, target = torch.cat([pixels, more]), torch.cat([target, more_labels])
+    return _Pool(F.pad(pixels, (0, 0, pad, pad, pad, pad)), target, views, len(first))
 
 
 def _checked(images: Array, labels: Array, name: str, device: torch.device | str) -> tuple[Tensor, Tensor]:

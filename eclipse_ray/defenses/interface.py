@@ -1,0 +1,77 @@
+"""What a rival defense is: a transform of the stored images, an augmentation, a training procedure, or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, PurifyConfig
+from eclipse_ray.diffusion.model import Denoiser
+from eclipse_ray.errors import InputError
+from eclipse_ray.victims.training import Augmentation
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a defense may use: the poisoned set, the sparse clean set, the denoiser fitted on it.
+
+    `images` are uint8 (N, H, W, 3) on the CPU, `labels` int64 (N,) from 0, `ids` one name for each image.
+    `clean_images`, uint8 (M, h, w, 3), and `clean_labels`, int64 (M,), are the sparse clean set, None where the
+    owner has none or no labels. `denoiser` is used as it is: on its device, with its precision. `purify` and
+    `compensation` are the run's own sections. `seed` keys every draw that ends in an image. `jpeg` stores uint8
+    (N, H, W, 3) as JPEG of a quality of 1..100 and reads it again; it comes from outside, where Pillow is known.
+    """
+
+    images: Tensor
+    labels: Tensor
+    ids: Sequence[str]
+    num_classes: int
+    clean_images: Tensor | None
+    clean_labels: Tensor | None
+    denoiser: Denoiser | None
+    purify: PurifyConfig
+    compensation: CompensationConfig
+    seed: int
+    device: torch.device
+    jpeg: Callable[[Tensor, int], Tensor]
+
+    def __post_init__(self) -> None:
+        """Raise InputError unless images, labels and ids form one labelled set."""
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3:
+            raise InputError(
+                f"a defense expects uint8 images (N, H, W, 3), found {self.images.dtype} {tuple(self.images.shape)}"
+            )
+        if self.labels.shape != (len(self.images),) or len(self.ids) != len(self.images):
+            raise InputError(
+                f"{len(self.images)} images came with labels of shape {tuple(self.labels.shape)} and "
+                f"{len(self.ids)} ids; a defense needs one of each for every image"
+            )
+
+
+Transform = Callable[[Material, DefenseConfig], Tensor]
+"""The training images to store instead: uint8 (N, H, W, 3), or (D, N, H, W, 3) of which each epoch draws one."""
+
+
+@dataclass(frozen=True)
+class Defense:
+    """One defense or several combined; a part that is None or False is left out.
+
+    `augmentation` works on the victim's batches, after crop, flip and compensation. `compensation` is what the
+    victim's loader adds. `privacy` trains by DP-SGD. `dilution` appends the labelled sparse clean set.
+    """
+
+    transform: Transform | None = None
+    augmentation: Callable[[DefenseConfig], Augmentation] | None = None
+    compensation: Callable[[Config], CompensationConfig] | None = None
+    privacy: bool = False
+    dilution: bool = False
+
+
+def apply_transform(transform: Transform, material: Material, images: Tensor, config: DefenseConfig) -> Tensor:
+    """Return `transform` of `images`, uint8 (N, H, W, 3), or of each of several draws (D, N, H, W, 3) of them."""
+    if images.ndim == 5:
+        return torch.stack([transform(replace(material, images=draw), config) for draw in images])
+    return transform(replace(material, images=images), config)

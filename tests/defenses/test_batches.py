@@ -1,0 +1,89 @@
+"""Cutout, MixUp, CutMix: what they do to a batch and its targets, recomputed from the pixels."""
+
+import pytest
+import torch
+
+from eclipse_ray.config import DefenseConfig
+from eclipse_ray.defenses.cutout import cutout
+from eclipse_ray.defenses.mixing import beta, cutmix, mixup
+from tests.defenses.support import batch, generator, linear_victim
+
+MODEL = linear_victim()
+
+
+def apply(augmentation, images, targets, seed=0):
+    return augmentation(images, targets, MODEL, generator(seed), 0.0)
+
+
+def test_cutout_blackens_one_square_clipped_at_the_border():
+    images, targets = batch(400, 32)
+    images = images + 0.01
+    cut, same = apply(cutout(DefenseConfig()), images, targets)
+    assert torch.equal(same, targets)
+    black = (cut == 0).all(dim=1)
+    assert torch.equal(black, (cut == 0).any(dim=1)), "all three channels, or none"
+    assert torch.equal(torch.where(black[:, None], images, cut), images), "the rest is left alone"
+    areas = set()
+    for hole in black:
+        rows, columns = hole.any(dim=1).nonzero().flatten(), hole.any(dim=0).nonzero().flatten()
+        for places in (rows, columns):
+            assert 8 <= len(places) <= 16
+            assert len(places) == int(places[-1] - places[0]) + 1, "in one piece"
+            assert len(places) == 16 or int(places[0]) == 0 or int(places[-1]) == 31, "clipped at the border only"
+        assert int(hole.sum()) == len(rows) * len(columns)
+        areas.add(int(hole.sum()))
+    assert 256 in areas
+    assert min(areas) < 100, "centres lie everywhere, so that corners clip"
+
+
+def test_mixup_targets_are_the_mixing_of_the_images():
+    # Each image is its own one-hot target laid out as pixels, so mixing can be read off the pixels.
+    targets = torch.eye(12)
+    images = targets.view(12, 1, 3, 4).repeat(1, 3, 1, 1)
+    mixed, soft = apply(mixup(DefenseConfig()), images, targets)
+    assert torch.allclose(mixed[:, 0].flatten(1), soft, atol=1e-6)
+    assert torch.allclose(soft.sum(dim=1), torch.ones(12))
+    assert not torch.equal(soft, targets)
+
+
+def test_cutmix_weight_is_the_pasted_area():
+    values = torch.arange(1, 41).float() / 40
+    targets = torch.eye(40)
+    images = values[:, None, None, None].expand(40, 3, 16, 16).clone()
+    shares = set()
+    for seed in range(20):
+        mixed, soft = apply(cutmix(DefenseConfig()), images, targets, seed)
+        for index in range(40):
+            colours, counts = mixed[index, 0].unique(return_counts=True)
+            expected = torch.zeros(40)
+            for colour, count in zip(colours, counts, strict=True):
+                expected[int((values - colour).abs().argmin())] += float(count) / 256
+            assert torch.allclose(soft[index], expected, atol=1e-6)
+        pasted = (mixed != images).any(dim=1)
+        hole = pasted[pasted.flatten(1).any(dim=1)]
+        if len(hole):
+            assert torch.equal(hole, hole[:1].expand_as(hole)), "one rectangle for the batch"
+            shares.add(round(float(hole[0].float().mean()), 3))
+    assert len(shares) > 10
+
+
+@pytest.mark.parametrize(("alpha", "variance"), [(1.0, 1 / 12), (0.2, 1 / 5.6)])
+def test_weights_follow_the_beta_distribution(alpha, variance):
+    draws = generator(5)
+    weights = torch.tensor([beta(alpha, draws) for _ in range(4000)])
+    assert float(weights.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(weights.var()) == pytest.approx(variance, rel=0.08)
+
+
+@pytest.mark.parametrize("defense", [cutout, mixup, cutmix])
+def test_draws_come_from_the_generator_alone(defense):
+    images, targets = batch()
+    before = torch.get_rng_state()
+    first = apply(defense(DefenseConfig(cutout_size=6)), images, targets, 4)
+    torch.manual_seed(99)
+    second = apply(defense(DefenseConfig(cutout_size=6)), images, targets, 4)
+    other = apply(defense(DefenseConfig(cutout_size=6)), images, targets, 5)
+    torch.set_rng_state(before)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], other[0])

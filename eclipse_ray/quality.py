@@ -22,7 +22,7 @@ def psnr(images: Tensor, reference: Tensor) -> float:
     """
     _check(images, reference)
     total = 0.0
-    for one, other in zip(images.split(BATCH), reference.split(BATCH), strict=True):
+    for one, other in zip(torch.split(images, BATCH), torch.split(reference, BATCH), strict=True):
         total += float((one.double() - other.double()).square().sum())
     return math.inf if total == 0 else 10 * math.log10(255**2 * images.numel() / total)
 
@@ -40,7 +40,7 @@ def ssim(images: Tensor, reference: Tensor) -> float:
     weights = torch.exp(-0.5 * (offsets / SIGMA) ** 2)
     weights = weights / weights.sum()
     total = 0.0
-    for one, other in zip(images.split(BATCH), reference.split(BATCH), strict=True):
+    for one, other in zip(torch.split(images, BATCH), torch.split(reference, BATCH), strict=True):
         total += float(_similarity(_planes(one), _planes(other), weights).sum())
     return total / len(images)
 
@@ -53,7 +53,7 @@ def _similarity(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """Return the similarity (B) of float planes (B, 3, H, W) on [0, 255]."""
     count = len(x)
     means = _blur(torch.cat([x, y, x * x, y * y, x * y]), weights)
-    mean_x, mean_y, square_x, square_y, product = means.split(count)
+    mean_x, mean_y, square_x, square_y, product = torch.split(means, count)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     variance = square_x - mean_x**2 + square_y - mean_y**2
     covariance = product - mean_x * mean_y
@@ -62,9 +62,9 @@ def _similarity(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
 
 
 def _blur(planes: Tensor, weights: Tensor) -> Tensor:
-    flat = planes.flatten(0, 1)[:, None]
+    flat = planes.reshape(-1, 1, *planes.shape[2:])
     flat = F.conv2d(F.conv2d(flat, weights[None, None, None, :]), weights[None, None, :, None])
-    return flat.unflatten(0, planes.shape[:2])[:, :, 0]
+    return flat.reshape(*planes.shape[:2], *flat.shape[2:])
 
 
 def _check(images: Tensor, reference: Tensor) -> None:

@@ -114,7 +114,7 @@ class MatrixResult:
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """What a run of a matrix would do; `seconds_left` is of the work whose like was measured, the rest is unknown."""
+    """What a run of a matrix would do; `seconds_left` is of work whose like was measured, `unknown` names the rest."""
 
     cells: int
     done: int

@@ -107,11 +107,6 @@ class Grid:
     cells: list[Cell]
 
 
-def wanted(config: Config) -> bool:
-    """Return whether the config asks for a matrix rather than for one dataset to be judged."""
-    return bool(config.matrix.poisons) or config.matrix.clean
-
-
 def build_grid(config: Config, facts: Facts) -> Grid:
     """Return the grid of `config`. Raises ConfigError for unknown names and settings, and for two equal labels."""
     matrix = config.matrix
@@ -146,7 +141,9 @@ def entries(items: Sequence[MatrixItem], sections: Sequence[str]) -> list[Entry]
     labels = [entry.label for entry in found]
     for label in labels:
         if labels.count(label) > 1:
-            raise ConfigError(f"matrix: two {sections[0]} entries are called {label}; give each a label of its own")
+            raise ConfigError(
+                f"matrix: two {sections[0]} entries are called {label}; give each a label of its own"
+            )
     return found
 
 

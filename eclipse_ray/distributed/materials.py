@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from eclipse_ray.config import Config, DataConfig, Settings, digest, with_overrides
+from eclipse_ray.config import Config, DataConfig, DefenseConfig, PrivacyConfig, Settings, digest, with_overrides
 from eclipse_ray.data.dataset import ImageSet, load_images, write_dataset
 from eclipse_ray.data.formats import UNFINISHED, Source, open_source, read_tables
 from eclipse_ray.data.images import jpeg_roundtrip
@@ -83,7 +83,7 @@ def load_sets(config: Config) -> Sets:
 
 
 def _check_classes(config: Config, source: ImageSet) -> None:
-    found = set(np.unique(source.labels).tolist())
+    found = set() if source.labels is None else set(source.labels.tolist())
     if config.matrix.limit and source.classes and len(found) < len(source.classes):
         raise InputError(
             f"{config.data.source}: its first {config.matrix.limit} images are of {len(found)} of "
@@ -95,7 +95,7 @@ def facts(config: Config, sets: Sets) -> grid.Facts:
     """Return the digests that keys are made of."""
     sparse = {}
     if sets.sparse is not None:
-        sparse = {count: _identity(_first(sets.sparse, count)) for count in grid.sparse_counts(config)}
+        sparse = {count: _identity(first_images(sets.sparse, count)) for count in grid.sparse_counts(config)}
     weights = ""
     if config.purify.denoiser:
         folder = local_denoiser(config.purify.denoiser)
@@ -108,7 +108,8 @@ def _identity(images: ImageSet) -> str:
     return digest([images.ids, images.hashes(), labels])
 
 
-def _first(images: ImageSet, count: int) -> ImageSet:
+def first_images(images: ImageSet, count: int) -> ImageSet:
+    """Return the first `count` images, or all for 0. Raises InputError if there are fewer."""
     if not count:
         return images
     if count > len(images.ids):
@@ -119,7 +120,13 @@ def _first(images: ImageSet, count: int) -> ImageSet:
 
 def sparse_set(sets: Sets, config: Config) -> ImageSet | None:
     """Return the sparse images that a row may use."""
-    return None if sets.sparse is None else _first(sets.sparse, config.matrix.sparse_limit or 0)
+    return None if sets.sparse is None else first_images(sets.sparse, config.matrix.sparse_limit or 0)
+
+
+def check_labels(sets: Sets, clean: str | None) -> None:
+    """Raise InputError if the sparse set cannot be added to a training set, for want of labels."""
+    if sets.sparse is None or sets.sparse.labels is None:
+        raise InputError(f"{clean}: the defense dilution needs labels of every sparse clean image; leave it out")
 
 
 class Cache:
@@ -299,7 +306,12 @@ def make_defended(
     seconds = time.monotonic() - began
     stored: Pixels = result.numpy()
     work.cache.save(work.key, stored)
-    note = {"name": work.name, "images": len(images), "seconds": seconds, "images_per_second": len(images) / seconds}
+    note = {
+        "name": work.name,
+        "images": len(images),
+        "seconds": seconds,
+        "images_per_second": len(images) / seconds,
+    }
     work.cache.finish("defended", work.key, {**note, **quality(stored, reference), "device": str(device)})
     return stored
 
@@ -322,6 +334,11 @@ def keep_quality(cache: Cache, key: str, images: Pixels, reference: Pixels) -> N
     """Measure what a poison itself does to the images, once."""
     if cache.note("quality", key) is None:
         cache.finish("quality", key, quality(images, reference))
+
+
+def privacy_of(config: DefenseConfig) -> PrivacyConfig:
+    """Return how dp-sgd trains."""
+    return PrivacyConfig(max_grad_norm=config.dp_max_grad_norm, noise_multiplier=config.dp_noise_multiplier)
 
 
 def _jpeg(images: torch.Tensor, level: int) -> torch.Tensor:

@@ -74,14 +74,14 @@ def open_matrix(config: Config) -> Matrix:
     sets = materials.load_sets(config)
     facts = materials.facts(config, sets)
     grid = build_grid(config, facts)
-    if any(row.defense.dilution for row in grid.rows) and (sets.sparse is None or sets.sparse.labels is None):
-        raise materials.no_labels(str(config.data.clean))
+    if any(row.defense.dilution for row in grid.rows):
+        materials.check_labels(sets, config.data.clean)
     cache = Cache(str(config.data.output))
     refuse_process_local(str(config.data.output), cache.store.in_this_process_only)
     return Matrix(config, sets, facts, grid, cache)
 
 
-def run(matrix: Matrix, publish: Callable[[], None]) -> None:
+def run(matrix: Matrix, publish: Callable[[], object]) -> None:
     """Measure what is missing; `publish` is called whenever some cells are done, and at the end, whatever ends it.
 
     What fails is left out, so that it does not hold up the rest, and stands in `matrix.failures` by cell title.
@@ -94,7 +94,7 @@ def run(matrix: Matrix, publish: Callable[[], None]) -> None:
             say(f"matrix: all {len(matrix.grid.cells)} cells are measured already")
             return
         resources = connect(matrix.config)
-        runner = _Runner(matrix, resources, len(missing))
+        runner = _Runner(matrix, resources, missing)
         for cells in groups(missing, CELLS_AHEAD * runner.concurrent):
             runner.measure(cells)
             publish()
@@ -137,14 +137,16 @@ class Pantry:
 class _Runner:
     """Makes materials and trains victims for one group of cells after the other."""
 
-    def __init__(self, matrix: Matrix, resources: Resources, missing: int) -> None:
+    def __init__(self, matrix: Matrix, resources: Resources, missing: list[Cell]) -> None:
         self.matrix, self.resources = matrix, resources
         self.gpus, self.concurrent, self.threads = share(matrix.config, resources)
         require_cpus(resources, self.cpus, "a victim of the matrix")
         self.board, self.pantry = start_board(), ray.remote(num_cpus=0)(Pantry).remote()
-        epochs = sum(cell.victim.config.epochs for cell in matrix.missing())
+        epochs = sum(cell.victim.config.epochs for cell in missing)
         self.line = ProgressLine("matrix", "epochs", epochs, matrix.config.run.progress_seconds)
-        self.cells, self.finished = len(matrix.grid.cells), len(matrix.grid.cells) - missing
+        keys = {cell.key for cell in missing}
+        self.cells = len(matrix.grid.cells)
+        self.finished = sum(cell.key not in keys for cell in matrix.grid.cells)
         self.seen: set[tuple[str, int]] = set()
         self.titles = {cell.key: cell.title for cell in matrix.grid.cells}
         images, labels = matrix.sets.source.images, matrix.sets.source.labels
@@ -167,7 +169,9 @@ class _Runner:
         if not cells:
             return
         jobs = {cell.key: self._job(cell) for cell in cells}
-        extra = {job["sets"]["extra"]: self._extra(job["sets"]["extra"]) for job in jobs.values() if job["dilution"]}
+        extra = {
+            job["sets"]["extra"]: self._extra(job["sets"]["extra"]) for job in jobs.values() if job["dilution"]
+        }
         ray.get(self.pantry.fill.remote(jobs, {**sets, **extra, "labels": self.labels, "test": self.test}))
         with BoardWatcher(self.board, self._show):
             for key, message in self._tune([cell.key for cell in cells]).items():
@@ -252,7 +256,6 @@ class _Runner:
             "defense": cell.row.entry.name,
             "settings": config.defense.model_dump(mode="json"),
             "compensation": compensation.model_dump(mode="json"),
-            "privacy": config.defense.model_dump(mode="json").get("privacy"),
             "dilution": defense.dilution,
             "victim": cell.victim.config.model_dump(mode="json"),
             "seed": cell.seed,
@@ -263,7 +266,9 @@ class _Runner:
     def _extra(self, name: str) -> Any:
         if name not in self.fixed:
             count = int(name.split()[1])
-            sparse = materials.first_images(self.matrix.sets.sparse, count)
+            sparse = self.matrix.sets.sparse
+            assert sparse is not None
+            sparse = materials.first_images(sparse, count)
             self.fixed[name] = ray.put((sparse.images, sparse.labels))
         return self.fixed[name]
 
@@ -292,7 +297,8 @@ class _Runner:
         if place in self.seen:
             return
         self.seen.add(place)
-        self.finished += entry["last"]
+        if entry["last"]:
+            self.finished += sum(cell.key == entry["cell"] for cell in self.matrix.grid.cells)
         accuracy = f"{self.titles[entry['cell']]}: {entry['test_accuracy']:.1f} %"
         self.line.advance(1, note=f"{self._so_far()}, {accuracy}")
 
@@ -373,11 +379,13 @@ def _train(key: str, job: dict[str, Any], sets: dict[str, Any], board: Any) -> d
         last = epoch == victim.epochs
         board.post.remote({"cell": key, "epoch": epoch, "test_accuracy": accuracy, "last": last})
 
+    test_images, test_labels = sets["test"]
     began = time.monotonic()
     run = train_victim(
         sets["images"],
         sets["labels"],
-        *sets["test"],
+        test_images,
+        test_labels,
         victim,
         CompensationConfig.model_validate(job["compensation"]),
         job["seed"],

@@ -59,22 +59,39 @@ def bake(images: Tensor, ids: Sequence[str], config: CompensationConfig, seed: i
     if len(ids) != len(images):
         raise InputError(f"{len(images)} images came with {len(ids)} ids; give one id to each image")
     height, width = int(images.shape[1]), int(images.shape[2])
-    gray = uniform(seed, ids, GRAY_T, (1,), images.device)[:, 0] < config.p
-    drawn = noise(seed, ids, NOISE_T, (height, width, 3), images.device)
-    coarse = None
-    if config.coarse_sigma:
-        grid = config.coarse_grid
-        points = noise(seed, ids, COARSE_T, (3, grid, grid), images.device)
-        coarse = _field(points, config, torch.Size((len(images), 3, height, width)))
+    gray, drawn, coarse = _keyed_draws(
+        torch.Size((len(images), 3, height, width)), ids, config, seed, images.device
+    )
     result = torch.empty_like(images)
     rows = max(1, BAND_PIXELS // max(1, len(images) * width))
     for top in range(0, height, rows):
         band = slice(top, top + rows)
         x = images[:, band].permute(0, 3, 1, 2).float() / 255
         here = None if coarse is None else coarse[:, :, band]
-        x = _compensate(x, here, gray, drawn[:, band].permute(0, 3, 1, 2), config.sigma)
+        x = _compensate(x, here, gray, drawn[:, :, band], config.sigma)
         result[:, band] = (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return result
+
+
+def compensate(images: Tensor, ids: Sequence[str], config: CompensationConfig, seed: int) -> Tensor:
+    """Return `images`, float (B, 3, H, W) in [0, 1], compensated with draws keyed by (`seed`, image id).
+
+    The draws are those of `bake`; nothing is rounded and gradients pass, for attacks that see through it.
+    """
+    gray, drawn, coarse = _keyed_draws(images.shape, ids, config, seed, images.device)
+    return _compensate(images, coarse, gray, drawn, config.sigma)
+
+
+def _keyed_draws(
+    shape: torch.Size, ids: Sequence[str], config: CompensationConfig, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return which images (B,) turn gray, fine noise and coarse noise, both of `shape` (B, 3, H, W)."""
+    gray = uniform(seed, ids, GRAY_T, (1,), device)[:, 0] < config.p
+    drawn = noise(seed, ids, NOISE_T, (int(shape[2]), int(shape[3]), 3), device).permute(0, 3, 1, 2)
+    if not config.coarse_sigma:
+        return gray, drawn, None
+    grid = config.coarse_grid
+    return gray, drawn, _field(noise(seed, ids, COARSE_T, (3, grid, grid), device), config, shape)
 
 
 def _field(points: Tensor, config: CompensationConfig, shape: torch.Size) -> Tensor:

@@ -1,4 +1,11 @@
-"""AR: autoregressive perturbations (Sandoval-Segura et al., arXiv 2206.03693)."""
+"""AR: autoregressive perturbations (Sandoval-Segura et al., arXiv 2206.03693).
+
+The recursion, its starts and the selection of processes are those of the public code: coefficients N(0, 1)
+divided by their sum, three trial signals within the norm, and a strong enough response of every filter kept
+before to the last of them. Three things differ. The processes are found anew for each seed; the public code
+ships fixed sets of them. The norms and the response are in float64, so a candidate near a limit may be judged
+otherwise. Above 32 px a process must also stay bounded at the size of the images, in proportion to its side.
+"""
 
 from __future__ import annotations
 

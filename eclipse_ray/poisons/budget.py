@@ -11,9 +11,8 @@ from torch import Tensor
 
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.poisons.costs import LINF_255
 
-LINF_255 = 8.0
-"""Published L-inf bound of urp in 1/255 (arXiv 2406.15093)."""
 AR_L2 = 1.0
 """Published L2 bound of ar on [0, 1] (arXiv 2206.03693)."""
 LSP_RMS = 6 / 255
@@ -24,21 +23,30 @@ LSP_RMS = 6 / 255
 URP_T = 2**30 + 2**16
 LSP_T = 2**30 + 2 * 2**16
 AR_T = 2**30 + 3 * 2**16
+CUDA_T = 2**30 + 4 * 2**16
+TAP_T = 2**30 + 5 * 2**16
+REM_T = 2**30 + 6 * 2**16
+SEP_T = 2**30 + 7 * 2**16
+EFP_T = 2**30 + 8 * 2**16
+ADP_T = 2**30 + 9 * 2**16
 
 
 def budget(config: PoisonConfig, shape: Sequence[int]) -> tuple[str, float]:
-    """Return ("linf" or "l2", bound on [0, 1]) of `config` for images of `shape` (H, W, 3).
+    """Return ("linf", "l2" or "none", bound on [0, 1]) of `config` for images of `shape` (H, W, 3).
 
     Raises ConfigError when an L-inf bound is below 1/255 and so vanishes in 8-bit storage.
     """
-    if config.name == "urp":
-        eps_255 = LINF_255 if config.eps_255 is None else config.eps_255
-        if eps_255 < 1:
-            raise ConfigError(f"poison.eps_255 {eps_255}: an L-inf bound below 1 vanishes in 8-bit images")
-        return "linf", eps_255 / 255
-    if config.eps_255 is not None:
-        return "l2", config.eps_255 / 255
-    return "l2", AR_L2 if config.name == "ar" else LSP_RMS * math.sqrt(math.prod(shape))
+    if config.name == "cuda":
+        if config.eps_255 is not None:
+            raise ConfigError("poison.eps_255: cuda convolves images and has no norm bound; leave it out")
+        return "none", math.inf
+    if config.name in ("lsp", "ar"):
+        published = AR_L2 if config.name == "ar" else LSP_RMS * math.sqrt(math.prod(shape))
+        return "l2", published if config.eps_255 is None else config.eps_255 / 255
+    eps_255 = LINF_255 if config.eps_255 is None else config.eps_255
+    if eps_255 < 1:
+        raise ConfigError(f"poison.eps_255 {eps_255}: an L-inf bound below 1 vanishes in 8-bit images")
+    return "linf", eps_255 / 255
 
 
 def check_inputs(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes: int) -> list[int]:
@@ -78,7 +86,7 @@ def scale_to_l2(values: Tensor, bound: float) -> Tensor:
 def store(images: Tensor, perturbation: Tensor, config: PoisonConfig) -> Tensor:
     """Return `images`, uint8 (B, H, W, 3), plus `perturbation` (on [0, 1]), rounded and clamped to uint8.
 
-    The bound is asserted on what is stored: L-inf holds exactly, L2 within sqrt(d)/510 for d values.
+    The bound is asserted on what is stored: L-inf holds exactly, L2 within sqrt(d)/510 for d values; cuda: none.
     """
     norm, bound = budget(config, tuple(images.shape[1:]))
     change = (perturbation.double() * 255).round()
@@ -90,7 +98,7 @@ def store(images: Tensor, perturbation: Tensor, config: PoisonConfig) -> Tensor:
     difference = (stored.double() - images.double()).flatten(1) / 255
     if len(difference) and norm == "linf":
         assert float(difference.abs().max()) <= bound + 1e-12, "L-inf bound broken in 8-bit storage"
-    elif len(difference):
+    elif len(difference) and norm == "l2":
         slack = math.sqrt(difference.shape[1]) / 510
         assert float(difference.norm(dim=1).max()) <= bound + slack + 1e-6, "L2 bound broken in 8-bit storage"
     return stored

@@ -1,4 +1,10 @@
-"""LSP: linearly separable patches (Yu et al., arXiv 2111.00898)."""
+"""LSP: linearly separable patches (Yu et al., arXiv 2111.00898).
+
+The clusters are those of scikit-learn's `make_classification` as the public code calls it: all features
+informative, one cluster a class about a vertex of a hypercube, mixed by a matrix U(-1, 1), no label flipped. Two
+things differ. An image's draw is keyed by its id, not by its place among those of its class; and features are
+not shuffled, which changes nothing, as the coordinates of a vertex and of the noise are exchangeable.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,88 @@
+"""EFP: entangled features (Wen et al., "Is Adversarial Training Really a Silver Bullet ...", ICLR 2023).
+
+Noise that takes an image's features, as an adversarially trained network sees them, away from the centroid of its
+own class (`push`) or towards the nearest centroid of another (`pull`), so that classes overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from eclipse_ray.config import PoisonConfig
+from eclipse_ray.diffusion.noise import noise
+from eclipse_ray.poisons.budget import EFP_T
+from eclipse_ray.poisons.centroids import class_means
+from eclipse_ray.poisons.optimised import (
+    LabelledImages,
+    Session,
+    State,
+    to_float,
+    to_images,
+)
+from eclipse_ray.poisons.surrogate import (
+    Objective,
+    crop_flip,
+    features,
+    keyed_crops,
+    load_surrogate,
+    needed,
+    pgd,
+    train_surrogate,
+)
+
+
+def fit_efp(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:
+    """Train a network adversarially on clean images; return it and "centroids", its mean features (K, F)."""
+    state = train_surrogate(data, config, seed, session, adversarial=True)
+    model = load_surrogate(state, 0, config, data.num_classes, session.device)
+    return {**state, "centroids": class_means(model, data, session.device)}
+
+
+def perturb_efp(
+    data: LabelledImages, state: State, config: PoisonConfig, seed: int, device: torch.device
+) -> Tensor:
+    """Return the noise, float32 (B, H, W, 3) on [0, 1], of any images; draws are keyed by (seed, image id).
+
+    Sign steps from N(0, eps) clipped to the bound; every step sees another crop and flip.
+    """
+    model = load_surrogate(state, 0, config, data.num_classes, device)
+    centroids, bound = state["centroids"].to(device), needed(config.eps_255) / 255
+    size, steps = needed(config.perturb_batch_size), needed(config.steps)
+    made = []
+    for first in range(0, len(data.ids), size):
+        part = slice(first, first + size)
+        images, labels, ids = to_float(data.images[part], device), data.labels[part].to(device), data.ids[part]
+        shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
+        start = (noise(seed, ids, EFP_T, shape, device) * bound).clamp(-bound, bound)
+        objective = _cropped_loss(model, labels, centroids, config, seed, ids)
+        step_size = needed(config.step_size_255) / 255
+        made.append(to_images(pgd(images, objective, bound, step_size, steps, start=start)))
+    return torch.cat(made) if made else torch.zeros(data.images.shape)
+
+
+def push_loss(values: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
+    """Return minus the mean squared distance of features (B, F) to the centroid of their own class, (B,)."""
+    return -(values - centroids[labels]).square().mean(1)
+
+
+def pull_loss(values: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
+    """Return the mean squared distance of features (B, F) to the nearest centroid of another class, (B,)."""
+    distances = (values[:, None] - centroids[None]).square().mean(2)
+    own = torch.nn.functional.one_hot(labels, len(centroids)).bool()
+    return distances.masked_fill(own, torch.inf).amin(1)
+
+
+def _cropped_loss(
+    model: nn.Module, labels: Tensor, centroids: Tensor, config: PoisonConfig, seed: int, ids: Sequence[str]
+) -> Objective:
+    padding = needed(config.crop_padding)
+    crops = keyed_crops(seed, ids, EFP_T + 1, needed(config.steps), padding)
+    loss = pull_loss if config.variant == "pull" else push_loss
+
+    def objective(images: Tensor, step: int) -> Tensor:
+        return loss(features(model, crop_flip(images, crops[step], padding)), labels, centroids)
+
+    return objective

@@ -1,0 +1,156 @@
+"""SEP: self-ensemble protection (Chen et al., arXiv 2211.12005).
+
+Targeted noise made against the checkpoints of one training run, whose gradients are nearly orthogonal to each
+other. `plain` lowers the cross-entropy of a wrong class; `fa_vr` moves the features to that class's mean (feature
+alignment) along variance-reduced gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eclipse_ray.config import PoisonConfig
+from eclipse_ray.errors import ConfigError
+from eclipse_ray.poisons.centroids import class_means
+from eclipse_ray.poisons.optimised import (
+    LabelledImages,
+    Session,
+    State,
+    to_float,
+    to_images,
+)
+from eclipse_ray.poisons.surrogate import (
+    classify,
+    features,
+    keyed_generator,
+    load_surrogate,
+    needed,
+    train_surrogate,
+)
+
+Loss = Callable[[Tensor], Tensor]
+"""From images (B, 3, H, W) in [0, 1] to the value to lower, summed over images so that none sees its batch."""
+
+
+def fit_sep(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:
+    """Train on clean images once and return `checkpoints` networks of that run, evenly spread over it.
+
+    For fa_vr the state also holds "means", float32 (checkpoints, K, F): each network's mean features of a class.
+    """
+    targets(data.labels, config, data.num_classes)
+    state = train_surrogate(data, config, seed, session)
+    if config.variant == "fa_vr":
+        networks = range(needed(config.checkpoints))
+        models = (load_surrogate(state, index, config, data.num_classes, session.device) for index in networks)
+        state["means"] = torch.stack([class_means(model, data, session.device) for model in models])
+    return state
+
+
+def perturb_sep(
+    data: LabelledImages, state: State, config: PoisonConfig, seed: int, device: torch.device
+) -> Tensor:
+    """Return the noise, float32 (B, H, W, 3) on [0, 1], of any images.
+
+    Nothing is drawn but the order in which fa_vr visits networks, which is the same for every image.
+    """
+    models = [
+        load_surrogate(state, index, config, data.num_classes, device)
+        for index in range(needed(config.checkpoints))
+    ]
+    aims = targets(data.labels, config, data.num_classes)
+    size = needed(config.perturb_batch_size)
+    made = []
+    for first in range(0, len(data.ids), size):
+        part = slice(first, first + size)
+        images, aim = to_float(data.images[part], device), aims[part].to(device)
+        if config.variant == "fa_vr":
+            losses = [
+                _alignment(model, mean.to(device)[aim]) for model, mean in zip(models, state["means"], strict=True)
+            ]
+            noise = variance_reduced_noise(images, losses, config, visits(config, seed))
+        else:
+            noise = ensemble_noise(images, [_cross_entropy(model, aim) for model in models], config)
+        made.append(to_images(noise))
+    return torch.cat(made) if made else torch.zeros(data.images.shape)
+
+
+def targets(labels: Tensor, config: PoisonConfig, num_classes: int) -> Tensor:
+    """Return the class each image is moved to: `target_shift` further on, or half the number of classes.
+
+    Raises ConfigError for a shift that leads back to the image's own class.
+    """
+    shift = config.target_shift or max(1, num_classes // 2)
+    if shift % num_classes == 0:
+        raise ConfigError(
+            f"poison.target_shift {shift} leads back to the own class of {num_classes}; choose another"
+        )
+    return (labels + shift) % num_classes
+
+
+def ensemble_noise(images: Tensor, losses: Sequence[Loss], config: PoisonConfig) -> Tensor:
+    """Return noise (B, 3, H, W): sign steps from zero against the mean gradient of all losses."""
+    moved = images
+    for _ in range(needed(config.steps)):
+        moved = _step(images, moved, mean_gradient(losses, moved), config)
+    return moved - images
+
+
+def variance_reduced_noise(
+    images: Tensor, losses: Sequence[Loss], config: PoisonConfig, visited: Sequence[Sequence[int]]
+) -> Tensor:
+    """Return noise (B, 3, H, W) by sign steps against variance-reduced gradients.
+
+    `visited` names the losses of each step's inner steps. An inner step adds to a sum the gradient at a scout
+    point, less what that loss's gradient at the outer point differs from the mean there, and moves the scout
+    against the sum's sign. The step itself then follows the sign of the whole sum.
+    """
+    moved = images
+    for row in visited:
+        outer = [gradient_of(loss, moved) for loss in losses]
+        mean = torch.stack(outer).mean(0)
+        scout, total = moved, torch.zeros_like(images)
+        for index in row:
+            total = total + gradient_of(losses[index], scout) - (outer[index] - mean)
+            scout = _step(images, scout, total, config)
+        moved = _step(images, moved, total, config)
+    return moved - images
+
+
+def visits(config: PoisonConfig, seed: int) -> list[list[int]]:
+    """Return the networks that each inner step of each step visits, (steps, inner_draws), drawn from the seed."""
+    shape = (needed(config.steps), needed(config.inner_draws))
+    drawn = torch.randint(needed(config.checkpoints), shape, generator=keyed_generator(seed, "sep visits"))
+    rows: list[list[int]] = drawn.tolist()
+    return rows
+
+
+def mean_gradient(losses: Sequence[Loss], images: Tensor) -> Tensor:
+    """Return the mean over the losses of their gradients at `images`, one network's graph in memory at a time."""
+    total = torch.zeros_like(images)
+    for loss in losses:
+        total += gradient_of(loss, images)
+    return total / len(losses)
+
+
+def gradient_of(loss: Loss, images: Tensor) -> Tensor:
+    """Return the gradient of `loss` at `images`, of their shape."""
+    at = images.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss(at), at)
+    return gradient
+
+
+def _step(images: Tensor, moved: Tensor, gradient: Tensor, config: PoisonConfig) -> Tensor:
+    bound, size = needed(config.eps_255) / 255, needed(config.step_size_255) / 255
+    return (images + (moved - size * gradient.sign() - images).clamp(-bound, bound)).clamp(0, 1)
+
+
+def _cross_entropy(model: nn.Module, aim: Tensor) -> Loss:
+    return lambda images: F.cross_entropy(classify(model, images), aim, reduction="sum")
+
+
+def _alignment(model: nn.Module, mean: Tensor) -> Loss:
+    return lambda images: (features(model, images) - mean).square().mean(1).sum()

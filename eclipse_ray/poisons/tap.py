@@ -1,0 +1,72 @@
+"""TAP: targeted adversarial poisons (Fowl et al., arXiv 2106.10807)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eclipse_ray.config import PoisonConfig
+from eclipse_ray.diffusion.noise import noise
+from eclipse_ray.poisons.budget import TAP_T
+from eclipse_ray.poisons.optimised import LabelledImages, Session, State, to_float, to_images
+from eclipse_ray.poisons.surrogate import (
+    classify,
+    crop_flip,
+    keyed_crops,
+    load_surrogate,
+    needed,
+    pgd,
+    train_surrogate,
+)
+
+
+def fit_tap(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:
+    """Train the surrogate on the clean images; the noise of an image needs nothing else of the others."""
+    return train_surrogate(data, config, seed, session)
+
+
+def perturb_tap(
+    data: LabelledImages, state: State, config: PoisonConfig, seed: int, device: torch.device
+) -> Tensor:
+    """Return float32 (B, H, W, 3) on [0, 1] that moves each image to class (y + target_shift) mod classes.
+
+    `steps` sign steps down the cross-entropy to that class, through random crops and flips, from N(0, eps) clipped
+    to the bound; of `restarts` such descents the image keeps the one with the lowest loss (uncropped). All
+    draws are keyed by (seed, id). Keeping one restart a batch instead, by its mean loss, could only be weaker.
+    """
+    model = load_surrogate(state, 0, config, data.num_classes, device)
+    parts = torch.split(torch.arange(len(data.ids)), needed(config.perturb_batch_size))
+    return torch.cat([_targeted(model, data, rows, config, seed, device) for rows in parts])
+
+
+def _targeted(
+    model: nn.Module, data: LabelledImages, rows: Tensor, config: PoisonConfig, seed: int, device: torch.device
+) -> Tensor:
+    images, ids = to_float(data.images[rows], device), [data.ids[row] for row in rows.tolist()]
+    target = ((data.labels[rows] + needed(config.target_shift)) % data.num_classes).to(device)
+    bound, padding, steps = needed(config.eps_255) / 255, needed(config.crop_padding), needed(config.steps)
+    best = torch.zeros_like(images)
+    lowest = torch.full((len(ids),), torch.inf, device=device)
+
+    def loss(values: Tensor) -> Tensor:
+        return F.cross_entropy(classify(model, values), target, reduction="none")
+
+    for restart in range(needed(config.restarts)):
+        slot = TAP_T + 2 * restart
+        start = noise(seed, ids, slot, tuple(data.images.shape[1:])).permute(0, 3, 1, 2) * bound
+        crops = keyed_crops(seed, ids, slot + 1, steps, padding)
+        delta = pgd(
+            images,
+            lambda values, step, crops=crops: loss(crop_flip(values, crops[step], padding)),  # type: ignore[misc]
+            bound,
+            needed(config.step_size_255) / 255,
+            steps,
+            start=start.clamp(-bound, bound).to(device),
+        )
+        with torch.no_grad():
+            reached = loss(images + delta)
+        better = reached < lowest
+        best = torch.where(better[:, None, None, None], delta, best)
+        lowest = torch.where(better, reached, lowest)
+    return to_images(best)

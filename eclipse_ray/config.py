@@ -329,7 +329,9 @@ class VictimConfig(Section):
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     crop_padding: int = Field(3, ge=0, description="Random crop after padding by so many pixels.")
     flip: bool = Field(True, description="Random horizontal flip.")
-    precision: Precision = Field("float32", description="Of the network's arithmetic; bfloat16 is for GPUs.")
+    precision: Precision = Field(
+        "float32", description="Of the network's arithmetic on a GPU; a CPU always computes in float32."
+    )
 
     @model_validator(mode="after")
     def _by_recipe(self) -> VictimConfig:

@@ -6,8 +6,17 @@ from collections.abc import Callable
 
 from torch import nn
 
-from eclipse_ray.victims.resnet import resnet18
+from eclipse_ray.victims.densenet import densenet121
+from eclipse_ray.victims.resnet import resnet18, resnet50
 from eclipse_ray.victims.small import small_network
+from eclipse_ray.victims.vgg import vgg16, vgg19
 
-VICTIMS: dict[str, Callable[[int], nn.Module]] = {"small": small_network, "resnet18": resnet18}
+VICTIMS: dict[str, Callable[[int], nn.Module]] = {
+    "small": small_network,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "vgg16": vgg16,
+    "vgg19": vgg19,
+    "densenet121": densenet121,
+}
 """Constructors by the name of `victim.arch`; each takes the number of classes."""

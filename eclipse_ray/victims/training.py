@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from eclipse_ray.compensation import augment
 from eclipse_ray.config import CompensationConfig, PrivacyConfig, VictimConfig
 from eclipse_ray.errors import InputError
 from eclipse_ray.victims import VICTIMS
+from eclipse_ray.victims.privacy import make_private, private_optimizer, unwatched
 
 EVALUATION_BATCH = 500
 WARMUP = 0.2
@@ -26,9 +28,10 @@ OnEpoch = Callable[[int, float, float], None]
 Augmentation = Callable[[Tensor, Tensor, nn.Module, torch.Generator, float], tuple[Tensor, Tensor]]
 """(images, targets, victim, generator, progress) -> images and targets of the same shapes.
 
-`images` are float (B, 3, H, W) in [0, 1], already cropped, flipped and compensated; `targets` are soft labels, float
-(B, K), that sum to 1; the victim being trained is called through `classify`; `generator` lives on the images' device;
-`progress` in [0, 1) is the part of training that is done. The victim may be put into evaluation mode.
+`images` are float (B, 3, H, W) in [0, 1], already cropped, flipped and compensated; `targets` are soft labels,
+float (B, K), that sum to 1; the victim being trained is called through `classify`; `generator` lives on the
+device of the images; `progress` in [0, 1) is the part of training that is done. The victim may be left in
+evaluation mode.
 """
 
 
@@ -38,6 +41,20 @@ class VictimRun:
 
     test_accuracy: list[float]
     train_loss: list[float]
+
+
+class Bfloat16(nn.Module):
+    """Compute `network` in bfloat16 where that is safe; parameters, input and logits stay float32."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, K), float32, for float32 images (B, 3, H, W)."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits: Tensor = self.network(x)
+        return logits.float()
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,7 @@ class _Training:
     compensation: CompensationConfig | None
     augmentations: Sequence[Augmentation]
     generator: torch.Generator
+    private: bool
 
 
 def train_victim(
@@ -96,15 +114,16 @@ def train_victim(
     `extra` is more labelled training images, (M, H, W, 3) and (M,). All of them are cropped, flipped and, with
     compensation mode "augment", compensated anew in every epoch (arXiv 2406.15093), then pass through
     `augmentations` in turn; test images never do. With `privacy` every image's gradient is clipped and noise is
-    added (DP-SGD, arXiv 1607.00133), which needs Opacus. `on_epoch(epoch, test_accuracy, train_loss)` is called
-    after each epoch, counted from 1. The same seed, device and thread count give the same result. Raises
-    InputError for empty, mismatched or wrongly typed data and for negative labels, ConfigError without Opacus.
+    added (DP-SGD, arXiv 1607.00133), in float32, with group for batch normalisation. After each epoch, counted
+    from 1, `on_epoch(epoch, test_accuracy, train_loss)` is called. The same seed, device and thread count give
+    the same result on a CPU. Raises InputError for empty, mismatched or wrongly typed data and for negative
+    labels, ConfigError for `privacy` without Opacus.
     """
     pool = _pool(train_images, train_labels, extra, config.crop_padding, device)
     held_images, held_labels = _checked(test_images, test_labels, "test", device)
     classes = int(max(pool.labels.max(), held_labels.max())) + 1
     generator = torch.Generator(device).manual_seed(seed)
-    model = _build(config, classes, seed, device)
+    model = _build(config, classes, seed, device, privacy is not None)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
         model.parameters(),
         lr=config.learning_rate,
@@ -112,7 +131,12 @@ def train_victim(
         weight_decay=config.weight_decay,
         nesterov=config.nesterov and config.momentum > 0,
     )
-    training = _Training(model, optimizer, pool, classes, config, compensation, augmentations, generator)
+    if privacy is not None:
+        batch_size = min(config.batch_size, len(pool.labels))
+        optimizer = private_optimizer(optimizer, privacy, batch_size, generator)
+    training = _Training(
+        model, optimizer, pool, classes, config, compensation, augmentations, generator, privacy is not None
+    )
     run = VictimRun([], [])
     for epoch in range(config.epochs):
         loss = _train_epoch(training, epoch)
@@ -181,8 +205,9 @@ def _train_epoch(training: _Training, epoch: int) -> float:
     order = torch.randperm(len(pool.labels), generator=generator, device=pool.labels.device)
     source = pool.rows(generator)
     batches = torch.split(order, config.batch_size)
-    # Batch normalisation cannot learn from one value a channel.
-    batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+    if len(batches) > 1 and len(batches[-1]) == 1 and not training.private:
+        # Batch normalisation cannot learn from one value a channel.
+        batches = batches[:-1]
     total = torch.zeros((), device=pool.labels.device)
     for index, rows in enumerate(batches):
         step, steps = epoch * len(batches) + index, config.epochs * len(batches)
@@ -208,20 +233,27 @@ def _draw(training: _Training, rows: Tensor, labels: Tensor, progress: float) ->
     if not training.augmentations:
         return batch, labels
     targets = F.one_hot(labels, training.classes).float()
-    for augmentation in training.augmentations:
-        batch, targets = augmentation(batch, targets, training.model, training.generator, progress)
+    with unwatched(training.model) if training.private else nullcontext():
+        for augmentation in training.augmentations:
+            batch, targets = augmentation(batch, targets, training.model, training.generator, progress)
     # An augmentation may have asked the victim something, in another mode.
     training.model.train()
     return batch.detach().contiguous(memory_format=torch.channels_last), targets.detach()
 
 
-def _build(config: VictimConfig, classes: int, seed: int, device: torch.device | str) -> nn.Module:
+def _build(config: VictimConfig, classes: int, seed: int, device: torch.device | str, private: bool) -> nn.Module:
     # Weights are drawn on the CPU, so that they are the same on every device.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VICTIMS[config.arch](classes)
     # Channels-last convolutions train a quarter faster on a CPU. torch's types do not know the argument.
-    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if private:
+        # Gradients of single images are formed from activations, which would not all be of one precision.
+        return make_private(model)
+    if config.precision == "bfloat16" and torch.device(device).type != "cpu":
+        return Bfloat16(model)
+    return model
 
 
 def _pool(

@@ -1,38 +1,16 @@
-import numpy as np
 import pytest
 import torch
 
 from eclipse_ray.config import CompensationConfig, PoisonConfig, VictimConfig
 from eclipse_ray.errors import InputError
 from eclipse_ray.poisons import poison_images
-from eclipse_ray.victims import VICTIMS, training
+from eclipse_ray.victims import training
 from eclipse_ray.victims.training import draw_batch, learning_rate_at, train_victim
+from tests.victims.images import coloured, striped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = VictimConfig(epochs=4, batch_size=32, learning_rate=0.05, crop_padding=2)
-
-
-def coloured(count, seed, size=16, classes=3):
-    """Noise images whose class is the brighter channel."""
-    draws = np.random.default_rng(seed)
-    labels = np.arange(count) % classes
-    images = draws.integers(0, 128, (count, size, size, 3))
-    images[np.arange(count), :, :, labels] += 100
-    return images.astype(np.uint8), labels
-
-
-def striped(count, seed):
-    """Four classes of gratings in clutter, told apart by direction."""
-    draws = np.random.default_rng(seed)
-    labels = np.arange(count) % 4
-    rows, columns = np.mgrid[:32, :32]
-    angles = labels[:, None, None] * np.pi / 4
-    phase = draws.uniform(0, 2 * np.pi, count)[:, None, None]
-    waves = 14 * np.sin(0.6 * (np.cos(angles) * rows + np.sin(angles) * columns) + phase)
-    clutter = draws.normal(0, 18, (count, 8, 8)).repeat(4, axis=1).repeat(4, axis=2)
-    images = (128 + waves + clutter)[..., None].repeat(3, axis=3)
-    return images.clip(0, 255).round().astype(np.uint8), labels
 
 
 def run(train, test, config=QUICK, compensation=None, seed=0, on_epoch=None):
@@ -121,18 +99,6 @@ def test_learning_rates():
     assert rates[:peak] == sorted(rates[:peak])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] < 0.001
-
-
-@pytest.mark.parametrize("arch", VICTIMS)
-@pytest.mark.parametrize("size", [16, 31, 32, 64])
-def test_victims_take_any_size(arch, size):
-    logits = VICTIMS[arch](7)(torch.rand(2, 3, size, size))
-    assert logits.shape == (2, 7)
-
-
-def test_resnet18_has_its_published_size():
-    count = sum(parameter.numel() for parameter in VICTIMS["resnet18"](10).parameters())
-    assert count == 11_173_962
 
 
 def test_a_last_batch_of_one_does_not_break_normalisation():

@@ -30,6 +30,7 @@ from eclipse_ray.distributed.evaluate import refuse_shared_images
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.progress import say
 from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.poisons import POISONS
 from eclipse_ray.quality import WINDOW, psnr, ssim
 
 Pixels = NDArray[np.uint8]
@@ -236,6 +237,9 @@ def ensure_poison(column: grid.Column, cache: Cache, denoiser: str | None, image
     began = time.monotonic()
     if not _complete(folder):
         part = part_of(config, cache, str(config.data.source), config.matrix.limit, source)
+        if config.poison.name in POISONS:
+            # Those begin anew; optimised ones go on with what is there.
+            _clear(folder)
         own = {"poison.denoiser": local_denoiser(denoiser)} if denoiser and not config.poison.denoiser else {}
         poison(with_overrides(config, {**part, **own, "data.output": folder}))
     seconds = time.monotonic() - began

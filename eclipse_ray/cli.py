@@ -298,7 +298,8 @@ def _describe_matrix(plan: MatrixPlan) -> str:
         [
             *plan.missing,
             f"{plan.done:,} of {plan.cells:,} cells are measured, {len(plan.missing):,} trainings are left: "
-            f"about {plan.seconds_left / 3600:,.2f} hours on this machine{unknown}; nothing was written to {plan.output}",
+            f"about {plan.seconds_left / 3600:,.2f} hours on this machine{unknown}; "
+            f"nothing was written to {plan.output}",
         ]
     )
 

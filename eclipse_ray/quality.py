@@ -30,8 +30,8 @@ def psnr(images: Tensor, reference: Tensor) -> float:
 def ssim(images: Tensor, reference: Tensor) -> float:
     """Return the mean structural similarity of uint8 `images` (N, H, W, 3) to `reference` of the same shape.
 
-    Gaussian windows wholly inside the image, channel by channel, as published (Wang et al. 2004). Raises InputError
-    for another shape or images smaller than a window.
+    Gaussian windows wholly inside the image, channel by channel, as published (Wang et al. 2004). Raises
+    InputError for another shape or images smaller than a window.
     """
     _check(images, reference)
     if min(images.shape[1:3]) < WINDOW:

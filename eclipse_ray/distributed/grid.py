@@ -41,9 +41,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Facts:
-    """Digests of what the cells are measured on; `sparse` by number of images (0: all), `weights` of a given denoiser.
+    """Digests of what the cells are measured on.
 
-    `sparse` is empty without a sparse set, `weights` is empty when the denoiser is trained here.
+    `sparse` is by number of images (0: all) and empty without a sparse set; `weights` is of a given denoiser, and
+    empty when it is trained here.
     """
 
     source: str
@@ -111,7 +112,8 @@ def build_grid(config: Config, facts: Facts) -> Grid:
     """Return the grid of `config`. Raises ConfigError for unknown names and settings, and for two equal labels."""
     matrix = config.matrix
     columns = _columns(config, facts)
-    rows = [_row(config, entry, facts) for entry in _entries(matrix.defenses, "defense", DEFENSE_SECTIONS)]
+    defenses = _entries(matrix.defenses, "defense", DEFENSE_SECTIONS)
+    rows = [_row(config, entry, facts) for entry in defenses]
     victims = [_victim(config, entry) for entry in _victim_entries(config)]
     seeds = [config.run.seed + index for index in range(config.evaluate.seeds)]
     for name, labels in (("first_poisons", columns), ("first_defenses", rows)):
@@ -219,7 +221,7 @@ def transforms(name: str) -> list[Transform]:
 
 
 def denoiser_key(config: Config, facts: Facts) -> str:
-    """Return the key of the denoiser of `config`: the given one's weights, or the settings and images it trains on."""
+    """Return the key of the denoiser of `config`: of a given one its weights, else what it is trained with."""
     if config.purify.denoiser:
         return digest(["weights", facts.weights])
     from eclipse_ray.distributed.train import NOT_IN_FINGERPRINT

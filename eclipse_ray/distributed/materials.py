@@ -57,8 +57,8 @@ def load_sets(config: Config) -> Sets:
     """Return the sets of data.source, data.test and data.clean, each at most as large as the matrix limits say.
 
     The *clean* training images are compared with the sparse and the test set, because a poison changes the content
-    of every image. Raises ConfigError for a location that is not set, InputError for sets that share images, missing
-    labels or two sizes.
+    of every image. Raises ConfigError for a location that is not set, InputError for sets that share images,
+    missing labels or two sizes.
     """
     data, matrix = config.data, config.matrix
     for name, value in (("data.source", data.source), ("data.test", data.test), ("data.output", data.output)):

@@ -1,4 +1,4 @@
-"""Measure a matrix: one Ray Tune trial a cell, each committed by put-if-absent, so that any run goes on with the rest.
+"""Measure a matrix: one Ray Tune trial a cell, each committed by put-if-absent, so that a run goes on with the rest.
 
 The ledger is ours, not Tune's: a finished cell is an object results/<key>.json, and Tune is only told what is
 missing. So a grid may grow between two runs, its order may change, and nothing of Tune has to be restored.
@@ -82,7 +82,7 @@ def open_matrix(config: Config) -> Matrix:
 
 
 def run(matrix: Matrix, publish: Callable[[], object]) -> None:
-    """Measure what is missing; `publish` is called whenever some cells are done, and at the end, whatever ends it.
+    """Measure what is missing; `publish` is called when some cells are done, and at the end, whatever ends it.
 
     What fails is left out, so that it does not hold up the rest, and stands in `matrix.failures` by cell title.
     """

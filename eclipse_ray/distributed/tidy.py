@@ -48,8 +48,8 @@ def read_results(matrix: Matrix) -> dict[str, Result]:
 def plan(matrix: Matrix) -> MatrixPlan:
     """Return which cells a run would measure, and how long it would take where the like was measured before.
 
-    Trainings are judged by those of the same defense and victim, else of the same victim; poisons and transforms by
-    those of the same name. Everything is scaled by epochs and images.
+    Trainings are judged by those of the same defense and victim, else of the same victim; poisons and transforms
+    by those of the same name. Everything is scaled by epochs and images.
     """
     missing = matrix.missing()
     done = matrix.done()

@@ -1,4 +1,4 @@
-"""The tables of a matrix: tidy Parquet and CSV, and Markdown in the paper's layout with its numbers beside ours."""
+"""The tables of a matrix: tidy Parquet and CSV, and Markdown in the paper's layout, its numbers beside ours."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def _legend(view: MatrixView) -> Lines:
     seeds = f"n = {len(view.seeds)} seed{'s' if len(view.seeds) > 1 else ''} a cell"
     lines = [
         f"{view.images:,} training images, {view.sparse:,} sparse clean images (B/N = {ratio:.1f} %), "
-        f"{view.test_images:,} test images; {seeds}. Test accuracy in per cent after the last epoch, mean ± standard "
-        "deviation over victims; poisons and transformed sets are made once.",
+        f"{view.test_images:,} test images; {seeds}. Test accuracy in per cent after the last epoch, mean ± "
+        "standard deviation over victims; poisons and transformed sets are made once.",
         "",
         f"{UNFINISHED} is a cell that is not measured: {wanted - len(view.rows)} of {wanted} are left.",
     ]
@@ -151,9 +151,9 @@ def _legend(view: MatrixView) -> Lines:
         known = ", ".join(TABLES[view.dataset])
         lines += [
             "",
-            f"In brackets: the paper's number (arXiv 2406.15093; {view.dataset}, {known}, all images, 80 epochs); a "
-            f"victim it does not have stands beside its {REFERENCE_VICTIM}. AVG is over the columns shown, and so is "
-            "the paper's.",
+            f"In brackets: the paper's number (arXiv 2406.15093; {view.dataset}, {known}, all images, 80 epochs); "
+            f"a victim it does not have stands beside its {REFERENCE_VICTIM}. AVG is over the columns shown, and so "
+            "is the paper's.",
         ]
     budgets = [f"{column.label}: {column.details}" for column in view.columns if column.details]
     if budgets:

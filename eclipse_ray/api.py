@@ -7,7 +7,7 @@ override it; arguments named here override both. Ray is imported by the verbs th
 from __future__ import annotations
 
 from eclipse_ray.config import Config, Layout, ScheduleName, Settings, load_config, to_yaml, with_overrides
-from eclipse_ray.errors import ConfigError, EclipseError
+from eclipse_ray.errors import ConfigError
 from eclipse_ray.results import (
     DatasetResult,
     DryRunResult,
@@ -205,7 +205,7 @@ def evaluate(
     """Train victims on `train` and return their accuracy on `test`; `clean` is checked to be disjoint.
 
     With a section `matrix` in the config, measure that grid instead, into `out`: the same call goes on with what
-    is missing. Raises EclipseError at the end if some of its cells failed.
+    is missing. What fails is left out and named in `failures`; the same call tries it again.
     """
     resolved = resolve(config, settings, _evaluate_settings(train, test, clean, out))
     if _is_matrix(resolved):
@@ -251,15 +251,15 @@ def _measure(config: Config) -> MatrixResult:
 
     matrix = room.open_matrix(config)
     room.run(matrix, lambda: write_tables(matrix.store.url, tidy.view(matrix)))
-    if matrix.failures:
-        title, message = next(iter(matrix.failures.items()))
-        raise EclipseError(
-            f"{len(matrix.failures)} of {len(matrix.grid.cells)} cells failed, the first is {title}: {message}; "
-            f"the others are in {matrix.store.url}/table.md; run the same command again to try the rest"
-        )
     done = matrix.done()
-    finished = sum(cell.key in done for cell in matrix.grid.cells)
-    return MatrixResult(len(matrix.grid.cells), finished, 0, matrix.store.url, f"{matrix.store.url}/table.md")
+    return MatrixResult(
+        cells=len(matrix.grid.cells),
+        done=sum(cell.key in done for cell in matrix.grid.cells),
+        failed=len(matrix.failures),
+        output=matrix.store.url,
+        table=f"{matrix.store.url}/table.md",
+        failures=matrix.failures,
+    )
 
 
 def _recorded(config: Config, result: DatasetResult) -> DatasetResult:

@@ -281,11 +281,14 @@ def evaluate(
         return
     result = api.evaluate(train=train, test=test, clean=clean, out=out, config=config, settings=settings)
     _print(result, as_json, lambda: _describe_evaluation(result))
+    if isinstance(result, MatrixResult) and result.failed:
+        raise typer.Exit(EXIT_FAILURE)
 
 
 def _describe_evaluation(result: EvaluateResult | MatrixResult) -> str:
     if isinstance(result, MatrixResult):
-        return f"{result.done:,} of {result.cells:,} cells measured; the table is {result.table}"
+        lines = [f"failed: {title}: {message}" for title, message in result.failures.items()]
+        return "\n".join([*lines, f"{result.done:,} of {result.cells:,} cells measured; see {result.table}"])
     return (
         f"test accuracy {result.test_accuracy:.2f} ± {result.test_accuracy_std:.2f} % "
         f"(n = {result.seeds}, {result.victim}, {result.epochs} epochs, compensation {result.compensation})"

@@ -103,18 +103,19 @@ class EvaluateResult:
 
 @dataclass(frozen=True)
 class MatrixResult:
-    """A matrix after a run: cells that are measured, cells whose work failed, and the table of what there is."""
+    """A matrix after a run: cells that are measured, those that failed and why, the table of what there is."""
 
     cells: int
     done: int
     failed: int
     output: str
     table: str
+    failures: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """What a run of a matrix would do; `seconds_left` is of work whose like was measured, `unknown` names the rest."""
+    """What a run of a matrix would do; `seconds_left` is of work whose like was measured, `unknown` the rest."""
 
     cells: int
     done: int

@@ -82,7 +82,7 @@ class Victim:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number: a victim trained with `seed` on a column under a defense. `training` keys its training images."""
+    """One number: a victim trained with `seed` on a column under a defense; `training` keys the images."""
 
     key: str
     training: str
@@ -109,7 +109,7 @@ class Grid:
 
 
 def build_grid(config: Config, facts: Facts) -> Grid:
-    """Return the grid of `config`. Raises ConfigError for unknown names and settings, and for two equal labels."""
+    """Return the grid of `config`. Raises ConfigError for what cannot be: unknown names, two equal labels."""
     matrix = config.matrix
     columns = _columns(config, facts)
     defenses = _entries(matrix.defenses, "defense", DEFENSE_SECTIONS)

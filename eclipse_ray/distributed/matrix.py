@@ -1,4 +1,4 @@
-"""Measure a matrix: one Ray Tune trial a cell, each committed by put-if-absent, so that a run goes on with the rest.
+"""Measure a matrix: one Ray Tune trial a cell, committed by put-if-absent, so that any run goes on with the rest.
 
 The ledger is ours, not Tune's: a finished cell is an object results/<key>.json, and Tune is only told what is
 missing. So a grid may grow between two runs, its order may change, and nothing of Tune has to be restored.
@@ -6,31 +6,28 @@ missing. So a grid may grow between two runs, its order may change, and nothing 
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 from ray.exceptions import RayError
 
-from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, VictimConfig, to_yaml
+from eclipse_ray.config import CompensationConfig, Config, to_yaml
 from eclipse_ray.data.store import Store
-from eclipse_ray.defenses import combine
-from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.distributed import materials
+from eclipse_ray.distributed import sets as room
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
 from eclipse_ray.distributed.grid import Cell, Column, Facts, Grid, attacks_denoiser, build_grid, denoiser_key
-from eclipse_ray.distributed.materials import Cache, Sets, Work
+from eclipse_ray.distributed.materials import Cache, Work
 from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
-from eclipse_ray.errors import EclipseError
-from eclipse_ray.victims.training import train_victim
+from eclipse_ray.distributed.sets import Sets
+from eclipse_ray.distributed.trial import Pantry, run_trial
+from eclipse_ray.errors import EclipseError, InterruptedRunError
 
 CELLS_AHEAD = 4
 """So many times the trials at once are made ready together: few trials wait for the last of a group."""
@@ -41,7 +38,7 @@ GPU_SHARE = 0.25
 
 @dataclass
 class Matrix:
-    """A matrix and how far it is."""
+    """A matrix, and how far it is; `results` are the cells read so far, by key."""
 
     config: Config
     sets: Sets
@@ -49,6 +46,7 @@ class Matrix:
     grid: Grid
     cache: Cache
     failures: dict[str, str] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def store(self) -> Store:
@@ -71,18 +69,18 @@ def open_matrix(config: Config) -> Matrix:
 
     Raises ConfigError for settings that cannot work, InputError for unusable sets.
     """
-    sets = materials.load_sets(config)
-    facts = materials.facts(config, sets)
+    sets = room.load_sets(config)
+    facts = room.facts(config, sets)
     grid = build_grid(config, facts)
     if any(row.defense.dilution for row in grid.rows):
-        materials.check_labels(sets, config.data.clean)
+        room.check_labels(sets, config.data.clean)
     cache = Cache(str(config.data.output))
     refuse_process_local(str(config.data.output), cache.store.in_this_process_only)
     return Matrix(config, sets, facts, grid, cache)
 
 
 def run(matrix: Matrix, publish: Callable[[], object]) -> None:
-    """Measure what is missing; `publish` is called when some cells are done, and at the end, whatever ends it.
+    """Measure what is missing; `publish` is called when cells are done and at the end, whatever ends it.
 
     What fails is left out, so that it does not hold up the rest, and stands in `matrix.failures` by cell title.
     """
@@ -112,26 +110,6 @@ def groups(cells: list[Cell], size: int) -> Iterator[list[Cell]]:
         group.append(cell)
     if group:
         yield group
-
-
-class Pantry:
-    """An actor that holds references to the sets of one group of trials, and lets go of them together.
-
-    Parameters handed to Tune stay in the object store until the driver ends.
-    """
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, dict[str, Any]] = {}
-        self.sets: dict[str, Any] = {}
-
-    def fill(self, jobs: dict[str, dict[str, Any]], sets: dict[str, Any]) -> None:
-        """Replace everything; `sets` are references by key."""
-        self.jobs, self.sets = jobs, sets
-
-    def take(self, cell: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a cell's job and references to what it needs."""
-        job = self.jobs[cell]
-        return job, {name: self.sets[key] for name, key in job["sets"].items()}
 
 
 class _Runner:
@@ -164,8 +142,11 @@ class _Runner:
         columns = {cell.column.key: cell.column for cell in cells}
         images = {key: ref for key, column in columns.items() if (ref := self._column(column, cells)) is not None}
         cells = [cell for cell in cells if cell.column.key in images]
+        likeness = [self._likeness(key, ref) for key, ref in images.items() if columns[key].config]
         sets = self._defended(cells, images)
         cells = [cell for cell in cells if cell.training in sets]
+        if likeness:
+            ray.wait(likeness, num_returns=len(likeness))
         if not cells:
             return
         jobs = {cell.key: self._job(cell) for cell in cells}
@@ -174,8 +155,10 @@ class _Runner:
         }
         ray.get(self.pantry.fill.remote(jobs, {**sets, **extra, "labels": self.labels, "test": self.test}))
         with BoardWatcher(self.board, self._show):
-            for key, message in self._tune([cell.key for cell in cells]).items():
-                self._failed(self.titles[key], message)
+            failed = self._tune([cell.key for cell in cells])
+        for cell in cells:
+            if cell.key in failed:
+                self._failed([cell], EclipseError(failed[cell.key]))
         ray.get(self.pantry.fill.remote({}, {}))
 
     def _column(self, column: Column, cells: list[Cell]) -> Any:
@@ -186,19 +169,16 @@ class _Runner:
         try:
             denoiser = self._denoiser(column.config) if attacks_denoiser(column.config) else None
             materials.ensure_poison(column, matrix.cache, denoiser, len(ids), matrix.facts.source)
+        except InterruptedRunError:
+            raise
         except EclipseError as error:
-            # What ends a run (a signal) must end it; what concerns this column must not.
-            if error.exit_code == 75:
-                raise
-            for cell in cells:
-                if cell.column.key == column.key:
-                    self._failed(cell.title, str(error))
+            self._failed([cell for cell in cells if cell.column.key == column.key], error)
             return None
-        load = self._task(materials.load_column)
         url = matrix.cache.url("poisons", column.key)
-        images = load.remote(url, ids, matrix.config.data.max_pixels)
-        self._task(materials.keep_quality).remote(matrix.cache, column.key, images, self.source)
-        return images
+        return self._io_task(materials.load_column).remote(url, ids, matrix.config.data.max_pixels)
+
+    def _likeness(self, key: str, images: Any) -> Any:
+        return self._io_task(materials.keep_quality).remote(self.matrix.cache, key, images, self.source)
 
     def _denoiser(self, config: Config) -> str:
         facts = self.matrix.facts
@@ -210,18 +190,22 @@ class _Runner:
         """Return references to all training sets of `cells` that could be made, by key."""
         ready = {key: ref for key, ref in images.items() if any(cell.training == key for cell in cells)}
         wanted = {cell.training: cell for cell in cells if cell.training not in images}
-        pending = {self._defend(cell, images[cell.column.key]): key for key, cell in wanted.items()}
-        if pending:
-            say(f"matrix: {self._so_far()}; {len(pending)} transformed sets")
-        for ref, key in pending.items():
+        if wanted:
+            say(f"matrix: {self._so_far()}; {len(wanted)} transformed sets")
+        pending: dict[str, Any] = {}
+        for key, cell in wanted.items():
             try:
-                ray.wait([ref], fetch_local=False)
-                ray.get(self._task(_nothing).remote(ref))
+                pending[key] = self._defend(cell, images[cell.column.key])
+            except InterruptedRunError:
+                raise
+            except EclipseError as error:
+                self._failed([cell for cell in cells if cell.training == key], error)
+        for key, ref in pending.items():
+            try:
+                ray.get(self._io_task(_nothing).remote(ref))
                 ready[key] = ref
-            except (RayError, EclipseError) as error:
-                for cell in cells:
-                    if cell.training == key:
-                        self._failed(cell.title, last_line(error))
+            except RayError as error:
+                self._failed([cell for cell in cells if cell.training == key], error)
         return ready
 
     def _defend(self, cell: Cell, images: Any) -> Any:
@@ -236,13 +220,13 @@ class _Runner:
             num_classes=matrix.sets.num_classes,
             threads=self.threads,
         )
-        sparse = materials.sparse_set(matrix.sets, config)
+        sparse = room.sparse_set(matrix.sets, config)
         pair = None if sparse is None else (sparse.images, sparse.labels)
-        make = self._task(materials.make_defended)
+        make = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(materials.make_defended)
         return make.remote(work, images, self.source, self.labels, matrix.sets.source.ids, pair)
 
-    def _task(self, function: Callable[..., Any]) -> Any:
-        return ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(function)
+    def _io_task(self, function: Callable[..., Any]) -> Any:
+        return ray.remote(num_cpus=self.resources.cpus_per_core)(function)
 
     def _job(self, cell: Cell) -> dict[str, Any]:
         config, defense = cell.row.config, cell.row.defense
@@ -268,13 +252,13 @@ class _Runner:
             count = int(name.split()[1])
             sparse = self.matrix.sets.sparse
             assert sparse is not None
-            sparse = materials.first_images(sparse, count)
+            sparse = room.first_images(sparse, count)
             self.fixed[name] = ray.put((sparse.images, sparse.labels))
         return self.fixed[name]
 
     def _tune(self, keys: list[str]) -> dict[str, str]:
         """Run one trial a key; return the messages of those that failed."""
-        trial = tune.with_parameters(_trial, pantry=self.pantry, board=self.board)
+        trial = tune.with_parameters(run_trial, pantry=self.pantry, board=self.board)
         with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-") as scratch:
             tuner = tune.Tuner(
                 tune.with_resources(trial, {"cpu": self.cpus, "gpu": self.gpus}),
@@ -289,7 +273,7 @@ class _Runner:
             )
             results = _on_a_thread(tuner.fit)
         errors = [(one.config["cell"], one.error, (one.metrics or {}).get("error")) for one in results]
-        return {key: said or last_line(error) for key, error, said in errors if error is not None or said}
+        return {key: said or message_of(error) for key, error, said in errors if error is not None or said}
 
     def _show(self, entry: dict[str, Any]) -> None:
         # A trial that Ray had to start again reports its first epochs twice.
@@ -305,9 +289,10 @@ class _Runner:
     def _so_far(self) -> str:
         return f"{self.finished}/{self.cells} cells"
 
-    def _failed(self, title: str, message: str) -> None:
-        self.matrix.failures[title] = message
-        say(f"matrix: {title} failed: {message}")
+    def _failed(self, cells: list[Cell], error: BaseException) -> None:
+        message = message_of(error)
+        self.matrix.failures |= {cell.title: message for cell in cells}
+        say(f"matrix: {len(cells)} cells failed, {cells[0].title} among them: {message}")
 
 
 def share(config: Config, resources: Resources) -> tuple[float, int, int]:
@@ -324,10 +309,11 @@ def share(config: Config, resources: Resources) -> tuple[float, int, int]:
     return 0.0, concurrent, max(1, resources.cores // concurrent)
 
 
-def last_line(error: BaseException) -> str:
-    """Return what an error of a worker says, without its trace."""
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+def message_of(error: BaseException) -> str:
+    """Return what an error says, that of a worker without its trace."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines()
+    return lines[-1] if lines else type(cause).__name__
 
 
 def _nothing(_value: Any) -> None:
@@ -336,8 +322,8 @@ def _nothing(_value: Any) -> None:
 
 def _on_a_thread(fit: Callable[[], Any]) -> Any:
     """Run `fit` on a thread: Tune takes over SIGINT on the main one, which here must stay free to be stopped."""
-    # Tune's own files are of no use here, and its workers must see the folders that the driver was started in.
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    # What it would write, a CSV and a JSON file for each trial, nobody reads here.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     box: list[Any] = []
     failure: list[Exception] = []
 
@@ -352,63 +338,5 @@ def _on_a_thread(fit: Callable[[], Any]) -> Any:
     while thread.is_alive():
         thread.join(timeout=0.5)
     if failure:
-        raise EclipseError(f"Ray Tune stopped: {last_line(failure[0])}; run the same command again to resume")
+        raise EclipseError(f"Ray Tune stopped: {message_of(failure[0])}; run the same command again to resume")
     return box[0]
-
-
-def _trial(config: dict[str, Any], pantry: Any, board: Any) -> None:
-    """Train the victim of one cell and commit what it reached."""
-    key = config["cell"]
-    job, refs = ray.get(pantry.take.remote(key))
-    try:
-        result = _train(key, job, {name: ray.get(ref) for name, ref in refs.items()}, board)
-    except EclipseError as error:
-        # Said rather than raised, because trying again would not help.
-        tune.report({"error": str(error)})
-        return
-    Store(job["output"]).create(f"results/{key}.json", json.dumps(result, indent=1).encode())
-    tune.report({"error": ""})
-
-
-def _train(key: str, job: dict[str, Any], sets: dict[str, Any], board: Any) -> dict[str, Any]:
-    torch.set_num_threads(job["threads"])
-    defense, settings = combine(job["defense"]), DefenseConfig.model_validate(job["settings"])
-    victim, device = VictimConfig.model_validate(job["victim"]), default_device()
-
-    def on_epoch(epoch: int, accuracy: float, _loss: float) -> None:
-        last = epoch == victim.epochs
-        board.post.remote({"cell": key, "epoch": epoch, "test_accuracy": accuracy, "last": last})
-
-    test_images, test_labels = sets["test"]
-    began = time.monotonic()
-    run = train_victim(
-        sets["images"],
-        sets["labels"],
-        test_images,
-        test_labels,
-        victim,
-        CompensationConfig.model_validate(job["compensation"]),
-        job["seed"],
-        device,
-        on_epoch,
-        augmentations=[defense.augmentation(settings)] if defense.augmentation else [],
-        privacy=materials.privacy_of(settings) if defense.privacy else None,
-        extra=sets.get("extra"),
-    )
-    return {
-        "title": job["title"],
-        "test_accuracy": run.test_accuracy,
-        "train_loss": run.train_loss,
-        "seconds": time.monotonic() - began,
-        "device": device_name(device),
-        "threads": job["threads"],
-        "images": len(sets["labels"]),
-        "victim": job["victim"],
-        "compensation": job["compensation"],
-        "seed": job["seed"],
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """Return what a result was computed on, in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

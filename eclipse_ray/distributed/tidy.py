@@ -24,7 +24,21 @@ def view(matrix: Matrix) -> MatrixView:
     """Return the axes of the matrix, and a tidy row for every cell that is measured."""
     grid, sets = matrix.grid, matrix.sets
     results = read_results(matrix)
-    ordered = sorted(grid.cells, key=lambda cell: _place(matrix, cell))
+    axes: list[list[str]] = [
+        [one.entry.label for one in grid.victims],
+        [one.entry.label for one in grid.rows],
+        [one.entry.label for one in grid.columns],
+    ]
+    victims, defenses, columns = ({label: place for place, label in enumerate(labels)} for labels in axes)
+    ordered = sorted(
+        grid.cells,
+        key=lambda cell: (
+            victims[cell.victim.entry.label],
+            defenses[cell.row.entry.label],
+            columns[cell.column.entry.label],
+            cell.seed,
+        ),
+    )
     return MatrixView(
         columns=[_axis(column.entry, bound(matrix, column)) for column in grid.columns],
         defenses=[_axis(row.entry, _sparse_words(matrix, row)) for row in grid.rows],
@@ -41,8 +55,10 @@ def view(matrix: Matrix) -> MatrixView:
 def read_results(matrix: Matrix) -> dict[str, Result]:
     """Return what was measured, by key, for the cells of this grid."""
     done = matrix.done()
-    keys = {cell.key for cell in matrix.grid.cells if cell.key in done}
-    return {key: json.loads(matrix.store.read(f"results/{key}.json")) for key in keys}
+    for key in {cell.key for cell in matrix.grid.cells if cell.key in done} - matrix.results.keys():
+        # A result never changes.
+        matrix.results[key] = json.loads(matrix.store.read(f"results/{key}.json"))
+    return matrix.results
 
 
 def plan(matrix: Matrix) -> MatrixPlan:
@@ -122,12 +138,6 @@ def _paces(matrix: Matrix, kind: str) -> dict[str, float]:
 def _this_machine() -> Resources:
     cores = os.cpu_count() or 1
     return Resources(cpus=2 * cores, gpus=torch.cuda.device_count(), cores=cores, local=True)
-
-
-def _place(matrix: Matrix, cell: Cell) -> tuple[int, ...]:
-    grid = matrix.grid
-    axes = (grid.victims.index(cell.victim), grid.rows.index(cell.row), grid.columns.index(cell.column))
-    return (*axes, grid.seeds.index(cell.seed))
 
 
 def _tidy(matrix: Matrix, cell: Cell, result: Result) -> Result:

@@ -152,8 +152,8 @@ def _legend(view: MatrixView) -> Lines:
         lines += [
             "",
             f"In brackets: the paper's number (arXiv 2406.15093; {view.dataset}, {known}, all images, 80 epochs); "
-            f"a victim it does not have stands beside its {REFERENCE_VICTIM}. AVG is over the columns shown, and so "
-            "is the paper's.",
+            f"a victim it does not have stands beside its {REFERENCE_VICTIM}. AVG is over the columns shown, "
+            "and so is the paper's.",
         ]
     budgets = [f"{column.label}: {column.details}" for column in view.columns if column.details]
     if budgets:

@@ -71,8 +71,7 @@ class Cache:
 
     def load(self, key: str) -> Pixels:
         """Return transformed images."""
-        if self.store.local:
-            return np.load(self.store.path(f"cache/defended/{key}.npy"), mmap_mode="r", allow_pickle=False)
+        # Not memory-mapped: Ray shares plain arrays between processes, but copies a mapped one.
         return np.load(io.BytesIO(self.store.read(f"cache/defended/{key}.npy")), allow_pickle=False)
 
 

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from eclipse_ray.config import CompensationConfig, Config, to_yaml
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import materials
-from eclipse_ray.distributed import sets as room
+from eclipse_ray.distributed import sets as datasets
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
 from eclipse_ray.distributed.grid import Cell, Column, Facts, Grid, attacks_denoiser, build_grid, denoiser_key
 from eclipse_ray.distributed.materials import Cache, Work
@@ -69,11 +69,11 @@ def open_matrix(config: Config) -> Matrix:
 
     Raises ConfigError for settings that cannot work, InputError for unusable sets.
     """
-    sets = room.load_sets(config)
-    facts = room.facts(config, sets)
+    sets = datasets.load_sets(config)
+    facts = datasets.facts(config, sets)
     grid = build_grid(config, facts)
     if any(row.defense.dilution for row in grid.rows):
-        room.check_labels(sets, config.data.clean)
+        datasets.check_labels(sets, config.data.clean)
     cache = Cache(str(config.data.output))
     refuse_process_local(str(config.data.output), cache.store.in_this_process_only)
     return Matrix(config, sets, facts, grid, cache)
@@ -220,7 +220,7 @@ class _Runner:
             num_classes=matrix.sets.num_classes,
             threads=self.threads,
         )
-        sparse = room.sparse_set(matrix.sets, config)
+        sparse = datasets.sparse_set(matrix.sets, config)
         pair = None if sparse is None else (sparse.images, sparse.labels)
         make = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(materials.make_defended)
         return make.remote(work, images, self.source, self.labels, matrix.sets.source.ids, pair)
@@ -252,7 +252,7 @@ class _Runner:
             count = int(name.split()[1])
             sparse = self.matrix.sets.sparse
             assert sparse is not None
-            sparse = room.first_images(sparse, count)
+            sparse = datasets.first_images(sparse, count)
             self.fixed[name] = ray.put((sparse.images, sparse.labels))
         return self.fixed[name]
 

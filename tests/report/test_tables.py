@@ -54,7 +54,7 @@ def section(markdown: str, title: str) -> dict[str, list[str]]:
 def test_the_mean_and_the_deviation_stand_beside_the_number_of_the_paper():
     table = section(to_markdown(view(FULL)), "Test accuracy")
     assert table["defense"] == ["em", "ar", "AVG"]
-    assert table["none"] == ["21.0 ± 1.4 [17.58]", "21.0 ± 1.4 [10.59]", "21.0 ± 1.4 [14.09]"]
+    assert table["none"] == ["21.0 ± 1.4 [17.58]", "21.0 ± 1.4 [10.59]", "21.0 ± 1.4 [14.08]"]
     assert table["eclipse"][2] == "61.0 ± 1.4 [85.06]"
     assert table["mine"] == ["·", "·", "·"]
 
@@ -73,7 +73,7 @@ def test_the_average_varies_with_the_seed_not_with_the_column():
 def test_unfinished_cells_are_marked_and_counted():
     markdown = to_markdown(view(FULL[:3]))
     table = section(markdown, "Test accuracy")
-    assert table["none"] == ["21.0 ± 1.4 [17.58]", "20.0 (n = 1) [10.59]", "· [14.09]"]
+    assert table["none"] == ["21.0 ± 1.4 [17.58]", "20.0 (n = 1) [10.59]", "· [14.08]"]
     assert "15 of 18 are left" in markdown
     assert "none yet" not in markdown
 

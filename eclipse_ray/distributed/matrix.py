@@ -101,7 +101,7 @@ def run(matrix: Matrix, publish: Callable[[], object]) -> None:
 
 
 def groups(cells: list[Cell], size: int) -> Iterator[list[Cell]]:
-    """Yield the cells in order, at least `size` at a time where there are so many, never parting a column's run."""
+    """Yield the cells in order, at least `size` at a time, never parting those of one column."""
     group: list[Cell] = []
     for index, cell in enumerate(cells):
         if len(group) >= size and cells[index - 1].column.key != cell.column.key:

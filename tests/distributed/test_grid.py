@@ -148,7 +148,7 @@ def test_the_ready_configs_are_grids(file):
     config = load_config(str(file))
     counts = {0: "all", 150: "150", 1000: "1", 2000: "2", 3000: "3", 4000: "4"}
     made = build_grid(config, Facts("source", "test", counts))
-    assert len({cell.key for cell in made.cells}) == len(made.cells)
+    assert len({cell.title for cell in made.cells}) == len(made.cells)
     assert config.data.output
     if file.stem == "quick":
         assert (len(made.columns), len(made.rows), config.matrix.limit) == (6, 6, 3000)

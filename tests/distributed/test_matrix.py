@@ -168,7 +168,7 @@ def test_only_a_matrix_can_be_planned_and_a_matrix_needs_a_folder(world, tmp_pat
 
 def test_dilution_needs_labels(world, tmp_path):
     unlabelled = tmp_path / "flat"
-    api.convert(world.clean, str(unlabelled), layout="folder", settings={"data.label_column": "label"})
+    api.convert(world.clean, str(unlabelled), layout="folder")
     flat = tmp_path / "images"
     flat.mkdir()
     for number, file in enumerate(sorted(unlabelled.glob("*/*.png"))):

@@ -76,11 +76,17 @@ def poison(
     config: ConfigLike = None,
     settings: Settings | None = None,
 ) -> DatasetResult:
-    """Write a copy of a labelled dataset poisoned by `name` (urp, lsp or ar), within its norm bound."""
+    """Write a copy of a labelled dataset poisoned by `name`, its norm checked; the same call resumes.
+
+    urp, lsp, ar and cuda are closed forms; em, tap, rem, sep, efp and adp are optimised over the whole dataset, as
+    published or with poison.cost "reduced" for a CPU (docs/poisons.md).
+    """
     from eclipse_ray.distributed import poison as room
+    from eclipse_ray.poisons.costs import resolved_poison
 
     named = {"poison.name": name, "data.source": source, "data.output": output}
     resolved = resolve(config, settings, named)
+    resolved = resolved.model_copy(update={"poison": resolved_poison(resolved.poison)})
     return _recorded(resolved, room.poison(resolved))
 
 

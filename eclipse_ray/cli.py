@@ -86,14 +86,14 @@ def split(
 
 @app.command()
 def poison(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="urp, lsp or ar.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="urp lsp ar cuda em tap rem sep efp adp")],
     source: Annotated[str, typer.Argument(metavar="SRC", help="Labelled dataset.")],
     output: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
 ) -> None:
-    """Write a poisoned copy of a labelled dataset, within the poison's norm bound after 8-bit storage."""
+    """Write a poisoned copy of a labelled dataset, its norm checked after 8-bit storage; resumes if optimised."""
     from eclipse_ray import api
 
     result = api.poison(name, source, output, config=config, settings=_settings(assign))

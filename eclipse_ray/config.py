@@ -292,7 +292,7 @@ class PoisonConfig(Section):
     adversary_steps: int | None = Field(None, ge=1, description="rem, efp: its sign steps.")
     adversary_step_size_255: float | None = Field(None, gt=0, description="rem, efp: size of such a step.")
     unet_channels: tuple[int, ...] | None = Field(None, min_length=1, description="adp: channels of its levels.")
-    denoiser: str | None = Field(None, description="adp strong: local folder of the denoiser attacked.")
+    denoiser: str | None = Field(None, description="adp strong: folder of the denoiser attacked.")
     t_star: int | None = Field(None, ge=1, description="adp strong: depth; null: what the denoiser recommends.")
     compensation_p: float | None = Field(None, ge=0, le=1, description="adp: probability of grayscale.")
     compensation_sigma: float | None = Field(None, ge=0, description="adp: deviation of fine noise, on [0, 1].")

@@ -128,14 +128,17 @@ def write_dataset(
     source: str,
     layout: Layout = "parquet",
     data_config: DataConfig | None = None,
+    resume: bool = False,
 ) -> int:
     """Write canonical `tables` as a new dataset at `url` and return the number of images.
 
-    Parts come first and a note `_eclipse/dataset.json` last; until then readers refuse the dataset. Raises
-    InputError if there already is something at `url`, and for what `layout` cannot hold.
+    Parts come first and a note `_eclipse/dataset.json` last; until then readers refuse the dataset. With `resume`,
+    the same tables are written over what an interrupted call left of them. Raises InputError if there already is
+    something else at `url`, and for what `layout` cannot hold.
     """
     store = Store(url)
-    refuse_existing(store)
+    if not resume:
+        refuse_existing(store)
     store.write(UNFINISHED, b"")
     try:
         images = _WRITERS[layout](store, tables, classes, data_config or DataConfig())

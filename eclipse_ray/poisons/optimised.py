@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,12 +74,10 @@ def id_keys(ids: Sequence[str]) -> Tensor:
 
 def by_id(data: LabelledImages) -> LabelledImages:
     """Return the images in the order of their `id_keys`. Raises InputError for an id that occurs twice."""
-    keys = id_keys(data.ids)
-    order = torch.argsort(keys, stable=True)
-    for first, second in pairwise(order.tolist()):
-        if keys[first] == keys[second]:
-            raise InputError(f"ids {data.ids[first]} and {data.ids[second]} cannot be told apart; rename one")
+    keys, order = id_keys(data.ids).sort(stable=True)
     ids = [data.ids[index] for index in order.tolist()]
+    for place in torch.nonzero(keys.diff() == 0).flatten().tolist():
+        raise InputError(f"ids {ids[place]} and {ids[place + 1]} cannot be told apart; rename one")
     return LabelledImages(data.images[order], data.labels[order], ids, data.num_classes)
 
 

@@ -12,7 +12,8 @@ from eclipse_ray.poisons.budget import store
 from eclipse_ray.poisons.lsp import default_patch
 
 CLASSES = 4
-VARIANTS = [(name, scope) for name in POISONS for scope in ("sample", "class")]
+# cuda has a file of its own: one scope, and no norm.
+VARIANTS = [(name, scope) for name in ("urp", "lsp", "ar") for scope in ("sample", "class")]
 
 
 def batch(count=8, size=32, seed=0):

@@ -1,0 +1,68 @@
+"""What tests of optimised poisons share: a tiny learnable dataset, tiny numbers, a session that can be killed."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from eclipse_ray.config import PoisonConfig
+from eclipse_ray.poisons.costs import resolved_poison
+from eclipse_ray.poisons.optimised import LabelledImages, Session, State
+
+CLASSES = 4
+CPU = torch.device("cpu")
+
+
+def tiny_images(count: int = 64, size: int = 16, seed: int = 0) -> LabelledImages:
+    """Return noisy images of four colours; a class is a colour, so that a few epochs are enough to learn it."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    # Far enough apart to be learnt at once, near enough for 8/255 to lead from one to the next.
+    colours = torch.tensor([[108, 120, 120], [120, 108, 120], [120, 120, 108], [112, 112, 112]])
+    spread = 8 * torch.randn(count, size, size, 3, generator=generator)
+    images = (colours[labels][:, None, None] + spread).clamp(0, 255).to(torch.uint8)
+    return LabelledImages(images, labels, [f"image-{index}" for index in range(count)], CLASSES)
+
+
+def part(data: LabelledImages, rows: list[int]) -> LabelledImages:
+    """Return some images of a dataset."""
+    return LabelledImages(data.images[rows], data.labels[rows], [data.ids[row] for row in rows], data.num_classes)
+
+
+def tiny_config(name: str, **settings: object) -> PoisonConfig:
+    """Return a resolved config at a cost that a test can pay."""
+    numbers = {
+        "cost": "reduced",
+        "surrogate_batch_size": 32,
+        "surrogate_learning_rate": 0.1,
+        "surrogate_epochs": 3,
+        "perturb_batch_size": 64,
+        "steps": 3,
+        "rounds": 3,
+        "round_batches": 4,
+        "stop_error": 0.0,
+        "crop_padding": 2,
+    }
+    return resolved_poison(PoisonConfig.model_validate({"name": name, **numbers, **settings}))
+
+
+class Killed(Exception):
+    """What happens to a fit in the middle of it."""
+
+
+@dataclass
+class Memory:
+    """Keeps what a fit saves; kills it right after save number `kill_at`, if that is not 0."""
+
+    kill_at: int = 0
+    saved: list[State] = field(default_factory=list)
+
+    def session(self) -> Session:
+        """Return a session that begins where the last one was killed."""
+        return Session(
+            CPU, lambda _done, _total, _note: None, lambda: self.saved[-1] if self.saved else None, self._save
+        )
+
+    def _save(self, state: State) -> None:
+        self.saved.append({key: value.clone() for key, value in state.items()})
+        if len(self.saved) == self.kill_at:
+            raise Killed

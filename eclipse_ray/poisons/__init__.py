@@ -13,13 +13,17 @@ from torch import Tensor
 
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError
+from eclipse_ray.poisons.adp import fit_adp, perturb_adp
 from eclipse_ray.poisons.ar import ar_perturbation
 from eclipse_ray.poisons.budget import budget, check_inputs, store
 from eclipse_ray.poisons.costs import resolved_poison
 from eclipse_ray.poisons.cuda import cuda_perturbation
+from eclipse_ray.poisons.efp import fit_efp, perturb_efp
 from eclipse_ray.poisons.em import fit_em, perturb_em
 from eclipse_ray.poisons.lsp import lsp_perturbation
 from eclipse_ray.poisons.optimised import LabelledImages, Optimised, Session, State, quiet_session
+from eclipse_ray.poisons.rem import fit_rem, perturb_rem
+from eclipse_ray.poisons.sep import fit_sep, perturb_sep
 from eclipse_ray.poisons.tap import fit_tap, perturb_tap
 from eclipse_ray.poisons.urp import urp_perturbation
 
@@ -36,6 +40,10 @@ POISONS: dict[str, Poison] = {
 OPTIMISED: dict[str, Optimised] = {
     "em": Optimised(fit_em, perturb_em),
     "tap": Optimised(fit_tap, perturb_tap),
+    "rem": Optimised(fit_rem, perturb_rem),
+    "sep": Optimised(fit_sep, perturb_sep),
+    "efp": Optimised(fit_efp, perturb_efp),
+    "adp": Optimised(fit_adp, perturb_adp),
 }
 """Optimised poisons by the name of `poison.name`: fit to the whole dataset, then perturb any part of it."""
 

@@ -40,7 +40,8 @@ _EM_CLASS: Numbers = {"steps": 1, "step_size_255": 0.8, "subset": 0.2, "stop_err
 
 _TAP: Numbers = {"surrogate_schedule": "linear", "target_shift": 1, "crop_padding": 4}
 _REM: Numbers = {"surrogate_schedule": "milestones", "crop_padding": 4, "adversary_eps_255": 4.0}
-_SEP: Numbers = {"surrogate_schedule": "milestones", "target_shift": 5, "crop_padding": 4}
+# Half the classes further on; no number, because configs do not know how many classes there are.
+_SEP: Numbers = {"surrogate_schedule": "milestones", "target_shift": None, "crop_padding": 4}
 _SEP_FULL = (
     _FULL | _SEP | {"surrogate_epochs": 120, "surrogate_milestones": (75, 90), "steps": 30, "step_size_255": 1.0}
 )
@@ -58,10 +59,12 @@ _EFP_REDUCED: Numbers = (
     | {"surrogate_epochs": 20, "surrogate_milestones": (15, 18), "adversary_steps": 3}
     | {"adversary_step_size_255": 2.0, "steps": 60, "step_size_255": 0.8}
 )
-_ADP: Numbers = {"surrogate": "unet", "compensation_p": 0.4, "compensation_sigma": 0.05}
-_ADP_FULL = _EM_FULL | _ADP | {"unet_channels": (64, 128, 256)}
-_ADP_REDUCED = _EM_REDUCED | _ADP | {"unet_channels": (16, 32)}
-_PAPER: Numbers = {"eot_draws": 1, "compensation_coarse_sigma": 0.0}
+_ADP: Numbers = {"compensation_p": 0.4, "compensation_sigma": 0.05}
+_ADP_FULL = _EM_FULL | _ADP | {"perturb_batch_size": 128}
+_ADP_REDUCED = _EM_REDUCED | _ADP | {"rounds": 8}
+_PAPER: Numbers = {"surrogate": "unet", "eot_draws": 1, "compensation_coarse_sigma": 0.0}
+# What the defender does by default, coarse noise included.
+_STRONG: Numbers = {"t_star": None, "compensation_coarse_sigma": 0.08}
 
 POISON_COSTS: dict[tuple[str, str, str], Numbers] = {
     ("em", "sample", "full"): _EM_FULL,
@@ -106,10 +109,10 @@ POISON_COSTS: dict[tuple[str, str, str], Numbers] = {
     ("efp", "push", "reduced"): _EFP_REDUCED,
     ("efp", "pull", "full"): _EFP_FULL,
     ("efp", "pull", "reduced"): _EFP_REDUCED,
-    ("adp", "paper", "full"): _ADP_FULL | _PAPER,
-    ("adp", "paper", "reduced"): _ADP_REDUCED | _PAPER,
-    ("adp", "strong", "full"): _ADP_FULL | {"eot_draws": 4, "compensation_coarse_sigma": 0.08},
-    ("adp", "strong", "reduced"): _ADP_REDUCED | {"eot_draws": 1, "compensation_coarse_sigma": 0.08},
+    ("adp", "paper", "full"): _ADP_FULL | _PAPER | {"unet_channels": (64, 128, 256)},
+    ("adp", "paper", "reduced"): _ADP_REDUCED | _PAPER | {"unet_channels": (16, 32)},
+    ("adp", "strong", "full"): _ADP_FULL | _STRONG | {"eot_draws": 4},
+    ("adp", "strong", "reduced"): _ADP_REDUCED | _STRONG | {"eot_draws": 1},
 }
 """Numbers by (name, variant, cost); em's variant is its scope, that of a poison with one form is empty."""
 

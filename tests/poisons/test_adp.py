@@ -1,59 +1,77 @@
+import pytest
 import torch
 
-from eclipse_ray.compensation import bake
-from eclipse_ray.config import CompensationConfig, DenoiserConfig, load_config
+from eclipse_ray.compensation import bake, compensate
+from eclipse_ray.config import CompensationConfig, load_config
 from eclipse_ray.diffusion.model import build_denoiser, build_unet
 from eclipse_ray.diffusion.sampler import purify
-from eclipse_ray.poisons.adp import UNetClassifier, defended, purified
+from eclipse_ray.errors import ConfigError
+from eclipse_ray.poisons import fit_poison
+from eclipse_ray.poisons.adp import UNetClassifier, defender, new_unet, purified
+from eclipse_ray.poisons.surrogate import keyed_generator, load_surrogate, under
+from tests.poisons.fitting import (
+    CLASSES,
+    CPU,
+    as_floats,
+    check_resume,
+    check_storage,
+    interrupting,
+    losses,
+    quiet_session,
+    tiny_config,
+    tiny_data,
+)
 
-NETWORK: DenoiserConfig = load_config(None, {"denoiser.preset": "debug"}).denoiser
+NETWORK = load_config(None, {"denoiser.preset": "debug"}).denoiser
 IDS = ["a", "b"]
+SETTINGS = {"rounds": 3, "round_batches": 6, "steps": 3, "step_size_255": 2.5, "stop_error": 0.0}
+UNET = SETTINGS | {"surrogate": "unet", "unet_channels": (8, 8)}
 
 
 def denoiser():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_denoiser(build_unet(NETWORK), NETWORK).eval().requires_grad_(False)
+        return build_denoiser(build_unet(NETWORK), NETWORK).eval()
 
 
 def picture(size=16):
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_classifier_is_the_denoisers_network_with_another_end():
-    model = UNetClassifier(NETWORK, 7)
+def test_the_classifier_is_a_denoisers_network_with_another_end():
+    model = UNetClassifier((8, 8), 7)
     assert model(picture()).shape == (2, 7)
-    names = dict(build_unet(NETWORK).named_parameters())
-    shared = {name.removeprefix("unet.") for name, _ in model.named_parameters()}
-    assert shared == set(names)
+    other = {name for name, _ in build_unet(NETWORK).named_parameters()}
+    assert {name.removeprefix("unet.") for name, _ in model.named_parameters()} == other
 
 
 def test_what_gradients_go_through_is_what_the_defender_does(one_thread):
     x, model = picture(), denoiser()
-    through = purified(x, model, 3, IDS)
-    real = purify(2 * x - 1, model, model.t_star, 1, 3, IDS)
-    assert torch.allclose(2 * through - 1, real, atol=1e-6)
+    for t_star in (model.t_star, 2):
+        with torch.no_grad():
+            through = purified(x, model, t_star, 3, IDS)
+        assert torch.allclose(2 * through - 1, purify(2 * x - 1, model, t_star, 1, 3, IDS), atol=1e-6)
     # Sides that the network cannot halve are padded, as the defender does.
-    assert purified(picture(17), model, 3, IDS).shape == (2, 3, 17, 17)
+    assert purified(picture(17), model, 2, 3, IDS).shape == (2, 3, 17, 17)
 
 
 def test_compensation_for_attacks_is_that_of_the_baked_dataset():
     config = CompensationConfig()
     stored = torch.randint(0, 256, (2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    x = stored.permute(0, 3, 1, 2).float() / 255
-    seen = defended(x, None, config, 5, IDS)
+    seen = compensate(as_floats(stored), IDS, config, 5)
     assert torch.equal((seen * 255).round().to(torch.uint8).permute(0, 2, 3, 1), bake(stored, IDS, config, 5))
 
 
 def test_gradients_through_noise_denoiser_and_compensation_equal_finite_differences(one_thread):
     # In the middle of the range, so that no clamp cuts a difference in two.
     x = (0.5 + 0.1 * (picture() - 0.5)).double()
-    model, config = denoiser().double(), CompensationConfig(p=0.4, sigma=0.02, coarse_sigma=0.02)
-    generator = torch.Generator().manual_seed(1)
+    settings = {"compensation_sigma": 0.02, "compensation_coarse_sigma": 0.02}
+    config = tiny_config("adp", variant="strong", **SETTINGS, **settings)
+    model, generator = denoiser().double().requires_grad_(False), torch.Generator().manual_seed(1)
     weights = torch.rand(x.shape, generator=generator, dtype=torch.float64)
 
-    def value(at):
-        return (weights * defended(at, model, config, 2, IDS).square()).sum()
+    def value(at, through=model):
+        return (weights * defender(config, through)(at, keyed_generator("draw")).square()).sum()
 
     at = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(value(at), at)
@@ -63,5 +81,51 @@ def test_gradients_through_noise_denoiser_and_compensation_equal_finite_differen
         measured = (value(x + step * direction) - value(x - step * direction)) / (2 * step)
         assert torch.allclose(measured, (gradient * direction).sum(), rtol=1e-4)
     # The denoiser matters: without it the gradient is another.
-    (without,) = torch.autograd.grad((weights * defended(at, None, config, 2, IDS).square()).sum(), at)
+    (without,) = torch.autograd.grad(value(at, None), at)
     assert not torch.allclose(gradient, without, rtol=1e-2)
+
+
+def test_every_draw_of_the_defender_is_another():
+    config, generator = tiny_config("adp", variant="strong", **SETTINGS), keyed_generator("draws")
+    see, x = defender(config, denoiser().requires_grad_(False)), picture()
+    assert not torch.equal(see(x, generator), see(x, generator))
+    assert torch.equal(see(x, keyed_generator(1)), see(x, keyed_generator(1)))
+
+
+def test_noise_lowers_the_loss_of_the_unet_under_compensation(one_thread):
+    data, config = tiny_data(), tiny_config("adp", **UNET)
+    state = check_resume(data, config)
+    poisoned = check_storage(data, state, config)
+    model = new_unet(config, CLASSES, 0, CPU)
+    model.load_state_dict(under(state, "surrogate.0."))
+    check_lower(model.eval(), data, poisoned, defender(config, None))
+
+
+def test_noise_lowers_the_loss_of_a_victim_behind_the_denoiser(one_thread):
+    data, config, model = tiny_data(), tiny_config("adp", variant="strong", **SETTINGS), denoiser()
+    state = check_resume(data, config, denoiser=model)
+    poisoned = check_storage(data, state, config)
+    victim = load_surrogate(state, 0, config, CLASSES, CPU)
+    check_lower(victim, data, poisoned, defender(config, model))
+    # The attack borrows the denoiser and gives it back as it was.
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def check_lower(model, data, poisoned, see):
+    def seen_loss(images):
+        shown = [see(as_floats(images), keyed_generator("check", index)) for index in range(8)]
+        return torch.stack([losses(model, x, data.labels) for x in shown]).mean(0)
+
+    fallen = seen_loss(poisoned) < seen_loss(data.images)
+    assert float(fallen.float().mean()) > 0.9
+
+
+def test_settings_that_cannot_work_are_named():
+    data, strong = tiny_data(), {"variant": "strong", **SETTINGS}
+    with pytest.raises(ConfigError, match="name its folder"):
+        fit_poison(data, tiny_config("adp", **strong), 0, quiet_session())
+    with pytest.raises(ConfigError, match="wants unet"):
+        fit_poison(data, tiny_config("adp", **SETTINGS), 0, quiet_session())
+    session = interrupting(1, denoiser=denoiser())[0]
+    with pytest.raises(ConfigError, match="trained up to"):
+        fit_poison(data, tiny_config("adp", **strong, t_star=9), 0, session)

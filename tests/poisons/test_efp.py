@@ -2,48 +2,66 @@ import pytest
 import torch
 from torch import nn
 
+from eclipse_ray.poisons.centroids import class_means
 from eclipse_ray.poisons.efp import pull_loss, push_loss
-from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.poisons.features import class_means, features, last_linear
-from eclipse_ray.victims import VICTIMS
+from eclipse_ray.poisons.surrogate import attack, features, keyed_generator, load_surrogate
+from tests.poisons.fitting import (
+    CLASSES,
+    CPU,
+    as_floats,
+    check_resume,
+    check_storage,
+    losses,
+    part_of,
+    tiny_config,
+    tiny_data,
+)
 
 CENTROIDS = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 10.0]])
+SETTINGS = {"surrogate_epochs": 6, "surrogate_milestones": (5,), "steps": 16, "step_size_255": 1.5}
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    torch.set_num_threads(1)
+    data = tiny_data()
+    return data, check_resume(data, tiny_config("efp", **SETTINGS), after=2)
 
 
 def test_push_is_the_distance_to_the_own_centroid_and_pull_to_the_nearest_other():
     points, labels = torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 0])
     assert push_loss(points, labels, CENTROIDS).tolist() == [-0.5, -40.5]
     assert pull_loss(points, labels, CENTROIDS).tolist() == [4.5, 0.5]
-    # The nearest of all centroids is never chosen when it is the image's own.
+    # The image's own centroid is never chosen, however far the others are.
     assert pull_loss(torch.zeros(1, 2), torch.tensor([0]), CENTROIDS).tolist() == [8.0]
 
 
-@pytest.mark.parametrize("arch", sorted(VICTIMS))
-def test_features_are_what_the_head_of_a_victim_turns_into_logits(arch, one_thread):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = VICTIMS[arch](5).eval()
-    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    values = features(model, x)
-    head = last_linear(model)
-    assert values.shape == (2, head.in_features)
-    assert head.out_features == 5
-    assert torch.autograd.grad(values.sum(), x)[0].abs().max() > 0
-    assert not head._forward_pre_hooks
-
-
 def test_class_means_average_over_the_images_of_a_class():
-    model = nn.Sequential(nn.Flatten(), nn.Identity(), nn.Linear(48, 2))
-    images = torch.randint(0, 256, (6, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    labels = torch.tensor([0, 1, 0, 1, 1, 0])
-    means = class_means(model, images, labels, 2)
-    each = features(model, images.permute(0, 3, 1, 2).float() / 255)
-    assert torch.allclose(means[0], each[labels == 0].mean(0), atol=1e-6)
-    assert torch.allclose(means[1], each[labels == 1].mean(0), atol=1e-6)
-    with pytest.raises(InputError, match="class 2 of 3"):
-        class_means(model, images, labels, 3)
+    data, model = tiny_data(count=12, size=4), nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    means = class_means(model, data, CPU)
+    each = features(model, as_floats(data.images))
+    for label in range(CLASSES):
+        assert torch.allclose(means[label], each[data.labels == label].mean(0), atol=1e-6)
+    assert torch.equal(class_means(model, part_of(data, list(range(11, -1, -1))), CPU), means)
 
 
-def test_a_network_without_a_linear_layer_is_refused():
-    with pytest.raises(ConfigError, match="linear layer"):
-        last_linear(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()))
+def test_the_surrogate_withstands_its_adversary(fitted):
+    data, state = fitted
+    config = tiny_config("efp", **SETTINGS)
+    model, images = load_surrogate(state, 0, config, CLASSES, CPU), as_floats(data.images)
+    moved = images + attack(model, images, data.labels, config, keyed_generator(0))
+    assert float((moved - images).abs().max()) <= 4 / 255 + 1e-6
+    assert float(losses(model, moved, data.labels).mean()) < torch.log(torch.tensor(CLASSES))
+
+
+@pytest.mark.parametrize("variant", ["push", "pull"])
+def test_features_are_pushed_from_their_own_centroid_or_pulled_to_another(fitted, variant):
+    data, state = fitted
+    config = tiny_config("efp", variant=variant, **SETTINGS)
+    poisoned = check_storage(data, state, config)
+    model = load_surrogate(state, 0, config, CLASSES, CPU)
+    with torch.no_grad():
+        before, after = (features(model, as_floats(images)) for images in (data.images, poisoned))
+    loss = push_loss if variant == "push" else pull_loss
+    fallen = loss(after, data.labels, state["centroids"]) < loss(before, data.labels, state["centroids"])
+    assert float(fallen.float().mean()) > 0.9

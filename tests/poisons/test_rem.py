@@ -1,64 +1,78 @@
+import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from eclipse_ray.poisons.rem import MinMax, adversary, min_max_noise
-from eclipse_ray.poisons.views import keyed_draws, random_view
-
-CPU = torch.device("cpu")
-IDS = [f"image-{index}" for index in range(12)]
-SETTING = MinMax(
-    eps=8 / 255,
-    step_size=1.6 / 255,
-    steps=6,
-    eot_draws=2,
-    adversary_eps=4 / 255,
-    adversary_step_size=1.6 / 255,
-    adversary_steps=3,
+from eclipse_ray.poisons.rem import adversary, min_max_noise
+from eclipse_ray.poisons.surrogate import crop_flip, keyed_crops, load_surrogate
+from tests.poisons.fitting import (
+    CLASSES,
+    CPU,
+    as_floats,
+    check_resume,
+    check_storage,
+    losses,
+    tiny_config,
+    tiny_data,
 )
 
-
-def world():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(12, 3, 12, 12, generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))
-    return x, torch.arange(12) % 4, model.requires_grad_(False)
+SETTINGS = {"train_steps": 30, "surrogate_milestones": (20,), "eot_draws": 2, "steps": 4, "adversary_steps": 1}
 
 
-def losses(model, x, labels):
-    return F.cross_entropy(model(x), labels, reduction="none")
+@pytest.fixture(scope="module")
+def fitted():
+    torch.set_num_threads(1)
+    data, config = tiny_data(), tiny_config("rem", **SETTINGS)
+    return data, config, check_resume(data, config, after=1)
 
 
-def test_the_adversary_raises_the_loss_within_its_radius():
-    x, labels, model = world()
-    start = torch.full_like(x, 0.5)
-    moved = adversary(model, x, labels, SETTING, start)
-    assert float((moved - x).abs().max()) <= SETTING.adversary_eps + 1e-6
+def test_a_fit_that_was_stopped_goes_on_as_if_it_never_was(fitted):
+    _, config, state = fitted
+    model = load_surrogate(state, 0, config, CLASSES, CPU)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_bound_holds_and_chunks_do_not_matter(fitted):
+    data, config, state = fitted
+    check_storage(data, state, config)
+
+
+def test_the_adversary_raises_the_loss_within_its_radius(fitted):
+    data, config, state = fitted
+    model, images = load_surrogate(state, 0, config, CLASSES, CPU), as_floats(data.images)
+    moved = adversary(model, images, data.labels, config, torch.full_like(images, 0.5))
+    assert float((moved - images).abs().max()) <= 4 / 255 + 1e-6
     assert 0 <= float(moved.min()) <= float(moved.max()) <= 1
-    assert bool((losses(model, moved, labels) > losses(model, x, labels)).all())
+    raised = losses(model, moved, data.labels) - losses(model, images, data.labels)
+    assert float((raised > 0).float().mean()) > 0.95
 
 
-def test_noise_lowers_the_loss_that_an_adversary_leaves():
-    x, labels, model = world()
-    noise = min_max_noise(model, x, labels, SETTING, keyed_draws(0, IDS, 100, CPU))
-    assert float(noise.abs().max()) <= SETTING.eps + 1e-6
+def test_noise_lowers_the_loss_that_an_adversary_leaves(fitted):
+    data, config, state = fitted
+    model = load_surrogate(state, 0, config, CLASSES, CPU)
+    poisoned = check_storage(data, state, config)
 
     def worst(images):
-        total = torch.zeros(len(x))
-        for index in range(4):
-            draw = keyed_draws(1, IDS, 1000 * index, CPU)
-            view = random_view(images.clamp(0, 1), draw(0, (3,)))
-            total += losses(model, adversary(model, view, labels, SETTING, draw(1, (3, 12, 12))), labels)
+        total = torch.zeros(len(images))
+        for crops in keyed_crops(11, data.ids, 0, 4, 4):
+            seen = crop_flip(as_floats(images), crops, 4)
+            attacked = adversary(model, seen, data.labels, config, torch.full_like(seen, 0.5))
+            total += losses(model, attacked, data.labels)
         return total / 4
 
-    assert bool((worst(x + noise) < worst(x)).all())
+    assert float((worst(poisoned) < worst(data.images)).float().mean()) > 0.9
+    assert float(worst(poisoned).mean()) < 0.8 * float(worst(data.images).mean())
 
 
-def test_the_noise_of_an_image_does_not_depend_on_its_batch():
-    x, labels, model = world()
-    whole = min_max_noise(model, x, labels, SETTING, keyed_draws(0, IDS, 100, CPU))
-    rows = [7, 2, 9]
-    part = min_max_noise(model, x[rows], labels[rows], SETTING, keyed_draws(0, [IDS[i] for i in rows], 100, CPU))
-    assert float(((part - whole[rows]).abs() > 1e-6).float().mean()) < 0.01
+def test_every_step_follows_the_gradient_at_the_worst_point(fitted):
+    data, config, state = fitted
+    model = load_surrogate(state, 0, config, CLASSES, CPU)
+    images, labels = as_floats(data.images)[:8], data.labels[:8]
+    one = config.model_copy(update={"steps": 1, "eot_draws": 1, "step_size_255": 1.0})
+    upright = (torch.full((2, 8), 4), torch.zeros(8, dtype=torch.bool))
+    middle = torch.full_like(images, 0.5)
+    noise = min_max_noise(model, images, labels, one, [upright], lambda _slot: middle)
+    worst = adversary(model, images, labels, one, middle).requires_grad_()
+    with torch.enable_grad():
+        loss = torch.nn.functional.cross_entropy(model((worst - 0.5) / 0.25), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, worst)
+    inside = (images > 0) & (images < 1)
+    assert torch.allclose(noise[inside], -gradient.sign()[inside] / 255, atol=1e-7)

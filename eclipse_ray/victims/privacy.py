@@ -30,6 +30,9 @@ def make_private(model: nn.Module) -> nn.Module:
     except ImportError as error:
         raise ConfigError(f"DP-SGD needs Opacus ({error}): pip install 'eclipse-ray[defenses]'") from None
     fixed = ModuleValidator.fix(model)
+    # Opacus 1.6.0 takes wrong gradients of convolutions, without a word, where activations are channels-last.
+    fixed.to(memory_format=torch.contiguous_format)
+    fixed.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     for module in fixed.modules():
         # Hooks watch what the normalisation returns, which must not be overwritten.
         if isinstance(module, nn.ReLU):

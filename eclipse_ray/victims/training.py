@@ -260,10 +260,11 @@ def _pool(
     images: Array, labels: Array, extra: tuple[Array, Array] | None, pad: int, device: torch.device | str
 ) -> _Pool:
     versions = torch.as_tensor(images)
-    views = len(versions) if versions.ndim == 5 else 1
-    first = versions[0] if versions.ndim == 5 and views else versions
-    _, target = _checked(first, labels, "train", device)
-    pixels = versions.reshape(-1, *first.shape[1:]).to(device)
+    several = versions.ndim == 5 and len(versions) > 0
+    pixels, target = _checked(versions[0] if several else versions, labels, "train", device)
+    views, viewed = (len(versions) if several else 1), len(pixels)
+    if views > 1:
+        pixels = versions.flatten(0, 1).to(device)
     if extra is not None:
         more, more_labels = _checked(*extra, "extra", device)
         if more.shape[1:] != pixels.shape[1:]:
@@ -272,7 +273,7 @@ def _pool(
                 f"got {tuple(more.shape[1:])}"
             )
         pixels, target = torch.cat([pixels, more]), torch.cat([target, more_labels])
-    return _Pool(F.pad(pixels, (0, 0, pad, pad, pad, pad)), target, views, len(first))
+    return _Pool(F.pad(pixels, (0, 0, pad, pad, pad, pad)), target, views, viewed)
 
 
 def _checked(images: Array, labels: Array, name: str, device: torch.device | str) -> tuple[Tensor, Tensor]:

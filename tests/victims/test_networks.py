@@ -45,17 +45,15 @@ def test_victims_take_any_size(arch):
 
 
 @pytest.mark.parametrize("arch", VICTIMS)
-def test_a_few_steps_lower_the_loss(arch):
+def test_a_step_lowers_the_loss_and_reaches_every_weight(arch):
     network = build(arch, 2).train()
     images = torch.rand(6, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     labels = torch.tensor([0, 1, 0, 1, 0, 1])
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.02)
-    losses = []
-    for _ in range(3):
-        loss = cross_entropy(network(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    assert all(parameter.grad is not None for parameter in network.parameters())
+    before = cross_entropy(network(images), labels)
+    before.backward()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            assert parameter.grad is not None
+            parameter -= 1e-3 * parameter.grad
+        after = cross_entropy(network(images), labels)
+    assert after < before - 1e-3

@@ -207,7 +207,9 @@ class DefenseConfig(Section):
     cutout_size: int = Field(16, ge=1, description="Side of the black square, in pixels.")
     mix_alpha: float = Field(1.0, gt=0, description="mixup, cutmix: weights are Beta(alpha, alpha).")
     dp_max_grad_norm: float = Field(1.0, gt=0, description="dp-sgd: an image's gradient is cut to this norm.")
-    dp_noise_multiplier: float = Field(0.01, ge=0, description="dp-sgd: standard deviation of noise, of that norm.")
+    dp_noise_multiplier: float = Field(
+        0.01, ge=0, description="dp-sgd: standard deviation of noise, of that norm."
+    )
     iss_jpeg_quality: int = Field(10, ge=1, le=100, description="iss-j: Pillow's quality.")
     aa_draws: int = Field(5, ge=1, description="aa: draws of which the one of highest loss is kept.")
     aa_until: float = Field(
@@ -224,7 +226,9 @@ class DefenseConfig(Section):
     op_scale: float = Field(0.2, ge=0, lt=1, description="op: most change of scale.")
     op_jitter: float = Field(0.2, ge=0, le=1, description="op: most change of brightness, contrast, saturation.")
     op_cutmix_p: float = Field(0.5, ge=0, le=1, description="op: probability of CutMix for a batch.")
-    avatar_noise_255: float = Field(43.0, gt=0, description="avatar: noise in grey levels of a full-strength image.")
+    avatar_noise_255: float = Field(
+        43.0, gt=0, description="avatar: noise in grey levels of a full-strength image."
+    )
     avatar_steps: int = Field(100, ge=1, description="avatar: reverse steps.")
     at_eps_255: float = Field(8.0, gt=0, description="at: L-inf radius of the attack, in 1/255.")
     at_steps: int = Field(10, ge=1, description="at: steps of projected gradient ascent.")

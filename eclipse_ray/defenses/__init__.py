@@ -56,19 +56,24 @@ DEFENSES: dict[str, Defense] = {
 PURIFICATIONS: tuple[Transform, ...] = (purify, purify_and_bake, purify_draws, avatar)
 """Transforms that draw noise keyed by (seed, id, t): a second one would use the same numbers again."""
 
+CHOOSING = (ueraser, ueraser_max)
+"""Augmentations of which one alone can have the last word."""
+
 
 def combine(name: str) -> Defense:
     """Return the defense `name`, or several as one: "eclipse+aa".
 
     Transforms apply from left to right, then augmentations of a batch from left to right; the other parts add up.
-    Raises ConfigError for an unknown name, a defense named twice, two purifications, two compensations, and dp-sgd
-    with adversarial training, whose gradients it would have to clip too.
+    Raises ConfigError for an unknown name, a defense named twice, and two that do the same: purify, compensate,
+    train with privacy, choose among augmentations, or share a part.
     """
     names = name.split("+")
     parts = [_find(part) for part in names]
     if len(parts) == 1:
         return parts[0]
-    _check(name, names, parts)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"the defense {name} names one twice; leave one out")
+    _check(name, parts)
     transforms = [part.transform for part in parts if part.transform]
     builders = [part.augmentation for part in parts if part.augmentation]
     return Defense(
@@ -84,23 +89,23 @@ def _find(name: str) -> Defense:
     if name in DEFENSES:
         return DEFENSES[name]
     close = difflib.get_close_matches(name, DEFENSES, n=1, cutoff=0.0)
-    raise ConfigError(f"the defense {name!r} is unknown; did you mean {close[0]}? There are: {', '.join(DEFENSES)}")
+    raise ConfigError(
+        f"the defense {name!r} is unknown; did you mean {close[0]}? There are: {', '.join(DEFENSES)}"
+    )
 
 
-def _check(name: str, names: list[str], parts: list[Defense]) -> None:
-    """Refuse combinations whose parts undo each other or cannot run together."""
+def _check(name: str, parts: list[Defense]) -> None:
+    """Refuse combinations in which one part undoes or repeats another."""
+    transforms = [part.transform for part in parts if part.transform]
+    augmentations = [part.augmentation for part in parts if part.augmentation]
+    compensates = [part for part in parts if part.compensation or part.transform is purify_and_bake]
     reasons = {
-        "a defense is named twice": len(set(names)) < len(names),
-        "two of them purify": sum(part.transform in PURIFICATIONS for part in parts) > 1,
-        "two of them compensate": sum(
-            part.compensation is not None or part.transform is purify_and_bake for part in parts
-        )
-        > 1,
+        "two of them purify": sum(transform in PURIFICATIONS for transform in transforms) > 1,
+        "two of them compensate": len(compensates) > 1,
         "two of them train with privacy": sum(part.privacy for part in parts) > 1,
-        "dp-sgd clips the gradients of images one by one, and at needs gradients of its own": any(
-            part.privacy for part in parts
-        )
-        and any(part.augmentation is adversarial_training for part in parts),
+        "two of them keep the worst of several draws": sum(one in CHOOSING for one in augmentations) > 1,
+        "two of them share a part": len(set(transforms)) < len(transforms)
+        or len(set(augmentations)) < len(augmentations),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -114,7 +119,9 @@ def _transform_all(transforms: tuple[Transform, ...], material: Material, config
     return images
 
 
-def _augment_all(builders: tuple[Callable[[DefenseConfig], Augmentation], ...], config: DefenseConfig) -> Augmentation:
+def _augment_all(
+    builders: tuple[Callable[[DefenseConfig], Augmentation], ...], config: DefenseConfig
+) -> Augmentation:
     """Return the augmentations that `builders` make, as one."""
     chain = [build(config) for build in builders]
 

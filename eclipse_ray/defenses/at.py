@@ -13,10 +13,10 @@ from eclipse_ray.victims.training import Augmentation, classify
 def adversarial_training(config: DefenseConfig) -> Augmentation:
     """Return the augmentation that moves each image by PGD towards a higher loss of the model being trained.
 
-    `at_steps` sign steps of `at_step_size_255` (null: a quarter of the radius) from a uniform start, kept within L-inf `at_eps_255` of the image
-    and within [0, 1]. The model attacks itself in evaluation mode, as the public code of the poisons' benchmark
-    does (lafeat/apbench): its running statistics stay untouched and the attack on an image does not depend on
-    the rest of the batch.
+    `at_steps` sign steps of `at_step_size_255` (null: a quarter of the radius) from a uniform start, kept within
+    L-inf `at_eps_255` of the image and within [0, 1]. The model attacks itself in evaluation mode, as the public
+    code of the poisons' benchmark does (lafeat/apbench): its running statistics stay untouched and the attack on
+    an image does not depend on the rest of the batch.
     """
     radius = config.at_eps_255 / 255
     step = radius / 4 if config.at_step_size_255 is None else config.at_step_size_255 / 255

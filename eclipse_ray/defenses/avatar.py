@@ -26,8 +26,8 @@ def avatar(material: Material, config: DefenseConfig) -> Tensor:
     t_star = depth_of(config.avatar_noise_255, denoiser.alphas_cumprod)
     if t_star > denoiser.t_max:
         raise ConfigError(
-            f"the defense avatar noises by {config.avatar_noise_255:g} of 255, which is t_star {t_star}; this denoiser "
-            f"was trained below {denoiser.t_max}: train one with denoiser.t_max {t_star} or more"
+            f"the defense avatar noises by {config.avatar_noise_255:g} of 255, which is t_star {t_star}; this "
+            f"denoiser was trained below {denoiser.t_max}: train one with denoiser.t_max {t_star} or more"
         )
     return purify_at(material, material.seed, t_star, min(config.avatar_steps, t_star), "ddpm")
 

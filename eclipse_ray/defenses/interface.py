@@ -42,7 +42,8 @@ class Material:
         """Raise InputError unless images, labels and ids form one labelled set."""
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3:
             raise InputError(
-                f"a defense expects uint8 images (N, H, W, 3), found {self.images.dtype} {tuple(self.images.shape)}"
+                f"a defense expects uint8 images (N, H, W, 3), found {self.images.dtype} "
+                f"{tuple(self.images.shape)}"
             )
         if self.labels.shape != (len(self.images),) or len(self.ids) != len(self.images):
             raise InputError(

@@ -36,7 +36,7 @@ def project(material: Material, config: DefenseConfig) -> Tensor:
         raise InputError(f"{material.num_classes} linear rows leave nothing of {tuple(material.images.shape[1:])}")
     weights = fit_linear(material, config)
     basis = torch.linalg.qr(F.normalize(weights.double(), dim=1).T).Q
-    pieces = [remove(chunk, basis) for chunk in material.images.split(config.op_batch_size)]
+    pieces = [remove(chunk, basis) for chunk in torch.split(material.images, config.op_batch_size)]
     return torch.cat([(piece * 255).round().clamp(0, 255).to(torch.uint8) for piece in pieces])
 
 
@@ -66,7 +66,7 @@ def fit_linear(material: Material, config: DefenseConfig) -> Tensor:
     for epoch in range(config.op_epochs):
         falls = sum(epoch >= milestone for milestone in milestones)
         optimizer.param_groups[0]["lr"] = config.op_learning_rate * 0.1**falls
-        for rows in order.split(config.op_batch_size):
+        for rows in torch.split(order, config.op_batch_size):
             batch, target = images[rows].to(device).float() / 255, material.labels[rows].to(device)
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(batch @ weights.T, target))
@@ -75,7 +75,7 @@ def fit_linear(material: Material, config: DefenseConfig) -> Tensor:
 
 
 def strong_augmentation(config: DefenseConfig) -> Augmentation:
-    """Return what the public script bundles: rotation, shear and scale, colour jitter, and CutMix half of the time.
+    """Return what the public script bundles: rotation, shear and scale, colour jitter, CutMix half of the time.
 
     By kornia. There it comes before crop and flip, here after them. Raises ConfigError if kornia is not installed.
     """

@@ -31,6 +31,8 @@ def test_attack_on_a_linear_model_reaches_the_corner_of_the_ball():
 def test_attack_stays_in_the_ball_and_raises_the_loss():
     torch.manual_seed(0)
     model = VICTIMS["small"](4).train()
+    # Untrained logits hardly differ: any attack would do as little as chance.
+    model[-1].weight.data *= 20
     images, targets = batch(16)
     for settings in ({}, {"at_eps_255": 4.0, "at_steps": 3, "at_step_size_255": 3.0}):
         found, _ = attacked(model, images, targets, **settings)
@@ -44,7 +46,7 @@ def test_attack_stays_in_the_ball_and_raises_the_loss():
             noisy = F.cross_entropy(classify(model, start.clamp(0, 1)), targets)
             worse = F.cross_entropy(classify(model, found), targets)
         model.train()
-        assert float(worse) > float(noisy) + 0.01
+        assert float(worse) > float(noisy) + 0.05
 
 
 def test_attack_leaves_the_model_as_it_was():

@@ -1,0 +1,107 @@
+"""Adversarial augmentation: the worst of several draws of kornia's operations is kept, image by image."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eclipse_ray.config import DefenseConfig
+from eclipse_ray.defenses.aa import policy, ueraser, ueraser_max
+from eclipse_ray.defenses.library import seeded
+from eclipse_ray.defenses.op import strong_augmentation
+from eclipse_ray.errors import ConfigError
+from eclipse_ray.victims.training import classify
+from tests.defenses.support import batch, generator, linear_victim
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MODEL = linear_victim()
+
+
+def losses(images, targets):
+    with torch.no_grad():
+        return F.cross_entropy(classify(MODEL, images), targets, reduction="none")
+
+
+def draws(config, count, seed=0):
+    """Return the first draws that a generator of `seed` gives."""
+    source, one = generator(seed), policy(config)
+    return [seeded(one, batch()[0], source).clamp(0, 1) for _ in range(count)]
+
+
+def test_the_draw_of_highest_loss_is_kept_for_each_image():
+    config = DefenseConfig()
+    images, targets = batch()
+    found, same = ueraser(config)(images, targets, MODEL, generator(), 0.1)
+    assert torch.equal(same, targets)
+    candidates = torch.stack(draws(config, config.aa_draws))
+    scores = torch.stack([losses(candidate, targets) for candidate in candidates])
+    best = scores.argmax(dim=0)
+    assert len(best.unique()) > 1, "different images keep different draws"
+    assert torch.equal(found, candidates[best, torch.arange(len(images))])
+    assert (losses(found, targets) == scores.max(dim=0).values).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "progress", "count"), [(ueraser, 0.29, 5), (ueraser, 0.3, 1), (ueraser_max, 0.99, 5)]
+)
+def test_several_draws_in_the_first_part_of_training_one_after_it(build, progress, count):
+    images, targets = batch()
+    calls = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x):
+            calls.append(len(x))
+            return MODEL(x)
+
+    found, _ = build(DefenseConfig())(images, targets, Counting(), generator(), progress)
+    assert len(calls) == (count if count > 1 else 0), "one draw needs nobody's judgement"
+    assert not torch.equal(found, images)
+    if count == 1:
+        assert torch.equal(found, draws(DefenseConfig(), 1)[0])
+
+
+@pytest.mark.parametrize("build", [ueraser_max, strong_augmentation])
+def test_kornia_draws_from_the_generator_alone(build):
+    images, targets = batch()
+    augment = build(DefenseConfig())
+    state = torch.get_rng_state()
+    first = augment(images, targets, MODEL, generator(4), 0.0)
+    assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers move"
+    torch.manual_seed(123)
+    second = augment(images, targets, MODEL, generator(4), 0.0)
+    third = augment(images, targets, MODEL, generator(5), 0.0)
+    torch.set_rng_state(state)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], third[0])
+    assert first[0].shape == images.shape
+    assert float(first[0].min()) >= 0
+    assert float(first[0].max()) <= 1
+
+
+def test_without_its_probability_only_trivial_augment_is_left():
+    # On a black image plasma brightness shows; TrivialAugment's geometry and contrast do not.
+    black = torch.zeros(16, 3, 16, 16)
+    with_plasma = seeded(policy(DefenseConfig(aa_p=1.0)), black, generator(1))
+    assert float(with_plasma.flatten(1).std(dim=1).min()) >= 0
+    assert float(with_plasma.max()) > 0.2
+    bare = policy(DefenseConfig(aa_p=0.0))
+    source = generator(1)
+    constant = [seeded(bare, black, source).flatten(1).std(dim=1).max() for _ in range(12)]
+    assert float(torch.stack(constant).max()) < 1e-6, "a constant image stays constant"
+
+
+def test_strong_augmentation_mixes_as_often_as_set():
+    images, targets = batch(16)
+    for p, mixed in ((0.0, False), (1.0, True)):
+        augment, source = strong_augmentation(DefenseConfig(op_cutmix_p=p)), generator(2)
+        soft = [augment(images, targets, MODEL, source, 0.0)[1] for _ in range(6)]
+        assert any(not torch.equal(found, targets) for found in soft) == mixed
+
+
+def test_a_missing_kornia_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    with pytest.raises(ConfigError, match=r"aa-max needs kornia.*eclipse-ray\[defenses\]"):
+        ueraser_max(DefenseConfig())

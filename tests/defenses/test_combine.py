@@ -1,0 +1,104 @@
+"""Names and combinations: what composes, in which order, and what is refused."""
+
+import pytest
+import torch
+
+from eclipse_ray.config import DefenseConfig, load_config
+from eclipse_ray.defenses import DEFENSES, combine
+from eclipse_ray.defenses.dp_sgd import privacy
+from eclipse_ray.errors import ConfigError, InputError
+from tests.defenses.support import batch, generator, images, labels, linear_victim, material, untrained_denoiser
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIG = DefenseConfig(draws=2, cutout_size=6)
+SOURCE = material(8, denoiser=untrained_denoiser())
+
+
+def test_one_name_is_the_defense_itself():
+    assert all(combine(name) is defense for name, defense in DEFENSES.items())
+
+
+def test_transforms_apply_from_left_to_right():
+    purified = DEFENSES["eclipse"].transform(SOURCE, CONFIG)
+    gray_last = combine("eclipse+iss-g").transform(SOURCE, CONFIG)
+    assert torch.equal(gray_last[..., 0], gray_last[..., 1])
+    again = material(8, images=purified)
+    assert torch.equal(gray_last, DEFENSES["iss-g"].transform(again, CONFIG))
+    jpeg_last, gray_then = combine("iss-g+iss-j").transform(SOURCE, CONFIG), combine("iss-j+iss-g")
+    assert not torch.equal(jpeg_last, gray_then.transform(SOURCE, CONFIG))
+
+
+def test_a_transform_after_several_draws_is_applied_to_each():
+    found = combine("eclipse-draws+iss-j").transform(SOURCE, CONFIG)
+    draws = DEFENSES["eclipse-draws"].transform(SOURCE, CONFIG)
+    assert found.shape == draws.shape
+    for one, draw in zip(found, draws, strict=True):
+        assert torch.equal(one, SOURCE.jpeg(draw, 10))
+    before = combine("iss-g+eclipse-draws").transform(SOURCE, CONFIG)
+    assert before.shape == draws.shape
+
+
+def test_augmentations_apply_from_left_to_right_from_one_generator():
+    values, targets = batch()
+    both = combine("mixup+cutout").augmentation(CONFIG)
+    found = both(values, targets, linear_victim(), generator(3), 0.5)
+    source = generator(3)
+    expected = DEFENSES["mixup"].augmentation(CONFIG)(values, targets, linear_victim(), source, 0.5)
+    expected = DEFENSES["cutout"].augmentation(CONFIG)(*expected, linear_victim(), source, 0.5)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert (found[0] == 0).any()
+
+
+def test_the_other_parts_add_up():
+    found = combine("eclipse+dilution+dp-sgd+cutout")
+    assert (found.privacy, found.dilution) == (True, True)
+    assert found.compensation is DEFENSES["eclipse"].compensation
+    assert found.transform(SOURCE, CONFIG).shape == SOURCE.images.shape
+    assert combine("none+dilution").transform is None
+    assert combine("none+dilution").augmentation is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("eclipsee", "did you mean eclipse?"),
+        ("eclipse+cutmixx", "did you mean cutmix?"),
+        ("", "unknown"),
+        ("eclipse+", "unknown"),
+        ("aa+aa", "names one twice"),
+        ("dp-sgd+dp-sgd", "names one twice"),
+        ("eclipse-a+avatar", "two of them purify"),
+        ("eclipse-draws+eclipse-a", "two of them purify"),
+        ("eclipse-b+eclipse-c", "two of them compensate"),
+        ("eclipse-baked+eclipse-bc", "two of them compensate"),
+        ("aa+aa-max", "the worst of several draws"),
+        ("op+op-projection", "share a part"),
+        ("op-augmentation+op", "share a part"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(name, words):
+    with pytest.raises(ConfigError, match=words.replace("?", r"\?")):
+        combine(name)
+
+
+def test_two_defenses_with_privacy_are_refused(monkeypatch):
+    monkeypatch.setitem(DEFENSES, "another", DEFENSES["dp-sgd"])
+    with pytest.raises(ConfigError, match="two of them train with privacy"):
+        combine("dp-sgd+another")
+
+
+def test_published_numbers_are_the_defaults():
+    found = load_config().defense
+    assert (found.cutout_size, found.mix_alpha, found.iss_jpeg_quality) == (16, 1.0, 10)
+    assert (found.aa_draws, found.aa_p, found.aa_until) == (5, 0.5, 60 / 200)
+    assert (found.op_epochs, found.op_learning_rate, found.op_batch_size) == (20, 0.1, 1024)
+    assert (found.at_eps_255, found.at_steps, found.avatar_noise_255) == (8, 10, 43)
+    assert (privacy(found).max_grad_norm, privacy(found).noise_multiplier) == (1.0, 0.01)
+
+
+def test_material_that_is_no_labelled_set_is_refused():
+    with pytest.raises(InputError, match="uint8"):
+        material(images=images(24).float())
+    with pytest.raises(InputError, match="24 images"):
+        material(labels=labels(23))

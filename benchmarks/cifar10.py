@@ -22,6 +22,7 @@ from eclipse_ray import api
 from eclipse_ray.config import Settings, load_config
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.distributed.cluster import connect
+from eclipse_ray.results import EvaluateResult
 
 STEPS = ("prepare", "train", "purify", "evaluate")
 TRAIN_IMAGES, TEST_IMAGES = 10_000, 5_000
@@ -92,6 +93,7 @@ def evaluate(work: Path) -> list[dict[str, object]]:
         result = api.evaluate(
             train=source, test=str(work / "test/clean"), clean=str(work / "sets/clean"), settings=settings
         )
+        assert isinstance(result, EvaluateResult)
         print(f"{defense}, {column}: {result.test_accuracy} ± {result.test_accuracy_std}", flush=True)
         return {"defense": defense, "column": column, **vars(result)}
 

@@ -7,12 +7,15 @@ override it; arguments named here override both. Ray is imported by the verbs th
 from __future__ import annotations
 
 from eclipse_ray.config import Config, Layout, ScheduleName, Settings, load_config, to_yaml, with_overrides
+from eclipse_ray.errors import ConfigError
 from eclipse_ray.results import (
     DatasetResult,
     DryRunResult,
     EvaluateResult,
     GcResult,
     ImportResult,
+    MatrixPlan,
+    MatrixResult,
     PurifyResult,
     StatusResult,
     TrainResult,
@@ -201,14 +204,68 @@ def evaluate(
     train: str | None = None,
     test: str | None = None,
     clean: str | None = None,
+    out: str | None = None,
     config: ConfigLike = None,
     settings: Settings | None = None,
-) -> EvaluateResult:
-    """Train victims on `train` and return their accuracy on `test`; `clean` is checked to be disjoint."""
+) -> EvaluateResult | MatrixResult:
+    """Train victims on `train` and return their accuracy on `test`; `clean` is checked to be disjoint.
+
+    With a section `matrix` in the config, measure that grid instead, into `out`: the same call goes on with what
+    is missing. What fails is left out and named in `failures`; the same call tries it again.
+    """
+    resolved = resolve(config, settings, _evaluate_settings(train, test, clean, out))
+    if _is_matrix(resolved):
+        return _measure(resolved)
     from eclipse_ray.distributed import evaluate as room
 
-    named = {"data.source": train, "data.test": test, "data.clean": clean}
-    return room.evaluate(resolve(config, settings, named))
+    return room.evaluate(resolved)
+
+
+def evaluate_plan(
+    *,
+    train: str | None = None,
+    test: str | None = None,
+    clean: str | None = None,
+    out: str | None = None,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> MatrixPlan:
+    """Return which cells of a matrix are missing and about how long they will take; nothing is written."""
+    from eclipse_ray.distributed import matrix as room
+    from eclipse_ray.distributed import tidy
+
+    resolved = resolve(config, settings, _evaluate_settings(train, test, clean, out))
+    if not _is_matrix(resolved):
+        raise ConfigError("only a matrix can be planned; list its columns in matrix.poisons")
+    return tidy.plan(room.open_matrix(resolved))
+
+
+def _evaluate_settings(
+    train: str | None, test: str | None, clean: str | None, out: str | None
+) -> dict[str, str | None]:
+    return {"data.source": train, "data.test": test, "data.clean": clean, "data.output": out}
+
+
+def _is_matrix(config: Config) -> bool:
+    return bool(config.matrix.poisons) or config.matrix.clean
+
+
+def _measure(config: Config) -> MatrixResult:
+    from eclipse_ray.distributed import matrix as room
+    from eclipse_ray.distributed import tidy
+    from eclipse_ray.report.tables import write_tables
+
+    matrix = room.open_matrix(config)
+    room.run(matrix, lambda: write_tables(matrix.store.url, tidy.view(matrix)))
+    done = matrix.done()
+    return MatrixResult(
+        cells=len(matrix.grid.cells),
+        done=sum(cell.key in done for cell in matrix.grid.cells),
+        failed=len(matrix.failures),
+        output=matrix.store.url,
+        table=f"{matrix.store.url}/table.md",
+        failures=matrix.failures,
+    )
 
 
 def _recorded(config: Config, result: DatasetResult) -> DatasetResult:

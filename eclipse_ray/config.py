@@ -359,6 +359,32 @@ class EvaluateConfig(Section):
     seeds: int = Field(3, ge=1, description="Victims trained, with seeds run.seed, run.seed + 1, ...")
 
 
+MatrixItem = str | dict[str, Any]
+
+
+class MatrixConfig(Section):
+    """The grid that `evaluate` measures: poisons x defenses x victims x seeds. Without a column it is off.
+
+    An entry is a name, or a mapping with `name`, an optional `label` for tables and `published` (the row or column
+    of the paper's numbers), and settings that differ from the rest of the file.
+    """
+
+    poisons: tuple[MatrixItem, ...] = Field((), description="Columns, in the order in which they are done.")
+    clean: bool = Field(False, description="A column of unpoisoned images too, done first.")
+    defenses: tuple[MatrixItem, ...] = Field(("none", "eclipse"), description="Rows; parts are joined by +.")
+    victims: tuple[MatrixItem, ...] = Field((), description="Architectures; none: the one of section victim.")
+    first_poisons: tuple[str, ...] = Field((), description="Labels of columns done before others; none: all.")
+    first_defenses: tuple[str, ...] = Field((), description="Labels of rows done before others; none: all.")
+    limit: int | None = Field(None, ge=2, description="First so many training images; null: all.")
+    sparse_limit: int | None = Field(None, ge=2, description="First so many sparse images; null: all.")
+    test_limit: int | None = Field(None, ge=1, description="First so many test images; null: all.")
+    max_concurrent: int | None = Field(None, ge=1, description="Trials at once; null: as many as have room.")
+    num_gpus: float | None = Field(None, ge=0, le=1, description="GPUs of a trial; null: a quarter if any.")
+    published: Literal["cifar10", "imagenet"] | None = Field(
+        None, description="The paper's dataset whose numbers stand beside ours; null: none."
+    )
+
+
 class RunConfig(Section):
     """What concerns the whole run."""
 
@@ -378,6 +404,7 @@ class Config(Section):
     poison: PoisonConfig = Field(default_factory=PoisonConfig)
     victim: VictimConfig = Field(default_factory=VictimConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    matrix: MatrixConfig = Field(default_factory=MatrixConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
 

@@ -98,7 +98,9 @@ def _prepare(config: Config, folders: dict[str, str]) -> None:
 
 
 def _accuracy(config: Config, train: str, test: str, clean: str) -> EvaluateResult:
-    return api.evaluate(train=train, test=test, clean=clean, config=config)
+    result = api.evaluate(train=train, test=test, clean=clean, config=config)
+    assert isinstance(result, EvaluateResult), "the demo judges one dataset at a time"
+    return result
 
 
 def _draw(config: Config, rest: str, folders: dict[str, str], path: Path, count: int = 8) -> None:

@@ -102,6 +102,54 @@ class EvaluateResult:
 
 
 @dataclass(frozen=True)
+class MatrixResult:
+    """A matrix after a run: cells that are measured, those that failed and why, the table of what there is."""
+
+    cells: int
+    done: int
+    failed: int
+    output: str
+    table: str
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """What a run of a matrix would do; `seconds_left` is of work whose like was measured, `unknown` the rest."""
+
+    cells: int
+    done: int
+    missing: list[str]
+    seconds_left: float
+    unknown: list[str]
+    output: str
+
+
+@dataclass(frozen=True)
+class MatrixAxis:
+    """A column, row or victim of a table: its label, the paper's name for it (or empty), and what it is."""
+
+    label: str
+    published: str
+    details: str = ""
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """What tables are made of: axes in order, and one tidy row for every cell that is measured."""
+
+    columns: list[MatrixAxis]
+    defenses: list[MatrixAxis]
+    victims: list[MatrixAxis]
+    seeds: list[int]
+    dataset: str | None
+    images: int
+    sparse: int
+    test_images: int
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class DatasetResult:
     """A dataset written by convert, split or poison."""
 
@@ -131,6 +179,8 @@ Result = (
     | StatusResult
     | VerifyResult
     | EvaluateResult
+    | MatrixResult
+    | MatrixPlan
     | DatasetResult
     | DemoResult
 )

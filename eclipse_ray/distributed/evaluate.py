@@ -85,24 +85,25 @@ def _check_disjoint(config: Config, source: str, train: ImageSet, test_url: str,
             f"{source} has {train.images.shape[1:3]} images, {test_url} has {test.images.shape[1:3]}: "
             "train and test images must have the same size"
         )
-    test_hashes = set(test.hashes())
     sparse: set[str] = set()
     if config.data.clean:
         sparse = set(load_images(config.data.clean, config.data).hashes())
     denoiser = (_recorded_config(source).get("purify") or {}).get("denoiser")
     if denoiser:
         sparse |= set(read_card(local_denoiser(denoiser)).sparse_hashes)
-    train_hashes = set(train.hashes())
+    refuse_shared_images(f"{source}, {test_url}", set(train.hashes()), set(test.hashes()), sparse)
+
+
+def refuse_shared_images(where: str, train: set[str], test: set[str], sparse: set[str]) -> None:
+    """Raise InputError unless the content hashes of training, test and sparse clean images are disjoint."""
     for name, first, second in (
-        ("training and test set", train_hashes, test_hashes),
-        ("sparse clean set and test set", sparse, test_hashes),
-        ("sparse clean set and training set", sparse, train_hashes),
+        ("training and test set", train, test),
+        ("sparse clean set and test set", sparse, test),
+        ("sparse clean set and training set", sparse, train),
     ):
         shared = len(first & second)
         if shared:
-            raise InputError(
-                f"{source}, {test_url}: {name} share {shared} images (by content); they must be disjoint"
-            )
+            raise InputError(f"{where}: {name} share {shared} images (by content); they must be disjoint")
 
 
 def _train_all(

@@ -1,0 +1,342 @@
+"""Measure a matrix: one Ray Tune trial a cell, committed by put-if-absent, so that any run goes on with the rest.
+
+The ledger is ours, not Tune's: a finished cell is an object results/<key>.json, and Tune is only told what is
+missing. So a grid may grow between two runs, its order may change, and nothing of Tune has to be restored.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import tune
+from ray.exceptions import RayError
+
+from eclipse_ray.config import CompensationConfig, Config, to_yaml
+from eclipse_ray.data.store import Store
+from eclipse_ray.distributed import materials
+from eclipse_ray.distributed import sets as datasets
+from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
+from eclipse_ray.distributed.grid import Cell, Column, Facts, Grid, attacks_denoiser, build_grid, denoiser_key
+from eclipse_ray.distributed.materials import Cache, Work
+from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
+from eclipse_ray.distributed.sets import Sets
+from eclipse_ray.distributed.trial import Pantry, run_trial
+from eclipse_ray.errors import EclipseError, InterruptedRunError
+
+CELLS_AHEAD = 4
+"""So many times the trials at once are made ready together: few trials wait for the last of a group."""
+RETRIES = 2
+"""How often a trial whose process died is begun again."""
+GPU_SHARE = 0.25
+
+
+@dataclass
+class Matrix:
+    """A matrix, and how far it is; `results` are the cells read so far, by key."""
+
+    config: Config
+    sets: Sets
+    facts: Facts
+    grid: Grid
+    cache: Cache
+    failures: dict[str, str] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Store:
+        """The folder of results and tables."""
+        return self.cache.store
+
+    def done(self) -> set[str]:
+        """Return the keys of all cells that were ever measured in this folder."""
+        names = (entry.key.rpartition("/")[2] for entry in self.store.list("results"))
+        return {name.removesuffix(".json") for name in names}
+
+    def missing(self) -> list[Cell]:
+        """Return the cells that are still to be measured, each key once, in order."""
+        done = self.done()
+        return list({cell.key: cell for cell in self.grid.cells if cell.key not in done}.values())
+
+
+def open_matrix(config: Config) -> Matrix:
+    """Read the sets, check that they are disjoint, and return the matrix; only `run` writes anything.
+
+    Raises ConfigError for settings that cannot work, InputError for unusable sets.
+    """
+    sets = datasets.load_sets(config)
+    facts = datasets.facts(config, sets)
+    grid = build_grid(config, facts)
+    if any(row.defense.dilution for row in grid.rows):
+        datasets.check_labels(sets, config.data.clean)
+    cache = Cache(str(config.data.output))
+    refuse_process_local(str(config.data.output), cache.store.in_this_process_only)
+    return Matrix(config, sets, facts, grid, cache)
+
+
+def run(matrix: Matrix, publish: Callable[[], object]) -> None:
+    """Measure what is missing; `publish` is called when cells are done and at the end, whatever ends it.
+
+    What fails is left out, so that it does not hold up the rest, and stands in `matrix.failures` by cell title.
+    """
+    matrix.store.probe()
+    matrix.store.write("_eclipse/config.yaml", to_yaml(matrix.config).encode())
+    try:
+        missing = matrix.missing()
+        if not missing:
+            say(f"matrix: all {len(matrix.grid.cells)} cells are measured already")
+            return
+        resources = connect(matrix.config)
+        runner = _Runner(matrix, resources, missing)
+        for cells in groups(missing, CELLS_AHEAD * runner.concurrent):
+            runner.measure(cells)
+            publish()
+    finally:
+        publish()
+
+
+def groups(cells: list[Cell], size: int) -> Iterator[list[Cell]]:
+    """Yield the cells in order, at least `size` at a time, never parting those of one column."""
+    group: list[Cell] = []
+    for index, cell in enumerate(cells):
+        if len(group) >= size and cells[index - 1].column.key != cell.column.key:
+            yield group
+            group = []
+        group.append(cell)
+    if group:
+        yield group
+
+
+class _Runner:
+    """Makes materials and trains victims for one group of cells after the other."""
+
+    def __init__(self, matrix: Matrix, resources: Resources, missing: list[Cell]) -> None:
+        self.matrix, self.resources = matrix, resources
+        self.gpus, self.concurrent, self.threads = share(matrix.config, resources)
+        require_cpus(resources, self.cpus, "a victim of the matrix")
+        self.board, self.pantry = start_board(), ray.remote(num_cpus=0)(Pantry).remote()
+        epochs = sum(cell.victim.config.epochs for cell in missing)
+        self.line = ProgressLine("matrix", "epochs", epochs, matrix.config.run.progress_seconds)
+        keys = {cell.key for cell in missing}
+        self.cells = len(matrix.grid.cells)
+        self.finished = sum(cell.key not in keys for cell in matrix.grid.cells)
+        self.seen: set[tuple[str, int]] = set()
+        self.titles = {cell.key: cell.title for cell in matrix.grid.cells}
+        images, labels = matrix.sets.source.images, matrix.sets.source.labels
+        self.source, self.labels = ray.put(images), ray.put(labels)
+        self.test = ray.put((matrix.sets.test.images, matrix.sets.test.labels))
+        self.fixed: dict[str, Any] = {}
+
+    @property
+    def cpus(self) -> float:
+        """Logical CPUs of a trial."""
+        return self.threads * self.resources.cpus_per_core
+
+    def measure(self, cells: list[Cell]) -> None:
+        """Make what the cells need, then train their victims; what fails is written down."""
+        columns = {cell.column.key: cell.column for cell in cells}
+        images = {key: ref for key, column in columns.items() if (ref := self._column(column, cells)) is not None}
+        cells = [cell for cell in cells if cell.column.key in images]
+        likeness = [self._likeness(key, ref) for key, ref in images.items() if columns[key].config]
+        sets = self._defended(cells, images)
+        cells = [cell for cell in cells if cell.training in sets]
+        if likeness:
+            ray.wait(likeness, num_returns=len(likeness))
+        if not cells:
+            return
+        jobs = {cell.key: self._job(cell) for cell in cells}
+        extra = {
+            job["sets"]["extra"]: self._extra(job["sets"]["extra"]) for job in jobs.values() if job["dilution"]
+        }
+        ray.get(self.pantry.fill.remote(jobs, {**sets, **extra, "labels": self.labels, "test": self.test}))
+        with BoardWatcher(self.board, self._show):
+            failed = self._tune([cell.key for cell in cells])
+        for cell in cells:
+            if cell.key in failed:
+                self._failed([cell], EclipseError(failed[cell.key]))
+        ray.get(self.pantry.fill.remote({}, {}))
+
+    def _column(self, column: Column, cells: list[Cell]) -> Any:
+        """Return a reference to the column's images, or None after a failure."""
+        if column.config is None:
+            return self.source
+        matrix, ids = self.matrix, self.matrix.sets.source.ids
+        try:
+            denoiser = self._denoiser(column.config) if attacks_denoiser(column.config) else None
+            materials.ensure_poison(column, matrix.cache, denoiser, len(ids), matrix.facts.source)
+        except InterruptedRunError:
+            raise
+        except EclipseError as error:
+            self._failed([cell for cell in cells if cell.column.key == column.key], error)
+            return None
+        url = matrix.cache.url("poisons", column.key)
+        return self._io_task(materials.load_column).remote(url, ids, matrix.config.data.max_pixels)
+
+    def _likeness(self, key: str, images: Any) -> Any:
+        return self._io_task(materials.keep_quality).remote(self.matrix.cache, key, images, self.source)
+
+    def _denoiser(self, config: Config) -> str:
+        facts = self.matrix.facts
+        key = denoiser_key(config, facts)
+        sparse = facts.sparse.get(config.matrix.sparse_limit or 0, "")
+        return materials.ensure_denoiser(config, self.matrix.cache, key, sparse)
+
+    def _defended(self, cells: list[Cell], images: dict[str, Any]) -> dict[str, Any]:
+        """Return references to all training sets of `cells` that could be made, by key."""
+        ready = {key: ref for key, ref in images.items() if any(cell.training == key for cell in cells)}
+        wanted = {cell.training: cell for cell in cells if cell.training not in images}
+        if wanted:
+            say(f"matrix: {self._so_far()}; {len(wanted)} transformed sets")
+        pending: dict[str, Any] = {}
+        for key, cell in wanted.items():
+            try:
+                pending[key] = self._defend(cell, images[cell.column.key])
+            except InterruptedRunError:
+                raise
+            except EclipseError as error:
+                self._failed([cell for cell in cells if cell.training == key], error)
+        for key, ref in pending.items():
+            try:
+                ray.get(self._io_task(_nothing).remote(ref))
+                ready[key] = ref
+            except RayError as error:
+                self._failed([cell for cell in cells if cell.training == key], error)
+        return ready
+
+    def _defend(self, cell: Cell, images: Any) -> Any:
+        matrix, config = self.matrix, cell.row.config
+        work = Work(
+            cache=matrix.cache,
+            key=cell.training,
+            name=cell.row.entry.name,
+            config=config.model_dump(mode="json"),
+            denoiser=self._denoiser(config) if cell.row.denoiser else None,
+            seed=config.run.seed,
+            num_classes=matrix.sets.num_classes,
+            threads=self.threads,
+        )
+        sparse = datasets.sparse_set(matrix.sets, config)
+        pair = None if sparse is None else (sparse.images, sparse.labels)
+        make = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(materials.make_defended)
+        return make.remote(work, images, self.source, self.labels, matrix.sets.source.ids, pair)
+
+    def _io_task(self, function: Callable[..., Any]) -> Any:
+        return ray.remote(num_cpus=self.resources.cpus_per_core)(function)
+
+    def _job(self, cell: Cell) -> dict[str, Any]:
+        config, defense = cell.row.config, cell.row.defense
+        compensation = defense.compensation(config) if defense.compensation else CompensationConfig(mode="none")
+        sets = {"images": cell.training, "labels": "labels", "test": "test"}
+        if defense.dilution:
+            sets["extra"] = f"extra {config.matrix.sparse_limit or 0}"
+        return {
+            "output": self.matrix.store.url,
+            "title": cell.title,
+            "defense": cell.row.entry.name,
+            "settings": config.defense.model_dump(mode="json"),
+            "compensation": compensation.model_dump(mode="json"),
+            "dilution": defense.dilution,
+            "victim": cell.victim.config.model_dump(mode="json"),
+            "seed": cell.seed,
+            "threads": self.threads,
+            "sets": sets,
+        }
+
+    def _extra(self, name: str) -> Any:
+        if name not in self.fixed:
+            count = int(name.split()[1])
+            sparse = self.matrix.sets.sparse
+            assert sparse is not None
+            sparse = datasets.first_images(sparse, count)
+            self.fixed[name] = ray.put((sparse.images, sparse.labels))
+        return self.fixed[name]
+
+    def _tune(self, keys: list[str]) -> dict[str, str]:
+        """Run one trial a key; return the messages of those that failed."""
+        trial = tune.with_parameters(run_trial, pantry=self.pantry, board=self.board)
+        with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-") as scratch:
+            tuner = tune.Tuner(
+                tune.with_resources(trial, {"cpu": self.cpus, "gpu": self.gpus}),
+                param_space={"cell": tune.grid_search(keys)},
+                tune_config=tune.TuneConfig(max_concurrent_trials=self.concurrent, reuse_actors=True),
+                run_config=tune.RunConfig(
+                    name="matrix",
+                    storage_path=scratch,
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=RETRIES),
+                ),
+            )
+            results = _on_a_thread(tuner.fit)
+        errors = [(one.config["cell"], one.error, (one.metrics or {}).get("error")) for one in results]
+        return {key: said or message_of(error) for key, error, said in errors if error is not None or said}
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        # A trial that Ray had to start again reports its first epochs twice.
+        place = (entry["cell"], entry["epoch"])
+        if place in self.seen:
+            return
+        self.seen.add(place)
+        if entry["last"]:
+            self.finished += sum(cell.key == entry["cell"] for cell in self.matrix.grid.cells)
+        accuracy = f"{self.titles[entry['cell']]}: {entry['test_accuracy']:.1f} %"
+        self.line.advance(1, note=f"{self._so_far()}, {accuracy}")
+
+    def _so_far(self) -> str:
+        return f"{self.finished}/{self.cells} cells"
+
+    def _failed(self, cells: list[Cell], error: BaseException) -> None:
+        message = message_of(error)
+        self.matrix.failures |= {cell.title: message for cell in cells}
+        say(f"matrix: {len(cells)} cells failed, {cells[0].title} among them: {message}")
+
+
+def share(config: Config, resources: Resources) -> tuple[float, int, int]:
+    """Return (GPUs of a trial, trials at once, CPU threads of each); one thread unless fewer trials are asked for.
+
+    The threads do not depend on how many cells are left, because floats summed by other threads differ.
+    """
+    if resources.gpus and config.matrix.num_gpus != 0:
+        gpus = config.matrix.num_gpus or GPU_SHARE
+        room = max(1, int(resources.gpus / gpus))
+        return gpus, min(room, config.matrix.max_concurrent or room), 1
+    cores = resources.cores if resources.local else resources.cpus
+    concurrent = min(cores, config.matrix.max_concurrent or cores)
+    return 0.0, concurrent, max(1, resources.cores // concurrent)
+
+
+def message_of(error: BaseException) -> str:
+    """Return what an error says, that of a worker without its trace."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines()
+    return lines[-1] if lines else type(cause).__name__
+
+
+def _nothing(_value: Any) -> None:
+    """Succeed if what it waits for did; the value itself never comes to the driver."""
+
+
+def _on_a_thread(fit: Callable[[], Any]) -> Any:
+    """Run `fit` on a thread: Tune takes over SIGINT on the main one, which here must stay free to be stopped."""
+    # What it would write, a CSV and a JSON file for each trial, nobody reads here.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    box: list[Any] = []
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            box.append(fit())
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+    if failure:
+        raise EclipseError(f"Ray Tune stopped: {message_of(failure[0])}; run the same command again to resume")
+    return box[0]

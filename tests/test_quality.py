@@ -1,0 +1,45 @@
+"""PSNR and SSIM against closed forms and scikit-image."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from eclipse_ray.errors import InputError
+from eclipse_ray.quality import psnr, ssim
+
+
+def images(count: int, seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 20, 17, 3), np.uint8))
+
+
+def test_psnr_is_that_of_the_mean_squared_error_over_all_images():
+    clean = torch.full((300, 4, 4, 3), 100, dtype=torch.uint8)
+    changed = clean.clone()
+    changed[:150] += 8
+    assert psnr(changed, clean) == pytest.approx(10 * math.log10(255**2 / 32))
+    assert psnr(clean, clean) == math.inf
+    first, second = images(3, 0), images(3, 1)
+    assert psnr(first, second) == pytest.approx(peak_signal_noise_ratio(second.numpy(), first.numpy()))
+
+
+def test_ssim_agrees_with_scikit_image():
+    clean = images(3, 0)
+    noise = torch.randint(-30, 31, clean.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (clean.int() + noise).clamp(0, 255).to(torch.uint8)
+    settings = {"channel_axis": 2, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    expected = [
+        structural_similarity(one.numpy(), other.numpy(), **settings)
+        for one, other in zip(noisy, clean, strict=True)
+    ]
+    assert ssim(noisy, clean) == pytest.approx(np.mean(expected), abs=1e-4)
+    assert ssim(clean, clean) == pytest.approx(1)
+
+
+def test_sets_that_cannot_be_compared_are_refused():
+    with pytest.raises(InputError, match="must be"):
+        psnr(images(2, 0), images(3, 0))
+    with pytest.raises(InputError, match="at least 11 pixels"):
+        ssim(images(2, 0)[:, :8], images(2, 0)[:, :8])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eclipse_ray.data.store import Store
-from eclipse_ray.ledger import Care, begin, hopeless, try_alone
+from eclipse_ray.ledger import Care, begin, hand_over, hopeless, session, try_alone
 from eclipse_ray.ledger.attempts import DEATHS_TO_BLAME, PATIENCE
 from tests.ledger_helpers import memory_store
 
@@ -101,3 +101,14 @@ def test_a_torn_record_starts_the_trial_again():
         store.write("_eclipse/attempts/000000/0-decode-trial", torn)
         assert attempt(store, set()) == (frozenset(), Care.USUAL)
         store.delete("_eclipse/attempts/000000/0-decode-trial")
+
+
+def test_a_driver_counts_anew_unless_the_one_before_was_stopped_by_a_hanging_worker():
+    store = memory_store()
+    first, second = session(store), session(store)
+    assert first != second
+    hand_over(store, second)
+    assert session(store) == second
+    assert session(store) not in (first, second)
+    store.write("_eclipse/attempts/hung", b"../../elsewhere")
+    assert session(store).isalnum()

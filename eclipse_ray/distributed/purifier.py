@@ -28,7 +28,6 @@ from eclipse_ray.distributed.shards import (
 )
 from eclipse_ray.errors import InputError, StorageError
 
-STAGE = "purify"
 # Purified pixels (H, W, 3), or why there are none.
 Outcome = Pixels | str
 
@@ -89,12 +88,13 @@ class Purifier:
     def _outcomes(self, task: Task, images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
         """Return what became of every image; those that kill this actor are found by its earlier lives."""
         store, shard, settings = self.job.store(), task.shard.name, self.job.purify
+        stage = self.job.stage("purify")
 
         def alone(place: int) -> object:
             return self._batch([place], images, ids)
 
-        attempt = ledger.begin(store, shard, task.generation, STAGE)
-        blamed, care = ledger.try_alone(store, shard, task.generation, STAGE, attempt, len(images), alone)
+        attempt = ledger.begin(store, shard, task.generation, stage)
+        blamed, care = ledger.try_alone(store, shard, task.generation, stage, attempt, len(images), alone)
         if care is ledger.Care.GIVE_UP:
             return dict.fromkeys(
                 range(len(images)), "purifying its shard kills the worker, though no image does so alone"

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import ray
 import ray.data
@@ -63,8 +64,10 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
     if done:
         say(f"purify: resuming, {len(shards) - len(tasks)} of {len(shards)} shards are already committed")
     line = ProgressLine("purify", "images", total, config.run.progress_seconds, done)
-    results = _stream(prepared.job, tasks, actors, gpus)
-    for ok, failed in _watched(results, config.purify.watchdog_seconds):
+    job = replace(prepared.job, session=ledger.session(prepared.store))
+    results = _stream(job, tasks, actors, gpus)
+    patience = config.purify.watchdog_seconds
+    for ok, failed in _watched(results, patience, lambda: ledger.hand_over(prepared.store, job.session)):
         line.advance(ok + failed, failed)
     return line.rate
 
@@ -85,7 +88,9 @@ def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]
     return actors, gpus
 
 
-def _watched(results: Iterator[tuple[int, int]], patience: float) -> Iterator[tuple[int, int]]:
+def _watched(
+    results: Iterator[tuple[int, int]], patience: float, on_hang: Callable[[], None]
+) -> Iterator[tuple[int, int]]:
     """Yield results as they come; raises InterruptedRunError when none comes for too long, or Ray gives up.
 
     Ray does not notice an actor that ends by sys.exit or sleeps for ever. The stream is read on a thread of its
@@ -99,6 +104,7 @@ def _watched(results: Iterator[tuple[int, int]], patience: float) -> Iterator[tu
         try:
             result = ready.get(timeout=limit)
         except queue.Empty:
+            on_hang()
             raise InterruptedRunError(
                 f"purify stopped: no shard was finished for {limit:.0f} s (purify.watchdog_seconds), so a worker "
                 "hangs or was lost; run the same command again to resume"

@@ -39,10 +39,16 @@ class Job:
     seed: int
     compensation: CompensationConfig
     sparse_hashes: frozenset[str]
+    session: str = ""
+    """Of one driver, or of those after it whose predecessor a hanging worker stopped (`ledger.session`)."""
 
     def store(self) -> Store:
         """Open the output folder."""
         return Store(self.output, self.purify.single_writer)
+
+    def stage(self, name: str) -> str:
+        """Return under what a stage's starts are counted: who kills a driver kills innocent shards with it."""
+        return f"{self.session}-{name}"
 
 
 @dataclass(frozen=True)

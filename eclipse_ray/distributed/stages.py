@@ -20,7 +20,6 @@ from eclipse_ray.errors import EclipseError, InputError, StorageError
 
 # Where the image's own file name waits while its pixels travel.
 PATH_COLUMN = ".image_path"
-STAGE = "decode"
 _EMPTY = canonical_table([], [])
 
 
@@ -32,10 +31,10 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
     """
     started = time.monotonic()
     task = task_of(batch)
-    store, name, generation = job.store(), task.shard.name, task.generation
+    store, name, generation, stage = job.store(), task.shard.name, task.generation, job.stage("decode")
     try:
-        attempt = ledger.begin(store, name, generation, STAGE)
-        if ledger.hopeless(store, name, generation, STAGE, attempt):
+        attempt = ledger.begin(store, name, generation, stage)
+        if ledger.hopeless(store, name, generation, stage, attempt):
             packed = _given_up(task, job)
         else:
             packed = _read_and_decode(task, job, attempt)
@@ -111,9 +110,9 @@ def _unread(job: Job, span: ledger.Span, reason: str) -> list[dict[str, str]]:
 
 def _decoded(job: Job, task: Task, attempt: int, encoded: Sequence[bytes]) -> Iterator[Pixels | str]:
     """Yield each image, or why it cannot be had; those that kill their worker are found by earlier attempts."""
-    store, name = job.store(), task.shard.name
+    store, name, stage = job.store(), task.shard.name, job.stage("decode")
     blamed, care = ledger.try_alone(
-        store, name, task.generation, STAGE, attempt, len(encoded), lambda row: _decode(job, encoded[row])
+        store, name, task.generation, stage, attempt, len(encoded), lambda row: _decode(job, encoded[row])
     )
     for row, data in enumerate(encoded):
         if row in blamed:

@@ -4,7 +4,7 @@ A shard is done once its status exists; statuses are created by put-if-absent an
 number of drivers may work on one folder and die at any moment without losing or doubling an image.
 """
 
-from eclipse_ray.ledger.attempts import Care, begin, hopeless, try_alone
+from eclipse_ray.ledger.attempts import Care, begin, hand_over, hopeless, session, try_alone
 from eclipse_ray.ledger.manifest import Manifest, collect, finalise
 from eclipse_ray.ledger.plan import (
     PartLike,
@@ -47,6 +47,7 @@ __all__ = [
     "collect",
     "commit_shard",
     "finalise",
+    "hand_over",
     "hopeless",
     "named_objects",
     "open_run",
@@ -60,6 +61,7 @@ __all__ = [
     "read_status",
     "read_statuses",
     "retriable",
+    "session",
     "summarise",
     "try_alone",
     "verify",

@@ -4,11 +4,16 @@ Ray starts a dead worker's shard again for ever. So each start is counted, and a
 tried alone, its row written down first: the row that stands there when a worker has died is the one it died of.
 A row is blamed after the second such death, since machines also disappear on their own. Trying images one by one
 costs two deaths for each killer; halving the shard would cost one for each halving.
+
+Starts are counted for each driver anew: one that is killed ten times takes the same innocent shards with it each
+time. Only after a driver that a hanging worker stopped does the next one count on, or it would hang as well.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
@@ -19,6 +24,7 @@ from eclipse_ray.ledger import layout
 # Starts of a shard before its images are tried one by one, and again before the next remedy.
 PATIENCE = 3
 DEATHS_TO_BLAME = 2
+_SESSION = re.compile(rb"[0-9a-f]{8}")
 
 
 class Care(IntEnum):
@@ -42,6 +48,21 @@ class Trial:
     def blamed(self) -> frozenset[int]:
         """Rows that killed their workers."""
         return frozenset(int(row) for row, deaths in self.deaths.items() if deaths >= DEATHS_TO_BLAME)
+
+
+def session(store: Store) -> str:
+    """Return the name under which a driver counts starts: that of one which `hand_over` left, else a new one."""
+    left = layout.read_optional(store, layout.HUNG)
+    if left is not None:
+        store.delete(layout.HUNG)
+        if _SESSION.fullmatch(left):
+            return left.decode()
+    return secrets.token_hex(4)
+
+
+def hand_over(store: Store, name: str) -> None:
+    """Leave the name of a session that a hanging worker ended to the next driver."""
+    store.write(layout.HUNG, name.encode())
 
 
 def begin(store: Store, shard: str, generation: int, stage: str) -> int:

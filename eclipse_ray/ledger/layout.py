@@ -19,6 +19,7 @@ ERRORS = f"{PRIVATE}/errors"
 # Left by a run that died while it tried out the store.
 PROBES = f"{PRIVATE}/probe-"
 ATTEMPTS = f"{PRIVATE}/attempts"
+HUNG = f"{ATTEMPTS}/hung"
 FINGERPRINT = f"{PRIVATE}/fingerprint.json"
 CONFIG = f"{PRIVATE}/config.yaml"
 PLAN = f"{PRIVATE}/plan.parquet"

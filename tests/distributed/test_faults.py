@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from eclipse_ray.distributed.purify import _watched
 from eclipse_ray.distributed.shards import Job, Task, fatal_error, task_rows, unpack
 from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
 from eclipse_ray.errors import InputError, InterruptedRunError, StorageError
-from eclipse_ray.ledger import open_run, plan_shards, read_statuses
+from eclipse_ray.ledger import open_run, plan_shards, read_statuses, session
 from tests.ledger_helpers import make_fingerprint, plan_of
 from tests.support import DEBUG
 
@@ -136,6 +137,17 @@ def test_a_store_that_fails_under_the_actor_is_reported_as_itself(world, tmp_pat
     assert read_statuses(job.store()) == {}
 
 
+def test_drivers_that_die_again_and_again_blame_no_image(world, tmp_path):
+    job, task = shard_of_sixteen(world, tmp_path / "out")
+    whole = purifier.Purifier(job)(read_and_decode(task_rows([task])[0], job))
+    for _ in range(12):
+        mine = replace(job, session=session(job.store()))
+        # Each driver dies after this: nothing is committed.
+        found = purifier.Purifier(mine)(read_and_decode(task_rows([task])[0], mine))
+        assert unpack(found)[2] == []
+        assert found["pixels"] == whole["pixels"], "images were done one by one"
+
+
 def hanging() -> Iterator[tuple[int, int]]:
     yield 1, 0
     time.sleep(60)
@@ -147,10 +159,12 @@ def failing(error: Exception) -> Iterator[tuple[int, int]]:
 
 
 def test_a_stream_that_stands_still_is_given_up():
-    results = _watched(hanging(), 0.2)
+    told: list[int] = []
+    results = _watched(hanging(), 0.2, lambda: told.append(1))
     assert next(results) == (1, 0)
     with pytest.raises(InterruptedRunError, match=r"no shard was finished for .* run the same command again"):
         next(results)
+    assert told == [1]
     assert InterruptedRunError.exit_code == 75
 
 
@@ -162,7 +176,7 @@ def slow_to_start() -> Iterator[tuple[int, int]]:
 
 
 def test_waiting_for_the_first_shard_does_not_make_the_watchdog_more_patient():
-    results = _watched(slow_to_start(), 1.0)
+    results = _watched(slow_to_start(), 1.0, lambda: None)
     assert [next(results), next(results)] == [(1, 0), (1, 0)]
     # Ten times the half second of the start would be five.
     with pytest.raises(InterruptedRunError, match="no shard was finished for 1 s"):
@@ -171,7 +185,7 @@ def test_waiting_for_the_first_shard_does_not_make_the_watchdog_more_patient():
 
 def test_a_stream_that_breaks_says_why_and_a_users_mistake_stays_one():
     with pytest.raises(InterruptedRunError, match="the last line; run the same command again"):
-        list(_watched(failing(OSError("a traceback\nthe last line")), 5))
+        list(_watched(failing(OSError("a traceback\nthe last line")), 5, exit))
     with pytest.raises(InputError, match="as it was"):
-        list(_watched(failing(InputError("as it was")), 5))
-    assert list(_watched(iter([(1, 0), (2, 1)]), 5)) == [(1, 0), (2, 1)]
+        list(_watched(failing(InputError("as it was")), 5, exit))
+    assert list(_watched(iter([(1, 0), (2, 1)]), 5, exit)) == [(1, 0), (2, 1)]

@@ -68,14 +68,14 @@ def batch():
 def test_clipping_equals_a_loop_over_single_images(opacus, batch, arch):
     torch.manual_seed(0)
     # In double precision: an untrained deep network magnifies rounding a thousandfold.
-    model = make_private(VICTIMS[arch](3).double().to(memory_format=torch.channels_last))
+    model = make_private(VICTIMS[arch](3).to(memory_format=torch.channels_last)).double()
     images, labels = batch[0][:4].double(), batch[1][:4]
     single = [alone(model, image, label) for image, label in zip(images, labels, strict=True)]
     # Some images are cut, others are not.
     bound = sum(sorted(one.norm().item() for one in single)[1:3]) / 2
     expected = sum(one * min(1.0, bound / one.norm().item()) for one in single) / len(single)
     # Opacus adds 1e-6 to each norm.
-    torch.testing.assert_close(private_gradient(model, images, labels, bound), expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(private_gradient(model, images, labels, bound), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_one_image_moves_no_further_than_the_bound(opacus, batch):

@@ -21,13 +21,13 @@ from eclipse_ray.diffusion.sampler import predict_x0, to_model_range, to_uint8
 GRID = 6
 # Standard deviation of the coarse part, as a multiple of the white part's: 0.08 of the range at t_star = 100.
 RATIO = 3.4
-ITERATIONS, T_STAR, T_MAX, BATCH_SIZE = 2000, 100, 125, 16
+ITERATIONS, T_STAR, T_MAX, BATCH_SIZE = 1500, 100, 125, 16
 
 
 def fit_multiscale(images: Pixels) -> Denoiser:
     """Fit the small network to noise at two scales, on uint8 (N, H, W, 3)."""
     torch.manual_seed(0)
-    config = load_config(None, {"denoiser.block_out_channels": [24, 48, 96]}).denoiser
+    config = load_config(None, {"denoiser.block_out_channels": [24, 48]}).denoiser
     device = default_device()
     denoiser = build_denoiser(build_unet(config), config).to(device)
     optimizer = torch.optim.Adam(denoiser.parameters(), config.learning_rate)

@@ -18,8 +18,9 @@ $(STAMP): constraints.txt pyproject.toml
 demo: $(STAMP) ## poison, train, purify and evaluate on synthetic data; a table and one picture
 	$(BIN)/eclipse-ray demo --output runs/demo
 
+# Two files at a time, for much of a Ray test is waiting; threads of two processes would fight over two cores.
 test: $(STAMP) ## every test but the long fault tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP) ## style, types and the walls between packages
 	$(BIN)/ruff check .

@@ -109,6 +109,7 @@ def test_running_again_does_nothing(measured):
     assert api.evaluate_plan(settings=measured.settings).missing == []
 
 
+@pytest.mark.chaos
 def test_a_grown_grid_does_the_new_cells_only(measured, world):
     before = written(measured.output)
     defenses = ["cutout", "none", "iss-g", "eclipse"]
@@ -124,6 +125,7 @@ def test_a_grown_grid_does_the_new_cells_only(measured, world):
     assert len([name for name in after if name.startswith("results/")]) == 12 + 6
 
 
+@pytest.mark.chaos
 def test_a_failing_row_does_not_hold_up_the_others(measured, world):
     # 100 images are too few for a depth that the denoiser was never trained at; `none` is measured already.
     broken = {"name": "eclipse", "label": "too deep", "purify.t_star": 19}

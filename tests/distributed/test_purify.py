@@ -301,6 +301,7 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(world, purified, tmp_p
     assert (again.images_left, again.shards_left, again.output_bytes) == (0, 0, 0)
 
 
+@pytest.mark.chaos
 def test_a_source_that_grew_is_extended(world, tmp_path):
     source, output = tmp_path / "source", tmp_path / "out"
     shutil.copytree(world.poisoned, source)

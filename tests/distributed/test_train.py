@@ -61,6 +61,7 @@ def test_two_workers_train_the_network_of_one_process(world, trained):
     assert trained[1].denoise_psnr == pytest.approx(fit.history[-1]["denoise_psnr"], abs=0.01)
 
 
+@pytest.mark.chaos
 def test_a_killed_training_continues(world, trained, tmp_path):
     output = tmp_path / "killed"
     arguments = ["train", "--clean", world.clean, "--out", str(output)]

@@ -78,8 +78,10 @@ class Part:
 
 
 def _object(rows: int) -> bytes:
-    noise = np.random.default_rng(0).bytes(SHARD_BYTES // rows)
-    return table_to_parquet(canonical_table([str(row) for row in range(rows)], [noise] * rows))
+    # Every image of its own: equal ones would be stored once.
+    generator = np.random.default_rng(0)
+    images = [generator.bytes(SHARD_BYTES // rows) for _ in range(rows)]
+    return table_to_parquet(canonical_table([str(row) for row in range(rows)], images))
 
 
 def soak(url: str, rows: int, shards: int) -> dict[str, Any]:

@@ -7,16 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import Pixels, load, markdown, purified
-from skimage.metrics import structural_similarity
 
 from eclipse_ray.config import Sampler, load_config
 from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.losses import psnr
 from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet, default_device
 from eclipse_ray.diffusion.sampler import purify_images, to_model_range
+from eclipse_ray.quality import ssim
 
 IMAGES = 128
 SPEED_IMAGES = 64
@@ -25,15 +24,6 @@ T_STAR = 100
 POISONS = ("ar", "lsp", "urp")
 # The first is the reference: every timestep, as published.
 GRID: dict[Sampler, tuple[int, ...]] = {"ddpm": (100, 25, 10, 4, 2, 1), "ddim": (10, 4, 2), "dpm": (10, 4, 2)}
-
-
-def ssim(first: Pixels, second: Pixels) -> float:
-    """Return the mean structural similarity of uint8 colour images (Wang et al. 2004: Gaussian window)."""
-    values = [
-        structural_similarity(a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-        for a, b in zip(first, second, strict=True)
-    ]
-    return float(np.mean(values))
 
 
 def samplers_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -50,7 +40,7 @@ def samplers_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
         row: dict[str, Any] = {"sampler": sampler, "steps": steps, "images_per_second": rate}
         row |= {
             "psnr": psnr(*(to_model_range(torch.from_numpy(x)) for x in (result, clean.images))),
-            "ssim": ssim(result, clean.images),
+            "ssim": ssim(torch.from_numpy(result), torch.from_numpy(clean.images)),
         }
         row["ratio"] = rate / (rows[0]["images_per_second"] if rows else rate)
         for name, images in poisoned.items():

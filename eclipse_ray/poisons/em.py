@@ -22,7 +22,6 @@ from eclipse_ray.poisons.optimised import (
 )
 from eclipse_ray.poisons.surrogate import (
     Training,
-    classify,
     epoch_batches,
     error_rate,
     frozen,
@@ -34,6 +33,7 @@ from eclipse_ray.poisons.surrogate import (
     start_training,
     surrogate_state,
 )
+from eclipse_ray.victims.training import classify
 
 Build = Callable[[PoisonConfig, int, int, torch.device], nn.Module]
 """(config, classes, seed, device) to a fresh network."""

@@ -27,7 +27,6 @@ from eclipse_ray.poisons.optimised import (
 from eclipse_ray.poisons.surrogate import (
     Crops,
     Training,
-    classify,
     crop_flip,
     draw_crops,
     epoch_batches,
@@ -42,6 +41,7 @@ from eclipse_ray.poisons.surrogate import (
     start_training,
     surrogate_state,
 )
+from eclipse_ray.victims.training import classify
 
 ROUND = 20
 """Optimiser steps between two saved states: at full cost each takes seconds of a GPU."""

@@ -24,13 +24,13 @@ from eclipse_ray.poisons.optimised import (
     to_images,
 )
 from eclipse_ray.poisons.surrogate import (
-    classify,
     features,
     keyed_generator,
     load_surrogate,
     needed,
     train_surrogate,
 )
+from eclipse_ray.victims.training import classify
 
 Loss = Callable[[Tensor], Tensor]
 """From images (B, 3, H, W) in [0, 1] to the value to lower, summed over images so that none sees its batch."""

@@ -20,6 +20,7 @@ from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.poisons.optimised import LabelledImages, Session, State, by_id, to_float
 from eclipse_ray.victims import VICTIMS
+from eclipse_ray.victims.training import classify
 
 MOMENTUM = 0.9
 """Of every surrogate's SGD, as published by all."""
@@ -32,12 +33,6 @@ Objective = Callable[[Tensor, int], Tensor]
 """(images (B, 3, H, W) in [0, 1], step) to one value an image (B,)."""
 Crops = tuple[Tensor, Tensor]
 """Row and column shifts, int64 (2, B) in 0..2 padding, and flips, bool (B,)."""
-
-
-def classify(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits (B, K) of images (B, 3, H, W) in [0, 1], normalised as victims are trained."""
-    logits: Tensor = model((images - 0.5) / 0.25)
-    return logits
 
 
 def features(model: nn.Module, images: Tensor) -> Tensor:

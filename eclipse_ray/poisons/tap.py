@@ -13,7 +13,6 @@ from eclipse_ray.poisons.optimised import LabelledImages, Session, State, to_flo
 from eclipse_ray.poisons.surrogate import (
     Crops,
     Objective,
-    classify,
     crop_flip,
     keyed_crops,
     load_surrogate,
@@ -21,6 +20,7 @@ from eclipse_ray.poisons.surrogate import (
     pgd,
     train_surrogate,
 )
+from eclipse_ray.victims.training import classify
 
 
 def fit_tap(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:

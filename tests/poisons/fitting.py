@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from eclipse_ray.poisons import fit_poison, poison_fitted
-from eclipse_ray.poisons.surrogate import classify
+from eclipse_ray.victims.training import classify
 from tests.poisons.helpers import Killed, Memory, part
 
 

@@ -4,7 +4,8 @@ import torch
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.poisons import fit_poison, poison_fitted, quiet_session
 from eclipse_ray.poisons.sep import ensemble_noise, mean_gradient, targets, variance_reduced_noise, visits
-from eclipse_ray.poisons.surrogate import classify, features, load_surrogate
+from eclipse_ray.poisons.surrogate import features, load_surrogate
+from eclipse_ray.victims.training import classify
 from tests.poisons.fitting import as_floats, check_resume, check_storage
 from tests.poisons.helpers import CLASSES, CPU, part, tiny_config, tiny_images
 

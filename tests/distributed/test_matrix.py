@@ -197,6 +197,8 @@ def test_trials_share_the_machine(world):
     assert share(load_config(None, {"matrix.num_gpus": 0}), gpu) == (0.0, 16, 1)
 
 
+# Three drivers and as many clusters, one of which fits the denoiser.
+@pytest.mark.timeout(900)
 @pytest.mark.chaos
 def test_a_driver_killed_on_the_way_goes_on_with_what_is_missing(world, tmp_path):
     output = tmp_path / "out"

@@ -4,7 +4,7 @@
     python benchmarks/engine.py --work runs/cifar10 [--parts samplers,speed,device,networks,training,victims,depth]
 
 Prints one table a part and keeps everything in WORK/engine.json (and WORK/training.png). A GPU is used if there is
-one. On 2 cores the parts take 7, 20, 3, 40, 55, 90 and 45 minutes.
+one. On 2 cores the parts take 7, 20, 3, 40, 15, 90 and 30 minutes.
 """
 
 from __future__ import annotations

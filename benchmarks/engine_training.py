@@ -34,9 +34,9 @@ NETWORKS: dict[str, Settings] = {
         ((48, 96), 1, 8),
     )
 }
-BUDGETS = (250, 500, 2000)
+BUDGETS = (100, 500)
 """Iterations of the runs with t below t_max, each with its own learning-rate schedule."""
-COMPARED, FACTOR = 500, 20
+COMPARED, FACTOR = 100, 20
 """The baseline, t below T, has FACTOR times the iterations of the COMPARED run, and a schedule that ends there."""
 
 
@@ -77,13 +77,13 @@ def training_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
     """Held-out PSNR with t drawn below t_max after few iterations, and below T after twenty times as many."""
     images = load(work, SPARSE).images
     runs: dict[str, Settings] = {
-        f"t < t_max, {count:,}": {"denoiser.iterations": count, "denoiser.report_every": 50} for count in BUDGETS
+        f"t < t_max, {count:,}": {"denoiser.iterations": count, "denoiser.report_every": 25} for count in BUDGETS
     }
     full = f"t < T, {FACTOR * COMPARED:,}"
     runs[full] = {
         "denoiser.iterations": FACTOR * COMPARED,
         "denoiser.t_max": 4000,
-        "denoiser.report_every": 250,
+        "denoiser.report_every": 100,
     }
     with one_process_a_core() as pool:
         # The longest first, so that the short ones fill the other core.

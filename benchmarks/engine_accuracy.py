@@ -16,9 +16,8 @@ from engine_multiscale import fit_multiscale, purify_multiscale
 from eclipse_ray.config import Sampler, Settings
 from eclipse_ray.data.dataset import ImageSet
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.losses import psnr
 from eclipse_ray.diffusion.model import Denoiser, default_device
-from eclipse_ray.diffusion.sampler import to_model_range
+from eclipse_ray.quality import psnr
 
 SEEDS, DEPTH_SEEDS = 3, 2
 CHAIN_IMAGES, LEFT_IMAGES = 2000, 128
@@ -114,7 +113,7 @@ def _left(result: Pixels, of_poisoned: Pixels, clean: ImageSet, poisoned: ImageS
     """Return which part of the poison's energy is left, and the PSNR of the purified clean images."""
     change = poisoned.images.astype(float) - clean.images
     left = of_poisoned.astype(float) - result
-    both = (to_model_range(torch.from_numpy(x)) for x in (result, clean.images))
+    both = (torch.from_numpy(x) for x in (result, clean.images))
     return float((left**2).sum() / (change**2).sum()), psnr(*both)
 
 

@@ -12,10 +12,9 @@ from common import Pixels, load, markdown, purified
 
 from eclipse_ray.config import Sampler, load_config
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.losses import psnr
 from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet, default_device
-from eclipse_ray.diffusion.sampler import purify_images, to_model_range
-from eclipse_ray.quality import ssim
+from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.quality import psnr, ssim
 
 IMAGES = 128
 SPEED_IMAGES = 64
@@ -39,7 +38,7 @@ def samplers_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
         rate = IMAGES / (time.perf_counter() - started)
         row: dict[str, Any] = {"sampler": sampler, "steps": steps, "images_per_second": rate}
         row |= {
-            "psnr": psnr(*(to_model_range(torch.from_numpy(x)) for x in (result, clean.images))),
+            "psnr": psnr(torch.from_numpy(result), torch.from_numpy(clean.images)),
             "ssim": ssim(torch.from_numpy(result), torch.from_numpy(clean.images)),
         }
         row["ratio"] = rate / (rows[0]["images_per_second"] if rows else rate)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eclipse_ray.config import DefenseConfig
+from eclipse_ray.poisons.surrogate import frozen, pgd
 from eclipse_ray.victims.training import Augmentation, classify
 
 
@@ -24,22 +25,17 @@ def adversarial_training(config: DefenseConfig) -> Augmentation:
     def augment(
         images: Tensor, targets: Tensor, model: nn.Module, generator: torch.Generator, _progress: float
     ) -> tuple[Tensor, Tensor]:
-        training = model.training
-        model.eval()
-        start = torch.rand(images.shape, generator=generator, device=images.device)
-        attacked = (images + radius * (2 * start - 1)).clamp(0, 1)
-        for _ in range(config.at_steps):
-            attacked = attacked + step * _gradient(model, attacked, targets).sign()
-            attacked = attacked.clamp(images - radius, images + radius).clamp(0, 1)
-        model.train(training)
-        return attacked, targets
+        unit = torch.rand(images.shape, generator=generator, device=images.device)
+        with torch.enable_grad(), frozen(model):
+            moved = pgd(
+                images,
+                lambda attacked, _: F.cross_entropy(classify(model, attacked), targets, reduction="none"),
+                radius,
+                step,
+                config.at_steps,
+                start=radius * (2 * unit - 1),
+                maximise=True,
+            )
+        return (images + moved).clamp(0, 1), targets
 
     return augment
-
-
-def _gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    """Return the gradient of the summed cross-entropy in the images alone; the weights' gradients stay."""
-    with torch.enable_grad():
-        variable = images.detach().requires_grad_(True)
-        loss = F.cross_entropy(classify(model, variable), targets, reduction="sum")
-        return torch.autograd.grad(loss, variable)[0]

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eclipse_ray.config import DefenseConfig
+from eclipse_ray.defenses.from_kornia import augmentations, seeded
 from eclipse_ray.defenses.interface import Material
-from eclipse_ray.defenses.library import augmentations, seeded
 from eclipse_ray.defenses.mixing import cutmix
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.errors import InputError
+from eclipse_ray.poisons.budget import class_id
 from eclipse_ray.victims.training import Augmentation
 
 WEIGHT_T = 2**30 + 16 * 2**16
@@ -57,7 +58,7 @@ def fit_linear(material: Material, config: DefenseConfig) -> Tensor:
     """
     images, device = material.images.flatten(1), material.device
     width = images.shape[1]
-    classes = [f"class-{label}" for label in range(material.num_classes)]
+    classes = [class_id(label) for label in range(material.num_classes)]
     first = (2 * uniform(material.seed, classes, WEIGHT_T, (width,)) - 1) / math.sqrt(width)
     weights = first.float().to(device).requires_grad_(True)
     order = uniform(material.seed, material.ids, ORDER_T, (1,))[:, 0].argsort()

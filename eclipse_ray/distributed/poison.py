@@ -65,7 +65,8 @@ def poison(config: Config) -> DatasetResult:
     job = _job(config, source, source_url, output)
     if not job.optimised:
         refuse_existing(Store(output))
-        return _write(config, job, _spans(source, CHUNK_IMAGES), _spread_or_not(config, job, source))
+        spans = _spans(source, CHUNK_IMAGES)
+        return _write(config, job, spans, _spread_or_not(config, job, len(spans)))
     return _optimised(config, job, source)
 
 
@@ -125,9 +126,9 @@ def _details(job: PoisonJob, norms: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _spread_or_not(config: Config, job: PoisonJob, source: Source) -> Tables:
+def _spread_or_not(config: Config, job: PoisonJob, chunks: int) -> Tables:
     local = Store(job.source).in_this_process_only or Store(job.output).in_this_process_only
-    if local or len(_spans(source, CHUNK_IMAGES)) < SPREAD_CHUNKS:
+    if local or chunks < SPREAD_CHUNKS:
         return lambda spans: (poison_chunk(job, number, chunk, None) for number, chunk in enumerate(spans))
     return _spread(job, connect(config), None)
 

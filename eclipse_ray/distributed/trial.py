@@ -10,9 +10,10 @@ import ray
 import torch
 from ray import tune
 
-from eclipse_ray.config import CompensationConfig, DefenseConfig, PrivacyConfig, VictimConfig
+from eclipse_ray.config import CompensationConfig, DefenseConfig, VictimConfig
 from eclipse_ray.data.store import Store
 from eclipse_ray.defenses import combine
+from eclipse_ray.defenses.dp_sgd import privacy
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.errors import EclipseError
 from eclipse_ray.victims.training import train_victim
@@ -74,7 +75,7 @@ def _train(key: str, job: dict[str, Any], sets: dict[str, Any], board: Any) -> d
         device,
         on_epoch,
         augmentations=[defense.augmentation(settings)] if defense.augmentation else [],
-        privacy=_privacy(settings) if defense.privacy else None,
+        privacy=privacy(settings) if defense.privacy else None,
         extra=sets.get("extra"),
     )
     return {
@@ -94,8 +95,3 @@ def _train(key: str, job: dict[str, Any], sets: dict[str, Any], board: Any) -> d
 def device_name(device: torch.device) -> str:
     """Return what a result was computed on, in words."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-
-
-def _privacy(config: DefenseConfig) -> PrivacyConfig:
-    """Return how dp-sgd trains."""
-    return PrivacyConfig(max_grad_norm=config.dp_max_grad_norm, noise_multiplier=config.dp_noise_multiplier)

@@ -23,7 +23,8 @@ from eclipse_ray.diffusion.tiling import tiled
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.em import See, minimise_error, perturb_em
 from eclipse_ray.poisons.optimised import LabelledImages, Session, State
-from eclipse_ray.poisons.surrogate import frozen, needed, new_surrogate, placed
+from eclipse_ray.poisons.surrogate import frozen, needed, new_surrogate
+from eclipse_ray.victims.training import placed
 
 perturb_adp = perturb_em
 """The fitted noise of each image, looked up by its id."""

@@ -19,6 +19,7 @@ from eclipse_ray.poisons.optimised import (
     LabelledImages,
     Session,
     State,
+    in_batches,
     to_float,
     to_images,
 )
@@ -50,17 +51,15 @@ def perturb_efp(
     """
     model = load_surrogate(state, 0, config, data.num_classes, device)
     centroids, bound = state["centroids"].to(device), needed(config.eps_255) / 255
-    size, steps = needed(config.perturb_batch_size), needed(config.steps)
     made = []
-    for first in range(0, len(data.ids), size):
-        part = slice(first, first + size)
-        images, labels, ids = to_float(data.images[part], device), data.labels[part].to(device), data.ids[part]
+    for part in in_batches(data, needed(config.perturb_batch_size)):
+        images = to_float(part.images, device)
         shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-        start = (noise(seed, ids, EFP_T, shape, device) * bound).clamp(-bound, bound)
-        objective = _cropped_loss(model, labels, centroids, config, seed, ids)
+        start = (noise(seed, part.ids, EFP_T, shape, device) * bound).clamp(-bound, bound)
+        objective = _cropped_loss(model, part.labels.to(device), centroids, config, seed, part.ids)
         step_size = needed(config.step_size_255) / 255
-        made.append(to_images(pgd(images, objective, bound, step_size, steps, start=start)))
-    return torch.cat(made) if made else torch.zeros(data.images.shape)
+        made.append(to_images(pgd(images, objective, bound, step_size, needed(config.steps), start=start)))
+    return torch.cat(made)
 
 
 def push_loss(values: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:

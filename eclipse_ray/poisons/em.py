@@ -22,7 +22,7 @@ from eclipse_ray.poisons.optimised import (
 )
 from eclipse_ray.poisons.surrogate import (
     Training,
-    epoch_batches,
+    batch_at,
     error_rate,
     frozen,
     keyed_generator,
@@ -114,10 +114,11 @@ class _Rounds:
     def train(self) -> float:
         """Take the round's SGD steps, going on through the epoch where the last round stopped; return the loss."""
         config, steps = self.config, needed(self.config.round_batches)
+        count, size = len(self.data.ids), needed(config.surrogate_batch_size)
         total = torch.zeros((), device=self.device)
         for step in range(self.done * steps, (self.done + 1) * steps):
             generator = keyed_generator(self.seed, "train", step)
-            images, labels = self.poisoned(self._training_rows(step))
+            images, labels = self.poisoned(batch_at(self.seed, step, count, size))
             shown = self.see(images, generator) if self.see else images
             rate = rate_at(config, step, needed(config.rounds) * steps)
             total += self.training.step(shown, labels, rate, needed(config.max_grad_norm))
@@ -171,13 +172,6 @@ class _Rounds:
     def _noise_of(self, rows: Tensor) -> Tensor:
         places = self.data.labels[rows] if self.config.scope == "class" else rows
         return self.noise[places].to(self.device).permute(0, 3, 1, 2)
-
-    def _training_rows(self, step: int) -> Tensor:
-        size, count = needed(self.config.surrogate_batch_size), len(self.data.ids)
-        # How many batches an epoch has does not depend on its order.
-        batches = count // size + (count % size > 1) if count > size else 1
-        epoch, index = divmod(step, batches)
-        return epoch_batches(self.seed, epoch, count, size)[index]
 
     def _noise_rows(self) -> list[Tensor]:
         count = len(self.data.ids)

@@ -7,7 +7,7 @@ finds an image's own noise again by that hash.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,13 @@ def rows_of(keys: Tensor, ids: Sequence[str]) -> Tensor:
     for index in torch.nonzero(keys[places] != wanted).flatten().tolist():
         raise InputError(f"image {ids[index]} was not there when the poison was fitted; fit it on all images")
     return places
+
+
+def in_batches(data: LabelledImages, size: int) -> Iterator[LabelledImages]:
+    """Yield the images `size` at a time, in order."""
+    for first in range(0, len(data.ids), size):
+        part = slice(first, first + size)
+        yield LabelledImages(data.images[part], data.labels[part], data.ids[part], data.num_classes)
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ are fitted together; the noise that is kept is then made anew for every image ag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +21,23 @@ from eclipse_ray.poisons.optimised import (
     Session,
     State,
     by_id,
+    in_batches,
     to_float,
     to_images,
 )
 from eclipse_ray.poisons.surrogate import (
     Crops,
     Training,
+    attack_from,
+    batch_at,
     crop_flip,
     draw_crops,
-    epoch_batches,
     frozen,
     keyed_crops,
     keyed_generator,
     load_surrogate,
     needed,
     new_surrogate,
-    pgd,
     rate_at,
     start_training,
     surrogate_state,
@@ -62,7 +63,8 @@ def fit_rem(data: LabelledImages, config: PoisonConfig, seed: int, session: Sess
         first = int(saved["training.step"])
         training.restore(saved)
     losses: list[Tensor] = []
-    for step, rows in _batches(len(data.ids), config, seed, first):
+    for step in range(first, steps):
+        rows = batch_at(seed, step, len(data.ids), needed(config.surrogate_batch_size))
         losses.append(_train_step(training, data, rows, config, seed, step, session.device))
         if (step + 1) % ROUND == 0 or step + 1 == steps:
             session.save({**training.state(), "training.step": torch.tensor(step + 1)})
@@ -76,16 +78,14 @@ def perturb_rem(
 ) -> Tensor:
     """Return the noise, float32 (B, H, W, 3) on [0, 1], of any images; draws are keyed by (seed, image id)."""
     model = load_surrogate(state, 0, config, data.num_classes, device)
-    size = needed(config.perturb_batch_size)
     draws = needed(config.steps) * needed(config.eot_draws)
     made = []
-    for first in range(0, len(data.ids), size):
-        part = slice(first, first + size)
-        images, ids = to_float(data.images[part], device), data.ids[part]
-        crops = keyed_crops(seed, ids, REM_T, draws, needed(config.crop_padding))
-        unit = _keyed_unit(seed, ids, images)
-        made.append(to_images(min_max_noise(model, images, data.labels[part].to(device), config, crops, unit)))
-    return torch.cat(made) if made else torch.zeros(data.images.shape)
+    for part in in_batches(data, needed(config.perturb_batch_size)):
+        images = to_float(part.images, device)
+        crops = keyed_crops(seed, part.ids, REM_T, draws, needed(config.crop_padding))
+        unit = _keyed_unit(seed, part.ids, images)
+        made.append(to_images(min_max_noise(model, images, part.labels.to(device), config, crops, unit)))
+    return torch.cat(made)
 
 
 def adversary(model: nn.Module, images: Tensor, labels: Tensor, config: PoisonConfig, unit: Tensor) -> Tensor:
@@ -93,16 +93,7 @@ def adversary(model: nn.Module, images: Tensor, labels: Tensor, config: PoisonCo
 
     `unit`, of the same shape and range, places the start in the adversary's box. The model is in evaluation mode.
     """
-    bound = needed(config.adversary_eps_255) / 255
-    return images + pgd(
-        images,
-        lambda attacked, _: F.cross_entropy(classify(model, attacked), labels, reduction="none"),
-        bound,
-        needed(config.adversary_step_size_255) / 255,
-        needed(config.adversary_steps),
-        start=(2 * unit - 1) * bound,
-        maximise=True,
-    )
+    return images + attack_from(model, images, labels, config, unit)
 
 
 def min_max_noise(
@@ -155,17 +146,6 @@ def _train_step(
         )
     rate = rate_at(config, step, needed(config.train_steps))
     return training.step(attacked, labels, rate, needed(config.max_grad_norm))
-
-
-def _batches(count: int, config: PoisonConfig, seed: int, first: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (step, rows) from step `first` to the last, epoch after epoch."""
-    steps, epoch, step = needed(config.train_steps), 0, 0
-    while step < steps:
-        for rows in epoch_batches(seed, epoch, count, needed(config.surrogate_batch_size)):
-            if first <= step < steps:
-                yield step, rows
-            step += 1
-        epoch += 1
 
 
 def _keyed_unit(seed: int, ids: Sequence[str], images: Tensor) -> Unit:

@@ -20,6 +20,7 @@ from eclipse_ray.poisons.optimised import (
     LabelledImages,
     Session,
     State,
+    in_batches,
     to_float,
     to_images,
 )
@@ -61,12 +62,9 @@ def perturb_sep(
         load_surrogate(state, index, config, data.num_classes, device)
         for index in range(needed(config.checkpoints))
     ]
-    aims = targets(data.labels, config, data.num_classes)
-    size = needed(config.perturb_batch_size)
     made = []
-    for first in range(0, len(data.ids), size):
-        part = slice(first, first + size)
-        images, aim = to_float(data.images[part], device), aims[part].to(device)
+    for part in in_batches(data, needed(config.perturb_batch_size)):
+        images, aim = to_float(part.images, device), targets(part.labels, config, data.num_classes).to(device)
         if config.variant == "fa_vr":
             losses = [
                 _alignment(model, mean.to(device)[aim]) for model, mean in zip(models, state["means"], strict=True)
@@ -75,7 +73,7 @@ def perturb_sep(
         else:
             noise = ensemble_noise(images, [_cross_entropy(model, aim) for model in models], config)
         made.append(to_images(noise))
-    return torch.cat(made) if made else torch.zeros(data.images.shape)
+    return torch.cat(made)
 
 
 def targets(labels: Tensor, config: PoisonConfig, num_classes: int) -> Tensor:

@@ -20,7 +20,7 @@ from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.poisons.optimised import LabelledImages, Session, State, by_id, to_float
 from eclipse_ray.victims import VICTIMS
-from eclipse_ray.victims.training import classify
+from eclipse_ray.victims.training import classify, placed
 
 MOMENTUM = 0.9
 """Of every surrogate's SGD, as published by all."""
@@ -57,14 +57,6 @@ def new_surrogate(config: PoisonConfig, num_classes: int, seed: int, device: tor
     """Return a fresh network of a resolved config; the weights are the same on every device."""
     assert config.surrogate in VICTIMS, "a resolved config names a surrogate"
     return placed(lambda: VICTIMS[str(config.surrogate)](num_classes), seed, device)
-
-
-def placed(build: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
-    """Return what `build` makes, its weights drawn from `seed` on the CPU, on `device`, channels last."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build()
-    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def load_surrogate(
@@ -162,6 +154,14 @@ def epoch_batches(seed: int, epoch: int, count: int, size: int) -> list[Tensor]:
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
 
+def batch_at(seed: int, step: int, count: int, size: int) -> Tensor:
+    """Return the rows of the batch of an optimiser step, counted from 0 through epoch after epoch."""
+    # How many batches an epoch has does not depend on its order.
+    batches = count // size + (count % size > 1) if count > size else 1
+    epoch, index = divmod(step, batches)
+    return epoch_batches(seed, epoch, count, size)[index]
+
+
 def checkpoint_epochs(epochs: int, checkpoints: int) -> list[int]:
     """Return after which epochs networks are kept: evenly spread, the last one at the end."""
     return [-(-epochs * (index + 1) // checkpoints) for index in range(checkpoints)]
@@ -221,19 +221,27 @@ def _train_epoch(
 def attack(
     model: nn.Module, images: Tensor, labels: Tensor, config: PoisonConfig, generator: torch.Generator
 ) -> Tensor:
-    """Return the perturbation (B, 3, H, W) that raises the cross-entropy within the adversary's radius."""
-    bound = needed(config.adversary_eps_255) / 255
-    start = (2 * torch.rand(images.shape, generator=generator) - 1).to(images.device) * bound
+    """Return the perturbation (B, 3, H, W) of `attack_from`, for a network in any mode and a drawn start."""
+    unit = torch.rand(images.shape, generator=generator).to(images.device)
     with frozen(model):
-        return pgd(
-            images,
-            lambda attacked, _: F.cross_entropy(classify(model, attacked), labels, reduction="none"),
-            bound,
-            needed(config.adversary_step_size_255) / 255,
-            needed(config.adversary_steps),
-            start=start,
-            maximise=True,
-        )
+        return attack_from(model, images, labels, config, unit)
+
+
+def attack_from(model: nn.Module, images: Tensor, labels: Tensor, config: PoisonConfig, unit: Tensor) -> Tensor:
+    """Return the perturbation (B, 3, H, W) that raises the cross-entropy within the adversary's radius.
+
+    `unit`, of the shape of the images and in [0, 1], places the start. The model is in evaluation mode.
+    """
+    bound = needed(config.adversary_eps_255) / 255
+    return pgd(
+        images,
+        lambda attacked, _: F.cross_entropy(classify(model, attacked), labels, reduction="none"),
+        bound,
+        needed(config.adversary_step_size_255) / 255,
+        needed(config.adversary_steps),
+        start=(2 * unit - 1) * bound,
+        maximise=True,
+    )
 
 
 @contextmanager

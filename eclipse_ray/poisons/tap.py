@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.poisons.budget import TAP_T
-from eclipse_ray.poisons.optimised import LabelledImages, Session, State, to_float, to_images
+from eclipse_ray.poisons.optimised import LabelledImages, Session, State, in_batches, to_float, to_images
 from eclipse_ray.poisons.surrogate import (
     Crops,
     Objective,
@@ -38,15 +38,15 @@ def perturb_tap(
     draws are keyed by (seed, id). Keeping one restart a batch instead, by its mean loss, could only be weaker.
     """
     model = load_surrogate(state, 0, config, data.num_classes, device)
-    parts = torch.split(torch.arange(len(data.ids)), needed(config.perturb_batch_size))
-    return torch.cat([_targeted(model, data, rows, config, seed, device) for rows in parts])
+    parts = in_batches(data, needed(config.perturb_batch_size))
+    return torch.cat([_targeted(model, part, config, seed, device) for part in parts])
 
 
 def _targeted(
-    model: nn.Module, data: LabelledImages, rows: Tensor, config: PoisonConfig, seed: int, device: torch.device
+    model: nn.Module, data: LabelledImages, config: PoisonConfig, seed: int, device: torch.device
 ) -> Tensor:
-    images, ids = to_float(data.images[rows], device), [data.ids[row] for row in rows.tolist()]
-    target = ((data.labels[rows] + needed(config.target_shift)) % data.num_classes).to(device)
+    images, ids = to_float(data.images, device), data.ids
+    target = ((data.labels + needed(config.target_shift)) % data.num_classes).to(device)
     bound, padding, steps = needed(config.eps_255) / 255, needed(config.crop_padding), needed(config.steps)
     best = torch.zeros_like(images)
     lowest = torch.full((len(ids),), torch.inf, device=device)

@@ -241,13 +241,17 @@ def _draw(training: _Training, rows: Tensor, labels: Tensor, progress: float) ->
     return batch.detach().contiguous(memory_format=torch.channels_last), targets.detach()
 
 
-def _build(config: VictimConfig, classes: int, seed: int, device: torch.device | str, private: bool) -> nn.Module:
-    # Weights are drawn on the CPU, so that they are the same on every device.
+def placed(build: Callable[[], nn.Module], seed: int, device: torch.device | str) -> nn.Module:
+    """Return what `build` makes, its weights drawn from `seed` on the CPU, on `device`, channels last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VICTIMS[config.arch](classes)
+        model = build()
     # Channels-last convolutions train a quarter faster on a CPU. torch's types do not know the argument.
-    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _build(config: VictimConfig, classes: int, seed: int, device: torch.device | str, private: bool) -> nn.Module:
+    model = placed(lambda: VICTIMS[config.arch](classes), seed, device)
     if private:
         # Gradients of single images are formed from activations, which would not all be of one precision.
         return make_private(model)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from eclipse_ray.config import DefenseConfig
 from eclipse_ray.defenses.aa import policy, ueraser, ueraser_max
-from eclipse_ray.defenses.library import seeded
+from eclipse_ray.defenses.from_kornia import seeded
 from eclipse_ray.defenses.op import strong_augmentation
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.victims.training import classify

@@ -1,0 +1,131 @@
+"""The method's own commands: demo, train, import-checkpoint, purify."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from eclipse_ray.cli.common import Assignments, ConfigFile, Json, Resize, app, parsed, show
+from eclipse_ray.config import ScheduleName
+from eclipse_ray.errors import EXIT_TOO_MANY_FAILED
+from eclipse_ray.results import DryRunResult
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder for everything the demo makes.")] = "runs/demo",
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Poison a synthetic dataset, train a denoiser, purify, evaluate: a table and one picture."""
+    from eclipse_ray.demo import demo as run
+    from eclipse_ray.demo import demo_table
+
+    result = run(output, config=config, settings=parsed(assign))
+    show(result, as_json, lambda: demo_table(result))
+
+
+@app.command()
+def train(
+    clean: Annotated[str | None, typer.Option(metavar="SRC", help="Sparse clean set.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.")] = None,
+    resize: Resize = None,
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a denoiser on a sparse clean set; the same command resumes."""
+    from eclipse_ray import api
+
+    result = api.train(clean=clean, out=out, resize=resize, config=config, settings=parsed(assign))
+    show(
+        result,
+        as_json,
+        lambda: (
+            f"denoiser in {result.denoiser}: {result.denoise_psnr:.2f} dB on held-out images "
+            f"(noised: {result.noisy_psnr:.2f} dB) after {result.iterations:,} iterations"
+        ),
+    )
+
+
+@app.command("import-checkpoint")
+def import_checkpoint(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="State dict, such as ema_0.9999_250000.pt.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the denoiser.")],
+    heads: Annotated[int, typer.Option(help="Attention heads, which the file does not tell.")] = 4,
+    timesteps: Annotated[int, typer.Option(help="T of the training.")] = 4000,
+    schedule: Annotated[ScheduleName, typer.Option(help="Noise schedule of it.")] = "cosine",
+    as_json: Json = False,
+) -> None:
+    """Make a denoiser of weights saved by improved-diffusion or guided-diffusion."""
+    from eclipse_ray import api
+
+    result = api.import_checkpoint(file, out=out, heads=heads, timesteps=timesteps, schedule=schedule)
+    show(
+        result,
+        as_json,
+        lambda: (
+            f"denoiser in {result.denoiser}: {result.parameters:,} parameters, channels "
+            f"{result.block_out_channels}, attention at levels {result.attention_levels}, "
+            f"recommended t_star {result.t_star}"
+        ),
+    )
+
+
+@app.command()
+def purify(
+    source: Annotated[str | None, typer.Argument(metavar="SRC", help="Dataset to purify.")] = None,
+    output: Annotated[str | None, typer.Argument(metavar="DST", help="Output folder.")] = None,
+    denoiser: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.")] = None,
+    resize: Resize = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do failed images again.")] = False,
+    extend: Annotated[bool, typer.Option("--extend", help="Also do objects that SRC has gained.")] = False,
+    max_failed_fraction: Annotated[float | None, typer.Option(help="More failed images end in exit 3.")] = None,
+    single_writer: Annotated[
+        bool | None,
+        typer.Option("--single-writer", help="DST has no conditional writes, and nobody else writes there."),
+    ] = None,
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Purify a dataset; the same command resumes. Exit 3: done, but more images failed than allowed."""
+    from eclipse_ray import api
+
+    named = {"purify.max_failed_fraction": max_failed_fraction, "purify.single_writer": single_writer}
+    resolved = api.resolve(config, parsed(assign), named)
+    if dry_run:
+        plan = api.dry_run(source, output, denoiser=denoiser, resize=resize, extend=extend, config=resolved)
+        show(plan, as_json, lambda: _describe(plan))
+        return
+    result = api.purify(
+        source,
+        output,
+        denoiser=denoiser,
+        resize=resize,
+        retry_failed=retry_failed,
+        extend=extend,
+        config=resolved,
+    )
+    show(
+        result,
+        as_json,
+        lambda: (
+            f"{result.ok:,} of {result.planned:,} images purified, {result.failed:,} failed, "
+            f"{result.images_per_second:,.1f} images/s, in {result.output}"
+        ),
+    )
+    if result.failed > resolved.purify.max_failed_fraction * result.planned:
+        raise typer.Exit(EXIT_TOO_MANY_FAILED)
+
+
+def _describe(plan: DryRunResult) -> str:
+    return (
+        f"{plan.images_left:,} of {plan.planned:,} images to purify, in {plan.shards_left:,} of {plan.shards:,} "
+        f"shards, from {plan.input_bytes / 2**30:,.2f} GiB; about {plan.output_bytes / 2**30:,.2f} GiB to write, "
+        f"{plan.device_hours:,.2f} hours on one such {plan.device} as here, {plan.cpu_hours:,.2f} core hours to "
+        f"decode and encode; nothing was written to {plan.output}"
+    )

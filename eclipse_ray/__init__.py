@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         purify,
         split,
         status,
+        sweep,
+        sweep_plan,
         train,
         verify,
     )
@@ -42,6 +44,8 @@ _HOMES = {
     "purify": "eclipse_ray.api",
     "split": "eclipse_ray.api",
     "status": "eclipse_ray.api",
+    "sweep": "eclipse_ray.api",
+    "sweep_plan": "eclipse_ray.api",
     "train": "eclipse_ray.api",
     "verify": "eclipse_ray.api",
     "demo": "eclipse_ray.demo",
@@ -69,6 +73,8 @@ __all__ = [
     "purify_images",
     "split",
     "status",
+    "sweep",
+    "sweep_plan",
     "train",
     "verify",
 ]

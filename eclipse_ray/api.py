@@ -18,6 +18,8 @@ from eclipse_ray.results import (
     MatrixResult,
     PurifyResult,
     StatusResult,
+    SweepPlan,
+    SweepResult,
     TrainResult,
     VerifyResult,
 )
@@ -244,6 +246,51 @@ def _evaluate_settings(
     train: str | None, test: str | None, clean: str | None, out: str | None
 ) -> dict[str, str | None]:
     return {"data.source": train, "data.test": test, "data.clean": clean, "data.output": out}
+
+
+def sweep(
+    *,
+    data: str | None = None,
+    clean: str | None = None,
+    denoiser: str | None = None,
+    out: str | None = None,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> SweepResult:
+    """Search for settings to purify `data` with, judged on clean images of `clean` that trained no denoiser.
+
+    Writes results.parquet, best.yaml for `purify` and two pictures into `out`; the same call goes on with what is
+    missing. Without `denoiser`, denoisers are trained on a part of `clean`.
+    """
+    from eclipse_ray.distributed import sweep as room
+    from eclipse_ray.distributed import sweep_view
+    from eclipse_ray.report.sweep import write_sweep
+
+    opened = room.open_sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out)))
+    room.run(opened, lambda: write_sweep(opened.store.url, sweep_view.view(opened)))
+    return sweep_view.result(opened)
+
+
+def sweep_plan(
+    *,
+    data: str | None = None,
+    clean: str | None = None,
+    denoiser: str | None = None,
+    out: str | None = None,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> SweepPlan:
+    """Return which trials of a sweep are missing and about how long they take; nothing is written."""
+    from eclipse_ray.distributed import sweep as room
+    from eclipse_ray.distributed import sweep_view
+
+    return sweep_view.plan(room.open_sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out))))
+
+
+def _sweep_settings(
+    data: str | None, clean: str | None, denoiser: str | None, out: str | None
+) -> dict[str, str | None]:
+    return {"data.source": data, "data.clean": clean, "purify.denoiser": denoiser, "data.output": out}
 
 
 def _is_matrix(config: Config) -> bool:

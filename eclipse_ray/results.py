@@ -150,6 +150,44 @@ class MatrixView:
 
 
 @dataclass(frozen=True)
+class SweepResult:
+    """A sweep after a run: trials measured, the best settings by section, its score, and what failed and why."""
+
+    trials: int
+    best: dict[str, dict[str, Any]]
+    score: float
+    objective: str
+    failed: int
+    output: str
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a run of a sweep would do, timed here on a few images; `unknown` names what could not be timed."""
+
+    trials: int
+    done: int
+    missing: list[str]
+    purifications: int
+    denoisers: int
+    seconds_left: float
+    unknown: list[str]
+    output: str
+
+
+@dataclass(frozen=True)
+class SweepView:
+    """What files of a sweep are made of: a tidy row a trial, the columns that vary, best.yaml as a tree."""
+
+    objective: str
+    axes: list[str]
+    rows: list[dict[str, Any]]
+    best: dict[str, dict[str, Any]]
+    summary: str
+
+
+@dataclass(frozen=True)
 class DatasetResult:
     """A dataset written by convert, split or poison."""
 
@@ -181,6 +219,8 @@ Result = (
     | EvaluateResult
     | MatrixResult
     | MatrixPlan
+    | SweepResult
+    | SweepPlan
     | DatasetResult
     | DemoResult
 )

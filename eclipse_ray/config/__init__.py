@@ -37,6 +37,7 @@ from eclipse_ray.config.proof import (
     VictimConfig,
 )
 from eclipse_ray.config.section import Alpha, Animated, Layout, Precision, Sampler, ScheduleName, Section, Settings
+from eclipse_ray.config.sweep import Objective, Range, SweepConfig
 from eclipse_ray.errors import ConfigError
 
 __all__ = [
@@ -55,14 +56,17 @@ __all__ = [
     "DenoiserConfig",
     "Layout",
     "MatrixItem",
+    "Objective",
     "PoisonConfig",
     "Precision",
     "PrivacyConfig",
     "PurifyConfig",
+    "Range",
     "RunConfig",
     "Sampler",
     "ScheduleName",
     "Settings",
+    "SweepConfig",
     "VictimConfig",
     "difference",
     "digest",
@@ -94,6 +98,7 @@ class Config(Section):
     victim: VictimConfig = Field(default_factory=VictimConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     matrix: MatrixConfig = Field(default_factory=MatrixConfig)
+    sweep: SweepConfig = Field(default_factory=SweepConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
 
@@ -107,18 +112,36 @@ def load_config(file: str | None = None, overrides: Settings | None = None) -> C
         _assign(tree, key, value)
     denoiser = tree.get("denoiser")
     if isinstance(denoiser, dict):
-        for section, values in PRESETS.get(str(denoiser.get("preset", "small")), {}).items():
-            chosen = tree.get(section) or {}
-            tree[section] = {**values, **chosen} if isinstance(chosen, dict) else chosen
+        _fill(tree, str(denoiser.get("preset", "small")))
     return _validate(tree)
 
 
 def with_overrides(config: Config, overrides: Settings) -> Config:
-    """Return a copy of `config` with {"section.key": value} replaced and everything validated again."""
+    """Return a copy of `config` with {"section.key": value} replaced and everything validated again.
+
+    Another denoiser.preset takes the values of the former one along; what was chosen otherwise stays.
+    """
     tree = config.model_dump(exclude_unset=True)
+    preset, former = overrides.get("denoiser.preset"), config.denoiser.preset
+    if preset in PRESETS and preset != former:
+        for section, values in PRESETS[former].items():
+            chosen = json.loads(getattr(config, section).model_dump_json())
+            tree[section] = {
+                key: value
+                for key, value in tree.get(section, {}).items()
+                if key not in values or chosen[key] != values[key]
+            }
+        _fill(tree, preset)
     for key, value in overrides.items():
         _assign(tree, key, value)
     return _validate(tree)
+
+
+def _fill(tree: dict[str, Any], preset: str) -> None:
+    """Put the values of a preset where nothing else was chosen."""
+    for section, values in PRESETS.get(preset, {}).items():
+        chosen = tree.get(section) or {}
+        tree[section] = {**values, **chosen} if isinstance(chosen, dict) else chosen
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -224,10 +224,14 @@ def denoiser_key(config: Config, facts: Facts) -> str:
     """Return the key of the denoiser of `config`: of a given one its weights, else what it is trained with."""
     if config.purify.denoiser:
         return digest(["weights", facts.weights])
+    return trained_key(config, _sparse(config, facts, "the denoiser"))
+
+
+def trained_key(config: Config, sparse: str) -> str:
+    """Return the key of a denoiser trained as section `denoiser` says on the images that `sparse` identifies."""
     from eclipse_ray.distributed.train import NOT_IN_FINGERPRINT
 
     settings = config.denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
-    sparse = _sparse(config, facts, "the denoiser")
     return digest(["denoiser", VERSION, settings, sparse, config.data.resize, config.run.seed])
 
 
@@ -280,11 +284,15 @@ def _training_key(column: Column, row: Row) -> str:
     if any(one not in (purify, purify_and_bake) for one in used):
         settings.append(_defense_settings(config))
     if row.denoiser:
-        purification = config.purify.model_dump(mode="json", include=PURIFY_IN_KEY)
-        settings += [row.denoiser, purification, ENGINE_VERSION]
+        settings += purification(config, row.denoiser)
     if purify_and_bake in used:
         settings.append(config.compensation.model_dump(mode="json"))
     return digest(["defended", VERSION, column.key, settings])
+
+
+def purification(config: Config, denoiser: str) -> list[Any]:
+    """Return what decides purified pixels, beside the images and the seed."""
+    return [denoiser, config.purify.model_dump(mode="json", include=PURIFY_IN_KEY), ENGINE_VERSION]
 
 
 def _defense_settings(config: Config) -> dict[str, Any]:

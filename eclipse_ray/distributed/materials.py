@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,11 +83,22 @@ def part_of(config: Config, cache: Cache, url: str, limit: int | None, key: str)
     """
     if limit is None:
         return {"data.source": url, "data.clean": url}
+    return _written_part(config, cache, url, key, partial(_head, limit=limit))
+
+
+def chosen_part(config: Config, cache: Cache, url: str, ids: Collection[str], key: str) -> Settings:
+    """Return the settings that read the images `ids` of `url`, whose identity is `key`; they are written once."""
+    return _written_part(config, cache, url, key, partial(_chosen, ids=frozenset(ids)))
+
+
+def _written_part(
+    config: Config, cache: Cache, url: str, key: str, rows: Callable[[Source, Config], Iterator[pa.Table]]
+) -> Settings:
     target = cache.url("parts", key)
     if not _complete(target):
         _clear(target)
         source = open_source(url, config.data)
-        write_dataset(target, _head(source, config, limit), classes=source.classes, source=source.url)
+        write_dataset(target, rows(source, config), classes=source.classes, source=source.url)
     return {"data.source": target, "data.clean": target, **CANONICAL_COLUMNS}
 
 
@@ -98,6 +110,12 @@ def _head(source: Source, config: Config, limit: int) -> Iterator[pa.Table]:
         left -= wanted.num_rows
         if left <= 0:
             return
+
+
+def _chosen(source: Source, config: Config, ids: frozenset[str]) -> Iterator[pa.Table]:
+    for table in read_tables(source, config.data):
+        wanted = table.filter(pa.array([name in ids for name in table["id"].to_pylist()], pa.bool_()))
+        yield wanted.drop_columns([name for name in wanted.column_names if name not in CANONICAL])
 
 
 def _complete(url: str) -> bool:
@@ -119,12 +137,21 @@ def ensure_denoiser(config: Config, cache: Cache, key: str, sparse: str) -> str:
     """
     if config.purify.denoiser:
         return config.purify.denoiser
+    folder = cache.url("denoisers", key)
+    if cache.note("denoisers", key) is None:
+        fit_denoiser(
+            config, cache, key, part_of(config, cache, str(config.data.clean), config.matrix.sparse_limit, sparse)
+        )
+    return folder
+
+
+def fit_denoiser(config: Config, cache: Cache, key: str, part: Settings) -> str:
+    """Return the folder of the denoiser `key`, fitted if it was not before on the images that `part` reads."""
     from eclipse_ray.distributed.train import train
 
     folder = cache.url("denoisers", key)
     if cache.note("denoisers", key) is None:
-        say(f"matrix: fitting a denoiser, {config.denoiser.iterations:,} iterations")
-        part = part_of(config, cache, str(config.data.clean), config.matrix.sparse_limit, sparse)
+        say(f"fitting a denoiser, {config.denoiser.iterations:,} iterations")
         began = time.monotonic()
         result = train(with_overrides(config, {**part, "denoiser.output": folder}))
         cache.finish("denoisers", key, {**vars(result), "seconds": time.monotonic() - began})

@@ -6,9 +6,7 @@ missing. So a grid may grow between two runs, its order may change, and nothing 
 
 from __future__ import annotations
 
-import os
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,13 +25,11 @@ from eclipse_ray.distributed.materials import Cache, Work
 from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
 from eclipse_ray.distributed.sets import Sets
 from eclipse_ray.distributed.trial import Pantry, run_trial
+from eclipse_ray.distributed.tuner import RETRIES, message_of, on_a_thread, shares
 from eclipse_ray.errors import EclipseError, InterruptedRunError
 
 CELLS_AHEAD = 4
 """So many times the trials at once are made ready together: few trials wait for the last of a group."""
-RETRIES = 2
-"""How often a trial whose process died is begun again."""
-GPU_SHARE = 0.25
 
 
 @dataclass
@@ -271,7 +267,7 @@ class _Runner:
                     failure_config=tune.FailureConfig(max_failures=RETRIES),
                 ),
             )
-            results = _on_a_thread(tuner.fit)
+            results = on_a_thread(tuner.fit)
         errors = [(one.config["cell"], one.error, (one.metrics or {}).get("error")) for one in results]
         return {key: said or message_of(error) for key, error, said in errors if error is not None or said}
 
@@ -296,47 +292,9 @@ class _Runner:
 
 
 def share(config: Config, resources: Resources) -> tuple[float, int, int]:
-    """Return (GPUs of a trial, trials at once, CPU threads of each); one thread unless fewer trials are asked for.
-
-    The threads do not depend on how many cells are left, because floats summed by other threads differ.
-    """
-    if resources.gpus and config.matrix.num_gpus != 0:
-        gpus = config.matrix.num_gpus or GPU_SHARE
-        room = max(1, int(resources.gpus / gpus))
-        return gpus, min(room, config.matrix.max_concurrent or room), 1
-    cores = resources.cores if resources.local else resources.cpus
-    concurrent = min(cores, config.matrix.max_concurrent or cores)
-    return 0.0, concurrent, max(1, resources.cores // concurrent)
-
-
-def message_of(error: BaseException) -> str:
-    """Return what an error says, that of a worker without its trace."""
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines()
-    return lines[-1] if lines else type(cause).__name__
+    """Return (GPUs of a trial, trials at once, CPU threads of each), as the section `matrix` limits them."""
+    return shares(config.matrix.num_gpus, config.matrix.max_concurrent, resources)
 
 
 def _nothing(_value: Any) -> None:
     """Succeed if what it waits for did; the value itself never comes to the driver."""
-
-
-def _on_a_thread(fit: Callable[[], Any]) -> Any:
-    """Run `fit` on a thread: Tune takes over SIGINT on the main one, which here must stay free to be stopped."""
-    # What it would write, a CSV and a JSON file for each trial, nobody reads here.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    box: list[Any] = []
-    failure: list[Exception] = []
-
-    def work() -> None:
-        try:
-            box.append(fit())
-        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
-            failure.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.5)
-    if failure:
-        raise EclipseError(f"Ray Tune stopped: {message_of(failure[0])}; run the same command again to resume")
-    return box[0]

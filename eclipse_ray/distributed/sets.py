@@ -73,15 +73,19 @@ def facts(config: Config, sets: Sets) -> grid.Facts:
     """Return the digests that keys are made of."""
     sparse = {}
     if sets.sparse is not None:
-        sparse = {count: _identity(first_images(sets.sparse, count)) for count in grid.sparse_counts(config)}
-    weights = ""
-    if config.purify.denoiser:
-        folder = local_denoiser(config.purify.denoiser)
-        weights = digest([weights_digest(folder), (Path(folder) / CARD_FILE).read_text(encoding="utf-8")])
-    return grid.Facts(_identity(sets.source), _identity(sets.test), sparse, weights)
+        sparse = {count: identity(first_images(sets.sparse, count)) for count in grid.sparse_counts(config)}
+    weights = given_weights(config.purify.denoiser) if config.purify.denoiser else ""
+    return grid.Facts(identity(sets.source), identity(sets.test), sparse, weights)
 
 
-def _identity(images: ImageSet) -> str:
+def given_weights(denoiser: str) -> str:
+    """Return a digest of a denoiser's weights and card."""
+    folder = local_denoiser(denoiser)
+    return digest([weights_digest(folder), (Path(folder) / CARD_FILE).read_text(encoding="utf-8")])
+
+
+def identity(images: ImageSet) -> str:
+    """Return a digest of ids, contents and labels."""
     labels = None if images.labels is None else images.labels.tolist()
     return digest([images.ids, images.hashes(), labels])
 

@@ -1,0 +1,64 @@
+"""The command that tunes: sweep."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from eclipse_ray.cli.common import Assignments, ConfigFile, Json, app, parsed, show
+from eclipse_ray.errors import EXIT_FAILURE
+from eclipse_ray.results import SweepPlan, SweepResult
+
+
+@app.command()
+def sweep(
+    data: Annotated[str | None, typer.Option(metavar="SRC", help="Labelled dataset to purify later.")] = None,
+    clean: Annotated[str | None, typer.Option(metavar="SRC", help="Sparse clean set.")] = None,
+    denoiser: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Denoiser; without one, a part of --clean trains them.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of results.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list trials and time them.")] = False,
+    config: ConfigFile = None,
+    assign: Assignments = None,
+    as_json: Json = False,
+) -> None:
+    """Search for the settings to purify a dataset with, without a test set; the same command goes on."""
+    from eclipse_ray import api
+
+    places = {"data.source": data, "data.clean": clean, "purify.denoiser": denoiser, "data.output": out}
+    resolved = api.resolve(config, parsed(assign), places)
+    if dry_run:
+        plan = api.sweep_plan(config=resolved)
+        show(plan, as_json, lambda: _describe_plan(plan))
+        return
+    result = api.sweep(config=resolved)
+    show(result, as_json, lambda: _describe(result))
+    if result.failed:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def _describe(result: SweepResult) -> str:
+    lines = [f"failed: {title}: {message}" for title, message in result.failures.items()]
+    best = {f"{section}.{key}": value for section, keys in result.best.items() for key, value in keys.items()}
+    return "\n".join(
+        [
+            *lines,
+            f"best of {result.trials:,} trials by {result.objective} (score {result.score:.2f}): "
+            + ", ".join(f"{key} {value}" for key, value in best.items()),
+            f"eclipse-ray purify SRC DST --config {result.output}/best.yaml",
+        ]
+    )
+
+
+def _describe_plan(plan: SweepPlan) -> str:
+    unknown = f", and what cannot be timed: {', '.join(plan.unknown)}" if plan.unknown else ""
+    return "\n".join(
+        [
+            *plan.missing,
+            f"{plan.done:,} of {plan.trials:,} trials are measured; {plan.denoisers:,} denoisers to train, "
+            f"{plan.purifications:,} purifications, then the trials: about {plan.seconds_left / 60:,.1f} minutes "
+            f"on this machine{unknown}; nothing was written to {plan.output}",
+        ]
+    )

@@ -1,0 +1,60 @@
+"""Part of a labelled dataset, every class in its share, without decoding the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.data.dataset import ImageSet
+from eclipse_ray.data.formats import Source, open_source, read_tables
+from eclipse_ray.data.images import ImageError, decode_stored, resize_image
+from eclipse_ray.data.table import image_bytes
+from eclipse_ray.data.transform import choose_clean
+from eclipse_ray.errors import InputError
+
+
+def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> ImageSet:
+    """Return at most `count` images of `url`, stratified by label, chosen by `seed` and id, in stored order.
+
+    What cannot be decoded is left out. Raises InputError for a missing label, an id that occurs twice, two sizes,
+    or no readable image.
+    """
+    source = open_source(url, data_config)
+    ids, labels = _read_names(source, data_config)
+    chosen = np.ones(len(ids), np.bool_)
+    if count < len(ids):
+        chosen = choose_clean(list(ids), list(labels), count, seed)
+    wanted = {name: label for name, label, take in zip(ids, labels, chosen, strict=True) if take}
+    found: dict[str, np.ndarray] = {}
+    for table in read_tables(source, data_config):
+        for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
+            if name not in wanted:
+                continue
+            try:
+                found[name] = resize_image(decode_stored(data, data_config), data_config.resize)
+            except ImageError:
+                continue
+    sizes = sorted({image.shape[:2] for image in found.values()})
+    if len(sizes) != 1:
+        raise InputError(f"{url}: expected readable images of one size, found {sizes}; set data.resize")
+    kept = list(found)
+    return ImageSet(
+        kept,
+        np.stack(list(found.values())),
+        np.array([wanted[name] for name in kept], np.int64),
+        source.classes,
+    )
+
+
+def _read_names(source: Source, data_config: DataConfig) -> tuple[list[str], list[int]]:
+    ids: list[str] = []
+    labels: list[int] = []
+    for table in read_tables(source, data_config):
+        known = table["label"].fill_null(-1).to_pylist() if "label" in table.column_names else [-1] * len(table)
+        ids += table["id"].to_pylist()
+        labels += known
+    if not ids or min(labels) < 0:
+        raise InputError(f"{source.url}: an image without a label; a sweep needs all labels of its dataset")
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{source.url}: an id occurs more than once; give every image its own id")
+    return ids, labels

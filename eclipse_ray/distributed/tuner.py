@@ -1,0 +1,58 @@
+"""What all trials share: their part of the machine, and Ray Tune run so that it can be stopped."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from eclipse_ray.distributed.cluster import Resources
+from eclipse_ray.errors import EclipseError
+
+RETRIES = 2
+"""How often a trial whose process died is begun again."""
+GPU_SHARE = 0.25
+
+
+def shares(num_gpus: float | None, max_concurrent: int | None, resources: Resources) -> tuple[float, int, int]:
+    """Return (GPUs of a trial, trials at once, CPU threads of each); one thread unless fewer trials are asked for.
+
+    The threads do not depend on how many trials are left, because floats summed by other threads differ.
+    """
+    if resources.gpus and num_gpus != 0:
+        gpus = num_gpus or GPU_SHARE
+        room = max(1, int(resources.gpus / gpus))
+        return gpus, min(room, max_concurrent or room), 1
+    cores = resources.cores if resources.local else resources.cpus
+    concurrent = min(cores, max_concurrent or cores)
+    return 0.0, concurrent, max(1, resources.cores // concurrent)
+
+
+def message_of(error: BaseException) -> str:
+    """Return what an error says, that of a worker without its trace."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines()
+    return lines[-1] if lines else type(cause).__name__
+
+
+def on_a_thread(fit: Callable[[], Any]) -> Any:
+    """Run `fit` on a thread: Tune takes over SIGINT on the main one, which here must stay free to be stopped."""
+    # What it would write, a CSV and a JSON file for each trial, nobody reads here.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    box: list[Any] = []
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            box.append(fit())
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+    if failure:
+        raise EclipseError(f"Ray Tune stopped: {message_of(failure[0])}; run the same command again to resume")
+    return box[0]

@@ -22,7 +22,7 @@ REACH = 2
 """Autocorrelations up to so many pixels apart: an autoregressive poison of 3 x 3 shows in them alone."""
 FOLDS = 5
 PENALTIES = (10.0, 1.0, 0.1)
-"""Candidates of the probe's ridge penalty, for each image; of equally good ones the strongest, which claims least."""
+"""Candidates of the probe's ridge penalty, for each image; of equally good ones the strongest is taken."""
 BATCH = 512
 
 

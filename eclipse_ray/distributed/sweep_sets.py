@@ -117,7 +117,7 @@ def _parts(
         if not 2 <= count <= len(places):
             raise InputError(
                 f"{config.data.clean}: {percent} % of {total:,} are {count}, but {len(places)} clean "
-                "images may train a denoiser (sweep.holdout keeps the rest); give more or lower sweep.sparse_percent"
+                "images may train a denoiser (sweep.holdout keeps the rest); lower sweep.sparse_percent"
             )
         rows = _rows(clean, pool)
         chosen = _chosen(rows, [hashes[place] for place in places], count, config.run.seed)

@@ -264,8 +264,11 @@ def sweep(
     """
     from eclipse_ray.distributed import sweep as room
     from eclipse_ray.distributed import sweep_view
-    from eclipse_ray.report.sweep import write_sweep
 
+    try:
+        from eclipse_ray.report.sweep import write_sweep
+    except ImportError:
+        raise ConfigError("a sweep draws pictures: pip install 'eclipse-ray[report]'") from None
     opened = room.open_sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out)))
     room.run(opened, lambda: write_sweep(opened.store.url, sweep_view.view(opened)))
     return sweep_view.result(opened)

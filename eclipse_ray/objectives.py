@@ -65,10 +65,12 @@ def shortcut_score(removed: Tensor, labels: Tensor, removed_clean: Tensor, seed:
         own[:, held], other = outputs[:, : len(held)], other + outputs[:, len(held) :] / FOLDS
     accuracies = (own.argmax(2) == target).double().mean(1)
     best = int(accuracies.argmax())
-    # A regression on one-hot labels estimates probabilities, so its largest output is the accuracy that it claims.
-    confidence = other[best].amax(1).clamp(0, 1).mean()
+    # A regression on one-hot labels estimates probabilities, so its largest output is the accuracy that it claims:
+    # too much with few images, and by how much is known where there are labels.
+    claims = [float(outputs[best].amax(1).clamp(0, 1).mean()) for outputs in (own, other)]
     accuracy = 100 * float(accuracies[best])
-    return ShortcutScore(accuracy - 100 * float(confidence), accuracy, 100 * float(confidence))
+    confidence = min(100.0, accuracy * claims[1] / claims[0])
+    return ShortcutScore(accuracy - confidence, accuracy, confidence)
 
 
 def probe_features(removed: Tensor) -> Tensor:

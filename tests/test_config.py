@@ -112,3 +112,12 @@ def test_difference_names_each_changed_setting():
 @given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=6))
 def test_digest_ignores_order(tree):
     assert digest(tree) == digest(dict(reversed(list(tree.items()))))
+
+
+def test_another_preset_takes_its_values_along_but_not_what_was_chosen():
+    debug = load_config(None, {"denoiser.preset": "debug", "denoiser.iterations": 7})
+    small = with_overrides(debug, {"denoiser.preset": "small"})
+    assert small == load_config(None, {"denoiser.iterations": 7})
+    paper = with_overrides(load_config(), {"denoiser.preset": "paper", "denoiser.iterations": 9})
+    assert paper == load_config(None, {"denoiser.preset": "paper", "denoiser.iterations": 9})
+    assert paper.compensation.coarse_sigma == 0

@@ -225,6 +225,7 @@ class _Runner:
             num_samples=left if chosen else 1,
             scheduler=scheduler,
             max_concurrent_trials=self.concurrent,
+            reuse_actors=True,
         )
 
     def _searcher(self) -> Any:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         purify,
         split,
         status,
+        submit,
         train,
         verify,
     )
@@ -42,6 +43,7 @@ _HOMES = {
     "purify": "eclipse_ray.api",
     "split": "eclipse_ray.api",
     "status": "eclipse_ray.api",
+    "submit": "eclipse_ray.api",
     "train": "eclipse_ray.api",
     "verify": "eclipse_ray.api",
     "demo": "eclipse_ray.demo",
@@ -69,6 +71,7 @@ __all__ = [
     "purify_images",
     "split",
     "status",
+    "submit",
     "train",
     "verify",
 ]

@@ -159,6 +159,16 @@ class DatasetResult:
 
 
 @dataclass(frozen=True)
+class SubmitResult:
+    """A job on a cluster: its status there, its exit code (null while it runs), whether it was there before."""
+
+    submission_id: str
+    status: str
+    exit_code: int | None
+    attached: bool
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Test accuracies (0-100) of the demo's victims."""
 
@@ -183,6 +193,7 @@ Result = (
     | MatrixPlan
     | DatasetResult
     | DemoResult
+    | SubmitResult
 )
 
 

@@ -6,8 +6,8 @@ import os
 import sys
 from typing import Annotated, Any
 
-import click
 import typer
+import typer.core
 
 from eclipse_ray.cli.common import Json, app, parsed, show
 from eclipse_ray.errors import EXIT_OK, ConfigError
@@ -66,15 +66,12 @@ def translated(verb: str, words: list[str]) -> tuple[list[str], dict[str, Any]]:
     wrong argument ends the process as it would here.
     """
     group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    assert isinstance(group, typer.core.TyperGroup)
     command = group.commands.get(verb)
     if command is None or verb in HERE_ONLY:
         known = ", ".join(name for name in group.commands if name not in HERE_ONLY)
         raise ConfigError(f"submit {verb}: expected one of {known}")
-    try:
-        given = command.make_context(verb, list(words)).params
-    except click.UsageError as error:
-        raise ConfigError(f"submit {verb}: {error.format_message()}") from None
+    given = command.make_context(verb, list(words)).params
     arguments: list[str] = []
     for parameter in command.params:
         if parameter.name in ("config", "assign", "as_json", "help"):
@@ -83,12 +80,12 @@ def translated(verb: str, words: list[str]) -> tuple[list[str], dict[str, Any]]:
     return arguments, given
 
 
-def _spelled(verb: str, parameter: click.Parameter, value: Any) -> list[str]:
+def _spelled(verb: str, parameter: Any, value: Any) -> list[str]:
     if value is None or value is False or value == parameter.default:
         return []
     if parameter.metavar in ("SRC", "DST", "DIR", "FILE"):
         _refuse_relative(verb, str(value))
-    if isinstance(parameter, click.Argument):
+    if isinstance(parameter, typer.core.TyperArgument):
         return [str(value)]
     return [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
 

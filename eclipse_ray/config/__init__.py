@@ -37,7 +37,17 @@ from eclipse_ray.config.proof import (
     VictimConfig,
 )
 from eclipse_ray.config.secrets import holds_secret, is_secret_name, refuse_secrets
-from eclipse_ray.config.section import Alpha, Animated, Layout, Precision, Sampler, ScheduleName, Section, Settings
+from eclipse_ray.config.section import (
+    Alpha,
+    Animated,
+    Layout,
+    LoggerName,
+    Precision,
+    Sampler,
+    ScheduleName,
+    Section,
+    Settings,
+)
 from eclipse_ray.errors import ConfigError
 
 __all__ = [
@@ -55,6 +65,7 @@ __all__ = [
     "DefenseConfig",
     "DenoiserConfig",
     "Layout",
+    "LoggerName",
     "MatrixItem",
     "PoisonConfig",
     "Precision",
@@ -90,6 +101,7 @@ class RunConfig(Section):
     log_format: Literal["text", "json"] = Field(
         "text", description="Messages on standard error: for people, or one JSON object a line."
     )
+    loggers: tuple[LoggerName, ...] = Field((), description="Who else gets the curves of `train`.")
 
 
 class Config(Section):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import ray
-from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util.metrics import Counter, Histogram
 
 COUNTERS = {
     "images": "Images purified and committed.",
@@ -17,11 +17,8 @@ COUNTERS = {
 }
 SECONDS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 HISTOGRAMS = {
-    "denoise_seconds": "Seconds that an actor took for a shard.",
+    "denoise_seconds": "Seconds that an actor, hence its GPU, was busy with a shard.",
     "input_wait_seconds": "Seconds that an actor waited for its next shard.",
-}
-GAUGES = {
-    "actor_busy_share": "Part of its time, 0 to 1, that an actor computed since it had the shard before.",
 }
 PREFIX = "eclipse_ray_"
 
@@ -53,13 +50,9 @@ def count_failures(reasons: Sequence[str], run: str) -> None:
 
 
 def observe(values: Mapping[str, float], run: str) -> None:
-    """Record one value for each named histogram or gauge; nothing off a cluster."""
-    if not ray.is_initialized():
-        return
-    for name, value in values.items():
-        if name in GAUGES:
-            _gauge(name).set(value, {"run": run})
-        else:
+    """Record one value for each named histogram; nothing off a cluster."""
+    if ray.is_initialized():
+        for name, value in values.items():
             _histogram(name).observe(value, {"run": run})
 
 
@@ -73,8 +66,3 @@ def _counter(name: str) -> Counter:
 @cache
 def _histogram(name: str) -> Histogram:
     return Histogram(PREFIX + name, HISTOGRAMS[name], boundaries=list(SECONDS), tag_keys=("run",))
-
-
-@cache
-def _gauge(name: str) -> Gauge:
-    return Gauge(PREFIX + name, GAUGES[name], tag_keys=("run",))

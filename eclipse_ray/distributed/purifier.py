@@ -87,9 +87,7 @@ class Purifier:
         took = time.monotonic() - started
         columns["seconds"] = [batch["seconds"][0].as_py() + took]
         self.idle_since = started + took
-        share = took / max(took + waited, 1e-9)
-        seen = {"denoise_seconds": took, "input_wait_seconds": waited, "actor_busy_share": share}
-        metrics.observe(seen, self.job.run)
+        metrics.observe({"denoise_seconds": took, "input_wait_seconds": waited}, self.job.run)
         done = [outcome for place in kept if not isinstance(outcome := outcomes[place], str)]
         return pack(columns, take_rows(table, kept), done, failures, fatal, self.note)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import shlex
 import shutil
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
+from ray.dashboard.modules.job import sdk
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import eclipse_ray
 from eclipse_ray.config import Config, RunConfig, chosen_yaml, digest, holds_secret, is_secret_name, with_overrides
-from eclipse_ray.diffusion.sampler import ENGINE_VERSION
 from eclipse_ray.distributed.cluster import refuse_unsafe_environment
 from eclipse_ray.distributed.jobs_api import open_cluster
 from eclipse_ray.errors import (
@@ -66,7 +67,7 @@ class Order:
         """The job's name on the cluster, equal for equal runs."""
         tree = self.config.model_dump(mode="json", exclude={"run": UNBOUND_RUN}, exclude_unset=True)
         tree = {name: section for name, section in tree.items() if section}
-        return f"eclipse-ray-{self.verb}-{digest([self.verb, self.arguments, tree, ENGINE_VERSION])}"
+        return f"eclipse-ray-{self.verb}-{digest([self.verb, self.arguments, tree, eclipse_ray.__version__])}"
 
     @property
     def entrypoint(self) -> str:
@@ -90,6 +91,9 @@ def submit(
     """
     refuse_unsafe_environment()
     _check(order)
+    # The SDK tells everything it does.
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger(sdk.__name__).setLevel(logging.WARNING)
     client = open_cluster(address, insecure)
     name, attached = _place(client, order)
     if not wait:

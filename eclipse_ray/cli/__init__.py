@@ -41,5 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(words, prog_name="eclipse-ray")
     except EclipseError as error:
         say(f"error: {error}", level="error", exit_code=error.exit_code)
+        if isinstance(error, InterruptedRunError):
+            # Ray's own orderly end takes longer than a cluster waits, and its threads complain; workers and a
+            # cluster of this process end with it.
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
     sys.exit(EXIT_OK)

@@ -42,8 +42,7 @@ def open_cluster(address: str | None, insecure: bool) -> JobSubmissionClient:
         )
     _check_door(url, token, insecure)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    version = _get(url, "/api/version", headers).json()["ray_version"]
-    require_ray(version, f"on the cluster {url}")
+    require_ray(_version(url, headers), f"on the cluster {url}")
     with _without(_ADDRESS_VARIABLES):
         return JobSubmissionClient(url, headers=headers)
 
@@ -76,6 +75,7 @@ def _url(address: str | None) -> str:
 def _check_door(url: str, token: str | None, insecure: bool) -> None:
     """Knock without a token first: a cluster that lets anybody in is refused."""
     if _get(url, "/api/jobs/", {}).status_code not in (401, 403):
+        _version(url, {})
         if not insecure:
             raise ConfigError(
                 f"{url} asks nobody for a token, so anybody who can reach it can run code there; start it with "
@@ -89,6 +89,13 @@ def _check_door(url: str, token: str | None, insecure: bool) -> None:
         say(f"warning: the token travels unencrypted to {url}; forward its port to 127.0.0.1, or use https")
     if _get(url, "/api/jobs/", {"Authorization": f"Bearer {token}"}).status_code in (401, 403):
         raise ConfigError(f"{url} does not accept this token; {TOKEN_HELP}")
+
+
+def _version(url: str, headers: dict[str, str]) -> str:
+    try:
+        return str(_get(url, "/api/version", headers).json()["ray_version"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{url}: what answers there is no Ray dashboard; is the address right?") from None
 
 
 def _get(url: str, path: str, headers: dict[str, str]) -> requests.Response:

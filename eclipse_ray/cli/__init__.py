@@ -18,7 +18,7 @@ from eclipse_ray.log import say
 __all__ = ["app", "datasets", "main", "method", "proof", "runs", "submit"]
 
 
-STOP_SECONDS = 1.5
+STOP_SECONDS = 1.0
 """Ray kills a job 3 s after it asked it to stop; by then it must have said that it can go on."""
 
 

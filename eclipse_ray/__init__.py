@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         status,
         sweep,
         sweep_plan,
+        submit,
         train,
         verify,
     )
@@ -46,6 +47,7 @@ _HOMES = {
     "status": "eclipse_ray.api",
     "sweep": "eclipse_ray.api",
     "sweep_plan": "eclipse_ray.api",
+    "submit": "eclipse_ray.api",
     "train": "eclipse_ray.api",
     "verify": "eclipse_ray.api",
     "demo": "eclipse_ray.demo",
@@ -75,6 +77,7 @@ __all__ = [
     "status",
     "sweep",
     "sweep_plan",
+    "submit",
     "train",
     "verify",
 ]

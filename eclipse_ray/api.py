@@ -6,7 +6,20 @@ override it; arguments named here override both. Ray is imported by the verbs th
 
 from __future__ import annotations
 
-from eclipse_ray.config import Config, Layout, ScheduleName, Settings, load_config, to_yaml, with_overrides
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from eclipse_ray import log
+from eclipse_ray.config import (
+    Config,
+    Layout,
+    ScheduleName,
+    Settings,
+    holds_secret,
+    load_config,
+    to_yaml,
+    with_overrides,
+)
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.results import (
     DatasetResult,
@@ -20,6 +33,7 @@ from eclipse_ray.results import (
     StatusResult,
     SweepPlan,
     SweepResult,
+    SubmitResult,
     TrainResult,
     VerifyResult,
 )
@@ -28,11 +42,27 @@ ConfigLike = Config | str | None
 
 
 def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> Config:
-    """Return the settings of one call: `config` <- `settings` <- those of `named` that are not None."""
+    """Return the settings of one call: `config` <- `settings` <- those of `named` that are not None.
+
+    A config file may lie at a path or any fsspec URL. From here on messages have the form of run.log_format.
+    """
     overrides = {**(settings or {}), **{key: value for key, value in named.items() if value is not None}}
     if isinstance(config, Config):
-        return with_overrides(config, overrides)
-    return load_config(config, overrides)
+        resolved = with_overrides(config, overrides)
+    else:
+        resolved = load_config(config, overrides, _read_anywhere)
+    log.set_format(resolved.run.log_format)
+    return resolved
+
+
+def _read_anywhere(url: str) -> bytes:
+    if "://" not in url:
+        return Path(url).read_bytes()
+    from eclipse_ray.data.store import Store
+
+    if holds_secret(url):
+        raise ConfigError("--config: the URL holds a password or token; give credentials by environment variables")
+    return Store(url).read()
 
 
 def convert(
@@ -315,6 +345,39 @@ def _measure(config: Config) -> MatrixResult:
         output=matrix.store.url,
         table=f"{matrix.store.url}/table.md",
         failures=matrix.failures,
+    )
+
+
+def submit(
+    verb: str,
+    arguments: Sequence[str] = (),
+    *,
+    address: str | None = None,
+    insecure: bool = False,
+    wait: bool = True,
+    again: bool = False,
+    image_has_deps: bool = False,
+    env: Mapping[str, str] | None = None,
+    stop_on_interrupt: Callable[[str], bool] | None = None,
+    show: Callable[[str], None] = lambda text: print(text, end="", flush=True),
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> SubmitResult:
+    """Run a verb with its command line `arguments` on the cluster at `address`, through its jobs API.
+
+    The same verb, arguments and settings are one run: submitted again it is joined while it runs, resumed when it
+    was stopped or failed, and done anew after success only with `again`. `show` gets the log as it grows.
+    """
+    from eclipse_ray.distributed import submit as room
+
+    order = room.Order(verb, tuple(arguments), resolve(config, settings, {}), again, image_has_deps, env)
+    return room.submit(
+        order,
+        address=address,
+        insecure=insecure,
+        wait=wait,
+        stop_on_interrupt=stop_on_interrupt,
+        show=show,
     )
 
 

@@ -197,6 +197,16 @@ class DatasetResult:
 
 
 @dataclass(frozen=True)
+class SubmitResult:
+    """A job on a cluster: its status there, its exit code (null while it runs), whether it was there before."""
+
+    submission_id: str
+    status: str
+    exit_code: int | None
+    attached: bool
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Test accuracies (0-100) of the demo's victims."""
 
@@ -223,6 +233,7 @@ Result = (
     | SweepPlan
     | DatasetResult
     | DemoResult
+    | SubmitResult
 )
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -36,7 +36,18 @@ from eclipse_ray.config.proof import (
     PrivacyConfig,
     VictimConfig,
 )
-from eclipse_ray.config.section import Alpha, Animated, Layout, Precision, Sampler, ScheduleName, Section, Settings
+from eclipse_ray.config.secrets import holds_secret, is_secret_name, refuse_secrets
+from eclipse_ray.config.section import (
+    Alpha,
+    Animated,
+    Layout,
+    LoggerName,
+    Precision,
+    Sampler,
+    ScheduleName,
+    Section,
+    Settings,
+)
 from eclipse_ray.config.sweep import Objective, Range, SweepConfig
 from eclipse_ray.errors import ConfigError
 
@@ -55,6 +66,7 @@ __all__ = [
     "DefenseConfig",
     "DenoiserConfig",
     "Layout",
+    "LoggerName",
     "MatrixItem",
     "Objective",
     "PoisonConfig",
@@ -68,9 +80,12 @@ __all__ = [
     "Settings",
     "SweepConfig",
     "VictimConfig",
+    "chosen_yaml",
     "difference",
     "digest",
     "flatten",
+    "holds_secret",
+    "is_secret_name",
     "load_config",
     "parse_assignment",
     "to_yaml",
@@ -84,6 +99,13 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, else a local cluster.")
     progress_seconds: float = Field(10, gt=0, description="Seconds between progress lines off a terminal.")
+    min_cpus: int | None = Field(None, ge=1, description="An autoscaler is asked for so many before work begins.")
+    min_gpus: int | None = Field(None, ge=1, description="Likewise; null: whatever the cluster has.")
+    wait_seconds: float = Field(900, gt=0, description="How long to wait for them.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Messages on standard error: for people, or one JSON object a line."
+    )
+    loggers: tuple[LoggerName, ...] = Field((), description="Who else gets the curves of `train`.")
 
 
 class Config(Section):
@@ -102,12 +124,19 @@ class Config(Section):
     run: RunConfig = Field(default_factory=RunConfig)
 
 
-def load_config(file: str | None = None, overrides: Settings | None = None) -> Config:
-    """Return defaults <- preset <- YAML `file` <- `overrides` ({"section.key": value}).
+def _read_file(file: str) -> bytes:
+    return Path(file).read_bytes()
 
-    Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one) or a bad value.
+
+def load_config(
+    file: str | None = None, overrides: Settings | None = None, read: Callable[[str], bytes] = _read_file
+) -> Config:
+    """Return defaults <- preset <- YAML `file`, which `read` reads <- `overrides` ({"section.key": value}).
+
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a bad value, or a
+    value that holds a password or token.
     """
-    tree = _read_yaml(file) if file else {}
+    tree = _parsed_yaml(file, read) if file else {}
     for key, value in (overrides or {}).items():
         _assign(tree, key, value)
     denoiser = tree.get("denoiser")
@@ -160,6 +189,11 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def chosen_yaml(config: Config) -> str:
+    """Return as YAML only what was set, so that whoever loads it can still tell it from the defaults."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
+
+
 def digest(value: Any) -> str:
     """Return the first 16 hex digits of SHA-256 of `value` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -185,9 +219,9 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _read_yaml(file: str) -> dict[str, Any]:
+def _parsed_yaml(file: str, read: Callable[[str], bytes]) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        tree = yaml.safe_load(read(file).decode())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML file: {error}") from error
     if tree is None:
@@ -208,6 +242,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _validate(tree: dict[str, Any]) -> Config:
+    refuse_secrets(tree)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

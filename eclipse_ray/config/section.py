@@ -15,6 +15,7 @@ Layout = Literal["parquet", "folder", "webdataset", "npz", "cifar"]
 Alpha = Literal["composite", "refuse"]
 Arch = Literal["small", "resnet18", "resnet50", "vgg16", "vgg19", "densenet121"]
 Recipe = Literal["quick", "paper", "modern"]
+LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 Animated = Literal["first", "refuse"]
 
 

@@ -6,15 +6,18 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from eclipse_ray.config import Config
-from eclipse_ray.errors import ConfigError, StorageError
+from eclipse_ray.errors import ConfigError, InterruptedRunError, StorageError
+from eclipse_ray.log import say
 
 # Both make Ray unpickle what it reads (Parquet tensor columns, WebDataset members): never, whoever asks.
 UNSAFE_VARIABLES = (
@@ -22,6 +25,8 @@ UNSAFE_VARIABLES = (
     "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION",
 )
 
+MIN_RAY = (2, 59)
+"""Older ones run code from a crafted Parquet file, or leave a fresh cluster open."""
 
 # Ray only counts CPUs; on one machine, more than there are keep decoding and encoding moving beside the actors.
 LOCAL_CPUS_PER_CORE = 2
@@ -29,12 +34,16 @@ LOCAL_CPUS_PER_CORE = 2
 
 @dataclass(frozen=True)
 class Resources:
-    """Logical CPUs and GPUs of the cluster; `cores` are the CPUs of one machine to spread threads over."""
+    """Logical CPUs and GPUs of the cluster; `cores` are the CPUs of one machine to spread threads over.
+
+    `nodes` are (CPUs, GPUs) of each machine; none: there is one.
+    """
 
     cpus: int
     gpus: int
     cores: int
     local: bool
+    nodes: tuple[tuple[float, float], ...] = ()
 
     @property
     def cpus_per_core(self) -> int:
@@ -47,9 +56,8 @@ def connect(config: Config) -> Resources:
 
     Raises ConfigError if an environment variable asks Ray for unsafe deserialisation.
     """
-    for variable in UNSAFE_VARIABLES:
-        if os.environ.get(variable):
-            raise ConfigError(f"{variable} is set: it lets untrusted data run code; unset it and run again")
+    refuse_unsafe_environment()
+    require_ray(ray.__version__, "here")
     cores = os.cpu_count() or 1
     address = config.run.address or os.environ.get("RAY_ADDRESS") or "local"
     if not ray.is_initialized():
@@ -59,8 +67,63 @@ def connect(config: Config) -> Resources:
             options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
         with _own_sigterm():
             ray.init(address=address, **options)
-    total = ray.cluster_resources()
-    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), cores, address == "local")
+    _wait_for_nodes(config)
+    total, local = ray.cluster_resources(), address == "local"
+    nodes = _nodes()
+    if not local:
+        # The driver's own machine may be a small head on which nothing else runs.
+        cores = int(max((cpus for cpus, _ in nodes), default=0))
+    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), cores, local, nodes)
+
+
+def _nodes() -> tuple[tuple[float, float], ...]:
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return tuple((float(each.get("CPU", 0)), float(each.get("GPU", 0))) for each in alive)
+
+
+def _wait_for_nodes(config: Config) -> None:
+    """Ask an autoscaler for run.min_cpus and run.min_gpus and wait until they are there."""
+    wanted = {"CPU": config.run.min_cpus or 0, "GPU": config.run.min_gpus or 0}
+    deadline, asked = time.monotonic() + config.run.wait_seconds, False
+    while True:
+        total = ray.cluster_resources()
+        lacking = [
+            f"{total.get(name, 0):g} of {least} {name}s"
+            for name, least in wanted.items()
+            if total.get(name, 0) < least
+        ]
+        if not lacking:
+            break
+        if not asked:
+            say(f"waiting for nodes: the cluster has {', '.join(lacking)}")
+            request_resources(bundles=[{name: 1} for name, least in wanted.items() for _ in range(least)])
+            asked = True
+        if time.monotonic() > deadline:
+            request_resources(num_cpus=0)
+            raise InterruptedRunError(
+                f"after {config.run.wait_seconds:g} s (run.wait_seconds) the cluster has {', '.join(lacking)}; "
+                "run the same command again when there are more nodes"
+            )
+        time.sleep(1)
+    if asked:
+        # The work itself keeps them busy from here on; a standing request would keep them for ever.
+        request_resources(num_cpus=0)
+
+
+def refuse_unsafe_environment() -> None:
+    """Raise ConfigError if a variable makes Ray unpickle what it reads."""
+    for variable in UNSAFE_VARIABLES:
+        if os.environ.get(variable):
+            raise ConfigError(f"{variable} is set: it lets untrusted data run code; unset it and run again")
+
+
+def require_ray(version: str, where: str) -> None:
+    """Raise ConfigError if a version of Ray is older than MIN_RAY."""
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_RAY:
+        raise ConfigError(
+            f"Ray {version} {where} is older than {'.'.join(map(str, MIN_RAY))}: it can be made to run code by "
+            "the data it reads; update it"
+        )
 
 
 @contextmanager
@@ -78,6 +141,26 @@ def require_cpus(resources: Resources, needed: float, purpose: str) -> None:
         raise ConfigError(
             f"{purpose} needs {needed:g} CPUs, the Ray cluster has {resources.cpus}; "
             "lower purify.actors or denoiser.num_workers, or add nodes"
+        )
+    free = ray.available_resources().get("CPU", 0) if ray.is_initialized() else needed
+    if free < needed:
+        say(f"note: {free:g} of {resources.cpus} CPUs are free now; {purpose} needs {needed:g} and waits for them")
+
+
+def require_gpus(resources: Resources, needed: float, setting: str) -> None:
+    """Raise ConfigError when the cluster has not so many GPUs; `setting` says what asks for them."""
+    if resources.gpus < needed:
+        raise ConfigError(f"{setting} needs {needed:g} GPUs, the Ray cluster has {resources.gpus}; add nodes")
+
+
+def require_place(resources: Resources, cpus: float, gpus: float, purpose: str) -> None:
+    """Raise ConfigError when no machine is large enough for one task of so many CPUs and GPUs."""
+    nodes = resources.nodes or ((resources.cpus, resources.gpus),)
+    if not any(cpus <= has_cpus and gpus <= has_gpus for has_cpus, has_gpus in nodes):
+        largest = ", ".join(f"{has_cpus:g} and {has_gpus:g}" for has_cpus, has_gpus in sorted(set(nodes)))
+        raise ConfigError(
+            f"{purpose} needs {cpus:g} CPUs and {gpus:g} GPUs on one machine; "
+            f"those of the Ray cluster have {largest}"
         )
 
 

@@ -17,7 +17,7 @@ from eclipse_ray.data.dataset import ImageSet, load_images
 from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.model import default_device
-from eclipse_ray.distributed.cluster import Resources, connect
+from eclipse_ray.distributed.cluster import Resources, connect, require_place
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
@@ -112,6 +112,7 @@ def _train_all(
     resources = connect(config)
     seeds = [config.run.seed + index for index in range(config.evaluate.seeds)]
     gpus, threads = _share(resources, len(seeds))
+    require_place(resources, threads * resources.cpus_per_core, gpus, "a victim")
     board = start_board()
     what = f"evaluate {PurePosixPath(str(config.data.source)).name}"
     line = ProgressLine(what, "epochs", len(seeds) * config.victim.epochs, config.run.progress_seconds)

@@ -19,7 +19,7 @@ from eclipse_ray.config import CompensationConfig, Config, to_yaml
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import materials
 from eclipse_ray.distributed import sets as datasets
-from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
+from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_place
 from eclipse_ray.distributed.grid import Cell, Column, Facts, Grid, attacks_denoiser, build_grid, denoiser_key
 from eclipse_ray.distributed.materials import Cache, Work
 from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
@@ -114,7 +114,7 @@ class _Runner:
     def __init__(self, matrix: Matrix, resources: Resources, missing: list[Cell]) -> None:
         self.matrix, self.resources = matrix, resources
         self.gpus, self.concurrent, self.threads = share(matrix.config, resources)
-        require_cpus(resources, self.cpus, "a victim of the matrix")
+        require_place(resources, self.cpus, self.gpus, "a victim of the matrix")
         self.board, self.pantry = start_board(), ray.remote(num_cpus=0)(Pantry).remote()
         epochs = sum(cell.victim.config.epochs for cell in missing)
         self.line = ProgressLine("matrix", "epochs", epochs, matrix.config.run.progress_seconds)
@@ -255,7 +255,7 @@ class _Runner:
     def _tune(self, keys: list[str]) -> dict[str, str]:
         """Run one trial a key; return the messages of those that failed."""
         trial = tune.with_parameters(run_trial, pantry=self.pantry, board=self.board)
-        with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-", ignore_cleanup_errors=True) as scratch:
             tuner = tune.Tuner(
                 tune.with_resources(trial, {"cpu": self.cpus, "gpu": self.gpus}),
                 param_space={"cell": tune.grid_search(keys)},

@@ -23,7 +23,7 @@ from eclipse_ray.data.note import NOTE
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import Span, with_classes
 from eclipse_ray.diffusion.checkpoint import weights_digest
-from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local
+from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_place
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.poison_work import (
     FIT_KEY,
@@ -157,6 +157,7 @@ def _fit(config: Config, job: PoisonJob, resources: Resources) -> Any:
     """Fit on one task, with a GPU if there is one, else with all cores; return a reference to the state."""
     threads = 1 if resources.gpus else resources.cores
     cpus = min(resources.cpus, threads * resources.cpus_per_core)
+    require_place(resources, max(1, cpus), min(1, resources.gpus), "the fit of a poison")
     board, line = start_board(), _Fitting(f"fit {job.poison.name}", config.run.progress_seconds)
     task = ray.remote(num_cpus=cpus, num_gpus=1 if resources.gpus else 0, max_retries=3)(_fit_task)
     with BoardWatcher(board, line.show):

@@ -10,6 +10,11 @@ from typing import Any
 
 import ray
 
+from eclipse_ray import log
+from eclipse_ray.log import say
+
+__all__ = ["Board", "BoardWatcher", "ProgressLine", "say", "start_board"]
+
 
 class ProgressLine:
     """Counts done work and says, on standard error, how far, how fast and how long still."""
@@ -34,7 +39,7 @@ class ProgressLine:
         self.done += count
         self.failed += failed
         now = time.monotonic()
-        if now - self.last >= (0.2 if sys.stderr.isatty() else self.every) or self.done >= self.total:
+        if now - self.last >= (0.2 if _rewrites() else self.every) or self.done >= self.total:
             self.last = now
             self._print(note)
 
@@ -43,14 +48,17 @@ class ProgressLine:
         text = f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.1f}/s, {_duration(left)} left"
         text += f", {self.failed:,} failed" if self.failed else ""
         text += f", {note}" if note else ""
-        terminal = sys.stderr.isatty()
+        if log.is_json():
+            counts: dict[str, Any] = {"done": self.done, "total": self.total, "failed": self.failed}
+            say(text, event="progress", unit=self.unit, per_second=round(self.rate, 3), **counts)
+            return
+        terminal = _rewrites()
         end = "\n" if not terminal or self.done >= self.total else ""
         print(f"\r\x1b[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
 
 
-def say(text: str) -> None:
-    """Print one line for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+def _rewrites() -> bool:
+    return sys.stderr.isatty() and not log.is_json()
 
 
 class Board:
@@ -88,7 +96,8 @@ class BoardWatcher:
 
     def __exit__(self, *exception: object) -> None:
         self.stop.set()
-        self.thread.join(timeout=10)
+        # Who is stopped has no time for the last entries.
+        self.thread.join(timeout=10 if exception[0] is None else 0)
 
     def _watch(self) -> None:
         finished = False

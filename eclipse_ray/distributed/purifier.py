@@ -14,6 +14,7 @@ from eclipse_ray.config import PurifyConfig
 from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.model import Denoiser, default_device
 from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.distributed import metrics
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.shards import (
     Job,
@@ -58,6 +59,7 @@ class Purifier:
         torch.set_num_threads(1)
         self.job = job
         self.note = ""
+        self.idle_since = time.monotonic()
         self.denoiser = load_denoiser(local_denoiser(job.denoiser), default_device())
         self.denoiser.precision = job.purify.precision
 
@@ -66,6 +68,7 @@ class Purifier:
         if batch["fatal"][0].as_py():
             return batch
         started = time.monotonic()
+        waited = started - self.idle_since
         table, images, failures = unpack(batch)
         ids: list[str] = table["id"].to_pylist()
         outcomes: dict[int, Outcome] = {}
@@ -81,7 +84,10 @@ class Purifier:
             if isinstance(outcome, str)
         ]
         columns = {name: batch[name].to_pylist() for name in ("task", "input_sha256", "order")}
-        columns["seconds"] = [batch["seconds"][0].as_py() + time.monotonic() - started]
+        took = time.monotonic() - started
+        columns["seconds"] = [batch["seconds"][0].as_py() + took]
+        self.idle_since = started + took
+        metrics.observe({"denoise_seconds": took, "input_wait_seconds": waited}, self.job.run)
         done = [outcome for place in kept if not isinstance(outcome := outcomes[place], str)]
         return pack(columns, take_rows(table, kept), done, failures, fatal, self.note)
 

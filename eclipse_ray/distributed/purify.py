@@ -12,15 +12,15 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
-from eclipse_ray import ledger
+from eclipse_ray import ledger, log
 from eclipse_ray.config import Config
-from eclipse_ray.distributed.cluster import Resources, connect, require_cpus
+from eclipse_ray.distributed.cluster import Resources, connect, require_cpus, require_gpus, require_place
 from eclipse_ray.distributed.prepare import Prepared, prepare, warn_if_unsuitable
 from eclipse_ray.distributed.progress import ProgressLine, say
 from eclipse_ray.distributed.purifier import Purifier
 from eclipse_ray.distributed.shards import Job, Task, fatal_error, task_rows
 from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
-from eclipse_ray.errors import ConfigError, EclipseError, InterruptedRunError
+from eclipse_ray.errors import EclipseError, InterruptedRunError
 from eclipse_ray.results import PurifyResult
 
 # Reading and encoding mostly wait; and a share other than the actors' keeps Ray from fusing them into the actors.
@@ -38,6 +38,7 @@ def purify(config: Config, *, retry_failed: bool = False, extend: bool = False) 
     """
     prepared = prepare(config, extend=extend)
     prepared.claim()
+    log.set_run("purify", prepared.fingerprint.value)
     store, shards = prepared.store, prepared.plan.shards
     statuses = ledger.read_statuses(store)
     tasks = [Task(shard) for shard in ledger.pending(shards, statuses)]
@@ -64,7 +65,7 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
     if done:
         say(f"purify: resuming, {len(shards) - len(tasks)} of {len(shards)} shards are already committed")
     line = ProgressLine("purify", "images", total, config.run.progress_seconds, done)
-    job = replace(prepared.job, session=ledger.session(prepared.store))
+    job = replace(prepared.job, session=ledger.session(prepared.store), run=prepared.fingerprint.value)
     results = _stream(job, tasks, actors, gpus)
     patience = config.purify.watchdog_seconds
     for ok, failed in _watched(results, patience, lambda: ledger.hand_over(prepared.store, job.session)):
@@ -80,11 +81,12 @@ def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]
     gpus = config.purify.num_gpus
     if gpus is None:
         gpus = 1.0 if resources.gpus else 0.0
-    if gpus > resources.gpus:
-        raise ConfigError(f"purify.num_gpus {gpus:g}: the Ray cluster has {resources.gpus} GPUs")
+    require_gpus(resources, gpus, f"purify.num_gpus={gpus:g}")
     default = int(resources.gpus / gpus) if gpus else max(1, resources.cpus // 2)
     actors = min(config.purify.actors or default, shards)
+    require_gpus(resources, actors * gpus, f"purify.actors={actors} with purify.num_gpus={gpus:g}")
     require_cpus(resources, actors + 1, f"purify with {actors} actors and a CPU task to read and encode")
+    require_place(resources, 1, gpus, "an actor of purify")
     return actors, gpus
 
 
@@ -168,4 +170,5 @@ def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[t
                 say(f"note: {row['note']}")
             if row["fatal"]:
                 raise fatal_error(row["fatal"])
+            log.event("shard", shard=row["shard"], ok=row["ok"], failed=row["failed"])
             yield row["ok"], row["failed"]

@@ -41,6 +41,8 @@ class Job:
     sparse_hashes: frozenset[str]
     session: str = ""
     """Of one driver, or of those after it whose predecessor a hanging worker stopped (`ledger.session`)."""
+    run: str = ""
+    """The run's fingerprint, under which workers count."""
 
     def store(self) -> Store:
         """Open the output folder."""

@@ -15,6 +15,7 @@ from eclipse_ray import ledger
 from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, content_hash, decode_stored, encode_image, resize_image
 from eclipse_ray.data.table import canonical_table, image_bytes, table_to_parquet
+from eclipse_ray.distributed import metrics
 from eclipse_ray.distributed.shards import Job, Pixels, Task, fatal_note, pack, take_rows, task_of, unpack
 from eclipse_ray.errors import EclipseError, InputError, StorageError
 
@@ -50,6 +51,7 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     table, spans, failures = _read(task, job)
     keys = [span.key for span in spans for _ in range(span.start, span.stop)]
     encoded, order = image_bytes(table), table["id"].to_pylist()
+    metrics.count("read_bytes", sum(map(len, encoded)), job.run)
     _refuse_repeated_ids(job, order)
     state = hashlib.sha256()
     for data in encoded:
@@ -201,16 +203,22 @@ def _encode_and_commit(batch: pa.Table, task: Task, job: Job) -> ledger.Status:
     done = _encoded(table, images, job) if table.num_rows else None
     if task.generation:
         done = _merged(_done_before(job, task), done, json.loads(batch["order"][0].as_py()))
-    return ledger.commit_shard(
+    data = table_to_parquet(done) if done else None
+    status = ledger.commit_shard(
         job.store(),
         task.shard,
-        ok=table_to_parquet(done) if done else None,
+        ok=data,
         ok_count=done.num_rows if done else 0,
         errors=[ledger.ImageFailure(**failure) for failure in failures],
         input_sha256=batch["input_sha256"][0].as_py(),
         seconds=batch["seconds"][0].as_py() + time.monotonic() - started,
         generation=task.generation,
     )
+    metrics.count("shards", 1, job.run)
+    metrics.count("images", table.num_rows, job.run)
+    metrics.count("written_bytes", len(data or b""), job.run)
+    metrics.count_failures([failure["error"] for failure in failures], job.run)
+    return status
 
 
 def _encoded(table: pa.Table, images: Sequence[Pixels], job: Job) -> pa.Table:

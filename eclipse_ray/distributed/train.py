@@ -14,7 +14,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
-from eclipse_ray import ledger
+from eclipse_ray import ledger, log
 from eclipse_ray.config import Config, digest, to_yaml
 from eclipse_ray.data.dataset import MixedSet, load_mixed
 from eclipse_ray.data.store import Store
@@ -23,9 +23,17 @@ from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, re
 from eclipse_ray.diffusion.crops import ImageBuffer, centre_crops, image_buffer
 from eclipse_ray.diffusion.model import timestep_scale
 from eclipse_ray.diffusion.sampler import ENGINE_VERSION
-from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
+from eclipse_ray.distributed.cluster import (
+    Resources,
+    connect,
+    refuse_process_local,
+    require_cpus,
+    require_gpus,
+    require_place,
+)
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.gather import gather_slices
+from eclipse_ray.distributed.loggers import train_loggers
 from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, ResumeError
 from eclipse_ray.results import TrainResult
@@ -46,6 +54,7 @@ def train(config: Config) -> TrainResult:
     refuse_process_local(output, store.in_this_process_only)
     fingerprint = _fingerprint(config, images.hashes)
     ledger.claim(store, fingerprint, to_yaml(config))
+    log.set_run("train", fingerprint.value)
     if not store.exists(CARD_FILE):
         _run_training(config, store, images, fingerprint.value)
     else:
@@ -91,9 +100,12 @@ def _fingerprint(config: Config, hashes: list[str]) -> ledger.Fingerprint:
 
 
 def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: str) -> None:
+    callbacks = train_loggers(config.run.loggers, store, fingerprint)
     resources = connect(config)
     workers, use_gpu = _workers(config, resources)
     require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
+    require_gpus(resources, workers * use_gpu, f"denoiser.use_gpu with denoiser.num_workers={workers}")
+    require_place(resources, 1, float(use_gpu), "a worker of the training")
     board = start_board()
     line = ProgressLine("train", "iterations", config.denoiser.iterations, config.run.progress_seconds)
     trainer = ray.train.torch.TorchTrainer(
@@ -114,6 +126,7 @@ def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: s
             storage_path=store.path("_eclipse/train") if store.local else f"{store.url}/_eclipse/train",
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=3),
+            callbacks=callbacks,
         ),
     )
     with BoardWatcher(board, lambda entry: _show(line, entry)):
@@ -128,7 +141,7 @@ def _workers(config: Config, resources: Resources) -> tuple[int, bool]:
     denoiser = config.denoiser
     use_gpu = resources.gpus >= (denoiser.num_workers or 1) if denoiser.use_gpu is None else denoiser.use_gpu
     automatic = min(resources.gpus if use_gpu else resources.cores, denoiser.batch_size)
-    return denoiser.num_workers or automatic, use_gpu
+    return denoiser.num_workers or max(1, automatic), use_gpu
 
 
 def _show(line: ProgressLine, entry: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from eclipse_ray.distributed.cluster import Resources
+from eclipse_ray.distributed.cluster import Resources, require_gpus
 from eclipse_ray.errors import EclipseError
 
 RETRIES = 2
@@ -18,8 +18,10 @@ GPU_SHARE = 0.25
 def shares(num_gpus: float | None, max_concurrent: int | None, resources: Resources) -> tuple[float, int, int]:
     """Return (GPUs of a trial, trials at once, CPU threads of each); one thread unless fewer trials are asked for.
 
-    The threads do not depend on how many trials are left, because floats summed by other threads differ.
+    The threads do not depend on how many trials are left, because floats summed by other threads differ. Raises
+    ConfigError for GPUs where there are none.
     """
+    require_gpus(resources, num_gpus or 0, f"num_gpus={num_gpus} of a trial")
     if resources.gpus and num_gpus != 0:
         gpus = num_gpus or GPU_SHARE
         room = max(1, int(resources.gpus / gpus))

@@ -1,0 +1,39 @@
+"""Messages on standard error: sentences for people, or one JSON object a line for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+_STATE: dict[str, Any] = {"format": "text", "fields": {}}
+
+
+def set_format(name: str) -> None:
+    """Write messages from now on as `text` or as `json`."""
+    _STATE["format"] = name
+
+
+def is_json() -> bool:
+    """Return whether messages are JSON lines."""
+    return bool(_STATE["format"] == "json")
+
+
+def set_run(verb: str, run: str) -> None:
+    """Name the verb and the run, its fingerprint, in every JSON line from now on."""
+    _STATE["fields"] = {"verb": verb, "run": run}
+
+
+def say(text: str, level: str = "info", **fields: Any) -> None:
+    """Write one line on standard error; `fields` (JSON values) are shown in the JSON form only."""
+    if is_json():
+        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level}
+        text = json.dumps({**entry, **_STATE["fields"], **fields, "message": text})
+    print(text, file=sys.stderr, flush=True)
+
+
+def event(name: str, **fields: Any) -> None:
+    """Write a JSON line about something that people need no sentence for; nothing in the text form."""
+    if is_json():
+        say(name, event=name, **fields)

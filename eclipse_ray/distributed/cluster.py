@@ -29,7 +29,10 @@ LOCAL_CPUS_PER_CORE = 2
 
 @dataclass(frozen=True)
 class Resources:
-    """Logical CPUs and GPUs of the cluster; `cores` are the CPUs of one machine to spread threads over."""
+    """Logical CPUs and GPUs of the cluster, or those an autoscaler may bring it to (run.max_cpus, run.max_gpus).
+
+    `cores` are the CPUs of one machine to spread threads over.
+    """
 
     cpus: int
     gpus: int
@@ -43,7 +46,7 @@ class Resources:
 
 
 def connect(config: Config) -> Resources:
-    """Join the cluster at run.address or RAY_ADDRESS, else start one here, and return what it has.
+    """Join the cluster at run.address or RAY_ADDRESS, else start one here, and return what it has or may get.
 
     Raises ConfigError if an environment variable asks Ray for unsafe deserialisation.
     """
@@ -59,8 +62,15 @@ def connect(config: Config) -> Resources:
             options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
         with _own_sigterm():
             ray.init(address=address, **options)
-    total = ray.cluster_resources()
-    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), cores, address == "local")
+    return _counted(ray.cluster_resources(), config, cores, address == "local")
+
+
+def _counted(present: dict[str, float], config: Config, cores: int, local: bool) -> Resources:
+    """Return what is there, or what may come: work is sized by it and queued, which makes an autoscaler add nodes."""
+    cpus, gpus = int(present.get("CPU", 0)), int(present.get("GPU", 0))
+    if not local:
+        cpus, gpus = max(cpus, config.run.max_cpus or 0), max(gpus, config.run.max_gpus or 0)
+    return Resources(cpus, gpus, cores, local)
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
     python again.py [--tries 10] [--wait 30] [--progress 600] -- COMMAND ...
 
-Exits 1 (something went wrong, the network perhaps) and 75 (stopped; run me again) are repeated, and so is death by a
-signal that nobody sent to this script. 0, 2 (bad input or settings) and 3 (too many images failed) are final: another
-start, or another cluster, would end the same way. Waits double from --wait seconds to ten minutes. A start that lasted
---progress seconds or longer is taken for progress: the tries are counted anew after it, so that a run of days outlives
-any number of lost nodes. Needs nothing but Python.
+Exits 1 (something went wrong, the network perhaps) and 75 (stopped; run me again) are repeated, and so is death by
+a signal that nobody sent to this script. 0, 2 (bad input or settings) and 3 (too many images failed) are final:
+another start, or another cluster, would end the same way. Waits double from --wait seconds to ten minutes. A start
+that lasted --progress seconds or longer is taken for progress: the tries are counted anew after it, so that a run of
+days outlives any number of lost nodes. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tries", type=int, default=10)
     parser.add_argument("--wait", type=float, default=30.0, help="seconds before the second try")
-    parser.add_argument("--progress", type=float, default=600.0, help="seconds after which a try counts as progress")
+    parser.add_argument("--progress", type=float, default=600.0, help="seconds that count as progress")
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,7 +61,8 @@ def main() -> int:
         if failed >= options.tries:
             break
         wait = min(options.wait * 2 ** (failed - 1), LONGEST_WAIT)
-        print(f"exit code {code}; again in {wait:.0f} s ({failed} of {options.tries})", file=sys.stderr, flush=True)
+        said = f"exit code {code}; again in {wait:.0f} s ({failed} of {options.tries})"
+        print(said, file=sys.stderr, flush=True)
         try:
             time.sleep(wait)
         except Stopped:

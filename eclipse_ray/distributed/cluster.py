@@ -66,7 +66,7 @@ def connect(config: Config) -> Resources:
 
 
 def _counted(present: dict[str, float], config: Config, cores: int, local: bool) -> Resources:
-    """Return what is there, or what may come: work is sized by it and queued, which makes an autoscaler add nodes."""
+    """Return what is there or may come: work is sized by it and queued, so that an autoscaler adds nodes."""
     cpus, gpus = int(present.get("CPU", 0)), int(present.get("GPU", 0))
     if not local:
         cpus, gpus = max(cpus, config.run.max_cpus or 0), max(gpus, config.run.max_gpus or 0)

@@ -1,7 +1,7 @@
 """Nodes that disappear, are cut off, or come late: the same bytes, little done twice, and new nodes get work.
 
-The machines are several Ray nodes on this one; GPUs are counted but not there, so that a node holds one actor and a
-lost node's actor finds no other place. The partition needs network namespaces, hence root.
+The machines are several Ray nodes on this one; GPUs are counted but not there, so that a node holds one actor and
+that of a lost node finds no other place. The partition needs network namespaces, hence root.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from eclipse_ray import api
 from eclipse_ray.diffusion.checkpoint import read_card
+from eclipse_ray.distributed.prepare import prepare
+from eclipse_ray.distributed.purifier import Purifier
+from eclipse_ray.distributed.shards import Task, task_rows
+from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
 from tests.chaos.test_workers import command, done, objects
 from tests.support import DEBUG
 
@@ -36,10 +42,30 @@ PATIENCE = 600
 
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory):
+    """The same work in this process, one shard after another, without Ray."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    alone = {**SETTINGS, "purify.num_gpus": 0, "purify.actors": 2, "run.max_gpus": 0}
-    api.purify(world.poisoned, str(output), denoiser=world.denoiser, settings={**DEBUG, **alone})
-    return objects(output)
+    named = {"data.source": world.poisoned, "data.output": str(output), "purify.denoiser": world.denoiser}
+    settings = {**DEBUG, **{key: yaml.safe_load(str(value)) for key, value in SETTINGS.items()}}
+    prepared = prepare(api.resolve(None, settings, named))
+    prepared.claim()
+    purifier = Purifier(prepared.job)
+    for shard in prepared.plan.shards:
+        decoded = read_and_decode(task_rows([Task(shard)])[0], prepared.job)
+        encode_and_commit(purifier(decoded), prepared.job)
+    found = objects(output)
+    assert len(found) == SHARDS
+    return found
+
+
+def join(cluster: Any, **resources: float) -> Any:
+    """Add a node; Ray gives one 30 s to start, which a busy machine may need more than once."""
+    for _ in range(4):
+        try:
+            return cluster.add_node(object_store_memory=100 * 2**20, **resources)
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    pytest.fail("no node starts within 30 s here")
 
 
 def wait_for(what: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
@@ -90,10 +116,11 @@ def test_one_node_is_lost_and_another_comes_late(world, tmp_path, undisturbed):
     from ray.cluster_utils import Cluster
 
     output = tmp_path / "out"
-    small = {"object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
+    cluster = Cluster()
     try:
-        lost = [cluster.add_node(num_cpus=3, num_gpus=1, **small) for _ in range(2)][0]
+        join(cluster, num_cpus=1)
+        join(cluster, num_cpus=3, num_gpus=1)
+        lost = join(cluster, num_cpus=3, num_gpus=1)
         cluster.wait_for_nodes()
         driver = start(command(world, output, **SETTINGS), RAY_ADDRESS=cluster.address)
         wait_for(lambda: done(output) >= 4, driver)
@@ -101,7 +128,7 @@ def test_one_node_is_lost_and_another_comes_late(world, tmp_path, undisturbed):
         cluster.remove_node(lost, allow_graceful=False)
         lost_at = done(output)
         in_flight |= started(output) - committed(output)
-        late = cluster.add_node(num_cpus=3, num_gpus=1, **small)
+        late = join(cluster, num_cpus=3, num_gpus=1)
         raylet = late.all_processes["raylet"][0].process.pid
         wait_for(lambda: bool(working_actors(raylet)), driver)
         came_at = done(output)
@@ -122,7 +149,6 @@ def test_training_goes_on_with_the_workers_that_are_left(world, tmp_path):
     from ray.cluster_utils import Cluster
 
     output = tmp_path / "denoiser"
-    small = {"object_store_memory": 100 * 2**20}
     settings = {
         **DEBUG,
         "denoiser.num_workers": 2,
@@ -135,9 +161,10 @@ def test_training_goes_on_with_the_workers_that_are_left(world, tmp_path):
     words += ["--clean", world.clean, "--out", str(output)]
     for key, value in settings.items():
         words += ["--set", f"{key}={value}"]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **small})
+    cluster = Cluster()
     try:
-        lost = cluster.add_node(num_cpus=1, **small)
+        join(cluster, num_cpus=1)
+        lost = join(cluster, num_cpus=1)
         cluster.wait_for_nodes()
         driver = start(words, RAY_ADDRESS=cluster.address)
         wait_for(lambda: any((output / "_eclipse/train").glob("*/checkpoint_*/state.pt")), driver)

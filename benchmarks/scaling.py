@@ -31,7 +31,7 @@ from eclipse_ray.data.images import encode_image
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import canonical_table, table_to_parquet
 from eclipse_ray.distributed.purifier import Outcome, Purifier
-from eclipse_ray.distributed.shards import Job, Pixels, Task
+from eclipse_ray.distributed.shards import Pixels, Task
 
 SIDE, ROWS = 32, 64
 SERVICE = "ECLIPSE_RAY_SCALING_SECONDS"

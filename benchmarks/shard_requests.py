@@ -12,11 +12,11 @@ import collections
 import json
 import os
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import boto3
 import numpy as np
 from aiobotocore.client import AioBaseClient
 from moto.server import ThreadedMotoServer
@@ -89,7 +89,7 @@ def main() -> None:
     os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     os.environ |= {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
     os.environ["HOME"] = tempfile.mkdtemp()
-    boto3.client("s3").create_bucket(Bucket="bucket")
+    urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/bucket", method="PUT")).close()
     store, generator = Store("s3://bucket/source"), np.random.default_rng(0)
     for index in range(shards):
         images = generator.integers(0, 256, (ROWS, SIDE, SIDE, 3), dtype=np.uint8)

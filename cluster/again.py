@@ -2,11 +2,11 @@
 
     python again.py [--tries 10] [--wait 30] [--progress 600] -- COMMAND ...
 
-Exits 1 (something went wrong, the network perhaps) and 75 (stopped; run me again) are repeated, and so is death by
-a signal that nobody sent to this script. 0, 2 (bad input or settings) and 3 (too many images failed) are final:
-another start, or another cluster, would end the same way. Waits double from --wait seconds to ten minutes. A start
-that lasted --progress seconds or longer is taken for progress: the tries are counted anew after it, so that a run of
-days outlives any number of lost nodes. Needs nothing but Python.
+Exits 1 (something went wrong, the network perhaps) and 75 (stopped; run me again) are repeated, and so is
+death by a signal that nobody sent to this script. 0, 2 (bad input or settings) and 3 (too many images failed)
+are final: another start, or another cluster, would end the same way. Waits double from --wait seconds to ten
+minutes. A start that lasted --progress seconds or longer is taken for progress: the tries are counted anew
+after it, so that a run of days outlives any number of lost nodes. Needs nothing but Python.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Nodes that disappear, are cut off, or come late: the same bytes, little done twice, and new nodes get work.
 
 The machines are several Ray nodes on this one; GPUs are counted but not there, so that a node holds one actor and
-that of a lost node finds no other place. The partition needs network namespaces, hence root.
+that of a lost node finds no other place. Purifying a shard takes three seconds more than it has to. The partition needs network namespaces, hence root.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from eclipse_ray.distributed.prepare import prepare
 from eclipse_ray.distributed.purifier import Purifier
 from eclipse_ray.distributed.shards import Task, task_rows
 from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
-from tests.chaos.test_workers import command, done, objects
+from tests.chaos.test_workers import PURIFY, command, done, fault, objects
 from tests.support import DEBUG
 
 SETTINGS = {
     "purify.shard_images": 8,
-    "purify.batch_size": 1,
-    "purify.num_inference_steps": 4,
+    "purify.batch_size": 8,
     "purify.num_gpus": 1,
     # One more than there are at the start: the pool waits for it, as for a node that an autoscaler adds.
     "purify.actors": "null",
@@ -112,8 +111,12 @@ def working_actors(raylet: int) -> list[int]:
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3 * PATIENCE)
-def test_one_node_is_lost_and_another_comes_late(world, tmp_path, undisturbed):
+def test_one_node_is_lost_and_another_comes_late(world, tmp_path, undisturbed, monkeypatch):
     from ray.cluster_utils import Cluster
+
+    for name, value in fault(tmp_path / "slow", PURIFY, "slow", "always").items():
+        # Before the cluster: workers inherit from their node, not from the driver.
+        monkeypatch.setenv(name, value)
 
     output = tmp_path / "out"
     cluster = Cluster()
@@ -217,7 +220,8 @@ def ray_node(name: str, number: int, folder: Path, *more: str) -> subprocess.Pop
     words = ["ip", "netns", "exec", name, ray, "start", "--block", "--node-ip-address", f"10.77.0.{number + 2}"]
     words += ["--object-store-memory", str(100 * 2**20), *more]
     log = (folder / f"{name}.log").open("w")
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    slow = fault(folder / "slow", PURIFY, "slow", "always")
+    environment = {**os.environ, **slow, "RAY_AUTH_MODE": "disabled"}
     return subprocess.Popen(words, stdout=log, stderr=log, text=True, env=environment)
 
 

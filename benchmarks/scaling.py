@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="shards a worker in the steady state")
     options = parser.parse_args()
     os.environ[SERVICE] = str(options.seconds)
-    room.Purifier = Sleeper  # type: ignore[misc]
+    room.Purifier = Sleeper  # type: ignore[attr-defined]
     shutil.rmtree(options.out, ignore_errors=True)
     write_denoiser(str(options.out / "denoiser"))
     loop = bare(3)

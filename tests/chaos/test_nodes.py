@@ -1,7 +1,8 @@
 """Nodes that disappear, are cut off, or come late: the same bytes, little done twice, and new nodes get work.
 
 The machines are several Ray nodes on this one; GPUs are counted but not there, so that a node holds one actor and
-that of a lost node finds no other place. Purifying a shard takes three seconds more than it has to. The partition needs network namespaces, hence root.
+that of a lost node finds no other place. Purifying a shard takes three seconds more than it has to. The partition
+needs network namespaces, hence root.
 """
 
 from __future__ import annotations

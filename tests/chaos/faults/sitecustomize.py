@@ -1,8 +1,8 @@
 """Faults for worker processes: Python imports this file at its start where PYTHONPATH names its folder.
 
 ECLIPSE_RAY_TEST_FAULT is a JSON object: `function` ("package.module.name") misbehaves as `how` says (kill, exit,
-sleep, memory; slow: late, but right) when one of its arguments holds `when`, or `when` is "always", at most `times`
-times; each time adds a line to file `log`.
+sleep, memory; slow: late, but right) when one of its arguments holds `when`, or `when` is "always", at most
+`times` times; each time adds a line to file `log`.
 """
 
 import importlib.abc

@@ -98,10 +98,9 @@ class RunConfig(Section):
 
     seed: int = Field(0, ge=0, lt=2**63)
     address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, else a local cluster.")
+    max_cpus: int | None = Field(None, ge=1, description="CPUs an autoscaler may reach; null: those there are.")
+    max_gpus: int | None = Field(None, ge=0, description="GPUs an autoscaler may reach; null: those there are.")
     progress_seconds: float = Field(10, gt=0, description="Seconds between progress lines off a terminal.")
-    min_cpus: int | None = Field(None, ge=1, description="An autoscaler is asked for so many before work begins.")
-    min_gpus: int | None = Field(None, ge=1, description="Likewise; null: whatever the cluster has.")
-    wait_seconds: float = Field(900, gt=0, description="How long to wait for them.")
     log_format: Literal["text", "json"] = Field(
         "text", description="Messages on standard error: for people, or one JSON object a line."
     )

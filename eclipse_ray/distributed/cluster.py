@@ -6,17 +6,15 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
 
 from eclipse_ray.config import Config
-from eclipse_ray.errors import ConfigError, InterruptedRunError, StorageError
+from eclipse_ray.errors import ConfigError, StorageError
 from eclipse_ray.log import say
 
 # Both make Ray unpickle what it reads (Parquet tensor columns, WebDataset members): never, whoever asks.
@@ -34,9 +32,10 @@ LOCAL_CPUS_PER_CORE = 2
 
 @dataclass(frozen=True)
 class Resources:
-    """Logical CPUs and GPUs of the cluster; `cores` are the CPUs of one machine to spread threads over.
+    """Logical CPUs and GPUs of the cluster, or those an autoscaler may bring it to (run.max_cpus, run.max_gpus).
 
-    `nodes` are (CPUs, GPUs) of each machine; none: there is one.
+    `cores` are the CPUs of one machine to spread threads over. `nodes` are (CPUs, GPUs) of each machine; none:
+    one has everything, or an autoscaler may add some that nobody knows yet.
     """
 
     cpus: int
@@ -52,7 +51,7 @@ class Resources:
 
 
 def connect(config: Config) -> Resources:
-    """Join the cluster at run.address or RAY_ADDRESS, else start one here, and return what it has.
+    """Join the cluster at run.address or RAY_ADDRESS, else start one here, and return what it has or may get.
 
     Raises ConfigError if an environment variable asks Ray for unsafe deserialisation.
     """
@@ -67,13 +66,7 @@ def connect(config: Config) -> Resources:
             options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
         with _own_sigterm():
             ray.init(address=address, **options)
-    _wait_for_nodes(config)
-    total, local = ray.cluster_resources(), address == "local"
-    nodes = _nodes()
-    if not local:
-        # The driver's own machine may be a small head on which nothing else runs.
-        cores = int(max((cpus for cpus, _ in nodes), default=0))
-    return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), cores, local, nodes)
+    return _counted(ray.cluster_resources(), _nodes(), config, cores, address == "local")
 
 
 def _nodes() -> tuple[tuple[float, float], ...]:
@@ -81,33 +74,17 @@ def _nodes() -> tuple[tuple[float, float], ...]:
     return tuple((float(each.get("CPU", 0)), float(each.get("GPU", 0))) for each in alive)
 
 
-def _wait_for_nodes(config: Config) -> None:
-    """Ask an autoscaler for run.min_cpus and run.min_gpus and wait until they are there."""
-    wanted = {"CPU": config.run.min_cpus or 0, "GPU": config.run.min_gpus or 0}
-    deadline, asked = time.monotonic() + config.run.wait_seconds, False
-    while True:
-        total = ray.cluster_resources()
-        lacking = [
-            f"{total.get(name, 0):g} of {least} {name}s"
-            for name, least in wanted.items()
-            if total.get(name, 0) < least
-        ]
-        if not lacking:
-            break
-        if not asked:
-            say(f"waiting for nodes: the cluster has {', '.join(lacking)}")
-            request_resources(bundles=[{name: 1} for name, least in wanted.items() for _ in range(least)])
-            asked = True
-        if time.monotonic() > deadline:
-            request_resources(num_cpus=0)
-            raise InterruptedRunError(
-                f"after {config.run.wait_seconds:g} s (run.wait_seconds) the cluster has {', '.join(lacking)}; "
-                "run the same command again when there are more nodes"
-            )
-        time.sleep(1)
-    if asked:
-        # The work itself keeps them busy from here on; a standing request would keep them for ever.
-        request_resources(num_cpus=0)
+def _counted(
+    present: dict[str, float], nodes: tuple[tuple[float, float], ...], config: Config, cores: int, local: bool
+) -> Resources:
+    """Return what is there or may come: work is sized by it and queued, so that an autoscaler adds nodes."""
+    cpus, gpus = int(present.get("CPU", 0)), int(present.get("GPU", 0))
+    if local:
+        return Resources(cpus, gpus, cores, local, nodes)
+    # The driver's own machine may be a small head on which nothing else runs.
+    cores = max(1, int(max((here for here, _ in nodes), default=1)))
+    may_have = max(cpus, config.run.max_cpus or 0), max(gpus, config.run.max_gpus or 0)
+    return Resources(*may_have, cores, local, nodes if may_have == (cpus, gpus) else ())
 
 
 def refuse_unsafe_environment() -> None:

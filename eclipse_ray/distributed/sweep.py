@@ -21,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 from eclipse_ray.config import Config, Range, to_yaml
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import materials, space, sweep_sets
-from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_cpus
+from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_place
 from eclipse_ray.distributed.materials import Cache
 from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
 from eclipse_ray.distributed.space import Space, SweepFacts, Trial
@@ -131,7 +131,7 @@ class _Runner:
         limits = self.config.sweep
         self.gpus, self.concurrent, self.threads = shares(limits.num_gpus, limits.max_concurrent, resources)
         self.cpus = self.threads * resources.cpus_per_core
-        require_cpus(resources, self.cpus, "a trial of the sweep")
+        require_place(resources, self.cpus, self.gpus, "a trial of the sweep")
         self.setup = ray.put(Setup(self.config, sweep.facts, sweep.sets.source, sweep.sets.scored, self.threads))
         self.board = start_board()
         scores = {trial.title: score_of(result, self.config) for trial, result in sweep.done()}

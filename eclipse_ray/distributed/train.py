@@ -120,7 +120,12 @@ def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: s
             "threads": 0 if use_gpu else max(1, resources.cores // workers),
             "board": board,
         },
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1}),
+        scaling_config=ScalingConfig(
+            # On a cluster, one worker is enough to go on with while a lost node is replaced.
+            num_workers=workers if resources.local else (1, workers),
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": 1},
+        ),
         run_config=RunConfig(
             name=fingerprint,
             storage_path=store.path("_eclipse/train") if store.local else f"{store.url}/_eclipse/train",

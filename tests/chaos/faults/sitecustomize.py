@@ -1,7 +1,8 @@
 """Faults for worker processes: Python imports this file at its start where PYTHONPATH names its folder.
 
 ECLIPSE_RAY_TEST_FAULT is a JSON object: `function` ("package.module.name") misbehaves as `how` says (kill, exit,
-sleep, memory) when one of its arguments holds `when`, at most `times` times; each time adds a line to file `log`.
+sleep, memory; slow: late, but right) when one of its arguments holds `when`, or `when` is "always", at most
+`times` times; each time adds a line to file `log`.
 """
 
 import importlib.abc
@@ -24,6 +25,9 @@ def misbehave() -> None:
         sys.exit(0)
     elif FAULT["how"] == "sleep":
         time.sleep(3600)
+    elif FAULT["how"] == "slow":
+        time.sleep(3)
+        return
     raise MemoryError("no memory left, says the test")
 
 
@@ -35,7 +39,7 @@ def is_due(arguments) -> bool:
     if fired() >= FAULT["times"]:
         return False
     when = FAULT["when"]
-    return any(
+    return when == "always" or any(
         when.encode() in value if isinstance(value, bytes) else isinstance(value, list | tuple) and when in value
         for value in arguments
     )

@@ -1,0 +1,40 @@
+"""What a run counts on: the nodes there are, or those that an autoscaler may add."""
+
+from __future__ import annotations
+
+import pytest
+
+from eclipse_ray.config import load_config
+from eclipse_ray.distributed.cluster import _counted
+from eclipse_ray.distributed.purify import pool
+from eclipse_ray.errors import ConfigError
+
+EMPTY: dict[str, float] = {"node:__internal_head__": 1.0}
+LIMITS = {"run.max_gpus": 8, "run.max_cpus": 64}
+
+
+def test_a_cluster_that_starts_from_nothing_gets_a_pool_of_what_it_may_grow_to():
+    config = load_config(None, LIMITS)
+    resources = _counted(EMPTY, (), config, cores=2, local=False)
+    assert (resources.cpus, resources.gpus) == (64, 8)
+    assert pool(config, resources, shards=1000) == (8, 1.0)
+    assert pool(config, resources, shards=3) == (3, 1.0)
+
+
+def test_without_limits_an_empty_cluster_is_refused_instead_of_a_hang():
+    config = load_config(None, {})
+    with pytest.raises(ConfigError, match="add nodes"):
+        pool(config, _counted(EMPTY, (), config, cores=2, local=False), shards=10)
+
+
+def test_more_than_the_limit_is_refused():
+    config = load_config(None, {**LIMITS, "purify.num_gpus": 9})
+    with pytest.raises(ConfigError, match="num_gpus"):
+        pool(config, _counted(EMPTY, (), config, cores=2, local=False), shards=10)
+
+
+def test_a_larger_cluster_counts_and_a_local_one_cannot_grow():
+    config = load_config(None, LIMITS)
+    assert _counted({"CPU": 128.0, "GPU": 16.0}, (), config, cores=2, local=False).gpus == 16
+    local = _counted({"CPU": 4.0}, (), config, cores=2, local=True)
+    assert (local.cpus, local.gpus) == (4, 0)

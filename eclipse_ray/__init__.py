@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eclipse_ray.api import (
+        audit,
         convert,
         dry_run,
         evaluate,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "audit": "eclipse_ray.api",
     "convert": "eclipse_ray.api",
     "dry_run": "eclipse_ray.api",
     "evaluate": "eclipse_ray.api",
@@ -54,6 +56,7 @@ _HOMES = {
 
 __all__ = [
     "Config",
+    "audit",
     "convert",
     "demo",
     "dry_run",

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from eclipse_ray.config.audit import AuditConfig
 from eclipse_ray.config.method import (
     BATCH_PIXELS,
     TILE,
@@ -48,6 +49,7 @@ __all__ = [
     "TILE_OVERLAP",
     "Alpha",
     "Animated",
+    "AuditConfig",
     "CompensationConfig",
     "Config",
     "DataConfig",
@@ -94,6 +96,7 @@ class Config(Section):
     victim: VictimConfig = Field(default_factory=VictimConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     matrix: MatrixConfig = Field(default_factory=MatrixConfig)
+    audit: AuditConfig = Field(default_factory=AuditConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
 

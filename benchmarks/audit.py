@@ -2,10 +2,10 @@
 
     python benchmarks/audit.py --data ../shared/data --work runs/cifar10 --poisoned runs/poisoned
 
-WORK is what `benchmarks/cifar10.py --steps prepare` wrote: its sparse set sets/clean (2,000 labelled images) is
-the clean set. Clean samples are disjoint parts of the other CIFAR-10 training images. Closed-form poisons are drawn
-anew for every sample; optimised ones are sub-folders of POISONED, datasets made by `eclipse-ray poison`. Every
-sample is one line of OUT, so that an interrupted run goes on; `--table` only prints the tables.
+WORK is what `benchmarks/cifar10.py --steps prepare` wrote: its sparse set, 2,000 labelled images, is the clean set.
+Clean samples are disjoint parts of the other CIFAR-10 training images. Closed-form poisons are drawn anew for every
+sample; optimised ones are sub-folders of POISONED, datasets made by `eclipse-ray poison`. Every sample is one line
+of --out, so that an interrupted run goes on; `--table` only prints the tables.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Sets(NamedTuple):
 
 
 def cases(sizes: list[int], most: int, poisoned: list[str]) -> Iterator[Case]:
-    """Yield every sample: clean ones as many as fit (at most `most`), three of each poison."""
+    """Yield every sample: clean ones as many as fit (at most `most`), two of each change."""
     for images in sizes:
         for seed in range(min(most, 46_000 // images)):
             yield Case("cifar10", "", images, seed)

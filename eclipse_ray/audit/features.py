@@ -27,6 +27,8 @@ FEW = 16
 """Images whose patches are laid out together."""
 PATCHES = 8
 """Patches of an image that filters are made of."""
+STRIDE = 2
+"""Pixels between two places where a filter looks."""
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -165,9 +167,11 @@ def random_filters(sample: Images, count: int, generator: torch.Generator, side:
 def responses(residual: Tensor, filters: Tensor) -> Tensor:
     """Return what filters find in residuals (n, 3, S, S), both signs, in each quarter: (n, 8 * filters)."""
     side = filters.shape[-1]
-    places = residual.shape[-1] - side + 1
+    places = (residual.shape[-1] - side) // STRIDE + 1
     # A product of matrices, a few images at a time: convolutions of three channels are slow on a CPU.
-    found = torch.cat([filters.flatten(1) @ F.unfold(part, side) for part in torch.split(residual, FEW)])
+    found = torch.cat(
+        [filters.flatten(1) @ F.unfold(part, side, stride=STRIDE) for part in torch.split(residual, FEW)]
+    )
     found = found.view(len(residual), len(filters), places, places)
     both = torch.cat([F.relu(found - 0.5), F.relu(-found - 0.5)], 1)
     return F.adaptive_avg_pool2d(both, 2).flatten(1)

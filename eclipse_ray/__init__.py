@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eclipse_ray.api import (
+        audit,
         convert,
         dry_run,
         evaluate,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "audit": "eclipse_ray.api",
     "convert": "eclipse_ray.api",
     "dry_run": "eclipse_ray.api",
     "evaluate": "eclipse_ray.api",
@@ -60,6 +62,7 @@ _HOMES = {
 
 __all__ = [
     "Config",
+    "audit",
     "convert",
     "demo",
     "dry_run",

@@ -22,6 +22,7 @@ from eclipse_ray.config import (
 )
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.results import (
+    AuditResult,
     DatasetResult,
     DryRunResult,
     EvaluateResult,
@@ -346,6 +347,39 @@ def _measure(config: Config) -> MatrixResult:
         table=f"{matrix.store.url}/table.md",
         failures=matrix.failures,
     )
+
+
+def audit(
+    source: str | None = None,
+    *,
+    clean: str | None = None,
+    denoiser: str | None = None,
+    out: str | None = None,
+    resize: int | None = None,
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> AuditResult:
+    """Say whether a labelled dataset is poisoned, how sure that is, and by what kind of poison (docs/audit.md).
+
+    Needs no clean set; with one, more poisons are seen. With `out`, audit.json, audit.png and config.yaml are left
+    there.
+    """
+    from eclipse_ray.distributed import audit as room
+
+    named = {
+        "data.source": source,
+        "data.clean": clean,
+        "audit.denoiser": denoiser,
+        "audit.output": out,
+        "data.resize": resize,
+    }
+    resolved = resolve(config, settings, named)
+    done = room.audit(resolved)
+    if resolved.audit.output:
+        from eclipse_ray.report.audit import write_audit
+
+        write_audit(resolved.audit.output, to_yaml(resolved), done.result, done.sample, done.clean)
+    return done.result
 
 
 def submit(

@@ -188,6 +188,27 @@ class SweepView:
 
 
 @dataclass(frozen=True)
+class AuditResult:
+    """Is a dataset poisoned, and by what; `frequency` and `scope` are None for a clean one.
+
+    `recommended` holds t_star, p and sigma, each None for a clean set; `evidence` one entry a score: name, effect,
+    tolerance, p_value, null, counted, detail; `words` is the verdict for people.
+    """
+
+    verdict: str
+    p_value: float
+    frequency: str | None
+    scope: str | None
+    recommended: dict[str, float | int | None]
+    words: str
+    images: int
+    classes: int
+    clean_images: int
+    evidence: list[dict[str, Any]]
+    output: str | None
+
+
+@dataclass(frozen=True)
 class DatasetResult:
     """A dataset written by convert, split or poison."""
 
@@ -231,6 +252,7 @@ Result = (
     | MatrixPlan
     | SweepResult
     | SweepPlan
+    | AuditResult
     | DatasetResult
     | DemoResult
     | SubmitResult

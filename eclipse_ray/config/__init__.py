@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from eclipse_ray.config.audit import AuditConfig
 from eclipse_ray.config.method import (
     BATCH_PIXELS,
     TILE,
@@ -60,6 +61,7 @@ __all__ = [
     "TILE_OVERLAP",
     "Alpha",
     "Animated",
+    "AuditConfig",
     "CompensationConfig",
     "Config",
     "DataConfig",
@@ -120,6 +122,7 @@ class Config(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     matrix: MatrixConfig = Field(default_factory=MatrixConfig)
     sweep: SweepConfig = Field(default_factory=SweepConfig)
+    audit: AuditConfig = Field(default_factory=AuditConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
 

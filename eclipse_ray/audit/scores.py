@@ -1,0 +1,190 @@
+"""The scores of the audit: each an effect, a tolerance, a p-value of an effect beyond it, and what its null is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eclipse_ray.audit import features, nulls
+from eclipse_ray.audit.features import Images
+from eclipse_ray.audit.probe import accuracy, confidence, fit_probe, fit_probes, margins
+from eclipse_ray.errors import InputError
+
+MIRROR = "within a class, an image and its mirror image are equally likely"
+LABELS = "labels are permuted, which clean images of different things do not respect either: shown, not counted"
+SAME = "the clean set is a sample of the same kind"
+
+TOLERANCE = 0.05
+"""Effects of the mirror up to this are taken for nature's, in root mean squares (docs/audit.md)."""
+CLASS_MEAN_TOLERANCE = 0.002
+"""Part of the odd residual's energy that class means may hold beyond chance."""
+SAME_TOLERANCE = 0.1
+"""Difference from the clean set, in standard deviations, that is taken for a difference of processing."""
+FLIPS, MEAN_FLIPS, SWAPS, PERMUTATIONS = 9999, 1999, 1999, 99
+"""Relabellings of each kind of null."""
+LEAST_IMAGES, LEAST_OF_CLASS = 100, 8
+"""Fewer images, or fewer of two classes, cannot be audited."""
+FILTERS = 48
+"""Filters of the transfer score."""
+LEARN_IMAGES, TEST_IMAGES = 2000, 1000
+"""Most images that the transfer score learns from, and that it is tested on."""
+LABEL_IMAGES = 2000
+"""Most images of the score with permuted labels, whose probe is fitted to all pixels."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One piece of evidence; `counted`: the verdict rests on it; `detail`: what was seen, for people."""
+
+    name: str
+    effect: float
+    tolerance: float
+    p_value: float
+    null: str
+    counted: bool
+    detail: str
+
+
+def score_images(sample: Images, clean: Images | None, seed: int) -> list[Score]:
+    """Return all scores of a labelled sample, with those that compare it with a clean set if there is one.
+
+    Deterministic for one `seed` on one machine. Raises InputError for too few images or classes.
+    """
+    return [*mirror(sample, seed), *(compare(sample, clean, seed) if clean is not None else [])]
+
+
+def mirror(sample: Images, seed: int) -> list[Score]:
+    """Return the scores that need no clean set. Raises InputError for too few images or classes."""
+    labels = check_labels(sample)
+    generator = torch.Generator().manual_seed(seed)
+    order, train, test = _halves(labels, generator)
+    scores = []
+    for name, view in features.VIEWS.items():
+        rows = features.rows_of(sample, view)
+        scores.append(_mirror(name, rows, labels, (train, test), generator))
+        if name == "predictability":
+            scores.append(_class_mean(rows, labels, generator))
+    scores.append(_permuted_labels(sample, labels, order, generator))
+    return scores
+
+
+def compare(sample: Images, clean: Images, seed: int) -> list[Score]:
+    """Return the scores that compare a labelled sample with a clean set. Raises InputError for too few images."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    _, train, test = _halves(check_labels(sample), generator)
+    return [_band_energy(sample, clean, generator), _transfer(sample, clean, train, test, generator)]
+
+
+def _halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    order = torch.randperm(len(labels), generator=generator)
+    return order, order[: len(order) // 2], order[len(order) // 2 :]
+
+
+def check_labels(sample: Images) -> Tensor:
+    """Return the labels, renumbered from 0. Raises InputError unless there is enough to learn from."""
+    if sample.labels is None:
+        raise InputError("audit needs labels: a poison is what images of one label share; name their column")
+    found, labels, counts = torch.unique(sample.labels, return_inverse=True, return_counts=True)
+    if len(labels) < LEAST_IMAGES or len(found) < 2 or int(counts.min()) < LEAST_OF_CLASS:
+        raise InputError(
+            f"audit found {len(labels)} images of {len(found)} classes, the smallest of {int(counts.min())}; it "
+            f"needs {LEAST_IMAGES} images and two classes of {LEAST_OF_CLASS} or more"
+        )
+    return labels
+
+
+def _mirror(
+    name: str, rows: Tensor, labels: Tensor, halves: tuple[Tensor, Tensor], generator: torch.Generator
+) -> Score:
+    """Can a probe fitted to one half tell classes by what changes in the mirror? The other is turned at random."""
+    train, test = halves
+    # What all classes share, such as light from the left or a camera's own pattern, is no poison.
+    odd = rows - rows[train].mean(0)
+    classes = int(labels.max()) + 1
+    found = fit_probe(odd[train], labels[train], classes)(odd[test])
+    effect, p_value = nulls.sign_flips(margins(found, labels[test]), TOLERANCE, FLIPS, generator)
+    right = 100 * accuracy(found, labels[test])
+    detail = f"tells the class of {right:.1f} % of images by it, {100 / classes:.1f} % by chance"
+    return Score(name, effect, TOLERANCE, p_value, MIRROR, True, detail)
+
+
+def _class_mean(rows: Tensor, labels: Tensor, generator: torch.Generator) -> Score:
+    odd = rows - rows.mean(0)
+    effect, p_value = nulls.class_mean_flips(odd, labels, CLASS_MEAN_TOLERANCE, MEAN_FLIPS, generator)
+    norms = [float(odd[labels == label].mean(0).norm()) for label in torch.unique(labels)]
+    detail = f"L2 norms of class means {min(norms):.1f} to {max(norms):.1f}, in 1/255"
+    return Score("class_mean", effect, CLASS_MEAN_TOLERANCE, p_value, MIRROR, True, detail)
+
+
+def _permuted_labels(sample: Images, labels: Tensor, order: Tensor, generator: torch.Generator) -> Score:
+    chosen = order[:LABEL_IMAGES]
+    rows = features.rows_of(sample.take(chosen), lambda images, rows: images.residual(rows).flatten(1))
+    half, classes = len(chosen) // 2, int(labels.max()) + 1
+    train, test = labels[chosen[:half]], labels[chosen[half:]]
+    drawn = [train[torch.randperm(half, generator=generator)] for _ in range(PERMUTATIONS)]
+    # One system of equations for the true labels and all permutations.
+    found = fit_probes(rows[:half], [train, *drawn], classes)(rows[half:])
+    hits = [accuracy(scores, test) for scores in found]
+    p_value = nulls.p_of(hits[0], torch.tensor(hits[1:]))
+    chance = sum(hits[1:]) / PERMUTATIONS
+    detail = f"a probe of the residual's pixels is right on {100 * hits[0]:.1f} %, {100 * chance:.1f} % by chance"
+    return Score("label_permutation", hits[0] - chance, 0.0, p_value, LABELS, False, detail)
+
+
+def _band_energy(sample: Images, clean: Images, generator: torch.Generator) -> Score:
+    mine, theirs = features.rows_of(sample, features.bands), features.rows_of(clean, features.bands)
+    groups = [(mine, theirs)]
+    if sample.labels is not None and clean.labels is not None:
+        pairs = [
+            (mine[sample.labels == label], theirs[clean.labels == label]) for label in torch.unique(sample.labels)
+        ]
+        groups = [pair for pair in pairs if min(len(pair[0]), len(pair[1])) >= LEAST_OF_CLASS] or groups
+    effects, p_value = nulls.most_excess(groups, SWAPS, generator)
+    largest = float(effects.max())
+    band = int(effects.amax(0).argmax())
+    low, high = band / (2 * features.BANDS), (band + 1) / (2 * features.BANDS)
+    detail = f"most excess energy at {low:.2f} to {high:.2f} cycles a pixel, {largest:.2f} standard deviations"
+    return Score("band_energy", largest, 0.0, p_value, SAME, False, detail)
+
+
+def _transfer(sample: Images, clean: Images, train: Tensor, test: Tensor, generator: torch.Generator) -> Score:
+    """Is what a probe learns from one half worth more on the other half than on clean images?"""
+    labels = check_labels(sample)
+    train, test = train[:LEARN_IMAGES], test[:TEST_IMAGES]
+    filters = features.random_filters(sample, FILTERS, generator)
+
+    def view(images: Images, rows: slice) -> Tensor:
+        return features.responses(images.residual(rows), filters)
+
+    learnt = features.rows_of(sample.take(train), view)
+    centre, spread = learnt.mean(0), learnt.std(0) + 1e-6
+    probe = fit_probe((learnt - centre) / spread, labels[train], int(labels.max()) + 1)
+    few = clean.take(torch.randperm(len(clean.images), generator=generator)[:TEST_IMAGES])
+    own = probe((features.rows_of(sample.take(test), view) - centre) / spread)
+    other = probe((features.rows_of(few, view) - centre) / spread)
+    numbers = clean_labels(sample, few)
+    if numbers is None:
+        first, second = confidence(own), confidence(other)
+        detail = (
+            "confidence of a probe of local detail, on its own kind and on the clean set (which has no labels)"
+        )
+    else:
+        known = numbers >= 0
+        first, second = margins(own, labels[test]), margins(other[known], numbers[known])
+        detail = (
+            f"a probe of local detail is right on {100 * accuracy(own, labels[test]):.1f} % of its own kind and "
+            f"on {100 * accuracy(other[known], numbers[known]):.1f} % of the clean set"
+        )
+    effect, p_value = nulls.two_samples(first, second, SAME_TOLERANCE, SWAPS, generator)
+    return Score("transfer", effect, SAME_TOLERANCE, p_value, SAME, True, detail)
+
+
+def clean_labels(sample: Images, clean: Images) -> Tensor | None:
+    """Return the clean set's labels in the sample's renumbering, -1 for other classes; None without labels."""
+    if sample.labels is None or clean.labels is None:
+        return None
+    found = torch.unique(sample.labels)
+    place = torch.searchsorted(found, clean.labels).clamp_max(len(found) - 1)
+    return torch.where(found[place] == clean.labels, place, -1)

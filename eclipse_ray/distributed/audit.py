@@ -1,0 +1,226 @@
+"""Audit a dataset: Ray Data streams a random sample of it through crops, and the driver scores and decides."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+
+from eclipse_ray.audit import Finding, Images, Score, judge, score_images
+from eclipse_ray.config import Config
+from eclipse_ray.data.formats import chunk_spans, open_source
+from eclipse_ray.data.images import centre_crop, content_hash
+from eclipse_ray.data.store import Store
+from eclipse_ray.diffusion.checkpoint import read_card
+from eclipse_ray.distributed.audit_work import AuditJob, Denoised, read_crops
+from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local
+from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.distributed.progress import ProgressLine, say
+from eclipse_ray.distributed.purify import IO_CPUS, pool
+from eclipse_ray.distributed.shards import Pixels, fatal_error, unpack
+from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.results import AuditResult
+
+CHUNK_IMAGES, CHUNK_BYTES = 1024, 64 * 2**20
+# Chunks are chosen at random until they hold so many times the sample: more classes are met, more is read.
+CANDIDATES = 20
+# Rows looked at for each one that is kept, so that rare classes are not left with too few.
+SPARE = 3
+PUBLISHED_T_STAR = 100
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A crop of the sample: its id, label (-1: none), draw, pixels, and what a denoiser made of them or None."""
+
+    id: str
+    label: int
+    draw: float
+    pixels: Pixels
+    denoised: Pixels | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A verdict, and what its picture is drawn from."""
+
+    result: AuditResult
+    sample: Images
+    clean: Images | None
+
+
+def audit(config: Config) -> Audit:
+    """Score a class-balanced random sample of data.source, beside data.clean if there is one, and decide.
+
+    Raises InputError for missing labels, too few images, and a clean set that shares images with the sample.
+    """
+    source, clean_url = config.data.source, config.data.clean
+    if not source:
+        raise ConfigError("audit needs a dataset: eclipse-ray audit SRC [--clean SRC]")
+    for url in (source, clean_url):
+        if url:
+            refuse_process_local(url, Store(url).in_this_process_only)
+    crops = balanced(_crops(config, source), config.audit.images, config.audit.classes)
+    if not crops:
+        raise InputError(f"{source}: audit needs labels, for a poison is what images of one label share; add them")
+    others = _crops(config, clean_url)[: config.audit.images] if clean_url else []
+    if clean_url:
+        _refuse_shared(source, clean_url, crops, others)
+    side = common_side([*crops, *others])
+    sample, clean = as_images(crops, side), as_images(others, side) if others else None
+    say(f"audit: scoring {len(sample.images):,} images of {side} px")
+    scores = score_images(sample, clean, config.run.seed)
+    finding = judge(sample, scores, config.audit.alpha)
+    return Audit(_result(config, finding, scores, sample, clean), sample, clean)
+
+
+def balanced(crops: Sequence[Crop], images: int, classes: int) -> list[Crop]:
+    """Return at most `images` labelled crops of the `classes` largest classes, as even as they allow."""
+    by_label: dict[int, list[Crop]] = defaultdict(list)
+    for crop in sorted(crops, key=lambda crop: (crop.draw, crop.id)):
+        if crop.label >= 0:
+            by_label[crop.label].append(crop)
+    largest = sorted(by_label, key=lambda label: (-len(by_label[label]), label))[:classes]
+    share = -(-images // max(1, len(largest)))
+    chosen = [crop for label in sorted(largest) for crop in by_label[label][:share]]
+    return sorted(chosen, key=lambda crop: (crop.draw, crop.id))[:images]
+
+
+def common_side(crops: Sequence[Crop]) -> int:
+    """Return the side, in pixels, that all but 5 % of the crops have at least."""
+    sides = sorted(crop.pixels.shape[0] for crop in crops)
+    return sides[len(sides) // 20]
+
+
+def as_images(crops: Sequence[Crop], side: int) -> Images:
+    """Return the middle of every crop that is large enough, as tensors; labels unless none has one."""
+    kept = [crop for crop in crops if crop.pixels.shape[0] >= side]
+    labels = torch.tensor([crop.label for crop in kept])
+    denoised = [crop.denoised for crop in kept if crop.denoised is not None]
+    return Images(
+        _tensor([crop.pixels for crop in kept], side),
+        labels if bool((labels >= 0).any()) else None,
+        _tensor(denoised, side) if denoised else None,
+    )
+
+
+def _tensor(pixels: Sequence[Pixels], side: int) -> torch.Tensor:
+    return (
+        torch.from_numpy(np.stack([centre_crop(each, side) for each in pixels])).permute(0, 3, 1, 2).contiguous()
+    )
+
+
+def _crops(config: Config, url: str) -> list[Crop]:
+    """Return a random part of a dataset, sorted by draw: SPARE times audit.images, or all there are."""
+    source = open_source(url, config.data)
+    chunks = list(chunk_spans(source.parts, CHUNK_IMAGES, CHUNK_BYTES))
+    order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
+    wanted, found, chosen = CANDIDATES * config.audit.images, 0, []
+    for number in order:
+        if found >= wanted:
+            break
+        chosen.append(chunks[number])
+        found += sum(stop - start for _, start, stop in chunks[number])
+    job = AuditJob(
+        source=source.url,
+        format=source.format,
+        classes=None if source.classes is None else tuple(source.classes),
+        data=config.data,
+        purify=config.purify,
+        denoiser=config.audit.denoiser,
+        crop=config.audit.crop,
+        keep=min(1.0, SPARE * config.audit.images / found),
+        seed=config.run.seed,
+    )
+    resources = connect(config)
+    line = ProgressLine("audit: reading", "images", found, config.run.progress_seconds)
+    crops: list[Crop] = []
+    failed = 0
+    for part, failures, read in _stream(job, chosen, config, resources):
+        crops += part
+        failed += failures
+        line.advance(read, failures)
+    if failed:
+        say(f"audit: {failed} images of {url} cannot be decoded or are too small; they are left out")
+    if not crops:
+        raise InputError(f"{url}: no image could be looked at; check that they decode and have 16 pixels a side")
+    return sorted(crops, key=lambda crop: (crop.draw, crop.id))
+
+
+def _stream(
+    job: AuditJob, chunks: Sequence[Sequence[tuple[str, int, int]]], config: Config, resources: Resources
+) -> Iterator[tuple[list[Crop], int, int]]:
+    """Yield (crops, failures, rows read) of each chunk."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    rows = [pa.table({"spans": [json.dumps(spans)]}) for spans in chunks]
+    dataset = ray.data.from_arrow(rows).map_batches(
+        read_crops, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
+    )
+    if job.denoiser is not None:
+        actors, gpus = pool(config, resources, len(chunks))
+        dataset = dataset.map_batches(
+            Denoised,
+            fn_constructor_args=(job,),
+            compute=ActorPoolStrategy(size=actors),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_gpus=gpus or None,
+            num_cpus=None if gpus else 1,
+        )
+    for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
+        if batch["fatal"][0].as_py():
+            raise fatal_error(batch["fatal"][0].as_py())
+        table, images, failures = unpack(batch)
+        rest = images[table.num_rows :]
+        denoised: list[Pixels | None] = [*rest] if rest else [None] * table.num_rows
+        # Copies: a crop kept as a view would keep its whole chunk.
+        crops = [
+            Crop(row["id"], row["label"], row["draw"], image.copy(), None if clean is None else clean.copy())
+            for row, image, clean in zip(table.to_pylist(), images[: table.num_rows], denoised, strict=True)
+        ]
+        yield crops, len(failures), batch["read"][0].as_py()
+
+
+def _refuse_shared(source: str, clean_url: str, crops: Sequence[Crop], others: Sequence[Crop]) -> None:
+    shared = {content_hash(crop.pixels) for crop in crops} & {content_hash(crop.pixels) for crop in others}
+    if shared:
+        raise InputError(
+            f"{source}, {clean_url}: sample and clean set share {len(shared)} images (by content); a clean set is "
+            "compared with the sample only if it is disjoint from it"
+        )
+
+
+def _result(
+    config: Config, finding: Finding, scores: Sequence[Score], sample: Images, clean: Images | None
+) -> AuditResult:
+    t_star = None
+    if finding.verdict == "poisoned":
+        folder = config.audit.denoiser
+        t_star = read_card(local_denoiser(folder)).t_star if folder else PUBLISHED_T_STAR
+    poisoned = t_star is not None
+    labels = torch.empty(0) if sample.labels is None else sample.labels
+    return AuditResult(
+        verdict=finding.verdict,
+        p_value=finding.p_value,
+        frequency=finding.frequency,
+        scope=finding.scope,
+        recommended={
+            "t_star": t_star,
+            "p": config.compensation.p if poisoned else None,
+            "sigma": config.compensation.sigma if poisoned else None,
+        },
+        words=finding.words,
+        images=len(sample.images),
+        classes=len(torch.unique(labels)),
+        clean_images=0 if clean is None else len(clean.images),
+        evidence=[asdict(score) for score in scores],
+        output=config.audit.output,
+    )

@@ -1,0 +1,140 @@
+"""The audit's scores and verdicts on drawn images: planted patterns are found, clean images are not."""
+
+import pytest
+import torch
+
+from eclipse_ray.audit import Images, judge, nulls, score_images
+from eclipse_ray.audit.features import VIEWS, bands, rows_of
+from eclipse_ray.audit.scores import check_labels, compare, mirror
+from eclipse_ray.audit.verdict import holm
+from eclipse_ray.config import load_config
+from eclipse_ray.data.synthetic import draw_synthetic
+from eclipse_ray.errors import InputError
+from eclipse_ray.poisons import poison_images
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+COUNT = 600
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    images, labels = draw_synthetic(COUNT + 300, 32, 3)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def sample_of(drawn, name: str = "") -> Images:
+    images, labels = drawn[0][:COUNT], drawn[1][:COUNT]
+    if name:
+        config = load_config(None, {"poison.name": name}).poison
+        images = poison_images(images, labels, [f"i{row}" for row in range(COUNT)], config, 0, 10)
+    return Images(images.permute(0, 3, 1, 2).contiguous(), labels)
+
+
+def clean_of(drawn, labelled: bool = True) -> Images:
+    return Images(drawn[0][COUNT:].permute(0, 3, 1, 2).contiguous(), drawn[1][COUNT:] if labelled else None)
+
+
+def test_views_turn_their_sign_with_the_mirror(drawn):
+    sample = sample_of(drawn)
+    denoised = (sample.images // 2) * 2
+    for each in (sample, Images(sample.images, None, denoised)):
+        turned = Images(each.images.flip(-1), None, None if each.denoised is None else each.denoised.flip(-1))
+        for name, view in VIEWS.items():
+            one, other = (rows_of(images.take(torch.arange(40)), view) for images in (each, turned))
+            assert float(one.abs().max()) > 0, name
+            assert torch.allclose(one, -other, atol=1e-3), name
+        assert torch.allclose(rows_of(each, bands), rows_of(turned, bands), atol=1e-3)
+
+
+def test_clean_images_are_called_clean(drawn):
+    sample = sample_of(drawn)
+    finding = judge(sample, score_images(sample, clean_of(drawn), 0), 0.01)
+    assert (finding.verdict, finding.frequency, finding.scope) == ("clean", None, None)
+    assert finding.p_value > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "frequency", "scope"),
+    [("urp", "high", "class"), ("lsp", "low", "class"), ("ar", "high", "sample"), ("cuda", None, "class")],
+)
+def test_poisons_are_found_without_a_clean_set(drawn, name, frequency, scope):
+    sample = sample_of(drawn, name)
+    finding = judge(sample, mirror(sample, 0), 0.01)
+    assert finding.verdict == "poisoned"
+    assert finding.p_value <= 0.01
+    assert finding.scope == scope
+    assert frequency in (None, finding.frequency)
+
+
+def test_a_pattern_that_respects_the_mirror_is_found_with_a_clean_set(drawn):
+    sample, generator = sample_of(drawn), torch.Generator().manual_seed(0)
+    # Each image has stripes of its own strength, whose fineness tells the class.
+    across = torch.arange(32)
+    waves = torch.stack([torch.cos(2 * torch.pi * (across - 15.5) * (3 + label) / 32) for label in range(10)])
+    strength = 8 * torch.rand(COUNT, 1, 1, 1, generator=generator) + 4
+    assert sample.labels is not None
+    stripes = waves[sample.labels].view(COUNT, 1, 1, 32) * strength
+    striped = Images((sample.images + stripes).round().clamp(0, 255).to(torch.uint8), sample.labels)
+    assert judge(striped, mirror(striped, 0), 0.01).verdict == "clean"
+    for labelled in (True, False):
+        scores = {score.name: score for score in compare(striped, clean_of(drawn, labelled), 0)}
+        assert scores["transfer"].p_value <= 0.001, labelled
+
+
+def test_scores_are_the_same_for_the_same_seed(drawn):
+    sample = sample_of(drawn)
+    assert mirror(sample, 5) == mirror(sample, 5)
+
+
+def test_p_values_are_uniform_where_the_null_holds():
+    generator = torch.Generator().manual_seed(0)
+    flips, means, swaps = [], [], []
+    labels = torch.arange(60) % 3
+    for _ in range(200):
+        # Of unequal spread, as images are.
+        rows = torch.randn(60, 4, generator=generator) * torch.rand(60, 1, generator=generator)
+        flips.append(nulls.sign_flips(rows[:, 0], 0.0, 199, generator)[1])
+        means.append(nulls.class_mean_flips(rows, labels, 0.0, 199, generator)[1])
+        swaps.append(nulls.two_samples(rows[:40, 1], rows[40:, 1], 0.0, 199, generator)[1])
+    for found in (flips, means, swaps):
+        p_values = torch.tensor(found)
+        for level in (0.1, 0.5):
+            # Four standard deviations of a proportion of 200.
+            assert abs(float((p_values <= level).float().mean()) - level) < 4 * (level * (1 - level) / 200) ** 0.5
+
+
+def test_the_most_excess_band_has_a_uniform_p_value_and_is_found():
+    generator = torch.Generator().manual_seed(1)
+    p_values = []
+    for _ in range(100):
+        rows = torch.randn(50, 3, generator=generator)
+        p_values.append(nulls.most_excess([(rows[:25], rows[25:40]), (rows[:20], rows[40:])], 99, generator)[1])
+    assert 0.3 < sum(p_values) / 100 < 0.7
+    rows = torch.randn(80, 3, generator=generator)
+    rows[:50, 1] += 2
+    effects, p_value = nulls.most_excess([(rows[:50], rows[50:])], 199, generator)
+    assert int(effects[0].argmax()) == 1
+    assert p_value == 1 / 200
+
+
+def test_a_tolerated_effect_is_not_significant():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(20_000, generator=generator) + 0.03
+    assert nulls.sign_flips(values, 0.0, 199, generator)[1] < 0.01
+    assert nulls.sign_flips(values, 0.05, 199, generator)[1] > 0.5
+
+
+def test_holm():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.02}) == pytest.approx({"a": 0.03, "c": 0.04, "b": 0.04})
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_too_little_to_learn_from_is_refused(drawn):
+    sample = sample_of(drawn)
+    assert sample.labels is not None
+    with pytest.raises(InputError, match="needs labels"):
+        check_labels(Images(sample.images, None))
+    with pytest.raises(InputError, match="99 images of 10 classes"):
+        check_labels(sample.take(torch.arange(99)))
+    with pytest.raises(InputError, match="1 classes"):
+        check_labels(Images(sample.images, torch.zeros(COUNT, dtype=torch.int64)))

@@ -6,6 +6,9 @@ override it; arguments named here override both. Ray is imported by the verbs th
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from eclipse_ray.config import Config, Layout, ScheduleName, Settings, load_config, to_yaml, with_overrides
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.results import (
@@ -17,9 +20,11 @@ from eclipse_ray.results import (
     MatrixPlan,
     MatrixResult,
     PurifyResult,
+    ReportResult,
     StatusResult,
     TrainResult,
     VerifyResult,
+    to_json,
 )
 
 ConfigLike = Config | str | None
@@ -211,14 +216,18 @@ def evaluate(
     """Train victims on `train` and return their accuracy on `test`; `clean` is checked to be disjoint.
 
     With a section `matrix` in the config, measure that grid instead, into `out`: the same call goes on with what
-    is missing. What fails is left out and named in `failures`; the same call tries it again.
+    is missing. What fails is left out and named in `failures`; the same call tries it again. One dataset's result
+    is written to out/evaluate.json when `out` is given.
     """
     resolved = resolve(config, settings, _evaluate_settings(train, test, clean, out))
     if _is_matrix(resolved):
         return _measure(resolved)
     from eclipse_ray.distributed import evaluate as room
 
-    return room.evaluate(resolved)
+    result = room.evaluate(resolved)
+    if out:
+        _keep(out, resolved, "evaluate.json", {**to_json(result), "train": resolved.data.source, "test": resolved.data.test})
+    return result
 
 
 def evaluate_plan(
@@ -246,6 +255,22 @@ def _evaluate_settings(
     return {"data.source": train, "data.test": test, "data.clean": clean, "data.output": out}
 
 
+def report(output: str) -> ReportResult:
+    """Write a page on the output folder `output` (of train, purify, evaluate, sweep, audit or demo) into it.
+
+    Raises ConfigError when the libraries for it are not installed, InputError for another folder.
+    """
+    try:
+        from eclipse_ray.report.write import write_report
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "jinja2"):
+            raise
+        raise ConfigError(
+            f"a report needs {error.name}; install it with: pip install 'eclipse-ray[report]'"
+        ) from error
+    return write_report(output)
+
+
 def _is_matrix(config: Config) -> bool:
     return bool(config.matrix.poisons) or config.matrix.clean
 
@@ -266,6 +291,15 @@ def _measure(config: Config) -> MatrixResult:
         table=f"{matrix.store.url}/table.md",
         failures=matrix.failures,
     )
+
+
+def _keep(output: str, config: Config, name: str, content: dict[str, Any]) -> None:
+    """Leave a result as JSON in a folder, with the resolved settings."""
+    from eclipse_ray.data.store import Store
+
+    store = Store(output)
+    store.write("_eclipse/config.yaml", to_yaml(config).encode())
+    store.write(name, json.dumps(content, indent=2).encode())
 
 
 def _recorded(config: Config, result: DatasetResult) -> DatasetResult:

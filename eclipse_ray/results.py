@@ -89,7 +89,10 @@ class VerifyResult:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Test accuracy (0-100) after the last epoch: mean and standard deviation over victims."""
+    """Test accuracy (0-100) after the last epoch: mean and standard deviation over victims.
+
+    `curves` has the test accuracy after every epoch, one list a victim.
+    """
 
     test_accuracy: float
     test_accuracy_std: float
@@ -99,6 +102,7 @@ class EvaluateResult:
     best_epoch_accuracy: float
     compensation: str
     accuracies: list[float]
+    curves: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,14 @@ class DatasetResult:
 
 
 @dataclass(frozen=True)
+class ReportResult:
+    """A report that was written: its page, and the output folder it is about."""
+
+    report: str
+    output: str
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Test accuracies (0-100) of the demo's victims."""
 
@@ -182,6 +194,7 @@ Result = (
     | MatrixResult
     | MatrixPlan
     | DatasetResult
+    | ReportResult
     | DemoResult
 )
 

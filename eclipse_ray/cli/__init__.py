@@ -6,12 +6,12 @@ import signal
 import sys
 from types import FrameType
 
-from eclipse_ray.cli import datasets, method, proof, runs
+from eclipse_ray.cli import datasets, method, proof, reports, runs
 from eclipse_ray.cli.common import app, reserve_standard_output
 from eclipse_ray.errors import EXIT_OK, EclipseError, InterruptedRunError
 
 # Importing a module registers its commands; --help lists them in this order.
-__all__ = ["app", "datasets", "main", "method", "proof", "runs"]
+__all__ = ["app", "datasets", "main", "method", "proof", "reports", "runs"]
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -110,10 +110,10 @@ def _best(rows: Sequence[Result]) -> str:
         return f"{len(rows):,} victims are trained; no defense has met every poison yet."
     means = {d: statistics.fmean(statistics.fmean(cells[d, p]) for p in poisons) for d in whole}
     best = max(means, key=lambda name: means[name])
-    none = f", without a defense {means['none']:.1f} %" if "none" in means and best != "none" else ""
+    none = f"; without a defense it reaches {means['none']:.1f} %" if "none" in means and best != "none" else ""
     return (
-        f"{len(rows):,} victims are trained. Over {len(poisons)} poisons, {best} does best for {victim}: "
-        f"{means[best]:.1f} % test accuracy on average{none}."
+        f"{len(rows):,} victims are trained. Averaged over {len(poisons)} poisons, victim {victim} does best under "
+        f"the defense “{best}”, with {means[best]:.1f} % test accuracy{none}."
     )
 
 

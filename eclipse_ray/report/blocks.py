@@ -64,6 +64,8 @@ class Chart:
     light: bytes
     dark: bytes
     png: bytes
+    wide: bool = False
+    """Wider than a phone: there it is scrolled rather than made illegible."""
 
     @property
     def light_uri(self) -> str:

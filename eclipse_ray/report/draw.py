@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from eclipse_ray.report.blocks import Chart
 
@@ -50,13 +52,19 @@ def draw(name: str, alt: str, caption: str, paint: Paint, size: tuple[float, flo
     """
     figure = _figure(paint, size)
     light = _save(figure, "svg")
-    return Chart(name, alt, caption, light, _in_the_dark(light), _save(figure, "png"))
+    return Chart(name, alt, caption, light, _in_the_dark(light), _save(figure, "png"), wide=size == WIDE)
 
 
 def _in_the_dark(drawing: bytes) -> bytes:
     pairs = zip(LIGHT.colours, DARK.colours, strict=True)
     colours = {light.encode(): dark.encode() for light, dark in pairs}
     return re.sub(rb"#[0-9a-f]{6}", lambda match: colours.get(match[0], match[0]), drawing)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Write the powers of ten of a logarithmic axis as plain numbers."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legible(label: str) -> str:

@@ -52,6 +52,23 @@ def part_left(after: Sequence[Floats], before: Sequence[Floats]) -> float:
     return sum(float(np.vdot(a, b)) for a, b in zip(after, before, strict=True)) / energy if energy else math.nan
 
 
+def bands_left(after: Sequence[Floats], before: Sequence[Floats], frequency: float) -> tuple[float, float]:
+    """Return `part_left` of the perturbations' frequencies below and above `frequency` cycles a pixel."""
+    products, energies = np.zeros(2), np.zeros(2)
+    for residual, change in zip(after, before, strict=True):
+        high = (_radius(change.shape[:2]) >= frequency).astype(int)
+        one, two = (np.fft.fft2(each, axes=(0, 1)) for each in (residual, change))
+        products += np.bincount(high.ravel(), weights=(one * two.conj()).real.sum(2).ravel(), minlength=2)
+        energies += np.bincount(high.ravel(), weights=(np.abs(two) ** 2).sum(2).ravel(), minlength=2)
+    low, top = (float(p / e) if e else math.nan for p, e in zip(products, energies, strict=True))
+    return low, top
+
+
+def _radius(shape: Sequence[int]) -> Floats:
+    radius: Floats = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.fftfreq(shape[1])[None, :])
+    return radius
+
+
 def power_spectrum(changes: Sequence[Floats]) -> Floats:
     """Return the mean power (S, S) of (H, W, 3) changes, frequency 0 in the middle; S is the least side.
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from eclipse_ray.data.images import encode_image
 from eclipse_ray.diffusion.sampler import absorb, to_model_range, to_uint8
 from eclipse_ray.report.blocks import Block, Gallery, Note, Pixels, Section, Specimen, Strip, Text
-from eclipse_ray.report.draw import DASHES, WIDE, Theme, draw
+from eclipse_ray.report.draw import DASHES, Theme, draw, plain_numbers
 from eclipse_ray.report.measures import (
     AMPLIFY,
     Floats,
@@ -123,8 +123,8 @@ def _strip(sample: Sample, run: Purification) -> list[Block]:
     heads = [["no noise"]]
     for depth in depths:
         levels = 255 / 2 * np.sqrt(1 - alphas[depth - 1])
-        mark = " = t_star" if depth == run.noise.t_star else ""
-        heads.append([f"t = {depth:,}{mark}", f"σ = {levels:.1f}/255"])
+        mark = ["t_star:"] if depth == run.noise.t_star else []
+        heads.append([*mark, f"t = {depth:,}", f"σ = {levels:.1f}/255"])
     rows = [("image", [_pixels(image, _at(i, depths), sample) for i, image in enumerate([before, *noised])])]
     if sample.clean is not None:
         clean = _shown(sample.clean)
@@ -176,7 +176,7 @@ def _bound_chart(noise: Noise, norms: Sequence[float], paper: str) -> Block:
         if norms:
             low, middle, high = np.quantile(norms, (0.05, 0.5, 0.95))
             axes.fill_between(depths, low * unit, high * unit, color=theme.series[0], alpha=0.25, linewidth=0)
-            axes.plot(depths, middle * unit, color=theme.series[0], label="these images (median, 5–95 %)")
+            axes.plot(depths, middle * unit, color=theme.series[0], label="these images (median)")
         axes.plot(
             depths, paper_squared_norm() * unit, color=theme.series[1], linestyle=DASHES[1], label="norm 1 (paper's AR)"
         )
@@ -185,12 +185,15 @@ def _bound_chart(noise: Noise, norms: Sequence[float], paper: str) -> Block:
             f" t_star = {noise.t_star:,}", (noise.t_star, 0.03), xycoords=("data", "axes fraction"), color=theme.muted
         )
         axes.set(xscale="log", yscale="log", xlabel="depth t", ylabel="KL of one image, nats")
-        axes.set_ylim(bottom=0.01)
+        axes.set_ylim(bottom=0.1)
+        plain_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
         axes.legend()
 
     alt = f"KL of one noised image against depth t, falling; a perturbation of norm 1 still has {paper} at t_star."
     caption = "Divergence of one noised image from its noised clean copy: an upper bound for the datasets."
-    return draw("kl", alt, caption, paint, WIDE)
+    caption += " The band holds nine of ten of these images." if norms else ""
+    return draw("kl", alt, caption, paint)
 
 
 def _noised(image: np.ndarray, id: str, run: Purification, depth: int) -> np.ndarray:

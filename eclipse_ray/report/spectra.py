@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from eclipse_ray.report.blocks import Block, Chart, Charts, Section, Text
-from eclipse_ray.report.draw import DASHES, Theme, draw
-from eclipse_ray.report.measures import Floats, difference, power_spectrum, radial_mean, share_below
+from eclipse_ray.report.draw import DASHES, Theme, draw, plain_numbers
+from eclipse_ray.report.measures import Floats, bands_left, difference, power_spectrum, radial_mean, share_below
 from eclipse_ray.report.purification import Purification
 
 LOW = 0.125
@@ -33,12 +33,20 @@ def spectra(run: Purification) -> Section:
         f"The {first} has {where}: {100 * low:.0f} % of its power lies below {LOW:g} cycles a pixel "
         f"({count:,} sampled images)."
     )
+    if len(changes) > 1:
+        before, after = changes.values()
+        low_left, high_left = bands_left(after, before, LOW)
+        lead += (
+            f" Of the part below, {100 * low_left:.0f} % is left after purification, of the part above "
+            f"{100 * high_left:.0f} %."
+        )
     blocks: list[Block] = [
         Text(
             f"{lead} Low-frequency poisons are removed mainly by compensation (grayscale and noise while the victim "
             "trains), high-frequency ones by diffusion itself."
         ),
-        Charts([_curves(power), *_maps(power)]),
+        _curves(power),
+        Charts(_maps(power)),
     ]
     return Section("spectra", title, blocks, [lead])
 
@@ -62,6 +70,7 @@ def _curves(power: Mapping[str, Floats]) -> Chart:
             shown = np.maximum(mean, SMALLEST_SHOWN)
             axes.plot(frequencies, shown, color=theme.series[index], linestyle=DASHES[index], label=name)
         axes.set(yscale="log", xlabel="cycles a pixel", ylabel="mean power", xlim=(0, 0.5))
+        plain_numbers(axes.yaxis)
         axes.legend(loc="best")
 
     words = "; ".join(

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from eclipse_ray.report.blocks import Block, Section, Table, Text
-from eclipse_ray.report.draw import WIDE, Theme, draw
+from eclipse_ray.report.draw import Theme, draw
 from eclipse_ray.report.purification import FAILURES_SHOWN, Purification
 
 SHARDS_SHOWN = 300
@@ -56,7 +56,7 @@ def throughput(run: Purification) -> Section:
             "Work is the time that a shard spent being read, decoded, denoised, encoded and written, without the "
             "time that it waited; several shards are in work at once, so the run as a whole was faster."
         ),
-        draw("throughput", f"Pace of the shards. {lead}", _caption(paces), lambda a, t: _paint(a, t, paces), WIDE),
+        draw("throughput", f"Pace of the shards. {lead}", _caption(paces), lambda a, t: _paint(a, t, paces)),
         Table("The run in numbers", ["", "value"], facts),
     ]
     return Section("throughput", title, blocks, [lead])

@@ -226,7 +226,12 @@ def evaluate(
 
     result = room.evaluate(resolved)
     if out:
-        _keep(out, resolved, "evaluate.json", {**to_json(result), "train": resolved.data.source, "test": resolved.data.test})
+        _keep(
+            out,
+            resolved,
+            "evaluate.json",
+            {**to_json(result), "train": resolved.data.source, "test": resolved.data.test},
+        )
     return result
 
 

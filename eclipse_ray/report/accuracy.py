@@ -47,7 +47,9 @@ def demo(store: Store) -> Section:
     note = read_json(store, DEMO)
     found: dict[str, Result] = note["victims"]
     clean, poisoned, purified = (float(note[name]) for name in ("clean", "poisoned", "purified"))
-    recovered = f": {100 * (purified - poisoned) / (clean - poisoned):.0f} % of the gap" if clean > poisoned else ""
+    recovered = (
+        f": {100 * (purified - poisoned) / (clean - poisoned):.0f} % of the gap" if clean > poisoned else ""
+    )
     lead = (
         f"A victim trained on clean images reaches {clean:.1f} % test accuracy, on poisoned ones {poisoned:.1f} %, "
         f"on purified ones {purified:.1f} %{recovered}."

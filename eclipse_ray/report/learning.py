@@ -98,7 +98,9 @@ def _psnr(card: Card) -> Chart:
         axes.set(xlabel="iteration", ylabel="PSNR, dB", xlim=(0, None))
         axes.legend(loc="best")
 
-    alt = f"Held-out PSNR by iteration, from {denoised[0]:.2f} to {denoised[-1]:.2f} dB; noised {noised[-1]:.2f} dB."
+    alt = (
+        f"Held-out PSNR by iteration, from {denoised[0]:.2f} to {denoised[-1]:.2f} dB; noised {noised[-1]:.2f} dB."
+    )
     return draw("psnr", alt, "Held-out images at the recommended depth, denoised in one step.", paint)
 
 

@@ -16,7 +16,10 @@ from eclipse_ray.report.folders import AUDIT, BEST, RESULTS, read_json
 
 TRIALS_SHOWN = 100
 PICTURES = {
-    "pareto.png": ("Trials by accuracy and cost; the Pareto front is marked.", "Accuracy against cost of every trial"),
+    "pareto.png": (
+        "Trials by accuracy and cost; the Pareto front is marked.",
+        "Accuracy against cost of every trial",
+    ),
     "heatmap.png": ("Accuracy by depth and compensation.", "Accuracy by two settings"),
     "audit.png": ("What the audit measured.", "Measurements of the audit"),
 }

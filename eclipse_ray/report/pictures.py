@@ -178,11 +178,18 @@ def _bound_chart(noise: Noise, norms: Sequence[float], paper: str) -> Block:
             axes.fill_between(depths, low * unit, high * unit, color=theme.series[0], alpha=0.25, linewidth=0)
             axes.plot(depths, middle * unit, color=theme.series[0], label="these images (median)")
         axes.plot(
-            depths, paper_squared_norm() * unit, color=theme.series[1], linestyle=DASHES[1], label="norm 1 (paper's AR)"
+            depths,
+            paper_squared_norm() * unit,
+            color=theme.series[1],
+            linestyle=DASHES[1],
+            label="norm 1 (paper's AR)",
         )
         axes.axvline(noise.t_star, color=theme.muted, linewidth=1, linestyle=":")
         axes.annotate(
-            f" t_star = {noise.t_star:,}", (noise.t_star, 0.03), xycoords=("data", "axes fraction"), color=theme.muted
+            f" t_star = {noise.t_star:,}",
+            (noise.t_star, 0.03),
+            xycoords=("data", "axes fraction"),
+            color=theme.muted,
         )
         axes.set(xscale="log", yscale="log", xlabel="depth t", ylabel="KL of one image, nats")
         axes.set_ylim(bottom=0.1)

@@ -131,9 +131,7 @@ def _of_shard(
     return found
 
 
-def _clean_images(
-    clean: Source | None, data: DataConfig, rows: _Rows, before: pa.Table
-) -> list[Pixels] | None:
+def _clean_images(clean: Source | None, data: DataConfig, rows: _Rows, before: pa.Table) -> list[Pixels] | None:
     """Return the clean images that stand in the places of `before`, None unless their ids are the same."""
     if clean is None:
         return None

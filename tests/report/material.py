@@ -32,7 +32,9 @@ def purify_here(source: str, output: str, denoiser: str, shards: int | None = No
 
 def evaluation() -> EvaluateResult:
     """What `evaluate` would return for two victims."""
-    return EvaluateResult(61.5, 0.71, 2, 3, "small", 62.0, "augment", [62.0, 61.0], [[30, 55, 62.0], [35, 58, 61.0]])
+    return EvaluateResult(
+        61.5, 0.71, 2, 3, "small", 62.0, "augment", [62.0, 61.0], [[30, 55, 62.0], [35, 58, 61.0]]
+    )
 
 
 def write_evaluation(folder: Path) -> None:

@@ -13,11 +13,11 @@ import pytest
 
 from eclipse_ray import api
 from eclipse_ray.cli.reports import conclude
+from eclipse_ray.config import DataConfig
 from eclipse_ray.data.dataset import write_dataset
 from eclipse_ray.data.formats import open_source
 from eclipse_ray.data.images import encode_image
 from eclipse_ray.data.table import canonical_table
-from eclipse_ray.config import DataConfig
 from eclipse_ray.errors import InputError
 from eclipse_ray.report.folders import record_command
 from eclipse_ray.report.write import write_report
@@ -35,6 +35,7 @@ SECTIONS = {
     "sweep": ["summary", "sweep", "provenance"],
     "audit": ["summary", "audit", "provenance"],
 }
+EVERY = {name for names in SECTIONS.values() for name in names}
 
 
 class Page(HTMLParser):
@@ -80,7 +81,11 @@ def folders(world, tmp_path_factory) -> dict[str, Path]:
     write_evaluation(found["evaluate"])
     write_matrix(found["matrix"])
     found["demo"].mkdir()
-    for name, source in (("poisoned", world.poisoned), ("denoiser", world.denoiser), ("purified", found["purify"])):
+    for name, source in (
+        ("poisoned", world.poisoned),
+        ("denoiser", world.denoiser),
+        ("purified", found["purify"]),
+    ):
         shutil.copytree(source, found["demo"] / name)
     shutil.copytree(world.rest, found["demo"] / "split/rest")
     write_demo(found["demo"])
@@ -100,7 +105,7 @@ def page_of(folder) -> Page:
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_every_kind_of_folder_has_its_sections_and_nothing_comes_from_elsewhere(kind, folders):
     page = page_of(folders[kind])
-    assert [name for name in page.ids if name in {part for parts in SECTIONS.values() for part in parts}] == SECTIONS[kind]
+    assert [name for name in page.ids if name in EVERY] == SECTIONS[kind]
     assert len(page.ids) == len(set(page.ids))
     for address in page.addresses:
         assert address.startswith(("data:", "#")), address
@@ -196,7 +201,8 @@ def test_a_finished_run_stays_finished_when_no_report_can_be_written(world, tmp_
     shutil.copytree(world.denoiser, folder)
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     conclude(str(folder))
-    assert "a report needs matplotlib; install it with: pip install 'eclipse-ray[report]'" in capsys.readouterr().err
+    wanted = "a report needs matplotlib; install it with: pip install 'eclipse-ray[report]'"
+    assert wanted in capsys.readouterr().err
     assert not (folder / "report").exists()
     conclude(str(folder), no_report=True)
     assert capsys.readouterr().err == ""

@@ -88,7 +88,8 @@ def test_a_dark_drawing_is_the_light_one_in_other_colours():
 
 
 def test_published_tables_are_read_back():
-    text = "A legend.\n\n## small\n\nWords.\n\n### Test accuracy\n\n| defense | ar |\n| --- | --- |\n| none | 1 [2] |\n"
+    table = "| defense | ar |\n| --- | --- |\n| none | 1 [2] |\n"
+    text = f"A legend.\n\n## small\n\nWords.\n\n### Test accuracy\n\n{table}"
     blocks = parse_tables(text)
     assert isinstance(blocks[0], Text)
     assert blocks[-1] == Table("Test accuracy", ["defense", "ar"], [["none", "1 [2]"]])

@@ -1,4 +1,4 @@
-"""What victims say: one dataset judged, the three of the demo, or a whole matrix with the paper's numbers beside."""
+"""What victims say: one dataset judged, the three of the demo, or a matrix with the paper's numbers beside."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def demo(store: Store) -> Section:
         f": {100 * (purified - poisoned) / (clean - poisoned):.0f} % of the gap" if clean > poisoned else ""
     )
     lead = (
-        f"A victim trained on clean images reaches {clean:.1f} % test accuracy, on poisoned ones {poisoned:.1f} %, "
-        f"on purified ones {purified:.1f} %{recovered}."
+        f"A victim trained on clean images reaches {clean:.1f} % test accuracy, on poisoned ones {poisoned:.1f} "
+        f"%, on purified ones {purified:.1f} %{recovered}."
     )
     paper = {"clean": ("none", CLEAN), "poisoned": ("none", "ar"), "purified": ("eclipse", "ar")}
     rows = [
@@ -114,8 +114,8 @@ def _best(rows: Sequence[Result]) -> str:
     best = max(means, key=lambda name: means[name])
     none = f"; without a defense it reaches {means['none']:.1f} %" if "none" in means and best != "none" else ""
     return (
-        f"{len(rows):,} victims are trained. Averaged over {len(poisons)} poisons, victim {victim} does best under "
-        f"the defense “{best}”, with {means[best]:.1f} % test accuracy{none}."
+        f"{len(rows):,} victims are trained. Averaged over {len(poisons)} poisons, victim {victim} does best "
+        f"under the defense “{best}”, with {means[best]:.1f} % test accuracy{none}."
     )
 
 

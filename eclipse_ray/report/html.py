@@ -16,7 +16,7 @@ TEMPLATES = "templates"
 
 
 def to_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """Return the page. Text of `sections` is escaped; what is allowed to run or to style it is known by its hash."""
+    """Return the page. All text in it is escaped; what may run or style it is named by its hash."""
     style, script = _asset("report.css"), _asset("report.js")
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     environment = Environment(

@@ -69,9 +69,9 @@ def _lead(card: Card) -> str:
         return "The denoiser was imported; its quality on held-out images was never measured."
     gain = card.denoise_psnr - card.noisy_psnr
     return (
-        f"The denoiser was trained on {card.sparse_images:,} sparse clean images for {card.iterations:,} iterations "
-        f"and raises held-out images from {card.noisy_psnr:.2f} to {card.denoise_psnr:.2f} dB PSNR at depth "
-        f"{card.t_star:,} (a gain of {gain:.2f} dB)."
+        f"The denoiser was trained on {card.sparse_images:,} sparse clean images for {card.iterations:,} "
+        f"iterations and raises held-out images from {card.noisy_psnr:.2f} to {card.denoise_psnr:.2f} dB PSNR at "
+        f"depth {card.t_star:,} (a gain of {gain:.2f} dB)."
     )
 
 

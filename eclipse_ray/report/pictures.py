@@ -97,8 +97,8 @@ def _leads(run: Purification) -> list[str]:
     if not paired:
         changes = [difference(sample.after, sample.before) for sample in run.samples.images]
         return [
-            f"Purification changed a pixel by {_grey_levels(changes):.1f} grey levels of 255 on average (root mean "
-            f"square of {len(changes):,} sampled images)."
+            f"Purification changed a pixel by {_grey_levels(changes):.1f} grey levels of 255 on average (root "
+            f"mean square of {len(changes):,} sampled images)."
         ]
     before = [difference(s.before, s.clean) for s in paired if s.clean is not None]
     after = [difference(s.after, s.clean) for s in paired if s.clean is not None]
@@ -134,9 +134,9 @@ def _strip(sample: Sample, run: Purification) -> list[Block]:
             (f"perturbation ×{AMPLIFY}", [_pixels(c, w, sample) for c, w in zip(changes, words, strict=True)])
         )
     caption = (
-        "Absorbing: noise grows from left to right until the perturbation cannot be told from it by eye; t_star is "
-        "the depth of this run. σ is the standard deviation of the noise in grey levels. The perturbation row shows "
-        "noise and perturbation together."
+        "Absorbing: noise grows from left to right until the perturbation cannot be told from it by eye; t_star "
+        "is the depth of this run. σ is the standard deviation of the noise in grey levels. The perturbation row "
+        "shows noise and perturbation together."
     )
     return [Strip(caption if sample.clean is not None else caption.rpartition(" The")[0], heads, rows)]
 
@@ -152,17 +152,17 @@ def _bound(noise: Noise, deltas: Sequence[Floats]) -> list[Block]:
     statement = (
         "Noise alone hides nothing from an ideal observer. A poisoned image noised to depth t and its clean copy "
         "are Gaussians whose divergence is KL = ᾱ ‖δ‖² / (2 (1 − ᾱ)) nats, summed over all pixels, δ on [−1, 1]. "
-        "It falls as t grows, and it bounds from above how far the noised poisoned dataset is from the noised clean "
-        f"one. But it is a bound: at t_star = {noise.t_star:,} it is still {paper} for a perturbation of norm 1, "
-        "such as the paper's AR. The noise lets the denoiser drop the perturbation; it does not erase it."
+        "It falls as t grows, and it bounds from above how far the noised poisoned dataset is from the noised "
+        f"clean one. But it is a bound: at t_star = {noise.t_star:,} it is still {paper} for a perturbation of norm "
+        "1, such as the paper's AR. The noise lets the denoiser drop the perturbation; it does not erase it."
     )
     blocks: list[Block] = [Text(statement)]
     if norms:
         low, middle, high = (at * value for value in np.quantile(norms, (0.05, 0.5, 0.95)))
         blocks.append(
             Text(
-                f"Of the {len(norms):,} sampled images, the median is {middle:,.0f} nats at t_star, and nine of ten "
-                f"lie between {low:,.0f} and {high:,.0f}."
+                f"Of the {len(norms):,} sampled images, the median is {middle:,.0f} nats at t_star, and nine of "
+                f"ten lie between {low:,.0f} and {high:,.0f}."
             )
         )
     return [*blocks, _bound_chart(noise, norms, paper)]

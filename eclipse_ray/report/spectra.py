@@ -42,8 +42,8 @@ def spectra(run: Purification) -> Section:
         )
     blocks: list[Block] = [
         Text(
-            f"{lead} Low-frequency poisons are removed mainly by compensation (grayscale and noise while the victim "
-            "trains), high-frequency ones by diffusion itself."
+            f"{lead} Low-frequency poisons are removed mainly by compensation (grayscale and noise while the "
+            "victim trains), high-frequency ones by diffusion itself."
         ),
         _curves(power),
         Charts(_maps(power)),

@@ -24,8 +24,8 @@ TITLES = {
 def write_report(url: str) -> ReportResult:
     """Write report/index.html and its charts into the output folder `url`.
 
-    Only a few images of a purification are read, however many there are. Raises InputError for a folder of no known
-    kind, InputError or StorageError for a damaged one.
+    Only a few images of a purification are read, however many there are. Raises InputError for a folder of no
+    known kind, InputError or StorageError for a damaged one.
     """
     folder = open_folder(url)
     sections = sections_of(folder)

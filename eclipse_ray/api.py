@@ -7,11 +7,11 @@ override it; arguments named here override both. Ray is imported by the verbs th
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from eclipse_ray.config import Config, Layout, ScheduleName, Settings, load_config, to_yaml, with_overrides
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.results import (
+    EVALUATION_FILE,
     DatasetResult,
     DryRunResult,
     EvaluateResult,
@@ -224,14 +224,11 @@ def evaluate(
         return _measure(resolved)
     from eclipse_ray.distributed import evaluate as room
 
+    if out:
+        _refuse_others(out)
     result = room.evaluate(resolved)
     if out:
-        _keep(
-            out,
-            resolved,
-            "evaluate.json",
-            {**to_json(result), "train": resolved.data.source, "test": resolved.data.test},
-        )
+        _keep_evaluation(out, resolved, result)
     return result
 
 
@@ -298,13 +295,24 @@ def _measure(config: Config) -> MatrixResult:
     )
 
 
-def _keep(output: str, config: Config, name: str, content: dict[str, Any]) -> None:
-    """Leave a result as JSON in a folder, with the resolved settings."""
+def _refuse_others(output: str) -> None:
+    """Raise InputError if a folder holds anything but an earlier evaluation, whose settings would be lost."""
+    from eclipse_ray.data.dataset import refuse_existing
     from eclipse_ray.data.store import Store
 
     store = Store(output)
+    if not store.exists(EVALUATION_FILE):
+        refuse_existing(store)
+
+
+def _keep_evaluation(output: str, config: Config, result: EvaluateResult) -> None:
+    """Leave the result and the resolved settings in a folder."""
+    from eclipse_ray.data.store import Store
+
+    note = {**to_json(result), "train": config.data.source, "test": config.data.test}
+    store = Store(output)
     store.write("_eclipse/config.yaml", to_yaml(config).encode())
-    store.write(name, json.dumps(content, indent=2).encode())
+    store.write(EVALUATION_FILE, json.dumps(note, indent=2).encode())
 
 
 def _recorded(config: Config, result: DatasetResult) -> DatasetResult:

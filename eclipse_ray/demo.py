@@ -21,7 +21,7 @@ from eclipse_ray.diffusion.sampler import absorb, to_model_range, to_uint8
 from eclipse_ray.distributed.progress import say
 from eclipse_ray.errors import InputError
 from eclipse_ray.report.figures import amplified_difference, image_grid
-from eclipse_ray.results import DemoResult, EvaluateResult, to_json
+from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult, to_json
 
 PICTURE = "demo.png"
 # A laptop's share of every step: 2 cores finish in minutes.
@@ -65,7 +65,7 @@ def demo(output: str = "runs/demo", *, config: ConfigLike = None, settings: Sett
         output=output,
     )
     note = {**to_json(result), "victims": {name: to_json(each) for name, each in accuracies.items()}}
-    Store(output).write("demo.json", json.dumps(note, indent=2).encode())
+    Store(output).write(DEMO_FILE, json.dumps(note, indent=2).encode())
     return result
 
 

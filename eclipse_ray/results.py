@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# What `evaluate --out` and `demo` leave in their folders.
+EVALUATION_FILE, DEMO_FILE = "evaluate.json", "demo.json"
+
 
 @dataclass(frozen=True)
 class TrainResult:

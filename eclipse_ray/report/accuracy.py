@@ -16,10 +16,11 @@ from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import layout
 from eclipse_ray.report.blocks import Block, Chart, Charts, Note, Section, Table, Text
 from eclipse_ray.report.draw import MARKERS, WIDE, Theme, draw, legible
-from eclipse_ray.report.folders import DEMO, EVALUATION, RESULTS, TABLE, read_json
+from eclipse_ray.report.folders import RESULTS, TABLE, read_json
 from eclipse_ray.report.learning import victims
 from eclipse_ray.report.markdown import parse_tables
 from eclipse_ray.report.published import CLEAN, published
+from eclipse_ray.results import DEMO_FILE, EVALUATION_FILE
 
 TITLE = "Test accuracy"
 COLUMNS_WITH_CURVES = 4
@@ -31,7 +32,7 @@ Result = Mapping[str, Any]
 
 def evaluation(store: Store) -> Section:
     """Return the section on one judged dataset."""
-    result = read_json(store, EVALUATION)
+    result = read_json(store, EVALUATION_FILE)
     lead = f"A victim trained on {result['train']} reaches {_result(result)} on {result['test']}."
     rows = [[f"victim {index + 1}", f"{value:.2f}"] for index, value in enumerate(result["accuracies"])]
     blocks: list[Block] = [Text(lead), Table("Test accuracy of each victim, %", ["", "last epoch"], rows)]
@@ -41,10 +42,10 @@ def evaluation(store: Store) -> Section:
 
 def demo(store: Store) -> Section:
     """Return the section on the three victims of the demo."""
-    if not store.exists(DEMO):
+    if not store.exists(DEMO_FILE):
         text = "The accuracies of this demo were not recorded; run `eclipse-ray demo` on the folder again."
         return Section("accuracy", TITLE, [Note(text)])
-    note = read_json(store, DEMO)
+    note = read_json(store, DEMO_FILE)
     found: dict[str, Result] = note["victims"]
     clean, poisoned, purified = (float(note[name]) for name in ("clean", "poisoned", "purified"))
     recovered = (

@@ -20,9 +20,10 @@ from eclipse_ray.diffusion.checkpoint import CARD_FILE, SCHEDULER_FILE, Card, pa
 from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import layout
 from eclipse_ray.report.measures import Floats
+from eclipse_ray.results import EVALUATION_FILE
 
 COMMAND = f"{layout.PRIVATE}/command.json"
-DEMO, EVALUATION, AUDIT = "demo.json", "evaluate.json", "audit.json"
+AUDIT = "audit.json"
 RESULTS, TABLE, BEST = "results.parquet", "table.md", "best.yaml"
 
 # The first that fits wins: the demo holds other folders, and a sweep may keep purified ones.
@@ -31,7 +32,7 @@ MARKS = {
     "sweep": (BEST,),
     "audit": (AUDIT,),
     "matrix": (RESULTS, TABLE),
-    "evaluate": (EVALUATION,),
+    "evaluate": (EVALUATION_FILE,),
     "purify": (layout.PLAN,),
     "train": (CARD_FILE,),
 }

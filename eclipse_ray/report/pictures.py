@@ -153,8 +153,8 @@ def _bound(noise: Noise, deltas: Sequence[Floats]) -> list[Block]:
         "Noise alone hides nothing from an ideal observer. A poisoned image noised to depth t and its clean copy "
         "are Gaussians whose divergence is KL = ᾱ ‖δ‖² / (2 (1 − ᾱ)) nats, summed over all pixels, δ on [−1, 1]. "
         "It falls as t grows, and it bounds from above how far the noised poisoned dataset is from the noised "
-        f"clean one. But it is a bound: at t_star = {noise.t_star:,} it is still {paper} for a perturbation of norm "
-        "1, such as the paper's AR. The noise lets the denoiser drop the perturbation; it does not erase it."
+        f"clean one. But it is a bound: at t_star = {noise.t_star:,} it is still {paper} for a perturbation of "
+        "norm 1, such as the paper's AR. The noise lets the denoiser drop the perturbation; it does not erase it."
     )
     blocks: list[Block] = [Text(statement)]
     if norms:

@@ -213,3 +213,8 @@ def test_the_verb_is_the_package_s_whatever_was_imported_before():
     import eclipse_ray
 
     assert eclipse_ray.report is api.report
+
+
+def test_an_evaluation_is_not_written_over_another_run(world, folders):
+    with pytest.raises(InputError, match="already holds data"):
+        api.evaluate(train=world.rest, test=world.test, out=str(folders["purify"]))

@@ -43,7 +43,7 @@ def evaluation(store: Store) -> Section:
 def demo(store: Store) -> Section:
     """Return the section on the three victims of the demo."""
     if not store.exists(DEMO_FILE):
-        text = "The accuracies of this demo were not recorded; run `eclipse-ray demo` on the folder again."
+        text = "The accuracies of this demo were not recorded; run the demo on this folder again."
         return Section("accuracy", TITLE, [Note(text)])
     note = read_json(store, DEMO_FILE)
     found: dict[str, Result] = note["victims"]
@@ -113,7 +113,9 @@ def _best(rows: Sequence[Result]) -> str:
         return f"{len(rows):,} victims are trained; no defense has met every poison yet."
     means = {d: statistics.fmean(statistics.fmean(cells[d, p]) for p in poisons) for d in whole}
     best = max(means, key=lambda name: means[name])
-    none = f"; without a defense it reaches {means['none']:.1f} %" if "none" in means and best != "none" else ""
+    if best == "none":
+        return f"{len(rows):,} victims are trained; on average no defense beats none ({means[best]:.1f} %)."
+    none = f"; without a defense it reaches {means['none']:.1f} %" if "none" in means else ""
     return (
         f"{len(rows):,} victims are trained. Averaged over {len(poisons)} poisons, victim {victim} does best "
         f"under the defense “{best}”, with {means[best]:.1f} % test accuracy{none}."

@@ -88,7 +88,7 @@ def _caption(chosen: Sequence[Sample]) -> str:
     return (
         "The same images clean, poisoned, noised to depth t_star, and purified. Below, what the poison added and "
         f"what differs from the clean image after purification, enlarged {AMPLIFY} times around mid-gray: "
-        f"structure of the perturbation should be gone, lost detail may remain.{crop} Choose one to enlarge it."
+        f"its structure should fade; lost detail shows as well.{crop} Choose one to enlarge it."
     )
 
 

@@ -142,7 +142,13 @@ def _dots(rows: Sequence[Result], victim: str, dataset: str | None) -> Block:
             paper = [(place + shift, published(dataset, victim, name, p)) for place, p in enumerate(poisons)]
             known = [(place, value) for place, value in paper if value is not None]
             if known:
-                axes.scatter(*zip(*known, strict=True), s=26, facecolors="none", edgecolors=theme.series[index])
+                axes.scatter(
+                    [place for place, _ in known],
+                    [value for _, value in known],
+                    s=26,
+                    facecolors="none",
+                    edgecolors=theme.series[index],
+                )
         axes.set(ylabel="test accuracy, %", ylim=(0, 100), xlim=(-0.5, len(poisons) - 0.5))
         axes.set_xticks(range(len(poisons)), poisons)
         axes.grid(visible=False, axis="x")

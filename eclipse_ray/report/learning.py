@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from eclipse_ray.diffusion.checkpoint import Card
 from eclipse_ray.report.blocks import Block, Chart, Charts, Section, Table, Text
@@ -56,7 +57,7 @@ def victims(curves: Curves, name: str = "victims", words: str = "") -> list[Char
                 values = np.array([run[: len(mean)] for run in runs])
                 axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
         axes.set(xlabel="epoch", ylabel="test accuracy, %", ylim=(0, 100))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="best")
 
     last = "; ".join(f"{label} ends at {_over_victims(runs)[0][-1]:.1f} %" for label, runs in curves.items())

@@ -217,7 +217,8 @@ def _shown(image: np.ndarray) -> np.ndarray:
 
 def _pixels(image: np.ndarray, words: str, sample: Sample) -> Pixels:
     height, width = image.shape[:2]
-    return Pixels(encode_image(image, "png"), width, height, f"{words}: {sample.id}")
+    name = f"{sample.id}, {sample.label}" if sample.label else sample.id
+    return Pixels(encode_image(image, "png"), width, height, f"{words}: {name}")
 
 
 def _of_many_classes(samples: Sequence[Sample], count: int) -> list[Sample]:

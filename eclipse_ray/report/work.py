@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from eclipse_ray.report.blocks import Block, Section, Table, Text
 from eclipse_ray.report.draw import Theme, draw
@@ -100,5 +101,5 @@ def _paint(axes: Axes, theme: Theme, paces: np.ndarray) -> None:
     axes.bar(np.arange(len(paces)), paces, color=theme.series[0], width=0.7)
     axes.axhline(float(np.median(paces)), color=theme.series[1], linestyle="--", linewidth=1.2)
     axes.grid(visible=False, axis="x")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="shard", ylabel="images a second of work", ylim=(0, None))

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test check chaos soak fuzz clean
+.PHONY: help demo test check chaos soak fuzz browser clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,11 @@ soak: $(STAMP) ## 200,000 images in 1,000 shards: the driver's memory, listings,
 
 fuzz: $(STAMP) ## five minutes of damaged images, tars and tables
 	$(BIN)/python -m tests.fuzz.fuzz_decode --seconds 300
+
+browser: $(STAMP) ## reports in the system's Chromium, with axe-core from npm: layout, keyboard, accessibility
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	npm install --silent --no-save --prefix .venv axe-core@4.14.1
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/report/test_browser.py
 
 clean: ## remove the virtual environment and all runs
 	rm -rf .venv runs

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         import_checkpoint,
         poison,
         purify,
+        report,
         split,
         status,
         sweep,
@@ -45,6 +46,7 @@ _HOMES = {
     "import_checkpoint": "eclipse_ray.api",
     "poison": "eclipse_ray.api",
     "purify": "eclipse_ray.api",
+    "report": "eclipse_ray.api",
     "split": "eclipse_ray.api",
     "status": "eclipse_ray.api",
     "sweep": "eclipse_ray.api",
@@ -76,6 +78,7 @@ __all__ = [
     "poison",
     "purify",
     "purify_images",
+    "report",
     "split",
     "status",
     "sweep",
@@ -84,6 +87,10 @@ __all__ = [
     "train",
     "verify",
 ]
+
+# Python binds a subpackage to its name here when it is first imported, which would hide the function of that name.
+import_module("eclipse_ray.report")
+del globals()["report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ override it; arguments named here override both. Ray is imported by the verbs th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from eclipse_ray.config import (
 )
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.results import (
+    EVALUATION_FILE,
     AuditResult,
     DatasetResult,
     DryRunResult,
@@ -31,12 +33,14 @@ from eclipse_ray.results import (
     MatrixPlan,
     MatrixResult,
     PurifyResult,
+    ReportResult,
     StatusResult,
     SweepPlan,
     SweepResult,
     SubmitResult,
     TrainResult,
     VerifyResult,
+    to_json,
 )
 
 ConfigLike = Config | str | None
@@ -244,14 +248,20 @@ def evaluate(
     """Train victims on `train` and return their accuracy on `test`; `clean` is checked to be disjoint.
 
     With a section `matrix` in the config, measure that grid instead, into `out`: the same call goes on with what
-    is missing. What fails is left out and named in `failures`; the same call tries it again.
+    is missing. What fails is left out and named in `failures`; the same call tries it again. One dataset's result
+    is written to out/evaluate.json when `out` is given.
     """
     resolved = resolve(config, settings, _evaluate_settings(train, test, clean, out))
     if _is_matrix(resolved):
         return _measure(resolved)
     from eclipse_ray.distributed import evaluate as room
 
-    return room.evaluate(resolved)
+    if out:
+        _refuse_others(out)
+    result = room.evaluate(resolved)
+    if out:
+        _keep_evaluation(out, resolved, result)
+    return result
 
 
 def evaluate_plan(
@@ -325,6 +335,22 @@ def _sweep_settings(
     data: str | None, clean: str | None, denoiser: str | None, out: str | None
 ) -> dict[str, str | None]:
     return {"data.source": data, "data.clean": clean, "purify.denoiser": denoiser, "data.output": out}
+
+
+def report(output: str) -> ReportResult:
+    """Write a page on the output folder `output` (of train, purify, evaluate, sweep, audit or demo) into it.
+
+    Raises ConfigError when the libraries for it are not installed, InputError for another folder.
+    """
+    try:
+        from eclipse_ray.report.write import write_report
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "jinja2"):
+            raise
+        raise ConfigError(
+            f"a report needs {error.name}; install it with: pip install 'eclipse-ray[report]'"
+        ) from error
+    return write_report(output)
 
 
 def _is_matrix(config: Config) -> bool:
@@ -413,6 +439,26 @@ def submit(
         stop_on_interrupt=stop_on_interrupt,
         show=show,
     )
+
+
+def _refuse_others(output: str) -> None:
+    """Raise InputError if a folder holds anything but an earlier evaluation, whose settings would be lost."""
+    from eclipse_ray.data.dataset import refuse_existing
+    from eclipse_ray.data.store import Store
+
+    store = Store(output)
+    if not store.exists(EVALUATION_FILE):
+        refuse_existing(store)
+
+
+def _keep_evaluation(output: str, config: Config, result: EvaluateResult) -> None:
+    """Leave the result and the resolved settings in a folder."""
+    from eclipse_ray.data.store import Store
+
+    note = {**to_json(result), "train": config.data.source, "test": config.data.test}
+    store = Store(output)
+    store.write("_eclipse/config.yaml", to_yaml(config).encode())
+    store.write(EVALUATION_FILE, json.dumps(note, indent=2).encode())
 
 
 def _recorded(config: Config, result: DatasetResult) -> DatasetResult:

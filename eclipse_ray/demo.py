@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from eclipse_ray.diffusion.sampler import absorb, to_model_range, to_uint8
 from eclipse_ray.distributed.progress import say
 from eclipse_ray.errors import InputError
 from eclipse_ray.report.figures import amplified_difference, image_grid
-from eclipse_ray.results import DemoResult, EvaluateResult
+from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult, to_json
 
 PICTURE = "demo.png"
 # A laptop's share of every step: 2 cores finish in minutes.
@@ -55,7 +56,7 @@ def demo(output: str = "runs/demo", *, config: ConfigLike = None, settings: Sett
         results = pool.map(lambda train: _accuracy(resolved, train, folders["test"], clean), sources.values())
         accuracies = dict(zip(sources, results, strict=True))
     _draw(resolved, rest, folders, Path(output) / PICTURE)
-    return DemoResult(
+    result = DemoResult(
         clean=accuracies["clean"].test_accuracy,
         poisoned=accuracies["poisoned"].test_accuracy,
         purified=accuracies["purified"].test_accuracy,
@@ -63,6 +64,9 @@ def demo(output: str = "runs/demo", *, config: ConfigLike = None, settings: Sett
         seconds=round(time.monotonic() - started, 1),
         output=output,
     )
+    note = {**to_json(result), "victims": {name: to_json(each) for name, each in accuracies.items()}}
+    Store(output).write(DEMO_FILE, json.dumps(note, indent=2).encode())
+    return result
 
 
 def demo_table(result: DemoResult) -> str:

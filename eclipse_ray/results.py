@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# What `evaluate --out` and `demo` leave in their folders.
+EVALUATION_FILE, DEMO_FILE = "evaluate.json", "demo.json"
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -89,7 +92,10 @@ class VerifyResult:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Test accuracy (0-100) after the last epoch: mean and standard deviation over victims."""
+    """Test accuracy (0-100) after the last epoch: mean and standard deviation over victims.
+
+    `curves` has the test accuracy after every epoch, one list a victim.
+    """
 
     test_accuracy: float
     test_accuracy_std: float
@@ -99,6 +105,7 @@ class EvaluateResult:
     best_epoch_accuracy: float
     compensation: str
     accuracies: list[float]
+    curves: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -228,6 +235,14 @@ class SubmitResult:
 
 
 @dataclass(frozen=True)
+class ReportResult:
+    """A report that was written: its page, and the output folder it is about."""
+
+    report: str
+    output: str
+
+
+@dataclass(frozen=True)
 class DemoResult:
     """Test accuracies (0-100) of the demo's victims."""
 
@@ -254,6 +269,7 @@ Result = (
     | SweepPlan
     | AuditResult
     | DatasetResult
+    | ReportResult
     | DemoResult
     | SubmitResult
 )

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Sequence
 from types import FrameType
 
-from eclipse_ray.cli import audit, datasets, method, proof, runs, submit, sweep
+from eclipse_ray.cli import audit, datasets, method, proof, reports, runs, submit, sweep
 from eclipse_ray.cli.common import app, reserve_standard_output
 from eclipse_ray.errors import EXIT_OK, EXIT_RUN_AGAIN, EclipseError, InterruptedRunError
 from eclipse_ray.log import say
 
 # Importing a module registers its commands; --help lists them in this order.
-__all__ = ["app", "audit", "datasets", "main", "method", "proof", "runs", "submit", "sweep"]
+__all__ = ["app", "audit", "datasets", "main", "method", "proof", "reports", "runs", "submit", "sweep"]
 
 
 STOP_SECONDS = 1.0

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from eclipse_ray.cli.common import Assignments, ConfigFile, Json, Resize, app, parsed, show
+from eclipse_ray.cli.reports import NoReport, conclude
 from eclipse_ray.config import ScheduleName
 from eclipse_ray.errors import EXIT_TOO_MANY_FAILED
 from eclipse_ray.results import DryRunResult
@@ -15,6 +16,7 @@ from eclipse_ray.results import DryRunResult
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for everything the demo makes.")] = "runs/demo",
+    no_report: NoReport = False,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
@@ -25,6 +27,7 @@ def demo(
 
     result = run(output, config=config, settings=parsed(assign))
     show(result, as_json, lambda: demo_table(result))
+    conclude(result.output, no_report)
 
 
 @app.command()
@@ -48,6 +51,7 @@ def train(
             f"(noised: {result.noisy_psnr:.2f} dB) after {result.iterations:,} iterations"
         ),
     )
+    conclude(result.denoiser, no_report=True)
 
 
 @app.command("import-checkpoint")
@@ -88,6 +92,7 @@ def purify(
         bool | None,
         typer.Option("--single-writer", help="DST has no conditional writes, and nobody else writes there."),
     ] = None,
+    no_report: NoReport = False,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
@@ -118,6 +123,7 @@ def purify(
             f"{result.images_per_second:,.1f} images/s, in {result.output}"
         ),
     )
+    conclude(result.output, no_report)
     if result.failed > resolved.purify.max_failed_fraction * result.planned:
         raise typer.Exit(EXIT_TOO_MANY_FAILED)
 

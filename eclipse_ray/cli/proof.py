@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from eclipse_ray.cli.common import Assignments, ConfigFile, Json, app, parsed, show
+from eclipse_ray.cli.reports import NoReport, conclude
 from eclipse_ray.errors import EXIT_FAILURE
 from eclipse_ray.results import EvaluateResult, MatrixPlan, MatrixResult
 
@@ -16,8 +17,9 @@ def evaluate(
     train: Annotated[str | None, typer.Option(metavar="SRC", help="Training set.")] = None,
     test: Annotated[str | None, typer.Option(metavar="SRC", help="Clean labelled test set.")] = None,
     clean: Annotated[str | None, typer.Option(metavar="SRC", help="Sparse set, checked to be disjoint.")] = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="Matrix only: folder of results.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of results; a matrix needs one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Matrix only: say what is missing.")] = False,
+    no_report: NoReport = False,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
@@ -35,6 +37,9 @@ def evaluate(
         return
     result = api.evaluate(train=train, test=test, clean=clean, out=out, config=config, settings=settings)
     show(result, as_json, lambda: _describe_evaluation(result))
+    folder = result.output if isinstance(result, MatrixResult) else out
+    if folder:
+        conclude(folder, no_report)
     if isinstance(result, MatrixResult) and result.failed:
         raise typer.Exit(EXIT_FAILURE)
 

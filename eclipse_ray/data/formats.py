@@ -161,7 +161,8 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
             raise InputError(f"{url}: writing this dataset was interrupted; delete it and write it again")
         if store.exists(RUN_PLAN) and not store.exists(RUN_MANIFEST):
             raise InputError(f"{url}: this purification is not finished; run its command again to finish it")
-        return store, list(store.list())
+        # Beside its data a purification may hold a report, whose pictures are no part of the dataset.
+        return store, list(store.list("data" if store.exists(RUN_PLAN) else ""))
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):
         parent = Store(base or "/")

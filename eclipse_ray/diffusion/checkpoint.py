@@ -94,7 +94,7 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
     try:
         schedule = json.loads((path / SCHEDULER_FILE).read_text(encoding="utf-8"))
         unet = _open_unet(path)
-        alphas_cumprod = _read_schedule(path, schedule)
+        alphas_cumprod = _read_schedule(path / SCHEDULER_FILE, schedule)
         timesteps = len(alphas_cumprod)
     except (
         OSError,
@@ -136,12 +136,18 @@ def _open_unet(folder: Path) -> UNet2DModel:
     return unet
 
 
-def _read_schedule(folder: Path, schedule: dict[str, Any]) -> Tensor:
+def parse_schedule(where: str, data: bytes) -> Tensor:
+    """Return alphas_cumprod, float64 (T,), of the scheduler file `data`. Raises InputError naming `where`."""
+    try:
+        return _read_schedule(where, json.loads(data))
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{where}: {_reason(error)}") from None
+
+
+def _read_schedule(where: str | Path, schedule: dict[str, Any]) -> Tensor:
     kind, timesteps = schedule.get("beta_schedule"), int(schedule["num_train_timesteps"])
     if schedule.get("prediction_type") != "epsilon" or kind not in _SCHEDULE_NAMES.values():
-        raise InputError(
-            f"{folder / SCHEDULER_FILE}: expected epsilon prediction and the cosine or the linear schedule"
-        )
+        raise InputError(f"{where}: expected epsilon prediction and the cosine or the linear schedule")
     if kind == "linear":
         return linear_alphas_cumprod(timesteps, float(schedule["beta_start"]), float(schedule["beta_end"]))
     return cosine_alphas_cumprod(timesteps)

@@ -51,6 +51,7 @@ def evaluate(config: Config) -> EvaluateResult:
         best_epoch_accuracy=round(statistics.fmean(max(run["test_accuracy"]) for run in runs), 2),
         compensation=compensation.mode,
         accuracies=[round(value, 2) for value in last],
+        curves=[[round(value, 2) for value in run["test_accuracy"]] for run in runs],
     )
 
 

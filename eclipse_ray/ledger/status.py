@@ -176,6 +176,20 @@ def read_object(store: Store, status: Status) -> pa.Table | None:
         ) from error
 
 
+def read_failures(store: Store, status: Status) -> list[ImageFailure]:
+    """Return the images of a shard that failed, and why. Raises StorageError if they are not as written."""
+    if status.errors_object is None:
+        return []
+    try:
+        data = store.read(status.errors_object)
+        if layout.hash_of(data) != status.errors_sha256:
+            raise ValueError("its bytes have changed since it was written")
+        rows = layout.read_table(data, ERRORS_SCHEMA).to_pylist()
+    except layout.DAMAGE as error:
+        raise StorageError(f"{store.path(status.errors_object)}: cannot be read ({error})") from error
+    return [ImageFailure(**row) for row in rows]
+
+
 def summarise(store: Store) -> StatusResult:
     """Return how far the run in `store` is. Raises InputError if there is none or it has no plan yet."""
     shards = read_plan(store).shards

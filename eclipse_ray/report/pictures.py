@@ -1,0 +1,232 @@
+"""What purification does to single images: side by side, and under growing noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+
+from eclipse_ray.data.images import encode_image
+from eclipse_ray.diffusion.sampler import absorb, to_model_range, to_uint8
+from eclipse_ray.report.blocks import Block, Gallery, Note, Pixels, Section, Specimen, Strip, Text
+from eclipse_ray.report.draw import DASHES, Theme, draw, plain_numbers
+from eclipse_ray.report.measures import (
+    AMPLIFY,
+    Floats,
+    amplified,
+    central_square,
+    difference,
+    kl_nats,
+    paper_squared_norm,
+    part_left,
+)
+from eclipse_ray.report.purification import Noise, Purification
+from eclipse_ray.report.samples import Sample, spread
+
+COLUMNS = 8
+LARGEST = 128
+"""Larger images are shown by their central square of this side: a perturbation is a matter of single pixels."""
+CURVE_POINTS = 200
+DEPTHS = (25, 50, 100, 200, 400)
+
+
+def pictures(run: Purification) -> Section:
+    """Return the section that shows a few images in every version there is of them."""
+    notes: list[Block] = [Note(note) for note in run.samples.notes]
+    chosen = _of_many_classes(run.samples.paired or run.samples.images, COLUMNS)
+    if not chosen:
+        return Section("pictures", "The images", [*notes, Text("There is no image to show.")])
+    versions = [_versions(sample, run) for sample in chosen]
+    gallery = Gallery(
+        caption=_caption(chosen),
+        rows=list(versions[0]),
+        specimens=[
+            Specimen(sample.id, sample.label, [_pixels(image, name, sample) for name, image in each.items()])
+            for sample, each in zip(chosen, versions, strict=True)
+        ],
+    )
+    return Section("pictures", "The images", [*notes, gallery], _leads(run))
+
+
+def assimilation(run: Purification) -> Section:
+    """Return the section that shows what the noise does before the denoiser is asked, and what it cannot do."""
+    chosen = _of_many_classes(run.samples.paired or run.samples.images, 1)
+    blocks: list[Block] = [Note(run.noise.note)] if run.noise.note else []
+    if chosen:
+        blocks += _strip(chosen[0], run)
+    deltas = [difference(sample.before, sample.clean) for sample in run.samples.paired if sample.clean is not None]
+    return Section("assimilation", "Under the noise", [*blocks, *_bound(run.noise, deltas)])
+
+
+def _versions(sample: Sample, run: Purification) -> dict[str, np.ndarray]:
+    before, after = _shown(sample.before), _shown(sample.after)
+    noised = _noised(before, sample.id, run, run.noise.t_star)
+    if sample.clean is None:
+        change = amplified(after, before)
+        return {"source": before, "noised": noised, "purified": after, f"change ×{AMPLIFY}": change}
+    clean = _shown(sample.clean)
+    return {
+        "clean": clean,
+        "poisoned": before,
+        "noised": noised,
+        "purified": after,
+        f"perturbation ×{AMPLIFY}": amplified(before, clean),
+        f"left ×{AMPLIFY}": amplified(after, clean),
+    }
+
+
+def _caption(chosen: Sequence[Sample]) -> str:
+    large = any(max(sample.before.shape[:2]) > LARGEST for sample in chosen)
+    crop = f" Of larger images the central {LARGEST} × {LARGEST} pixels are shown." if large else ""
+    if chosen[0].clean is None:
+        return (
+            "The same images as they came, noised to depth t_star, and purified; the change is enlarged "
+            f"{AMPLIFY} times around mid-gray.{crop} Choose one to enlarge it."
+        )
+    return (
+        "The same images clean, poisoned, noised to depth t_star, and purified. Below, what the poison added and "
+        f"what differs from the clean image after purification, enlarged {AMPLIFY} times around mid-gray: "
+        f"its structure should fade; lost detail shows as well.{crop} Choose one to enlarge it."
+    )
+
+
+def _leads(run: Purification) -> list[str]:
+    paired = run.samples.paired
+    if not paired:
+        changes = [difference(sample.after, sample.before) for sample in run.samples.images]
+        return [
+            f"Purification changed a pixel by {_grey_levels(changes):.1f} grey levels of 255 on average (root "
+            f"mean square of {len(changes):,} sampled images)."
+        ]
+    before = [difference(s.before, s.clean) for s in paired if s.clean is not None]
+    after = [difference(s.after, s.clean) for s in paired if s.clean is not None]
+    left = part_left(after, before)
+    return [
+        f"Of the perturbation, {100 * left:.0f} % is left in {len(paired):,} sampled images (least-squares fit); "
+        f"they differ from their clean copies by {_grey_levels(before):.1f} grey levels of 255 before and "
+        f"{_grey_levels(after):.1f} after purification (root mean square, lost detail included)."
+    ]
+
+
+def _grey_levels(changes: Sequence[Floats]) -> float:
+    energy = sum(float(np.vdot(change, change)) for change in changes)
+    return float(np.sqrt(energy / sum(change.size for change in changes))) * 255 / 2
+
+
+def _strip(sample: Sample, run: Purification) -> list[Block]:
+    alphas = run.noise.alphas_cumprod
+    depths = sorted({min(depth, len(alphas)) for depth in (*DEPTHS, run.noise.t_star)})
+    before = _shown(sample.before)
+    noised = [_noised(before, sample.id, run, depth) for depth in depths]
+    heads = [["no noise"]]
+    for depth in depths:
+        levels = 255 / 2 * np.sqrt(1 - alphas[depth - 1])
+        mark = ["t_star:"] if depth == run.noise.t_star else []
+        heads.append([*mark, f"t = {depth:,}", f"σ = {levels:.1f}/255"])
+    rows = [("image", [_pixels(image, _at(i, depths), sample) for i, image in enumerate([before, *noised])])]
+    if sample.clean is not None:
+        clean = _shown(sample.clean)
+        changes = [amplified(image, clean) for image in (before, *noised)]
+        words = [f"perturbation {_at(i, depths)}, times {AMPLIFY}" for i in range(len(changes))]
+        rows.append(
+            (f"perturbation ×{AMPLIFY}", [_pixels(c, w, sample) for c, w in zip(changes, words, strict=True)])
+        )
+    caption = (
+        "Absorbing: noise grows from left to right until the perturbation cannot be told from it by eye; t_star "
+        "is the depth of this run. σ is the standard deviation of the noise in grey levels. The perturbation row "
+        "shows noise and perturbation together."
+    )
+    return [Strip(caption if sample.clean is not None else caption.rpartition(" The")[0], heads, rows)]
+
+
+def _at(index: int, depths: Sequence[int]) -> str:
+    return f"noised to t = {depths[index - 1]}" if index else "without noise"
+
+
+def _bound(noise: Noise, deltas: Sequence[Floats]) -> list[Block]:
+    norms = [float(np.vdot(delta, delta)) for delta in deltas]
+    at = float(kl_nats(1.0, noise.alphas_cumprod)[noise.t_star - 1])
+    paper = f"{paper_squared_norm() * at:,.0f} nats"
+    statement = (
+        "Noise alone hides nothing from an ideal observer. A poisoned image noised to depth t and its clean copy "
+        "are Gaussians whose divergence is KL = ᾱ ‖δ‖² / (2 (1 − ᾱ)) nats, summed over all pixels, δ on [−1, 1]. "
+        "It falls as t grows, and it bounds from above how far the noised poisoned dataset is from the noised "
+        f"clean one. But it is a bound: at t_star = {noise.t_star:,} it is still {paper} for a perturbation of "
+        "norm 1, such as the paper's AR. The noise lets the denoiser drop the perturbation; it does not erase it."
+    )
+    blocks: list[Block] = [Text(statement)]
+    if norms:
+        low, middle, high = (at * value for value in np.quantile(norms, (0.05, 0.5, 0.95)))
+        blocks.append(
+            Text(
+                f"Of the {len(norms):,} sampled images, the median is {middle:,.0f} nats at t_star, and nine of "
+                f"ten lie between {low:,.0f} and {high:,.0f}."
+            )
+        )
+    return [*blocks, _bound_chart(noise, norms, paper)]
+
+
+def _bound_chart(noise: Noise, norms: Sequence[float], paper: str) -> Block:
+    depths = np.unique(np.geomspace(1, len(noise.alphas_cumprod), CURVE_POINTS).astype(int))
+    unit = kl_nats(1.0, noise.alphas_cumprod)[depths - 1]
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        if norms:
+            low, middle, high = np.quantile(norms, (0.05, 0.5, 0.95))
+            axes.fill_between(depths, low * unit, high * unit, color=theme.series[0], alpha=0.25, linewidth=0)
+            axes.plot(depths, middle * unit, color=theme.series[0], label="these images (median)")
+        axes.plot(
+            depths,
+            paper_squared_norm() * unit,
+            color=theme.series[1],
+            linestyle=DASHES[1],
+            label="norm 1 (paper's AR)",
+        )
+        axes.axvline(noise.t_star, color=theme.muted, linewidth=1, linestyle=":")
+        axes.annotate(
+            f" t_star = {noise.t_star:,}",
+            (noise.t_star, 0.03),
+            xycoords=("data", "axes fraction"),
+            color=theme.muted,
+        )
+        axes.set(xscale="log", yscale="log", xlabel="depth t", ylabel="KL of one image, nats")
+        axes.set_ylim(bottom=0.1)
+        plain_numbers(axes.xaxis)
+        plain_numbers(axes.yaxis)
+        axes.legend()
+
+    alt = f"KL of one noised image against depth t, falling; a perturbation of norm 1 still has {paper} at t_star."
+    caption = "Divergence of one noised image from its noised clean copy: an upper bound for the datasets."
+    caption += " The band holds nine of ten of these images." if norms else ""
+    return draw("kl", alt, caption, paint)
+
+
+def _noised(image: np.ndarray, id: str, run: Purification, depth: int) -> np.ndarray:
+    x = to_model_range(torch.from_numpy(image[None].copy()))
+    alphas = torch.from_numpy(run.noise.alphas_cumprod)
+    noised: np.ndarray = to_uint8(absorb(x, alphas, depth, run.config.run.seed, [id])).numpy()[0]
+    return noised
+
+
+def _shown(image: np.ndarray) -> np.ndarray:
+    side = min(image.shape[:2])
+    return central_square(image, LARGEST) if side > LARGEST else image
+
+
+def _pixels(image: np.ndarray, words: str, sample: Sample) -> Pixels:
+    height, width = image.shape[:2]
+    name = f"{sample.id}, {sample.label}" if sample.label else sample.id
+    return Pixels(encode_image(image, "png"), width, height, f"{words}: {name}")
+
+
+def _of_many_classes(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Return `count` samples, of as many labels as there are, in the order they have."""
+    first: dict[str, int] = {}
+    for index, sample in enumerate(samples):
+        first.setdefault(sample.label, index)
+    places = list(first.values())[:count]
+    others = [index for index in range(len(samples)) if index not in places]
+    places += [others[index] for index in spread(len(others), count - len(places))] if len(places) < count else []
+    return [samples[index] for index in sorted(places)]

@@ -126,7 +126,7 @@ def _train_all(
             seen.add(epoch)
             line.advance(1, note=_note(entry))
 
-    with BoardWatcher(board, show):
+    with line, BoardWatcher(board, show):
         pending = [
             task.remote(data, config.model_dump(mode="json"), compensation.model_dump(), seed, threads, board)
             for seed in seeds

@@ -107,7 +107,8 @@ def _write(
             line.advance(table.num_rows)
             yield with_classes(table, job.classes)
 
-    images = write_dataset(job.output, watched(), classes=job.classes, source=job.source, resume=resume)
+    with line:
+        images = write_dataset(job.output, watched(), classes=job.classes, source=job.source, resume=resume)
     return DatasetResult(images, job.output, _details(job, norms))
 
 
@@ -157,11 +158,14 @@ def _fit(config: Config, job: PoisonJob, resources: Resources) -> Any:
     """Fit on one task, with a GPU if there is one, else with all cores; return a reference to the state."""
     threads = 1 if resources.gpus else resources.cores
     cpus = min(resources.cpus, threads * resources.cpus_per_core)
-    board, line = start_board(), _Fitting(f"fit {job.poison.name}", config.run.progress_seconds)
+    board, fitting = start_board(), _Fitting(f"fit {job.poison.name}", config.run.progress_seconds)
     task = ray.remote(num_cpus=cpus, num_gpus=1 if resources.gpus else 0, max_retries=3)(_fit_task)
-    with BoardWatcher(board, line.show):
-        note, state = task.options(num_returns=2).remote(job, threads, board)
-        _refuse(note)
+    try:
+        with BoardWatcher(board, fitting.show):
+            note, state = task.options(num_returns=2).remote(job, threads, board)
+            _refuse(note)
+    finally:
+        fitting.close()
     return state
 
 
@@ -177,6 +181,11 @@ class _Fitting:
         if self.line is None:
             self.line = ProgressLine(self.what, "steps", entry["total"], self.every, entry["done"])
         self.line.advance(max(0, entry["done"] - self.line.done), note=entry["note"])
+
+    def close(self) -> None:
+        """Give the screen back; a fit may be good enough before its last step."""
+        if self.line is not None:
+            self.line.close()
 
 
 def _fit_task(job: PoisonJob, threads: int, board: Any) -> tuple[str, Any]:

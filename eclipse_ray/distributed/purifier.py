@@ -16,6 +16,7 @@ from eclipse_ray.diffusion.model import Denoiser, default_device
 from eclipse_ray.diffusion.sampler import purify_images
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.shards import (
+    BUSY_COLUMN,
     Job,
     Pixels,
     Task,
@@ -81,7 +82,9 @@ class Purifier:
             if isinstance(outcome, str)
         ]
         columns = {name: batch[name].to_pylist() for name in ("task", "input_sha256", "order")}
-        columns["seconds"] = [batch["seconds"][0].as_py() + time.monotonic() - started]
+        spent = time.monotonic() - started
+        columns["seconds"] = [batch["seconds"][0].as_py() + spent]
+        columns[BUSY_COLUMN] = [spent]
         done = [outcome for place in kept if not isinstance(outcome := outcomes[place], str)]
         return pack(columns, take_rows(table, kept), done, failures, fatal, self.note)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -194,10 +195,20 @@ def _validate(tree: dict[str, Any]) -> Config:
 def _explain(item: dict[str, Any]) -> str:
     path = [str(part) for part in item["loc"]]
     if item["type"] != "extra_forbidden":
-        return f"{'.'.join(path)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"[:500]
+        said = f"{'.'.join(path)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"[:500]
+        return said + _nearest_value(item)
     known = _keys_at(path[:-1])
     close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
     return f"{'.'.join(path)}: unknown setting; did you mean {'.'.join([*path[:-1], *close])}?"
+
+
+def _nearest_value(item: dict[str, Any]) -> str:
+    """Return ", did you mean ...?" for a word that is none of the allowed ones."""
+    if item["type"] != "literal_error":
+        return ""
+    allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+    close = difflib.get_close_matches(str(item["input"]), allowed, n=1, cutoff=0.3)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _keys_at(path: list[str]) -> list[str]:

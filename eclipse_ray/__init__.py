@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eclipse_ray.api import (
         convert,
+        doctor,
         dry_run,
         evaluate,
         evaluate_plan,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "convert": "eclipse_ray.api",
+    "doctor": "eclipse_ray.api",
     "dry_run": "eclipse_ray.api",
     "evaluate": "eclipse_ray.api",
     "evaluate_plan": "eclipse_ray.api",
@@ -56,6 +58,7 @@ __all__ = [
     "Config",
     "convert",
     "demo",
+    "doctor",
     "dry_run",
     "evaluate",
     "evaluate_plan",

@@ -10,6 +10,7 @@ from eclipse_ray.config import Config, Layout, ScheduleName, Settings, load_conf
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.results import (
     DatasetResult,
+    DoctorResult,
     DryRunResult,
     EvaluateResult,
     GcResult,
@@ -266,6 +267,15 @@ def _measure(config: Config) -> MatrixResult:
         table=f"{matrix.store.url}/table.md",
         failures=matrix.failures,
     )
+
+
+def doctor(
+    *, store: str | None = None, config: ConfigLike = None, settings: Settings | None = None
+) -> DoctorResult:
+    """Say whether this machine, its Ray cluster and `store` are fit for a run, and what to mend."""
+    from eclipse_ray.distributed import doctor as room
+
+    return room.doctor(resolve(config, settings, {}), store)
 
 
 def _recorded(config: Config, result: DatasetResult) -> DatasetResult:

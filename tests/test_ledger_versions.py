@@ -10,7 +10,7 @@ from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import layout, read_plan
 from eclipse_ray.ledger.plan import SCHEMA, plan_bytes
-from tests.test_ledger import make_shards
+from tests.ledger_helpers import make_shards
 
 
 def test_a_plan_from_before_versions_were_noted(tmp_path):

@@ -202,8 +202,8 @@ def _other_version(store: Store, key: str, note: dict[str, Any]) -> str:
     made_by = f"eclipse_ray {note['made_by']}" if "made_by" in note else "an eclipse_ray older than 0.1.0"
     return (
         f"{store.path(key)}: made by {made_by}, whose plans eclipse_ray {__version__} cannot read; its images "
-        f"stay readable ({store.path('data')}/*.parquet), but to resume or verify it use that version, or purify into "
-        "another folder"
+        f"stay readable ({store.path('data')}/*.parquet), but to resume or verify it use that version, or "
+        "purify into another folder"
     )
 
 

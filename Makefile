@@ -29,7 +29,7 @@ check: $(STAMP) ## style, types and the walls between packages
 	$(BIN)/lint-imports
 
 docs: $(STAMP) ## the documentation as a site in build/site; a warning, such as a dead link, is an error
-	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 tutorial: $(STAMP) ## run the tutorial notebook from its first cell to its last
 	$(BIN)/python -m pytest -m chaos tests/test_tutorial.py

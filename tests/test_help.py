@@ -19,7 +19,9 @@ GROUP = typer.main.get_command(cli.app)
 COMMANDS = GROUP.commands
 FUNCTIONS = {info.name or info.callback.__name__: info.callback for info in cli.app.registered_commands}
 # What the command line adds to the functions of the API, and how it names what it takes from them.
-ONLY_HERE = {"as_json", "dry_run", "watch", "every", "max_failed_fraction", "single_writer"}
+ONLY_HERE = {"as_json", "dry_run", "watch", "every", "max_failed_fraction", "single_writer", "no_report"}
+# Takes another command with its own options.
+UNLIKE = {"submit"}
 
 
 def example_lines(name: str) -> list[str]:
@@ -70,7 +72,7 @@ def test_every_option_is_explained_and_stands_in_a_group(name):
             assert one.rich_help_panel, f"{name} --{one.name}: name a rich_help_panel"
 
 
-@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - UNLIKE))
 def test_a_command_and_its_function_share_names_and_defaults(name):
     verb = name.replace("-", "_")
     function = demo if verb == "demo" else getattr(api, verb)
@@ -133,3 +135,30 @@ def test_every_result_shows_itself_in_a_notebook_escaped():
     assert "<td>1,000</td>" in shown
     assert "<td></td>" in VerifyResult(True, 1, 1, 0)._repr_html_()
     assert "&lt;i&gt;" in DoctorResult(True, [Check("<i>", "ok", "x")])._repr_html_()
+
+
+def test_a_path_with_a_slip_gets_the_nearest(monkeypatch, tmp_path):
+    from eclipse_ray.config.paths import did_you_mean
+
+    (tmp_path / "photographs" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert did_you_mean("photgraphs/cats") == "; did you mean photographs/cats?"
+    assert did_you_mean("photographs/cat") == "; did you mean photographs/cats?"
+    assert did_you_mean(f"{tmp_path}/photograps") == f"; did you mean {tmp_path}/photographs?"
+    assert did_you_mean("elsewhere") == ""
+    assert did_you_mean("photographs/cats") == ""
+    assert did_you_mean("s3://bucket/photographs") == ""
+
+
+def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch):
+    from eclipse_ray.distributed import cluster
+    from eclipse_ray.errors import EclipseError
+
+    def broken(**options: object) -> None:
+        raise Exception("a stack\nThe current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", broken)
+    with pytest.raises(EclipseError, match=r"could not be started here \(The current node timed out"):
+        cluster.connect(load_config())

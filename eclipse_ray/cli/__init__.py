@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -62,15 +63,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise InterruptedRunError("stopped; run the same command again to resume")
 
 
-def main() -> None:
-    """Run the command line and exit with a documented code: 0, 1, 2, 3 or 75."""
-    if "--json" in sys.argv:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (of this process, or `arguments`) and exit with a documented code: 0, 1, 2, 3 or 75."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--json" in words:
         reserve_standard_output()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
         # Bare `eclipse-ray` is a question, not a mistake.
-        code = app(sys.argv[1:] or ["--help"], prog_name="eclipse-ray", standalone_mode=False)
+        code = app(words or ["--help"], prog_name="eclipse-ray", standalone_mode=False)
     except EclipseError as error:
         _end(str(error), error.exit_code)
     except UsageError as error:

@@ -26,6 +26,7 @@ from eclipse_ray.config.method import (
     DenoiserConfig,
     PurifyConfig,
 )
+from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.config.presets import PRESETS, RECIPES
 from eclipse_ray.config.proof import (
     POISON_VARIANTS,
@@ -166,6 +167,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _read_yaml(file: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: there is no such file{did_you_mean(file)}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML file: {error}") from error
     if tree is None:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from eclipse_ray.config import Config
-from eclipse_ray.errors import ConfigError, StorageError
+from eclipse_ray.errors import ConfigError, EclipseError, StorageError
 
 # Both make Ray unpickle what it reads (Parquet tensor columns, WebDataset members): never, whoever asks.
 UNSAFE_VARIABLES = (
@@ -57,10 +57,26 @@ def connect(config: Config) -> Resources:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if address == "local":
             options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
-        with _own_sigterm():
+        with _own_sigterm(), _plain_failure(address):
             ray.init(address=address, **options)
     total = ray.cluster_resources()
     return Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), cores, address == "local")
+
+
+@contextmanager
+def _plain_failure(address: str) -> Iterator[None]:
+    """Say in one sentence that Ray cannot be started or joined. Raises EclipseError."""
+    try:
+        yield
+    except EclipseError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        what = "a Ray cluster could not be started here" if address == "local" else f"{address}: cannot be joined"
+        raise EclipseError(
+            f"{what} ({lines[-1] if lines else type(error).__name__}); run the same command again, or see what "
+            "`eclipse-ray doctor` says"
+        ) from error
 
 
 @contextmanager

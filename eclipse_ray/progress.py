@@ -134,7 +134,7 @@ class _Screen:
                 if self.bars is None:
                     self.bars = _bars()
                     self.bars.start()
-                line.task = self.bars.add_task(line.what, total=line.total, numbers="", note="")
+                line.task = self.bars.add_task(line.what, total=line.total, numbers=line.numbers(), note="")
             if self.idle is None:
                 self.idle = Event()
                 Thread(target=self._tick, args=(self.idle,), daemon=True).start()

@@ -57,6 +57,8 @@ def connect(config: Config) -> Resources:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if address == "local":
             options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
+            # It warns that the cluster it starts here is protected by a token.
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         with _own_sigterm(), _plain_failure(address):
             ray.init(address=address, **options)
     total = ray.cluster_resources()
@@ -72,10 +74,10 @@ def _plain_failure(address: str) -> Iterator[None]:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines()
+        reason = lines[-1].partition(". ")[0] if lines else type(error).__name__
         what = "a Ray cluster could not be started here" if address == "local" else f"{address}: cannot be joined"
         raise EclipseError(
-            f"{what} ({lines[-1] if lines else type(error).__name__}); run the same command again, or see what "
-            "`eclipse-ray doctor` says"
+            f"{what} ({reason}); run the same command again, or see what `eclipse-ray doctor` says"
         ) from error
 
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test check chaos soak fuzz browser clean
+.PHONY: help demo test check docs tutorial hooks chaos soak fuzz browser clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,16 @@ check: $(STAMP) ## style, types and the walls between packages
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(STAMP) ## the documentation as a site in build/site; a warning, such as a dead link, is an error
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+tutorial: $(STAMP) ## run the tutorial notebook from its first cell to its last
+	$(BIN)/python -m pytest -m chaos tests/test_tutorial.py
+
+hooks: $(STAMP) ## the fast half of make check before every commit (needs git)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt pre-commit
+	$(BIN)/pre-commit install
 
 chaos: $(STAMP) ## every fault test: real processes are killed, real servers break; about 25 minutes
 	ECLIPSE_RAY_EXAMPLES=500 $(BIN)/python -m pytest -m 'chaos or ledger'

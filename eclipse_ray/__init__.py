@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from eclipse_ray.api import (
         audit,
         convert,
+        doctor,
         dry_run,
         evaluate,
         evaluate_plan,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "audit": "eclipse_ray.api",
     "convert": "eclipse_ray.api",
+    "doctor": "eclipse_ray.api",
     "dry_run": "eclipse_ray.api",
     "evaluate": "eclipse_ray.api",
     "evaluate_plan": "eclipse_ray.api",
@@ -67,6 +69,7 @@ __all__ = [
     "audit",
     "convert",
     "demo",
+    "doctor",
     "dry_run",
     "evaluate",
     "evaluate_plan",

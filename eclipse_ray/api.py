@@ -26,6 +26,7 @@ from eclipse_ray.results import (
     EVALUATION_FILE,
     AuditResult,
     DatasetResult,
+    DoctorResult,
     DryRunResult,
     EvaluateResult,
     GcResult,
@@ -459,6 +460,13 @@ def _keep_evaluation(output: str, config: Config, result: EvaluateResult) -> Non
     store = Store(output)
     store.write("_eclipse/config.yaml", to_yaml(config).encode())
     store.write(EVALUATION_FILE, json.dumps(note, indent=2).encode())
+def doctor(
+    *, store: str | None = None, config: ConfigLike = None, settings: Settings | None = None
+) -> DoctorResult:
+    """Say whether this machine, its Ray cluster and `store` are fit for a run, and what to mend."""
+    from eclipse_ray.distributed import doctor as room
+
+    return room.doctor(resolve(config, settings, {}), store)
 
 
 def _recorded(config: Config, result: DatasetResult) -> DatasetResult:

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from html import escape
+from typing import Any, Literal
+
+
+class Shown:
+    """A result that a notebook shows as a table; every value is escaped."""
+
+    def _repr_html_(self) -> str:
+        values = vars(self)
+        rows = "".join(
+            f"<tr><th>{escape(name)}</th><td>{_cell(value)}</td></tr>" for name, value in values.items()
+        )
+        return f"<table><caption>{escape(type(self).__name__)}</caption>{rows}</table>"
+
+
+def _cell(value: Any) -> str:
+    """Return a value as HTML: lists and mappings as lines, numbers for people, all text escaped."""
+    if isinstance(value, dict):
+        return "<br>".join(f"{escape(str(key))}: {_cell(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "<br>".join(_cell(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:,.6g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return escape(str(value))
 
 # What `evaluate --out` and `demo` leave in their folders.
 EVALUATION_FILE, DEMO_FILE = "evaluate.json", "demo.json"
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Shown):
     """A trained denoiser; PSNR in dB of held-out images at t_star, denoised and before denoising."""
 
     iterations: int
@@ -20,7 +45,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class ImportResult:
+class ImportResult(Shown):
     """An imported denoiser: where it lies and what was read off its tensors; `iterations` is 0 if unknown."""
 
     denoiser: str
@@ -33,7 +58,7 @@ class ImportResult:
 
 
 @dataclass(frozen=True)
-class PurifyResult:
+class PurifyResult(Shown):
     """Counts of images after a run; `images_per_second` covers only what this run did."""
 
     planned: int
@@ -44,7 +69,7 @@ class PurifyResult:
 
 
 @dataclass(frozen=True)
-class DryRunResult:
+class DryRunResult(Shown):
     """What `purify` would do: hours are of one CPU core (decode, encode) and of one device of the named kind."""
 
     planned: int
@@ -60,7 +85,7 @@ class DryRunResult:
 
 
 @dataclass(frozen=True)
-class GcResult:
+class GcResult(Shown):
     """What was cleared from an output folder: leftover objects, and uploads that were never completed."""
 
     removed: int
@@ -69,7 +94,7 @@ class GcResult:
 
 
 @dataclass(frozen=True)
-class StatusResult:
+class StatusResult(Shown):
     """How far a run is, in images and shards."""
 
     planned: int
@@ -80,7 +105,7 @@ class StatusResult:
 
 
 @dataclass(frozen=True)
-class VerifyResult:
+class VerifyResult(Shown):
     """An audit of an output from its bytes; `mismatched` names what is wrong, one sentence each."""
 
     ok: bool
@@ -91,7 +116,7 @@ class VerifyResult:
 
 
 @dataclass(frozen=True)
-class EvaluateResult:
+class EvaluateResult(Shown):
     """Test accuracy (0-100) after the last epoch: mean and standard deviation over victims.
 
     `curves` has the test accuracy after every epoch, one list a victim.
@@ -109,7 +134,7 @@ class EvaluateResult:
 
 
 @dataclass(frozen=True)
-class MatrixResult:
+class MatrixResult(Shown):
     """A matrix after a run: cells that are measured, those that failed and why, the table of what there is."""
 
     cells: int
@@ -121,7 +146,7 @@ class MatrixResult:
 
 
 @dataclass(frozen=True)
-class MatrixPlan:
+class MatrixPlan(Shown):
     """What a run of a matrix would do; `seconds_left` is of work whose like was measured, `unknown` the rest."""
 
     cells: int
@@ -157,7 +182,7 @@ class MatrixView:
 
 
 @dataclass(frozen=True)
-class SweepResult:
+class SweepResult(Shown):
     """A sweep after a run: trials measured, the best settings by section, its score, and what failed and why."""
 
     trials: int
@@ -170,7 +195,7 @@ class SweepResult:
 
 
 @dataclass(frozen=True)
-class SweepPlan:
+class SweepPlan(Shown):
     """What a run of a sweep would do, timed here on a few images; `unknown` names what could not be timed."""
 
     trials: int
@@ -195,7 +220,7 @@ class SweepView:
 
 
 @dataclass(frozen=True)
-class AuditResult:
+class AuditResult(Shown):
     """Is a dataset poisoned, and by what; `frequency` and `scope` are None for a clean one.
 
     `recommended` holds t_star, p and sigma, each None for a clean set; `evidence` one entry a score: name, effect,
@@ -216,7 +241,7 @@ class AuditResult:
 
 
 @dataclass(frozen=True)
-class DatasetResult:
+class DatasetResult(Shown):
     """A dataset written by convert, split or poison."""
 
     images: int
@@ -225,7 +250,7 @@ class DatasetResult:
 
 
 @dataclass(frozen=True)
-class SubmitResult:
+class SubmitResult(Shown):
     """A job on a cluster: its status there, its exit code (null while it runs), whether it was there before."""
 
     submission_id: str
@@ -235,7 +260,7 @@ class SubmitResult:
 
 
 @dataclass(frozen=True)
-class ReportResult:
+class ReportResult(Shown):
     """A report that was written: its page, and the output folder it is about."""
 
     report: str
@@ -243,7 +268,7 @@ class ReportResult:
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Shown):
     """Test accuracies (0-100) of the demo's victims."""
 
     clean: float
@@ -252,6 +277,24 @@ class DemoResult:
     images_per_second: float
     seconds: float
     output: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that doctor looked at: what it found, and what to do about it, empty if nothing."""
+
+    name: str
+    verdict: Literal["ok", "warning", "failed"]
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class DoctorResult(Shown):
+    """Whether machine, cluster and store are fit for a run; `ok` is false if a check failed."""
+
+    ok: bool
+    checks: list[Check]
 
 
 Result = (
@@ -272,6 +315,7 @@ Result = (
     | ReportResult
     | DemoResult
     | SubmitResult
+    | DoctorResult
 )
 
 

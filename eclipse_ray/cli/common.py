@@ -1,9 +1,10 @@
-"""What every command shares: the app, common options, and how a result is shown."""
+"""What every command shares: the app, common options, how help is written and how a result is shown."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -11,28 +12,59 @@ from typing import Annotated, Any
 import typer
 
 from eclipse_ray.config import parse_assignment
+from eclipse_ray.config.describe import describe
 from eclipse_ray.results import Result, to_json
 
 app = typer.Typer(
     name="eclipse-ray",
     help="Purify availability-poisoned image datasets with sparse diffusion denoisers, on Ray.",
-    no_args_is_help=True,
-    add_completion=False,
+    epilog="First: eclipse-ray doctor, then eclipse-ray demo. Settings of every command: docs/settings.md.",
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
 )
 
-ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE", help="YAML file with settings.")]
+# Panels of --help, in the order in which people ask: where, how, with what means, in which form.
+DATA, METHOD, RUN, OUTPUT = "Data", "Method", "Run", "Settings and output"
+
+
+def setting(
+    key: str, *names: str, metavar: str | None = None, panel: str = METHOD, help: str | None = None
+) -> Any:
+    """Return an option for the setting `key`, with the description, range and default of the configuration."""
+    found = describe(key)
+    text = (help or found.text).rstrip(".")
+    bounds = f"; {found.bounds}" if found.bounds else ""
+    default = f" (default {found.default})" if found.default != "null" else ""
+    return typer.Option(*names, metavar=metavar, help=f"{text}{bounds}{default}.", rich_help_panel=panel)
+
+
+ConfigFile = Annotated[
+    str | None,
+    typer.Option("--config", metavar="FILE", help="YAML file with settings.", rich_help_panel=OUTPUT),
+]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeat for more."),
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeat for more.", rich_help_panel=OUTPUT
+    ),
 ]
 Resize = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Resize the central square of every image to N pixels; default: native size."),
+    setting("data.resize", "--resize", metavar="N", help="Resize the central square of every image to N pixels"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
+]
 
 _RESULT_FD = 1
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a command's help: `@app.command(epilog=examples("eclipse-ray verb ...", ...))`.
+
+    A test parses each line with the command's real parser, and asks for two at least, of at most 78 characters.
+    """
+    return "\n\n".join(["Examples:", *lines])
 
 
 def parsed(assignments: list[str] | None) -> dict[str, Any]:
@@ -40,11 +72,18 @@ def parsed(assignments: list[str] | None) -> dict[str, Any]:
     return dict(parse_assignment(text) for text in assignments or [])
 
 
-def show(result: Result, as_json: bool, text: Callable[[], str]) -> None:
-    """Print a result on standard output: one JSON object, or `text`."""
-    line = json.dumps(to_json(result)) if as_json else text()
+def show(result: Result, as_json: bool, text: Callable[[], str], then: tuple[str, ...] = ()) -> None:
+    """Print a result on standard output: one JSON object, or `text` and the command to type next, `then`."""
+    lines = [json.dumps(to_json(result)) if as_json else text()]
+    if then and not as_json:
+        lines.append(f"next: {command(*then)}")
     with os.fdopen(os.dup(_RESULT_FD), "w", encoding="utf-8") as stream:
-        print(line, file=stream)
+        print("\n".join(lines), file=stream)
+
+
+def command(*words: str) -> str:
+    """Return a command of ours as it can be typed, its words quoted where a shell needs it."""
+    return shlex.join(("eclipse-ray", *words))
 
 
 def reserve_standard_output() -> None:

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from eclipse_ray.cli.common import Assignments, ConfigFile, Json, Resize, app, parsed, show
+from eclipse_ray.cli.common import (
+    DATA,
+    METHOD,
+    Assignments,
+    ConfigFile,
+    Json,
+    Resize,
+    app,
+    examples,
+    parsed,
+    show,
+)
 from eclipse_ray.config import Layout
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "eclipse-ray convert my/photographs my/parquet --resize 64",
+        "eclipse-ray convert s3://bucket/tars my/folders --layout folder",
+    )
+)
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Any readable dataset.")],
     output: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
-    layout: Annotated[Layout, typer.Option(help="folder: one a class; cifar: 32 x 32 only.")] = "parquet",
+    layout: Annotated[
+        Layout, typer.Option(help="folder: one a class; cifar: 32 x 32 only.", rich_help_panel=DATA)
+    ] = "parquet",
     resize: Resize = None,
     config: ConfigFile = None,
     assign: Assignments = None,
@@ -27,11 +45,20 @@ def convert(
     show(result, as_json, lambda: f"{result.images:,} images written to {result.output}")
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "eclipse-ray split my/dataset --clean 500 --out my/split",
+        "eclipse-ray split my/dataset --clean 500 --out my/split --set run.seed=1",
+    )
+)
 def split(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Any readable dataset.")],
-    clean: Annotated[int, typer.Option(help="Images of the sparse clean set.")],
-    output: Annotated[str, typer.Option("--out", metavar="DIR", help="Gets DIR/clean and DIR/rest.")],
+    clean: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images of the sparse clean set.", rich_help_panel=METHOD)
+    ],
+    output: Annotated[
+        str, typer.Option("--out", metavar="DIR", help="Gets DIR/clean and DIR/rest.", rich_help_panel=DATA)
+    ],
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
@@ -40,12 +67,28 @@ def split(
     from eclipse_ray import api
 
     result = api.split(source, clean=clean, output=output, config=config, settings=parsed(assign))
-    show(result, as_json, lambda: f"{result.images:,} images: {result.details}")
+    then = ("train", "--clean", f"{result.output}/clean", "--out", f"{result.output}/denoiser")
+    show(
+        result,
+        as_json,
+        lambda: (
+            f"{result.details['clean']:,} images in {output}/clean, {result.details['rest']:,} in {output}/rest"
+        ),
+        then,
+    )
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "eclipse-ray poison ar my/dataset my/poisoned",
+        "eclipse-ray poison em my/dataset my/poisoned --set poison.cost=reduced",
+    )
+)
 def poison(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="urp lsp ar cuda em tap rem sep efp adp")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="urp lsp ar cuda em tap rem sep efp adp"),
+    ],
     source: Annotated[str, typer.Argument(metavar="SRC", help="Labelled dataset.")],
     output: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
     config: ConfigFile = None,
@@ -56,4 +99,13 @@ def poison(
     from eclipse_ray import api
 
     result = api.poison(name, source, output, config=config, settings=parsed(assign))
-    show(result, as_json, lambda: f"{result.images:,} images poisoned ({result.details}) in {result.output}")
+    show(
+        result,
+        as_json,
+        lambda: f"{result.images:,} images poisoned ({_words(result.details)}) in {result.output}",
+        ("evaluate", "--train", result.output, "--test", "TEST"),
+    )
+
+
+def _words(details: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in details.items() if value is not None)

@@ -6,16 +6,33 @@ from typing import Annotated
 
 import typer
 
-from eclipse_ray.cli.common import Assignments, ConfigFile, Json, Resize, app, parsed, show
+from eclipse_ray.cli.common import (
+    DATA,
+    METHOD,
+    RUN,
+    Assignments,
+    ConfigFile,
+    Json,
+    Resize,
+    app,
+    examples,
+    parsed,
+    setting,
+    show,
+)
 from eclipse_ray.cli.reports import NoReport, conclude
 from eclipse_ray.config import ScheduleName
 from eclipse_ray.errors import EXIT_TOO_MANY_FAILED
 from eclipse_ray.results import DryRunResult
 
 
-@app.command()
+@app.command(
+    epilog=examples("eclipse-ray demo", "eclipse-ray demo --output runs/short --set denoiser.iterations=100")
+)
 def demo(
-    output: Annotated[str, typer.Option(help="Folder for everything the demo makes.")] = "runs/demo",
+    output: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder for everything the demo makes.", rich_help_panel=DATA)
+    ] = "runs/demo",
     no_report: NoReport = False,
     config: ConfigFile = None,
     assign: Assignments = None,
@@ -26,14 +43,24 @@ def demo(
     from eclipse_ray.demo import demo_table
 
     result = run(output, config=config, settings=parsed(assign))
-    show(result, as_json, lambda: demo_table(result))
+    then = ("split", "SRC", "--clean", "500", "--out", "DIR")
+    show(result, as_json, lambda: demo_table(result), then)
     conclude(result.output, no_report)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "eclipse-ray train --clean my/trusted --out my/denoiser",
+        "eclipse-ray train --clean my/trusted --out my/den --set denoiser.preset=paper",
+    )
+)
 def train(
-    clean: Annotated[str | None, typer.Option(metavar="SRC", help="Sparse clean set.")] = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.")] = None,
+    clean: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Sparse clean set: trusted images.", rich_help_panel=DATA)
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.", rich_help_panel=DATA)
+    ] = None,
     resize: Resize = None,
     config: ConfigFile = None,
     assign: Assignments = None,
@@ -50,17 +77,31 @@ def train(
             f"denoiser in {result.denoiser}: {result.denoise_psnr:.2f} dB on held-out images "
             f"(noised: {result.noisy_psnr:.2f} dB) after {result.iterations:,} iterations"
         ),
+        ("purify", "SRC", "DST", "--denoiser", result.denoiser),
     )
     conclude(result.denoiser, no_report=True)
 
 
-@app.command("import-checkpoint")
+@app.command(
+    "import-checkpoint",
+    epilog=examples(
+        "eclipse-ray import-checkpoint ema_0.9999_250000.pt --out my/denoiser",
+        "eclipse-ray import-checkpoint 64x64_diffusion.pt --out my/denoiser --heads 1",
+    ),
+)
 def import_checkpoint(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="State dict, such as ema_0.9999_250000.pt.")],
-    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the denoiser.")],
-    heads: Annotated[int, typer.Option(help="Attention heads, which the file does not tell.")] = 4,
-    timesteps: Annotated[int, typer.Option(help="T of the training.")] = 4000,
-    schedule: Annotated[ScheduleName, typer.Option(help="Noise schedule of it.")] = "cosine",
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="State dict, such as ema_0.9999_250000.pt."),
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the denoiser.", rich_help_panel=DATA)],
+    heads: Annotated[
+        int, typer.Option(min=1, help="Attention heads, which the file does not tell.", rich_help_panel=METHOD)
+    ] = 4,
+    timesteps: Annotated[int, typer.Option(min=2, help="T of the training.", rich_help_panel=METHOD)] = 4000,
+    schedule: Annotated[
+        ScheduleName, typer.Option(help="Noise schedule of it.", rich_help_panel=METHOD)
+    ] = "cosine",
     as_json: Json = False,
 ) -> None:
     """Make a denoiser of weights saved by improved-diffusion or guided-diffusion."""
@@ -75,29 +116,50 @@ def import_checkpoint(
             f"{result.block_out_channels}, attention at levels {result.attention_levels}, "
             f"recommended t_star {result.t_star}"
         ),
+        ("purify", "SRC", "DST", "--denoiser", result.denoiser),
     )
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "eclipse-ray purify my/dataset my/purified --denoiser my/denoiser",
+        "eclipse-ray purify s3://in/set s3://out/set --denoiser s3://out/denoiser",
+        "eclipse-ray purify my/dataset my/purified --denoiser my/denoiser --dry-run",
+    )
+)
 def purify(
     source: Annotated[str | None, typer.Argument(metavar="SRC", help="Dataset to purify.")] = None,
     output: Annotated[str | None, typer.Argument(metavar="DST", help="Output folder.")] = None,
-    denoiser: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.")] = None,
+    denoiser: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.", rich_help_panel=DATA)
+    ] = None,
     resize: Resize = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do failed images again.")] = False,
-    extend: Annotated[bool, typer.Option("--extend", help="Also do objects that SRC has gained.")] = False,
-    max_failed_fraction: Annotated[float | None, typer.Option(help="More failed images end in exit 3.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.", rich_help_panel=RUN)
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do failed images again.", rich_help_panel=RUN)
+    ] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Also do objects that SRC has gained.", rich_help_panel=RUN)
+    ] = False,
+    max_failed_fraction: Annotated[
+        float | None, setting("purify.max_failed_fraction", "--max-failed-fraction", panel=RUN)
+    ] = None,
     single_writer: Annotated[
         bool | None,
-        typer.Option("--single-writer", help="DST has no conditional writes, and nobody else writes there."),
+        typer.Option(
+            "--single-writer",
+            help="DST has no conditional writes, and nobody else writes there.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     no_report: NoReport = False,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
 ) -> None:
-    """Purify a dataset; the same command resumes. Exit 3: done, but more images failed than allowed."""
+    """Purify a dataset; the same command resumes, and more failed images than allowed end in exit 3."""
     from eclipse_ray import api
 
     named = {"purify.max_failed_fraction": max_failed_fraction, "purify.single_writer": single_writer}
@@ -122,6 +184,7 @@ def purify(
             f"{result.ok:,} of {result.planned:,} images purified, {result.failed:,} failed, "
             f"{result.images_per_second:,.1f} images/s, in {result.output}"
         ),
+        ("verify", result.output),
     )
     conclude(result.output, no_report)
     if result.failed > resolved.purify.max_failed_fraction * result.planned:

@@ -6,19 +6,33 @@ from typing import Annotated
 
 import typer
 
-from eclipse_ray.cli.common import Assignments, ConfigFile, Json, app, parsed, show
+from eclipse_ray.cli.common import DATA, RUN, Assignments, ConfigFile, Json, app, examples, parsed, show
 from eclipse_ray.cli.reports import NoReport, conclude
 from eclipse_ray.errors import EXIT_FAILURE
 from eclipse_ray.results import EvaluateResult, MatrixPlan, MatrixResult
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "eclipse-ray evaluate --train my/purified --test my/test",
+        "eclipse-ray evaluate --config configs/quick.yaml --dry-run",
+    )
+)
 def evaluate(
-    train: Annotated[str | None, typer.Option(metavar="SRC", help="Training set.")] = None,
-    test: Annotated[str | None, typer.Option(metavar="SRC", help="Clean labelled test set.")] = None,
-    clean: Annotated[str | None, typer.Option(metavar="SRC", help="Sparse set, checked to be disjoint.")] = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of results; a matrix needs one.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Matrix only: say what is missing.")] = False,
+    train: Annotated[str | None, typer.Option(metavar="SRC", help="Training set.", rich_help_panel=DATA)] = None,
+    test: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Clean labelled test set.", rich_help_panel=DATA)
+    ] = None,
+    clean: Annotated[
+        str | None,
+        typer.Option(metavar="SRC", help="Sparse set, checked to be disjoint.", rich_help_panel=DATA),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of results; a matrix needs one.", rich_help_panel=DATA)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Matrix only: say what is missing.", rich_help_panel=RUN)
+    ] = False,
     no_report: NoReport = False,
     config: ConfigFile = None,
     assign: Assignments = None,

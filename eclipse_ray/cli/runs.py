@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
 
-from eclipse_ray.cli.common import Json, app, show
-from eclipse_ray.errors import EXIT_FAILURE
+from eclipse_ray.cli.common import RUN, Json, app, examples, show
+from eclipse_ray.errors import EXIT_FAILURE, InterruptedRunError
+from eclipse_ray.progress import ProgressLine
+from eclipse_ray.results import StatusResult
+
+Output = Annotated[str, typer.Argument(metavar="DST", help="Output folder of purify.")]
 
 
-@app.command()
+@app.command(epilog=examples("eclipse-ray status my/purified", "eclipse-ray status my/purified --watch"))
 def status(
-    output: Annotated[str, typer.Argument(metavar="DST", help="Output folder of purify.")], as_json: Json = False
+    output: Output,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again until the run is done or you stop it.", rich_help_panel=RUN)
+    ] = False,
+    every: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two looks, with --watch.", rich_help_panel=RUN)
+    ] = 5,
+    as_json: Json = False,
 ) -> None:
     """Say how far a run is, also while it runs."""
     from eclipse_ray import api
 
-    result = api.status(output)
+    result = _watch(output, every) if watch else api.status(output)
+    done = result.shards_done == result.shards
     show(
         result,
         as_json,
@@ -25,28 +38,52 @@ def status(
             f"{result.shards_done:,} of {result.shards:,} shards, {result.ok:,} of {result.planned:,} images, "
             f"{result.failed:,} failed"
         ),
+        ("verify", output) if done else () if watch else ("status", output, "--watch"),
     )
 
 
-@app.command()
-def verify(
-    output: Annotated[str, typer.Argument(metavar="DST", help="Output folder of purify.")], as_json: Json = False
-) -> None:
+def _watch(output: str, every: float) -> StatusResult:
+    """Show the run's progress until it is done or whoever watches has seen enough; return the last look."""
+    from eclipse_ray import api
+
+    found = api.status(output)
+    with ProgressLine("status", "images", found.planned, every, found.ok + found.failed) as line:
+        line.failed = found.failed
+        try:
+            while found.shards_done < found.shards:
+                time.sleep(every)
+                found = api.status(output)
+                line.total = found.planned
+                line.advance(found.ok + found.failed - line.done, found.failed - line.failed)
+        except (KeyboardInterrupt, InterruptedRunError):
+            # Only the watching was stopped.
+            pass
+    return found
+
+
+@app.command(epilog=examples("eclipse-ray verify my/purified", "eclipse-ray verify s3://out/set --json"))
+def verify(output: Output, as_json: Json = False) -> None:
     """Prove from the bytes that every planned image is there once; exit 1 if not."""
     from eclipse_ray import api
 
     result = api.verify(output)
     lines = [*result.mismatched, f"{result.images:,} images and {result.failed:,} failures of {result.planned:,}"]
-    show(result, as_json, lambda: "\n".join([*lines, "ok" if result.ok else "NOT ok"]))
+    then = ("evaluate", "--train", output, "--test", "TEST") if result.ok else ()
+    show(result, as_json, lambda: "\n".join([*lines, "ok" if result.ok else "NOT ok"]), then)
     if not result.ok:
         raise typer.Exit(EXIT_FAILURE)
 
 
-@app.command()
+@app.command(epilog=examples("eclipse-ray gc my/purified", "eclipse-ray gc s3://out/set --idle"))
 def gc(
-    output: Annotated[str, typer.Argument(metavar="DST", help="Output folder of purify.")],
+    output: Output,
     idle: Annotated[
-        bool, typer.Option("--idle", help="No run is writing there: unfinished shards' leftovers go too.")
+        bool,
+        typer.Option(
+            "--idle",
+            help="No run is writing there: unfinished shards' leftovers go too.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from eclipse_ray.config.method import (
     DenoiserConfig,
     PurifyConfig,
 )
+from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.config.presets import PRESETS, RECIPES
 from eclipse_ray.config.proof import (
     POISON_VARIANTS,
@@ -224,6 +226,8 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _parsed_yaml(file: str, read: Callable[[str], bytes]) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(read(file).decode())
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: there is no such file{did_you_mean(file)}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML file: {error}") from error
     if tree is None:
@@ -254,10 +258,20 @@ def _validate(tree: dict[str, Any]) -> Config:
 def _explain(item: dict[str, Any]) -> str:
     path = [str(part) for part in item["loc"]]
     if item["type"] != "extra_forbidden":
-        return f"{'.'.join(path)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"[:500]
+        said = f"{'.'.join(path)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"[:500]
+        return said + _nearest_value(item)
     known = _keys_at(path[:-1])
     close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
     return f"{'.'.join(path)}: unknown setting; did you mean {'.'.join([*path[:-1], *close])}?"
+
+
+def _nearest_value(item: dict[str, Any]) -> str:
+    """Return ", did you mean ...?" for a word that is none of the allowed ones."""
+    if item["type"] != "literal_error":
+        return ""
+    allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+    close = difflib.get_close_matches(str(item["input"]), allowed, n=1, cutoff=0.3)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _keys_at(path: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.data import cifar, folder, npz, parquet, webdataset
 from eclipse_ray.data.store import Entry, Store
 from eclipse_ray.data.table import Part, Span, extra_columns, with_classes
@@ -170,7 +171,7 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
         if entries:
             return parent, entries
         raise InputError(f"{url}: no file matches this pattern; check it")
-    raise InputError(f"{url}: there is nothing here; check the path or URL")
+    raise InputError(f"{url}: there is nothing here{did_you_mean(url) or '; check the path or URL'}")
 
 
 def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from eclipse_ray.config import Config
-from eclipse_ray.errors import ConfigError, StorageError
+from eclipse_ray.errors import ConfigError, EclipseError, StorageError
 from eclipse_ray.log import say
 
 # Both make Ray unpickle what it reads (Parquet tensor columns, WebDataset members): never, whoever asks.
@@ -64,7 +64,9 @@ def connect(config: Config) -> Resources:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if address == "local":
             options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
-        with _own_sigterm():
+            # It warns that the cluster it starts here is protected by a token.
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        with _own_sigterm(), _plain_failure(address):
             ray.init(address=address, **options)
     return _counted(ray.cluster_resources(), _nodes(), config, cores, address == "local")
 
@@ -101,6 +103,22 @@ def require_ray(version: str, where: str) -> None:
             f"Ray {version} {where} is older than {'.'.join(map(str, MIN_RAY))}: it can be made to run code by "
             "the data it reads; update it"
         )
+
+
+@contextmanager
+def _plain_failure(address: str) -> Iterator[None]:
+    """Say in one sentence that Ray cannot be started or joined. Raises EclipseError."""
+    try:
+        yield
+    except EclipseError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[-1].partition(". ")[0] if lines else type(error).__name__
+        what = "a Ray cluster could not be started here" if address == "local" else f"{address}: cannot be joined"
+        raise EclipseError(
+            f"{what} ({reason}); run the same command again, or see what `eclipse-ray doctor` says"
+        ) from error
 
 
 @contextmanager

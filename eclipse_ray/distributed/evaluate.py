@@ -9,9 +9,9 @@ from typing import Any
 
 import ray
 import torch
-import yaml
 from ray.exceptions import RayError
 
+from eclipse_ray import ledger
 from eclipse_ray.config import CompensationConfig, Config
 from eclipse_ray.data.dataset import ImageSet, load_images
 from eclipse_ray.data.store import Store
@@ -23,8 +23,6 @@ from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, st
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
 from eclipse_ray.results import EvaluateResult
 from eclipse_ray.victims.training import train_victim
-
-CONFIG_KEY, MANIFEST_KEY = "_eclipse/config.yaml", "_eclipse/manifest.parquet"
 
 
 def evaluate(config: Config) -> EvaluateResult:
@@ -72,11 +70,7 @@ def source_compensation(config: Config, source: str) -> CompensationConfig:
 
 def _recorded_config(source: str) -> dict[str, Any]:
     """Return the settings of the purification that made SRC, if one did."""
-    store = Store(source)
-    if store.is_file() or not store.exists(MANIFEST_KEY):
-        return {}
-    tree = yaml.safe_load(store.read(CONFIG_KEY))
-    return tree if isinstance(tree, dict) else {}
+    return ledger.recorded_settings(Store(source))
 
 
 def _check_disjoint(config: Config, source: str, train: ImageSet, test_url: str, test: ImageSet) -> None:
@@ -128,7 +122,7 @@ def _train_all(
             seen.add(epoch)
             line.advance(1, note=_note(entry))
 
-    with BoardWatcher(board, show):
+    with line, BoardWatcher(board, show):
         pending = [
             task.remote(data, config.model_dump(mode="json"), compensation.model_dump(), seed, threads, board)
             for seed in seeds

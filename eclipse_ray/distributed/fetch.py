@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES
 from eclipse_ray.errors import InputError
@@ -18,6 +19,11 @@ def local_denoiser(url: str) -> str:
     The cache is named after the card's content, so another denoiser at the same URL is fetched anew.
     """
     store = Store(url)
+    if not store.exists():
+        raise InputError(
+            f"{url}: there is no such denoiser folder"
+            f"{did_you_mean(url) or '; check the path, or make one with `eclipse-ray train`'}"
+        )
     if not store.exists(CARD_FILE):
         raise InputError(
             f"{url}: not a denoiser folder ({CARD_FILE} is missing); make one with `eclipse-ray train`"

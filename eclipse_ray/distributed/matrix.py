@@ -89,9 +89,10 @@ def run(matrix: Matrix, publish: Callable[[], object]) -> None:
             return
         resources = connect(matrix.config)
         runner = _Runner(matrix, resources, missing)
-        for cells in groups(missing, CELLS_AHEAD * runner.concurrent):
-            runner.measure(cells)
-            publish()
+        with runner.line:
+            for cells in groups(missing, CELLS_AHEAD * runner.concurrent):
+                runner.measure(cells)
+                publish()
     finally:
         publish()
 

@@ -107,7 +107,8 @@ def _write(
             line.advance(table.num_rows)
             yield with_classes(table, job.classes)
 
-    images = write_dataset(job.output, watched(), classes=job.classes, source=job.source, resume=resume)
+    with line:
+        images = write_dataset(job.output, watched(), classes=job.classes, source=job.source, resume=resume)
     return DatasetResult(images, job.output, _details(job, norms))
 
 
@@ -158,11 +159,14 @@ def _fit(config: Config, job: PoisonJob, resources: Resources) -> Any:
     threads = 1 if resources.gpus else resources.cores
     cpus = min(resources.cpus, threads * resources.cpus_per_core)
     require_place(resources, max(1, cpus), min(1, resources.gpus), "the fit of a poison")
-    board, line = start_board(), _Fitting(f"fit {job.poison.name}", config.run.progress_seconds)
+    board, fitting = start_board(), _Fitting(f"fit {job.poison.name}", config.run.progress_seconds)
     task = ray.remote(num_cpus=cpus, num_gpus=1 if resources.gpus else 0, max_retries=3)(_fit_task)
-    with BoardWatcher(board, line.show):
-        note, state = task.options(num_returns=2).remote(job, threads, board)
-        _refuse(note)
+    try:
+        with BoardWatcher(board, fitting.show):
+            note, state = task.options(num_returns=2).remote(job, threads, board)
+            _refuse(note)
+    finally:
+        fitting.close()
     return state
 
 
@@ -178,6 +182,11 @@ class _Fitting:
         if self.line is None:
             self.line = ProgressLine(self.what, "steps", entry["total"], self.every, entry["done"])
         self.line.advance(max(0, entry["done"] - self.line.done), note=entry["note"])
+
+    def close(self) -> None:
+        """Give the screen back; a fit may be good enough before its last step."""
+        if self.line is not None:
+            self.line.close()
 
 
 def _fit_task(job: PoisonJob, threads: int, board: Any) -> tuple[str, Any]:

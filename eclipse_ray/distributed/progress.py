@@ -1,64 +1,17 @@
-"""Progress of long work for people: one rewritten line on a terminal, one line an interval elsewhere."""
+"""Progress that workers report: they post it on a board, which the driver reads and shows."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
 from threading import Event, Thread
 from typing import Any
 
 import ray
 
-from eclipse_ray import log
 from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine
 
 __all__ = ["Board", "BoardWatcher", "ProgressLine", "say", "start_board"]
-
-
-class ProgressLine:
-    """Counts done work and says, on standard error, how far, how fast and how long still."""
-
-    def __init__(self, what: str, unit: str, total: int, every: float, done: int = 0) -> None:
-        self.what, self.unit, self.total, self.every = what, unit, total, every
-        self.failed = 0
-        self.begin(done)
-
-    def begin(self, done: int) -> None:
-        """Start the clock now, with `done` units from before."""
-        self.done = self.started_at = done
-        self.start = self.last = time.monotonic()
-
-    @property
-    def rate(self) -> float:
-        """Units a second since this process began."""
-        return (self.done - self.started_at) / max(time.monotonic() - self.start, 1e-9)
-
-    def advance(self, count: int, failed: int = 0, note: str = "") -> None:
-        """Count finished units and print when it is time."""
-        self.done += count
-        self.failed += failed
-        now = time.monotonic()
-        if now - self.last >= (0.2 if _rewrites() else self.every) or self.done >= self.total:
-            self.last = now
-            self._print(note)
-
-    def _print(self, note: str) -> None:
-        left = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
-        text = f"{self.what}: {self.done:,}/{self.total:,} {self.unit}, {self.rate:,.1f}/s, {_duration(left)} left"
-        text += f", {self.failed:,} failed" if self.failed else ""
-        text += f", {note}" if note else ""
-        if log.is_json():
-            counts: dict[str, Any] = {"done": self.done, "total": self.total, "failed": self.failed}
-            say(text, event="progress", unit=self.unit, per_second=round(self.rate, 3), **counts)
-            return
-        terminal = _rewrites()
-        end = "\n" if not terminal or self.done >= self.total else ""
-        print(f"\r\x1b[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
-
-
-def _rewrites() -> bool:
-    return sys.stderr.isatty() and not log.is_json()
 
 
 class Board:
@@ -107,11 +60,3 @@ class BoardWatcher:
             for entry in ray.get(self.board.since.remote(self.seen)):
                 self.seen += 1
                 self.on_entry(entry)
-
-
-def _duration(seconds: float) -> str:
-    if seconds == float("inf"):
-        return "unknown time"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

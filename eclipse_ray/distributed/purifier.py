@@ -17,6 +17,7 @@ from eclipse_ray.diffusion.sampler import purify_images
 from eclipse_ray.distributed import metrics
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.shards import (
+    BUSY_COLUMN,
     Job,
     Pixels,
     Task,
@@ -88,6 +89,7 @@ class Purifier:
         columns["seconds"] = [batch["seconds"][0].as_py() + took]
         self.idle_since = started + took
         metrics.observe({"denoise_seconds": took, "input_wait_seconds": waited}, self.job.run)
+        columns[BUSY_COLUMN] = [took]
         done = [outcome for place in kept if not isinstance(outcome := outcomes[place], str)]
         return pack(columns, take_rows(table, kept), done, failures, fatal, self.note)
 

@@ -6,7 +6,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import ray
 import ray.data
@@ -18,7 +19,7 @@ from eclipse_ray.distributed.cluster import Resources, connect, require_cpus, re
 from eclipse_ray.distributed.prepare import Prepared, prepare, warn_if_unsuitable
 from eclipse_ray.distributed.progress import ProgressLine, say
 from eclipse_ray.distributed.purifier import Purifier
-from eclipse_ray.distributed.shards import Job, Task, fatal_error, task_rows
+from eclipse_ray.distributed.shards import BUSY_COLUMN, Job, Task, fatal_error, task_rows
 from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
 from eclipse_ray.errors import EclipseError, InterruptedRunError
 from eclipse_ray.results import PurifyResult
@@ -27,6 +28,7 @@ from eclipse_ray.results import PurifyResult
 IO_CPUS = 0.5
 # A shard may take so many times as long as the slowest one yet before the run is taken for dead.
 PATIENCE = 10
+T = TypeVar("T")
 
 
 def purify(config: Config, *, retry_failed: bool = False, extend: bool = False) -> PurifyResult:
@@ -64,13 +66,37 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
     done = total - sum(task.shard.rows for task in tasks)
     if done:
         say(f"purify: resuming, {len(shards) - len(tasks)} of {len(shards)} shards are already committed")
-    line = ProgressLine("purify", "images", total, config.run.progress_seconds, done)
     job = replace(prepared.job, session=ledger.session(prepared.store), run=prepared.fingerprint.value)
     results = _stream(job, tasks, actors, gpus)
     patience = config.purify.watchdog_seconds
-    for ok, failed in _watched(results, patience, lambda: ledger.hand_over(prepared.store, job.session)):
-        line.advance(ok + failed, failed)
-    return line.rate
+    usage = _Usage("GPUs" if gpus else "actors", actors)
+    with ProgressLine("purify", "images", total, config.run.progress_seconds, done) as line:
+        for shard in _watched(results, patience, lambda: ledger.hand_over(prepared.store, job.session)):
+            line.advance(shard.ok + shard.failed, shard.failed, usage.note(shard.busy_seconds))
+        return line.rate
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A shard that is committed: images done and failed, and the seconds that an actor spent on it."""
+
+    ok: int
+    failed: int
+    busy_seconds: float = 0.0
+
+
+class _Usage:
+    """Says which share of the time since the first shard began the pool has been at work."""
+
+    def __init__(self, what: str, actors: int) -> None:
+        self.what, self.actors = what, actors
+        self.busy, self.start = 0.0, 0.0
+
+    def note(self, seconds: float) -> str:
+        now = time.monotonic()
+        self.start = self.start or now - seconds
+        self.busy += seconds
+        return f"{self.what} busy {min(100, 100 * self.busy / max(1e-9, self.actors * (now - self.start))):.0f} %"
 
 
 def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]:
@@ -90,15 +116,13 @@ def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]
     return actors, gpus
 
 
-def _watched(
-    results: Iterator[tuple[int, int]], patience: float, on_hang: Callable[[], None]
-) -> Iterator[tuple[int, int]]:
+def _watched(results: Iterator[T], patience: float, on_hang: Callable[[], None]) -> Iterator[T]:
     """Yield results as they come; raises InterruptedRunError when none comes for too long, or Ray gives up.
 
     Ray does not notice an actor that ends by sys.exit or sleeps for ever. The stream is read on a thread of its
     own, so that this one can stop waiting for it.
     """
-    ready: queue.SimpleQueue[tuple[int, int] | Exception | None] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[T | Exception | None] = queue.SimpleQueue()
     threading.Thread(target=_forward, args=(results, ready.put), daemon=True).start()
     last, slowest = time.monotonic(), None
     while True:
@@ -128,9 +152,7 @@ def _watched(
         yield result
 
 
-def _forward(
-    results: Iterator[tuple[int, int]], put: Callable[[tuple[int, int] | Exception | None], None]
-) -> None:
+def _forward(results: Iterator[T], put: Callable[[T | Exception | None], None]) -> None:
     try:
         for result in results:
             put(result)
@@ -140,8 +162,8 @@ def _forward(
         put(None)
 
 
-def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[tuple[int, int]]:
-    """Yield (ok, failed) of each shard as it is committed."""
+def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[Committed]:
+    """Yield each shard as it is committed."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # Off: this run has a watchdog of its own, which knows how long a shard takes here.
@@ -171,4 +193,4 @@ def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[t
             if row["fatal"]:
                 raise fatal_error(row["fatal"])
             log.event("shard", shard=row["shard"], ok=row["ok"], failed=row["failed"])
-            yield row["ok"], row["failed"]
+            yield Committed(row["ok"], row["failed"], row[BUSY_COLUMN])

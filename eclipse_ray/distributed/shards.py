@@ -23,6 +23,8 @@ from eclipse_ray.data.store import Store
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, ResumeError, StorageError
 
 Pixels = NDArray[np.uint8]
+# Seconds that an actor of the pool spent on the shard.
+BUSY_COLUMN = "busy_seconds"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,17 @@ from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, content_hash, decode_stored, encode_image, resize_image
 from eclipse_ray.data.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.distributed import metrics
-from eclipse_ray.distributed.shards import Job, Pixels, Task, fatal_note, pack, take_rows, task_of, unpack
+from eclipse_ray.distributed.shards import (
+    BUSY_COLUMN,
+    Job,
+    Pixels,
+    Task,
+    fatal_note,
+    pack,
+    take_rows,
+    task_of,
+    unpack,
+)
 from eclipse_ray.errors import EclipseError, InputError, StorageError
 
 # Where the image's own file name waits while its pixels travel.
@@ -178,7 +188,10 @@ def _refuse_leakage(job: Job, name: str, image: Pixels) -> None:
 
 
 def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
-    """Encode a purified shard and commit it; return one row of what now stands: shard, ok, failed, fatal, note."""
+    """Encode a purified shard and commit it; return one row of what now stands.
+
+    Its columns: shard, ok, failed, busy_seconds, fatal, note.
+    """
     task = task_of(batch)
     fatal, ok, failed = batch["fatal"][0].as_py(), 0, 0
     if not fatal:
@@ -191,6 +204,7 @@ def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
         "shard": task.shard.name,
         "ok": ok,
         "failed": failed,
+        BUSY_COLUMN: batch[BUSY_COLUMN][0].as_py() if BUSY_COLUMN in batch.column_names else 0.0,
         "fatal": fatal,
         "note": batch["note"][0].as_py(),
     }

@@ -134,7 +134,7 @@ def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: s
             callbacks=callbacks,
         ),
     )
-    with BoardWatcher(board, lambda entry: _show(line, entry)):
+    with line, BoardWatcher(board, lambda entry: _show(line, entry)):
         result = trainer.fit()
     if result.error is not None or result.checkpoint is None:
         raise EclipseError(f"training stopped: {result.error}; run the same command again to resume")

@@ -16,7 +16,7 @@ from eclipse_ray.ledger.plan import (
     plan_source,
     read_plan,
 )
-from eclipse_ray.ledger.run import Fingerprint, Run, claim, open_run, read_fingerprint
+from eclipse_ray.ledger.run import Fingerprint, Run, claim, open_run, read_fingerprint, recorded_settings
 from eclipse_ray.ledger.status import (
     ImageFailure,
     Status,
@@ -62,6 +62,7 @@ __all__ = [
     "read_plan",
     "read_status",
     "read_statuses",
+    "recorded_settings",
     "retriable",
     "session",
     "summarise",

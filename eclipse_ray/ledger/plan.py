@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from eclipse_ray import __version__
 from eclipse_ray.config import digest
 from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError, ResumeError
@@ -26,6 +27,7 @@ SCHEMA = pa.schema(
     ]
 )
 _NOTE = b"eclipse_ray"
+_NOTE_KEYS = {"shard_images", "classes"}
 
 
 class PartLike(Protocol):
@@ -145,7 +147,8 @@ def plan_bytes(shards: Sequence[Shard], shard_images: int, classes: Sequence[str
     """Return the plan as Parquet, one row a span; the rest is metadata."""
     rows = [(shard.name, *span.row()) for shard in shards for span in shard.spans]
     columns = zip(*rows, strict=True) if rows else ([] for _ in SCHEMA.names)
-    note = json.dumps({"shard_images": shard_images, "classes": classes and list(classes)})
+    made = {"shard_images": shard_images, "classes": classes and list(classes), "made_by": __version__}
+    note = json.dumps(made)
     schema = SCHEMA.with_metadata({_NOTE: note.encode()})
     return layout.table_bytes(
         pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=schema)
@@ -179,8 +182,10 @@ def _read_piece(store: Store, key: str) -> tuple[tuple[Shard, ...], dict[str, An
     if data is None:
         return None
     try:
-        table = layout.read_table(data, SCHEMA)
-        note = json.loads(table.schema.metadata[_NOTE])
+        table = layout.open_parquet(data).read()
+        note = json.loads((table.schema.metadata or {}).get(_NOTE, b"{}"))
+        if not table.schema.equals(SCHEMA, check_metadata=False) or not note.keys() >= _NOTE_KEYS:
+            raise InputError(_other_version(store, key, note))
         rows = zip(*table.to_pydict().values(), strict=True)
         shards = tuple(
             Shard(name, tuple(Span(*row[1:]) for row in group))
@@ -191,6 +196,15 @@ def _read_piece(store: Store, key: str) -> tuple[tuple[Shard, ...], dict[str, An
         raise InputError(
             f"{store.path(key)}: damaged ({error}); delete it and run the same command again"
         ) from error
+
+
+def _other_version(store: Store, key: str, note: dict[str, Any]) -> str:
+    made_by = f"eclipse_ray {note['made_by']}" if "made_by" in note else "an eclipse_ray older than 0.1.0"
+    return (
+        f"{store.path(key)}: made by {made_by}, whose plans eclipse_ray {__version__} cannot read; its images "
+        f"stay readable ({store.path('data')}/*.parquet), but to resume or verify it use that version, or "
+        "purify into another folder"
+    )
 
 
 def _refuse_growth(

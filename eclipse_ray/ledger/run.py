@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from eclipse_ray.config import difference, digest
 from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError, ResumeError
@@ -115,6 +117,14 @@ def read_fingerprint(store: Store) -> Fingerprint:
     if data is None:
         raise InputError(f"{store.path(layout.FINGERPRINT)}: missing; the folder does not say what made it")
     return parse_fingerprint(store, data)
+
+
+def recorded_settings(store: Store) -> dict[str, Any]:
+    """Return the settings of the finished run that made the folder, empty if none did or it is not finished."""
+    if store.is_file() or not store.exists(layout.MANIFEST):
+        return {}
+    tree = yaml.safe_load(store.read(layout.CONFIG))
+    return tree if isinstance(tree, dict) else {}
 
 
 def parse_fingerprint(store: Store, data: bytes) -> Fingerprint:

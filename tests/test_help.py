@@ -1,0 +1,164 @@
+"""The face of the command line: help of every command, words for mistakes, the same defaults as the API."""
+
+import inspect
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from eclipse_ray import api, cli
+from eclipse_ray.cli.common import examples, setting
+from eclipse_ray.config import load_config, parse_assignment
+from eclipse_ray.demo import demo
+from eclipse_ray.results import Result
+
+ROOT = Path(__file__).resolve().parents[1]
+GROUP = typer.main.get_command(cli.app)
+COMMANDS = GROUP.commands
+FUNCTIONS = {info.name or info.callback.__name__: info.callback for info in cli.app.registered_commands}
+# What the command line adds to the functions of the API, and how it names what it takes from them.
+ONLY_HERE = {"as_json", "dry_run", "watch", "every", "max_failed_fraction", "single_writer", "no_report"}
+# Takes another command with its own options.
+UNLIKE = {"submit"}
+
+
+def example_lines(name: str) -> list[str]:
+    return [line for line in (COMMANDS[name].epilog or "").split("\n\n") if line.startswith("eclipse-ray ")]
+
+
+def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["eclipse-ray", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0), capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_its_purpose_in_a_sentence(name):
+    purpose = (COMMANDS[name].help or "").split("\n\n")[0]
+    assert purpose.endswith("."), f"{name}: {purpose!r}"
+    assert purpose.count(". ") == 0, f"{name}: one sentence, please: {purpose!r}"
+    assert len(purpose) <= 115
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_two_examples_that_its_own_parser_takes(name):
+    lines = example_lines(name)
+    assert len(lines) >= 2, f"{name}: give two examples: @app.command(epilog=examples(...))"
+    for line in lines:
+        assert len(line) <= 78, f"{line}: too long for a terminal"
+        program, verb, *words = shlex.split(line)
+        assert (program, verb) == ("eclipse-ray", name)
+        context = COMMANDS[name].make_context(name, list(words))
+        assignments = dict(parse_assignment(text) for text in context.params.get("assign") or [])
+        file = context.params.get("config")
+        load_config(str(ROOT / file) if file else None, assignments)
+
+
+def test_an_example_with_a_wrong_option_would_be_found():
+    with pytest.raises(cli.UsageError):
+        COMMANDS["purify"].make_context("purify", ["a", "b", "--denoizer", "c"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_and_stands_in_a_group(name):
+    for one in COMMANDS[name].params:
+        if one.name == "help":
+            continue
+        assert one.help, f"{name} {one.name}"
+        if one.param_type_name == "option":
+            assert one.rich_help_panel, f"{name} --{one.name}: name a rich_help_panel"
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - UNLIKE))
+def test_a_command_and_its_function_share_names_and_defaults(name):
+    verb = name.replace("-", "_")
+    function = demo if verb == "demo" else getattr(api, verb)
+    typed = inspect.signature(FUNCTIONS[name]).parameters
+    called = inspect.signature(function).parameters
+    shown = {
+        ("settings" if key == "assign" else key): one.default for key, one in typed.items() if key not in ONLY_HERE
+    }
+    expected = {key: one.default for key, one in called.items()}
+    assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["purfy"], "no such command 'purfy'. Did you mean 'purify'? see eclipse-ray --help"),
+        (["purify", "a", "b", "--denoizer", "c"], "no such option: --denoizer; did you mean --denoiser? see"),
+        (["purify", "a", "b", "--zzz"], "no such option: --zzz; see eclipse-ray purify --help"),
+        (["convert", "a", "b", "--layout", "foldr"], "did you mean folder? see eclipse-ray convert --help"),
+        (["split", "a", "--clean", "0", "--out", "b"], "greater than or equal to 1"),
+        (["convert", "a"], "missing argument 'DST'; see eclipse-ray convert --help"),
+        (["poison", "lps", "a", "b"], "did you mean lsp?"),
+        (["train", "--set", "denoiser.preset=papr"], "did you mean paper?"),
+        (["train", "--set", "denoiser.iteration=3"], "unknown setting; did you mean denoiser.iterations?"),
+    ],
+)
+def test_a_slip_of_the_pen_is_one_sentence_and_exit_2(monkeypatch, capfd, words, sentence):
+    code, err = call(monkeypatch, capfd, *words)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+
+
+def test_an_unknown_defense_names_the_nearest():
+    from eclipse_ray.defenses import combine
+    from eclipse_ray.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="did you mean eclipse"):
+        combine("eclips")
+
+
+def test_help_shows_default_and_range_of_a_setting():
+    option = setting("purify.max_failed_fraction", "--max-failed-fraction")
+    assert option.help == "More failed images end in exit 3; 0 to 1 (default 0.01)."
+
+
+def test_examples_end_the_help():
+    assert examples("eclipse-ray demo") == "Examples:\n\neclipse-ray demo"
+
+
+def test_every_result_shows_itself_in_a_notebook_escaped():
+    from eclipse_ray.results import Check, DatasetResult, DoctorResult, VerifyResult
+
+    for one in Result.__args__:
+        assert hasattr(one, "_repr_html_"), f"{one.__name__}: derive it from Shown"
+    shown = DatasetResult(1_000, "<script>alert(1)</script>", {"<b>": "&"})._repr_html_()
+    assert "<script>" not in shown
+    assert "&lt;b&gt;: &amp;" in shown
+    assert "<td>1,000</td>" in shown
+    assert "<td></td>" in VerifyResult(True, 1, 1, 0)._repr_html_()
+    assert "&lt;i&gt;" in DoctorResult(True, [Check("<i>", "ok", "x")])._repr_html_()
+
+
+def test_a_path_with_a_slip_gets_the_nearest(monkeypatch, tmp_path):
+    from eclipse_ray.config.paths import did_you_mean
+
+    (tmp_path / "photographs" / "cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert did_you_mean("photgraphs/cats") == "; did you mean photographs/cats?"
+    assert did_you_mean("photographs/cat") == "; did you mean photographs/cats?"
+    assert did_you_mean(f"{tmp_path}/photograps") == f"; did you mean {tmp_path}/photographs?"
+    assert did_you_mean("elsewhere") == ""
+    assert did_you_mean("photographs/cats") == ""
+    assert did_you_mean("s3://bucket/photographs") == ""
+
+
+def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch):
+    from eclipse_ray.distributed import cluster
+    from eclipse_ray.errors import EclipseError
+
+    def broken(**options: object) -> None:
+        raise Exception("a stack\nThe current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", broken)
+    with pytest.raises(EclipseError, match=r"could not be started here \(The current node timed out"):
+        cluster.connect(load_config())

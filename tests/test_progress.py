@@ -1,0 +1,113 @@
+"""Progress: honest figures, a sign of life while nothing moves, and the screen given back."""
+
+import io
+import sys
+import time
+
+import pytest
+
+from eclipse_ray import progress
+from eclipse_ray.progress import ProgressLine, close_all, duration, say
+
+
+class Terminal(io.StringIO):
+    """Standard error of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only moves when told to; the lines' own thread is kept from printing."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(progress.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(progress._Screen, "_tick", lambda self, idle: None)
+    yield Clock
+    close_all()
+
+
+def test_nothing_is_promised_before_anything_is_done(clock):
+    with ProgressLine("purify", "images", 1000, 10) as line:
+        clock.now += 95
+        assert line.numbers() == "0/1,000 images, 1m35s gone, none done yet"
+        assert line.seconds_left(clock.now) is None
+
+
+def test_time_left_comes_from_the_rate_measured_here(clock):
+    with ProgressLine("purify", "images", 1000, 10, done=500) as line:
+        clock.now += 10
+        line.advance(100, failed=3)
+        assert line.numbers() == "600/1,000 images, 10.0/s, 40s left, 3 failed"
+
+
+def test_a_slow_start_is_forgotten_and_a_stall_is_not(clock):
+    with ProgressLine("purify", "images", 10_000, 1e9) as line:
+        clock.now += 100
+        line.advance(10)
+        for _ in range(30):
+            clock.now += 5
+            line.advance(50)
+        # 10 images a second since the first report; with the start it would be 6.
+        assert line.seconds_left(clock.now) == pytest.approx((10_000 - 1510) / 10, rel=0.05)
+        before = line.seconds_left(clock.now)
+        clock.now += 600
+        assert line.seconds_left(clock.now) > 2 * before
+
+
+def test_off_a_terminal_a_line_an_interval_and_a_last_one(clock, capsys):
+    line = ProgressLine("train", "iterations", 30, 10)
+    for _ in range(3):
+        clock.now += 4
+        line.advance(10, note="loss 0.1")
+    assert capsys.readouterr().err.splitlines() == ["train: 30/30 iterations, 2.5/s, took 12s, loss 0.1"]
+
+
+def test_a_line_is_printed_while_nothing_moves(capsys):
+    with ProgressLine("purify", "images", 10, 0.2):
+        deadline = time.monotonic() + 20
+        said = ""
+        while "none done yet" not in said and time.monotonic() < deadline:
+            time.sleep(0.05)
+            said += capsys.readouterr().err
+    assert "purify: 0/10 images" in said
+    assert "none done yet" in said
+
+
+def test_a_block_that_fails_gives_the_screen_back(monkeypatch, clock):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+
+    def work() -> None:
+        with ProgressLine("purify", "images", 10, 10) as line:
+            line.advance(4, failed=1)
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        work()
+    assert progress._screen.bars is None
+    assert progress._screen.lines == []
+    assert "4/10 images" in sys.stderr.getvalue()
+
+
+def test_two_bars_at_once_and_words_between_them(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with ProgressLine("first", "epochs", 10, 10) as first, ProgressLine("second", "epochs", 5, 10) as second:
+        first.advance(3)
+        say("note: [brackets] are kept")
+        second.advance(5)
+        assert progress._screen.bars is not None
+    assert progress._screen.bars is None
+    shown = sys.stderr.getvalue()
+    assert "note: [brackets] are kept" in shown
+    assert "3/10 epochs" in shown
+    assert "5/5 epochs" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0s"), (59, "59s"), (185, "3m05s"), (7800, "2h10m"), (4 * 86400 + 21600, "4d06h")]
+)
+def test_durations_in_words(seconds, words):
+    assert duration(seconds) == words

@@ -1,7 +1,7 @@
 """Nodes that disappear, are cut off, or come late: the same bytes, little done twice, and new nodes get work.
 
 The machines are several Ray nodes on this one; GPUs are counted but not there, so that a node holds one actor and
-that of a lost node finds no other place. Purifying a shard takes three seconds more than it has to. The partition
+that of a lost node finds no other place. Purifying a shard takes ten seconds more than it has to. The partition
 needs network namespaces, hence root.
 """
 

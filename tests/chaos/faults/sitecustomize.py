@@ -26,7 +26,7 @@ def misbehave() -> None:
     elif FAULT["how"] == "sleep":
         time.sleep(3600)
     elif FAULT["how"] == "slow":
-        time.sleep(3)
+        time.sleep(10)
         return
     raise MemoryError("no memory left, says the test")
 

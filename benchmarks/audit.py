@@ -2,10 +2,10 @@
 
     python benchmarks/audit.py --data ../shared/data --work runs/cifar10 --poisoned runs/poisoned
 
-WORK is what `benchmarks/cifar10.py --steps prepare` wrote: its sparse set, 2,000 labelled images, is the clean set.
-Clean samples are disjoint parts of the other CIFAR-10 training images. Closed-form poisons are drawn anew for every
-sample; optimised ones are sub-folders of POISONED, datasets made by `eclipse-ray poison`. Every sample is one line
-of --out, so that an interrupted run goes on; `--table` only prints the tables.
+WORK is what `benchmarks/cifar10.py --steps prepare` wrote: its sparse set of 2,000 labelled images is the clean
+set. Clean samples are disjoint parts of the other CIFAR-10 training images. Closed-form poisons are drawn anew for
+every sample; optimised ones are sub-folders of POISONED, datasets made by `eclipse-ray poison`. Every sample is
+one line of --out, so that an interrupted run goes on; `--table` only prints the tables.
 """
 
 from __future__ import annotations
@@ -146,14 +146,15 @@ def tables(rows: list[dict[str, Any]]) -> str:
     lines = []
     for (source, change, images), members in sorted(groups.items()):
         cells = [source, change or "-", f"{images:,}"]
+        kinds = set()
         for kind in CLEAN_KINDS:
             found = [row["verdicts"][kind] for row in members if kind in row["verdicts"]]
             hits = [each for each in found if each["verdict"] == "poisoned"]
             cells.append(f"{len(hits)} / {len(found)}" if found else "")
-        kinds = {(each["frequency"], each["scope"]) for each in hits} if hits else set()
-        cells.append("; ".join(sorted(f"{frequency}, {scope}" for frequency, scope in kinds)))
+            kinds |= {f"{each['frequency']}, {each['scope']}" for each in hits}
+        cells.append("; ".join(sorted(kinds)))
         lines.append(cells)
-    head = ["images of", "change", "sample", *CLEAN_KINDS.values(), "frequency, scope (last column but one)"]
+    head = ["images of", "change", "sample", *CLEAN_KINDS.values(), "said to be"]
     return markdown(head, lines)
 
 

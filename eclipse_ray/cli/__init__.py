@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import typer
 
 from eclipse_ray.cli import check, datasets, method, proof, runs
 from eclipse_ray.cli.common import app, reserve_standard_output
-from eclipse_ray.errors import EXIT_BAD_INPUT, EXIT_OK, EclipseError, InterruptedRunError
+from eclipse_ray.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_AGAIN, EclipseError, InterruptedRunError
 from eclipse_ray.progress import close_all
 
 # Importing a module registers its commands; --help lists them in this order.
@@ -109,6 +110,9 @@ def _nearest_choice(text: str) -> str:
 
 def _end(message: str, code: int) -> None:
     close_all()
+    if code == EXIT_RUN_AGAIN:
+        # Threads of the run that is stopped would fill the screen below the one sentence that matters.
+        logging.disable()
     if message:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         report,
         split,
         status,
+        submit,
         sweep,
         sweep_plan,
-        submit,
         train,
         verify,
     )
@@ -84,9 +84,9 @@ __all__ = [
     "report",
     "split",
     "status",
+    "submit",
     "sweep",
     "sweep_plan",
-    "submit",
     "train",
     "verify",
 ]

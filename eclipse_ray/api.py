@@ -36,9 +36,9 @@ from eclipse_ray.results import (
     PurifyResult,
     ReportResult,
     StatusResult,
+    SubmitResult,
     SweepPlan,
     SweepResult,
-    SubmitResult,
     TrainResult,
     VerifyResult,
     to_json,
@@ -460,6 +460,8 @@ def _keep_evaluation(output: str, config: Config, result: EvaluateResult) -> Non
     store = Store(output)
     store.write("_eclipse/config.yaml", to_yaml(config).encode())
     store.write(EVALUATION_FILE, json.dumps(note, indent=2).encode())
+
+
 def doctor(
     *, store: str | None = None, config: ConfigLike = None, settings: Settings | None = None
 ) -> DoctorResult:

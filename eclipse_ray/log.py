@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-_STATE: dict[str, Any] = {"format": "text", "fields": {}}
+
+def _write(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+_STATE: dict[str, Any] = {"format": "text", "fields": {}, "write": _write}
+
+
+def write_through(write: Callable[[str], None]) -> None:
+    """Write lines by `write` from now on: bars on a terminal have to be moved out of the way."""
+    _STATE["write"] = write
 
 
 def set_format(name: str) -> None:
@@ -30,7 +41,7 @@ def say(text: str, level: str = "info", **fields: Any) -> None:
     if is_json():
         entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level}
         text = json.dumps({**entry, **_STATE["fields"], **fields, "message": text})
-    print(text, file=sys.stderr, flush=True)
+    _STATE["write"](text)
 
 
 def event(name: str, **fields: Any) -> None:

@@ -8,7 +8,9 @@ import time
 from collections import deque
 from contextlib import suppress
 from threading import Event, RLock, Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from eclipse_ray import log
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -98,11 +100,6 @@ class ProgressLine:
             marks.popleft()
 
 
-def say(text: str) -> None:
-    """Print one line for people, on standard error, above any bars."""
-    _screen.say(text)
-
-
 def close_all() -> None:
     """Take every bar off the terminal, before an error is printed."""
     _screen.close_all()
@@ -130,7 +127,7 @@ class _Screen:
     def open(self, line: ProgressLine) -> None:
         with self.lock:
             self.lines.append(line)
-            if sys.stderr.isatty():
+            if sys.stderr.isatty() and not log.is_json():
                 if self.bars is None:
                     self.bars = _bars()
                     self.bars.start()
@@ -147,8 +144,7 @@ class _Screen:
                 self.bars.update(line.task, completed=line.done, numbers=line.numbers(), note=line.note)
             elif last or time.monotonic() - line.last >= line.every:
                 line.last = time.monotonic()
-                note = f", {line.note}" if line.note else ""
-                _print(f"{line.what}: {line.numbers()}{note}")
+                _report(line)
 
     def close(self, line: ProgressLine) -> None:
         with self.lock:
@@ -185,6 +181,16 @@ class _Screen:
                     self.show(line)
 
 
+def _report(line: ProgressLine) -> None:
+    note = f", {line.note}" if line.note else ""
+    text = f"{line.what}: {line.numbers()}{note}"
+    if log.is_json():
+        counts: dict[str, Any] = {"done": line.done, "total": line.total, "failed": line.failed}
+        log.say(text, event="progress", unit=line.unit, per_second=round(line.rate, 3), **counts)
+    else:
+        _print(text)
+
+
 def _bars() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
@@ -207,4 +213,5 @@ def _print(text: str) -> None:
 
 
 _screen = _Screen()
+log.write_through(_screen.say)
 atexit.register(close_all)

@@ -30,6 +30,7 @@ def _cell(value: Any) -> str:
         return f"{value:,}"
     return escape(str(value))
 
+
 # What `evaluate --out` and `demo` leave in their folders.
 EVALUATION_FILE, DEMO_FILE = "evaluate.json", "demo.json"
 

@@ -1,7 +1,9 @@
 """The face of the command line: help of every command, words for mistakes, the same defaults as the API."""
 
 import inspect
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -162,3 +164,13 @@ def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch):
     monkeypatch.setattr(cluster.ray, "init", broken)
     with pytest.raises(EclipseError, match=r"could not be started here \(The current node timed out"):
         cluster.connect(load_config())
+
+
+def test_no_thread_of_a_stopped_run_joins_a_cluster_by_itself():
+    words = ("import eclipse_ray.distributed.cluster", "import ray._private.auto_init_hook as hook")
+    program = "; ".join([*words, "print(hook.enable_auto_connect)"])
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ENABLE_AUTO_CONNECT"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.stdout.strip() == "False", done.stderr

@@ -28,7 +28,8 @@ def evaluate(
         typer.Option(metavar="SRC", help="Sparse set, checked to be disjoint.", rich_help_panel=DATA),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of results; a matrix needs one.", rich_help_panel=DATA)
+        str | None,
+        typer.Option(metavar="DIR", help="Folder of results; a matrix needs one.", rich_help_panel=DATA),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Matrix only: say what is missing.", rich_help_panel=RUN)

@@ -8,13 +8,17 @@ from typing import Annotated
 
 import typer
 
-from eclipse_ray.cli.common import Json, app, show
+from eclipse_ray.cli.common import OUTPUT, Json, app, examples, show
 from eclipse_ray.errors import EclipseError, InterruptedRunError
+from eclipse_ray.log import say
 
-NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write a report into the output folder.")]
+NoReport = Annotated[
+    bool,
+    typer.Option("--no-report", help="Do not write a report into the output folder.", rich_help_panel=OUTPUT),
+]
 
 
-@app.command()
+@app.command(epilog=examples("eclipse-ray report my/purified", "eclipse-ray report runs/demo --json"))
 def report(
     output: Annotated[
         str, typer.Argument(metavar="DIR", help="Output of train, purify, evaluate, sweep, audit or demo.")
@@ -39,10 +43,10 @@ def conclude(output: str, no_report: bool = False) -> None:
 
         record_command(output, shlex.join(["eclipse-ray", *sys.argv[1:]]))
         if not no_report:
-            print(f"report: {api.report(output).report}", file=sys.stderr)
+            say(f"report: {api.report(output).report}")
     except InterruptedRunError:
         raise
     except (EclipseError, OSError) as error:
-        print(f"note: no report was written: {error}", file=sys.stderr)
+        say(f"note: no report was written: {error}")
     except Exception as error:  # noqa: BLE001 - a mistake in the report must not turn a finished run into a failed one
-        print(f"note: no report was written: {type(error).__name__}: {error}", file=sys.stderr)
+        say(f"note: no report was written: {type(error).__name__}: {error}")

@@ -9,29 +9,50 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from eclipse_ray.cli.common import Json, app, parsed, show
+from eclipse_ray.cli.common import RUN, Json, app, examples, parsed, show
 from eclipse_ray.errors import EXIT_OK, ConfigError
 
 HERE_ONLY = ("submit", "demo", "import-checkpoint", "report")
 """Commands that work on this machine's own files."""
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog=examples(
+        "eclipse-ray submit purify --config s3://bucket/run.yaml",
+        "eclipse-ray submit train --config s3://bucket/run.yaml --no-wait",
+    ),
+)
 def submit(
     context: typer.Context,
     verb: Annotated[str, typer.Argument(metavar="VERB", help="Another command, followed by its arguments.")],
     address: Annotated[
-        str | None, typer.Option(metavar="URL", help="Dashboard, http://host:8265; else RAY_API_SERVER_ADDRESS.")
+        str | None,
+        typer.Option(
+            metavar="URL", help="Dashboard, http://host:8265; else RAY_API_SERVER_ADDRESS.", rich_help_panel=RUN
+        ),
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Submit to a cluster without tokens.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Submit to a cluster without tokens.", rich_help_panel=RUN)
+    ] = False,
     image_has_deps: Annotated[
-        bool, typer.Option("--image-has-deps", help="Install nothing: the nodes have torch and the rest.")
+        bool,
+        typer.Option(
+            "--image-has-deps", help="Install nothing: the nodes have torch and the rest.", rich_help_panel=RUN
+        ),
     ] = False,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Variable of the job and its workers; repeat.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Variable of the job and its workers; repeat.", rich_help_panel=RUN
+        ),
     ] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return once it is submitted.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Run it anew although it succeeded before.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Return once it is submitted.", rich_help_panel=RUN)
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Run it anew although it succeeded before.", rich_help_panel=RUN)
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a command on a Ray cluster: follow its log, end with its exit code.

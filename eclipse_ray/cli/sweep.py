@@ -6,20 +6,38 @@ from typing import Annotated
 
 import typer
 
-from eclipse_ray.cli.common import Assignments, ConfigFile, Json, app, parsed, show
+from eclipse_ray.cli.common import DATA, RUN, Assignments, ConfigFile, Json, app, examples, parsed, show
+from eclipse_ray.cli.reports import NoReport, conclude
 from eclipse_ray.errors import EXIT_FAILURE
 from eclipse_ray.results import SweepPlan, SweepResult
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "eclipse-ray sweep --data my/data --clean my/held --denoiser my/den --out my/swp",
+        "eclipse-ray sweep --config configs/sweep-quick.yaml --dry-run",
+    )
+)
 def sweep(
-    data: Annotated[str | None, typer.Option(metavar="SRC", help="Labelled dataset to purify later.")] = None,
-    clean: Annotated[str | None, typer.Option(metavar="SRC", help="Sparse clean set.")] = None,
-    denoiser: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Denoiser; without one, a part of --clean trains them.")
+    data: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Labelled dataset to purify later.", rich_help_panel=DATA)
     ] = None,
-    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of results.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list trials and time them.")] = False,
+    clean: Annotated[
+        str | None, typer.Option(metavar="SRC", help="Sparse clean set.", rich_help_panel=DATA)
+    ] = None,
+    denoiser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Denoiser; without one, a part of --clean trains them.", rich_help_panel=DATA
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of results.", rich_help_panel=DATA)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list trials and time them.", rich_help_panel=RUN)
+    ] = False,
+    no_report: NoReport = False,
     config: ConfigFile = None,
     assign: Assignments = None,
     as_json: Json = False,
@@ -34,7 +52,9 @@ def sweep(
         show(plan, as_json, lambda: _describe_plan(plan))
         return
     result = api.sweep(config=resolved)
-    show(result, as_json, lambda: _describe(result))
+    then = ("purify", "SRC", "DST", "--config", f"{result.output.rstrip('/')}/best.yaml")
+    show(result, as_json, lambda: _describe(result), then)
+    conclude(result.output, no_report)
     if result.failed:
         raise typer.Exit(EXIT_FAILURE)
 
@@ -47,7 +67,6 @@ def _describe(result: SweepResult) -> str:
             *lines,
             f"best of {result.trials:,} trials by {result.objective} (score {result.score:.2f}): "
             + ", ".join(f"{key} {value}" for key, value in best.items()),
-            f"eclipse-ray purify SRC DST --config {result.output}/best.yaml",
         ]
     )
 

@@ -24,12 +24,12 @@ import torch
 from common import load, machine, markdown
 from numpy.typing import NDArray
 
-from eclipse_ray.audit import Images, Score, judge, score_images
-from eclipse_ray.audit.scores import SAME, compare
 from eclipse_ray.config import load_config
 from eclipse_ray.data.dataset import load_images
 from eclipse_ray.data.images import content_hash, decode_stored, encode_image
 from eclipse_ray.data.synthetic import draw_synthetic
+from eclipse_ray.detection import Images, Score, judge, score_images
+from eclipse_ray.detection.scores import SAME, compare
 from eclipse_ray.poisons import POISONS, poison_images
 
 ALPHA = 0.01

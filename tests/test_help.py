@@ -174,3 +174,15 @@ def test_no_thread_of_a_stopped_run_joins_a_cluster_by_itself():
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_no_subpackage_hides_the_verb_of_its_name():
+    code = (
+        "import importlib, pkgutil, eclipse_ray\n"
+        "for one in pkgutil.iter_modules(eclipse_ray.__path__):\n"
+        "    if one.name != '__main__':\n"
+        "        importlib.import_module(f'eclipse_ray.{one.name}')\n"
+        "print([name for name in eclipse_ray.__all__ if not callable(getattr(eclipse_ray, name))])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"

@@ -14,7 +14,7 @@ from eclipse_ray.results import SweepPlan, SweepResult
 
 @app.command(
     epilog=examples(
-        "eclipse-ray sweep --data my/data --clean my/held --denoiser my/den --out my/swp",
+        "eclipse-ray sweep --data my/data --clean my/held --denoiser my/den --out sweep",
         "eclipse-ray sweep --config configs/sweep-quick.yaml --dry-run",
     )
 )

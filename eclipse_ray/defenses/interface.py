@@ -16,11 +16,10 @@ from eclipse_ray.victims.training import Augmentation
 
 @dataclass(frozen=True)
 class Material:
-    """What a defense may use: the poisoned set, the sparse clean set, the denoiser fitted on it.
+    """What a defense may use: the poisoned set, and the denoiser fitted on the sparse clean set.
 
     `images` are uint8 (N, H, W, 3) on the CPU, `labels` int64 (N,) from 0, `ids` one name for each image.
-    `clean_images`, uint8 (M, h, w, 3), and `clean_labels`, int64 (M,), are the sparse clean set, None where the
-    owner has none or no labels. `denoiser` is used as it is: on its device, with its precision. `purify` and
+    `denoiser` is used as it is: on its device, with its precision. `purify` and
     `compensation` are the run's own sections. `seed` keys every draw that ends in an image. `jpeg` stores uint8
     (N, H, W, 3) as JPEG of a quality of 1..100 and reads it again; it comes from outside, where Pillow is known.
     """
@@ -29,8 +28,6 @@ class Material:
     labels: Tensor
     ids: Sequence[str]
     num_classes: int
-    clean_images: Tensor | None
-    clean_labels: Tensor | None
     denoiser: Denoiser | None
     purify: PurifyConfig
     compensation: CompensationConfig

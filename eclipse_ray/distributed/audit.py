@@ -13,11 +13,11 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from eclipse_ray.audit import Finding, Images, Score, judge, score_images
 from eclipse_ray.config import Config
 from eclipse_ray.data.formats import chunk_spans, open_source
 from eclipse_ray.data.images import centre_crop, content_hash
 from eclipse_ray.data.store import Store
+from eclipse_ray.detection import Finding, Images, Score, judge, score_images
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.distributed.audit_work import AuditJob, Denoised, read_crops
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from eclipse_ray.audit.features import GRID
 from eclipse_ray.config import DataConfig, PurifyConfig
 from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, centre_crop, decode_stored, resize_image
 from eclipse_ray.data.table import image_bytes
+from eclipse_ray.detection.features import GRID
 from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.diffusion.noise import uniform

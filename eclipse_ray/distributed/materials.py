@@ -213,7 +213,6 @@ def make_defended(
     reference: Pixels,
     labels: NDArray[np.int64],
     ids: list[str],
-    sparse: tuple[Pixels, NDArray[np.int64] | None] | None,
 ) -> Pixels:
     """Return the training images under a defense's transform, made and kept if they were not before."""
     if work.cache.note("defended", work.key) is not None:
@@ -230,8 +229,6 @@ def make_defended(
         labels=torch.from_numpy(np.array(labels)),
         ids=ids,
         num_classes=work.num_classes,
-        clean_images=None if sparse is None else torch.from_numpy(np.array(sparse[0])),
-        clean_labels=None if sparse is None or sparse[1] is None else torch.from_numpy(np.array(sparse[1])),
         denoiser=denoiser,
         purify=config.purify,
         compensation=config.compensation,

@@ -217,10 +217,8 @@ class _Runner:
             num_classes=matrix.sets.num_classes,
             threads=self.threads,
         )
-        sparse = datasets.sparse_set(matrix.sets, config)
-        pair = None if sparse is None else (sparse.images, sparse.labels)
         make = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(materials.make_defended)
-        return make.remote(work, images, self.source, self.labels, matrix.sets.source.ids, pair)
+        return make.remote(work, images, self.source, self.labels, matrix.sets.source.ids)
 
     def _io_task(self, function: Callable[..., Any]) -> Any:
         return ray.remote(num_cpus=self.resources.cpus_per_core)(function)

@@ -100,11 +100,6 @@ def first_images(images: ImageSet, count: int) -> ImageSet:
     return ImageSet(images.ids[:count], images.images[:count], labels, images.classes)
 
 
-def sparse_set(sets: Sets, config: Config) -> ImageSet | None:
-    """Return the sparse images that a row may use."""
-    return None if sets.sparse is None else first_images(sets.sparse, config.matrix.sparse_limit or 0)
-
-
 def check_labels(sets: Sets, clean: str | None) -> None:
     """Raise InputError if the sparse set cannot be added to a training set, for want of labels."""
     if sets.sparse is None or sets.sparse.labels is None:

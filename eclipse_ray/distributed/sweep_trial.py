@@ -175,7 +175,7 @@ def _purified(setup: Setup, trial: Trial, key: str, images: ImageSet) -> Pixels:
         threads=setup.threads,
     )
     labels = np.zeros(len(images.ids), np.int64)
-    return make_defended(work, images.images, images.images, labels, images.ids, None)
+    return make_defended(work, images.images, images.images, labels, images.ids)
 
 
 def _train(setup: Setup, trial: Trial, purified: Pixels, result: Result, report: Report) -> Result:

@@ -13,10 +13,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eclipse_ray.audit import features
-from eclipse_ray.audit.features import Images
-from eclipse_ray.audit.verdict import class_means
 from eclipse_ray.data.store import Store
+from eclipse_ray.detection import features
+from eclipse_ray.detection.features import Images
+from eclipse_ray.detection.verdict import class_means
 from eclipse_ray.results import AuditResult, to_json
 
 SHOWN = 10

@@ -27,14 +27,12 @@ def images(count, size=16, seed=0):
 
 
 def material(count=24, size=16, classes=4, **changes):
-    """Return material without a denoiser and with a labelled clean set of four images, unless changed."""
+    """Return material without a denoiser, unless changed."""
     fields = {
         "images": images(count, size),
         "labels": labels(count, classes),
         "ids": [f"image-{index}" for index in range(count)],
         "num_classes": classes,
-        "clean_images": images(4, size, seed=9),
-        "clean_labels": labels(4, classes),
         "denoiser": None,
         "purify": PurifyConfig(),
         "compensation": CompensationConfig(),

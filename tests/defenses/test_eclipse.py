@@ -9,12 +9,11 @@ from eclipse_ray.compensation import bake
 from eclipse_ray.config import CompensationConfig, DefenseConfig, PurifyConfig, load_config
 from eclipse_ray.defenses import DEFENSES
 from eclipse_ray.defenses.avatar import depth_of
-from eclipse_ray.defenses.dilution import labelled_clean
 from eclipse_ray.defenses.eclipse import draw_seed
 from eclipse_ray.diffusion.sampler import purify_images
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, linear_alphas_cumprod
 from eclipse_ray.errors import ConfigError, InputError
-from tests.defenses.support import images, labels, material, untrained_denoiser
+from tests.defenses.support import material, untrained_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = DefenseConfig()
@@ -123,18 +122,3 @@ def test_avatar_noises_deeply_and_refuses_a_shallow_denoiser():
 def test_a_missing_denoiser_is_named(name):
     with pytest.raises(InputError, match=r"purify\.denoiser"):
         DEFENSES[name].transform(material(4), CONFIG)
-
-
-def test_dilution_hands_over_the_labelled_clean_set():
-    source = material()
-    found, marks = labelled_clean(source)
-    assert torch.equal(found, source.clean_images)
-    assert torch.equal(marks, source.clean_labels)
-    for broken, message in (
-        ({"clean_labels": None}, "labels"),
-        ({"clean_images": None}, "labels"),
-        ({"clean_images": images(4, 20)}, "data.resize"),
-        ({"clean_labels": labels(3)}, "4 sparse clean images"),
-    ):
-        with pytest.raises(InputError, match=message):
-            labelled_clean(replace(source, **broken))

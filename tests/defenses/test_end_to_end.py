@@ -5,7 +5,6 @@ import torch
 
 from eclipse_ray.config import DefenseConfig, VictimConfig, load_config
 from eclipse_ray.defenses import DEFENSES, combine
-from eclipse_ray.defenses.dilution import labelled_clean
 from eclipse_ray.defenses.dp_sgd import privacy
 from eclipse_ray.victims.training import train_victim
 from tests.defenses.support import images, labels, material, untrained_denoiser
@@ -30,7 +29,7 @@ def trained(name, seed=0):
         "cpu",
         augmentations=[defense.augmentation(CONFIG)] if defense.augmentation else [],
         privacy=privacy(CONFIG) if defense.privacy else None,
-        extra=labelled_clean(source) if defense.dilution else None,
+        extra=(images(4, 16, seed=9), labels(4)) if defense.dilution else None,
     )
 
 

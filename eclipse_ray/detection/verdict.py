@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eclipse_ray.audit import features
-from eclipse_ray.audit.features import Images
-from eclipse_ray.audit.scores import Score, check_labels
+from eclipse_ray.detection import features
+from eclipse_ray.detection.features import Images
+from eclipse_ray.detection.scores import Score, check_labels
 
 Verdict = Literal["clean", "poisoned"]
 Frequency = Literal["low", "high"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eclipse_ray.audit import features, nulls
-from eclipse_ray.audit.features import Images
-from eclipse_ray.audit.probe import accuracy, confidence, fit_probe, fit_probes, margins
+from eclipse_ray.detection import features, nulls
+from eclipse_ray.detection.features import Images
+from eclipse_ray.detection.probe import accuracy, confidence, fit_probe, fit_probes, margins
 from eclipse_ray.errors import InputError
 
 MIRROR = "within a class, an image and its mirror image are equally likely"

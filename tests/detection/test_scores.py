@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from eclipse_ray.audit import Images, judge, nulls, score_images
-from eclipse_ray.audit.features import VIEWS, bands, rows_of
-from eclipse_ray.audit.scores import check_labels, compare, mirror
-from eclipse_ray.audit.verdict import holm
 from eclipse_ray.config import load_config
 from eclipse_ray.data.synthetic import draw_synthetic
+from eclipse_ray.detection import Images, judge, nulls, score_images
+from eclipse_ray.detection.features import VIEWS, bands, rows_of
+from eclipse_ray.detection.scores import check_labels, compare, mirror
+from eclipse_ray.detection.verdict import holm
 from eclipse_ray.errors import InputError
 from eclipse_ray.poisons import poison_images
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         verify,
     )
     from eclipse_ray.config import Config, load_config
-    from eclipse_ray.demo import demo
+    from eclipse_ray.demonstration import demo
     from eclipse_ray.diffusion.checkpoint import load_denoiser
     from eclipse_ray.diffusion.noise import noise
     from eclipse_ray.diffusion.sampler import purify_images
@@ -56,7 +56,7 @@ _HOMES = {
     "submit": "eclipse_ray.api",
     "train": "eclipse_ray.api",
     "verify": "eclipse_ray.api",
-    "demo": "eclipse_ray.demo",
+    "demo": "eclipse_ray.demonstration",
     "Config": "eclipse_ray.config",
     "load_config": "eclipse_ray.config",
     "load_denoiser": "eclipse_ray.diffusion.checkpoint",
@@ -99,7 +99,6 @@ del globals()["report"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Bound here, so that a later import of the submodule `eclipse_ray.demo` cannot shadow the function.
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 

@@ -13,7 +13,7 @@ import typer
 from eclipse_ray import api, cli
 from eclipse_ray.cli.common import examples, setting
 from eclipse_ray.config import load_config, parse_assignment
-from eclipse_ray.demo import demo
+from eclipse_ray.demonstration import demo
 from eclipse_ray.results import Result
 
 ROOT = Path(__file__).resolve().parents[1]

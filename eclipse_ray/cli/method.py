@@ -39,8 +39,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Poison a synthetic dataset, train a denoiser, purify, evaluate: a table and one picture."""
-    from eclipse_ray.demo import demo as run
-    from eclipse_ray.demo import demo_table
+    from eclipse_ray.demonstration import demo as run
+    from eclipse_ray.demonstration import demo_table
 
     result = run(output, config=config, settings=parsed(assign))
     then = ("split", "SRC", "--clean", "500", "--out", "DIR")

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from eclipse_ray import progress
-from eclipse_ray.progress import ProgressLine, close_all, duration, say
+from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine, close_all, duration
 
 
 class Terminal(io.StringIO):

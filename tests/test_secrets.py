@@ -52,7 +52,7 @@ def test_a_config_file_may_lie_at_any_url(tmp_path):
     (tmp_path / "run.yaml").write_text("purify: {t_star: 7}\nrun: {seed: 3}\n")
     config = api.resolve(f"file://{tmp_path}/run.yaml", {"run.seed": 4}, {})
     assert (config.purify.t_star, config.run.seed) == (7, 4)
-    with pytest.raises(ConfigError, match="not a readable YAML file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         api.resolve(f"file://{tmp_path}/none.yaml", None, {})
     with pytest.raises(ConfigError) as caught:
         api.resolve("https://me:hunter2@host/run.yaml", None, {})

@@ -131,6 +131,7 @@ def test_verify_fails_on_damage(monkeypatch, capfd, finished, tmp_path):
     assert "NOT ok" in out
 
 
+@pytest.mark.chaos
 def test_too_many_failures_exit_3(monkeypatch, capfd, world, tmp_path):
     folder = tmp_path / "src"
     folder_of_images(folder, 16, count=9)

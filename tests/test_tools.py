@@ -40,6 +40,7 @@ def run(root: Path, *words: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+@pytest.mark.chaos
 def test_its_tests_pass_beside_those_of_the_names(copy):
     run(copy, "pytest", "-p", "no:cacheprovider", "tests/poisons/test_mine.py", "tests/defenses/test_my_own.py")
 

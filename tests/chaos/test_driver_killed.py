@@ -50,6 +50,7 @@ def undisturbed(world, tmp_path_factory):
     return {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
 
 
+@pytest.mark.chaos
 def test_killed_half_way(world, tmp_path, undisturbed):
     output = tmp_path / "out"
     committed = kill_at(world, output, SHARDS // 3)

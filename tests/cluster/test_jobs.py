@@ -24,7 +24,7 @@ SHARD = {"purify.shard_images": 40, "purify.actors": 1}
 # One image a pass and every timestep: slow enough to be stopped in the middle.
 SLOW = {"purify.shard_images": 4, "purify.batch_size": 1, "purify.num_inference_steps": 4, "purify.actors": 1}
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.chaos]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,6 @@ def test_the_dashboard_shows_series_that_a_run_exported(head, purified):
         pytest.fail(f"not exported: {sorted(wanted - found)}")
 
 
-@pytest.mark.chaos
 def test_every_job_script_runs_by_ray_job_submit(head, world, tmp_path):
     """`ray job submit --working-dir . -- python jobs/VERB.py --config URL`, as the README says."""
     runs = {
@@ -172,7 +171,6 @@ def test_every_job_script_runs_by_ray_job_submit(head, world, tmp_path):
     assert run_cli("verify", f"{tmp_path}/out")["ok"]
 
 
-@pytest.mark.chaos
 def test_exit_codes_are_those_of_the_job(head, world, tmp_path):
     missing = submit(head, "purify", f"{tmp_path}/nothing", f"{tmp_path}/out", "--denoiser", world.denoiser)
     assert missing.returncode == 2, missing.stdout + missing.stderr
@@ -184,7 +182,6 @@ def test_exit_codes_are_those_of_the_job(head, world, tmp_path):
     assert "needs 1 GPUs, the Ray cluster has 0" in gpus.stdout
 
 
-@pytest.mark.chaos
 def test_a_stopped_run_is_resumed_by_the_same_command(head, world, tmp_path):
     output, log = tmp_path / "out", tmp_path / "first.log"
     arguments = words(world, output, SLOW)
@@ -213,7 +210,6 @@ def test_a_stopped_run_is_resumed_by_the_same_command(head, world, tmp_path):
     assert run_cli("verify", str(output))["ok"]
 
 
-@pytest.mark.chaos
 def test_an_open_cluster_is_refused_unless_insecure(world, tmp_path):
     with running_head(cpus=3, auth=False) as open_head:
         refused = submit(open_head, *words(world, tmp_path / "out", SHARD))

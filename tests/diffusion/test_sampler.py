@@ -180,6 +180,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.chaos
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_of_a_photograph_is_bounded():
     """In proportion, a 4000 x 3000 photograph then stays within 2 GiB; benchmarks/large_image.py runs that one."""

@@ -77,6 +77,7 @@ def test_one_actor_gives_the_same_bytes(world, purified, tmp_path):
     assert object_names(tmp_path / "one") == object_names(purified[0])
 
 
+@pytest.mark.chaos
 def test_another_batch_size_changes_next_to_nothing(world, purified, tmp_path):
     purify(world, tmp_path / "seven", **{"purify.batch_size": 7})
     seven, whole = (pixels_of(read_output(folder)).astype(int) for folder in (tmp_path / "seven", purified[0]))
@@ -131,6 +132,7 @@ def test_an_output_of_other_weights_is_refused(world, purified, tmp_path):
         api.purify(world.poisoned, str(purified[0]), denoiser=str(tmp_path / "other"), settings=SHARDS)
 
 
+@pytest.mark.chaos
 def test_baked_compensation_grays_some_images(world, tmp_path):
     purify(world, tmp_path / "baked", **{"compensation.mode": "baked", "compensation.sigma": 0.0})
     images = pixels_of(read_output(tmp_path / "baked"))

@@ -83,6 +83,7 @@ def test_a_killed_training_continues(world, trained, tmp_path):
     assert iterations[-1] == 90
 
 
+@pytest.mark.chaos
 def test_images_of_several_sizes_are_trained_on_by_crops(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "src").mkdir()
@@ -108,6 +109,7 @@ def test_what_cannot_be_trained_is_refused(world, tmp_path, settings, error, wor
         train(world, tmp_path / "bad", **settings)
 
 
+@pytest.mark.chaos
 def test_curves_go_to_the_loggers_asked_for(world, tmp_path):
     output = tmp_path / "logged"
     train(world, output, **{"denoiser.num_workers": 1, "run.loggers": ["tensorboard"]})

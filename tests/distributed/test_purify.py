@@ -94,6 +94,7 @@ def test_running_again_does_nothing_and_says_the_same(world, purified):
     assert before == {**after, **{p: t for p, t in before.items() if p.name == "manifest.parquet"}}
 
 
+@pytest.mark.chaos
 def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
     output = tmp_path / "partial"
     shutil.copytree(purified[0], output)
@@ -266,6 +267,7 @@ def test_an_imported_denoiser_must_leave_no_more_than_the_noise(capsys):
     assert "warning" in capsys.readouterr().err
 
 
+@pytest.mark.chaos
 def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
     from eclipse_ray.data.images import encode_image
 

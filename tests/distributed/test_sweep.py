@@ -118,6 +118,7 @@ def test_running_again_does_nothing(swept):
     assert api.sweep_plan(settings=swept.settings).missing == []
 
 
+@pytest.mark.chaos
 def test_purify_takes_the_best_settings(swept, world, half, tmp_path):
     output = tmp_path / "purified"
     result = api.purify(world.poisoned, str(output), config=str(swept.output / "best.yaml"))

@@ -23,6 +23,7 @@ from eclipse_ray.progress import close_all
 # Importing a module registers its commands; --help lists them in this order.
 __all__ = ["app", "audit", "check", "datasets", "main", "method", "proof", "reports", "runs", "submit", "sweep"]
 
+STOPPED = "stopped; run the same command again to resume"
 STOP_SECONDS = 1.0
 """Ray kills a job 3 s after it asked it to stop; by then it must have said that it can go on."""
 
@@ -66,10 +67,16 @@ _arrange()
 
 def _stop(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGTERM:
-        last = threading.Timer(STOP_SECONDS, os._exit, [EXIT_RUN_AGAIN])
+        last = threading.Timer(STOP_SECONDS, _leave)
         last.daemon = True
         last.start()
-    raise InterruptedRunError("stopped; run the same command again to resume")
+    raise InterruptedRunError(STOPPED)
+
+
+def _leave() -> None:
+    # Ray drops what a signal handler raises while the driver waits in it, so nobody has said anything yet.
+    say(f"error: {STOPPED}", level="error", exit_code=EXIT_RUN_AGAIN)
+    os._exit(EXIT_RUN_AGAIN)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -87,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UsageError as error:
         _end(usage_sentence(error), EXIT_BAD_INPUT)
     except typer.Abort:
-        _end("stopped; run the same command again to resume", EXIT_RUN_AGAIN)
+        _end(STOPPED, EXIT_RUN_AGAIN)
     except BrokenPipeError:
         # Whoever read the output has seen enough; Python would complain once more while it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

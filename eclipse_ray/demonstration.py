@@ -18,9 +18,10 @@ from eclipse_ray.data.store import Store
 from eclipse_ray.data.synthetic import write_synthetic
 from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.sampler import absorb, to_model_range, to_uint8
-from eclipse_ray.distributed.progress import say
 from eclipse_ray.errors import InputError
-from eclipse_ray.report.figures import amplified_difference, image_grid
+from eclipse_ray.log import say
+from eclipse_ray.report.figures import image_grid
+from eclipse_ray.report.measures import amplified
 from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult, to_json
 
 PICTURE = "demo.png"
@@ -121,8 +122,8 @@ def _draw(config: Config, rest: str, folders: dict[str, str], path: Path, count:
         "poisoned": rows["poisoned"],
         "noised": noised,
         "purified": rows["purified"],
-        "poison x10": amplified_difference(rows["poisoned"], rows["clean"]),
-        "left x10": amplified_difference(rows["purified"], rows["clean"]),
+        "poison x10": amplified(rows["poisoned"], rows["clean"]),
+        "left x10": amplified(rows["purified"], rows["clean"]),
     }
     labels = sets["clean"].labels
     classes = sets["clean"].classes

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from eclipse_ray import log
-from eclipse_ray.distributed.progress import ProgressLine
+from eclipse_ray.progress import ProgressLine
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from eclipse_ray.data.images import decode_image
-from eclipse_ray.report.figures import amplified_difference, image_grid
+from eclipse_ray.report.figures import image_grid
+from eclipse_ray.report.measures import amplified
 
 CLASSES = 8
 MAX_PIXELS = 10**6
@@ -48,8 +49,8 @@ def main() -> None:
         title: np.stack([decode_image(images[name][1], MAX_PIXELS) for name in names])
         for title, images in sets.items()
     }
-    rows["poison x10"] = amplified_difference(rows["poisoned"], rows["clean"])
-    rows["left x10"] = amplified_difference(rows["purified"], rows["clean"])
+    rows["poison x10"] = amplified(rows["poisoned"], rows["clean"])
+    rows["left x10"] = amplified(rows["purified"], rows["clean"])
     data = image_grid(rows, [""] * len(names), "CIFAR-10: AR poison, and what purification leaves of it")
     arguments.out.write_bytes(data)
     print(f"{arguments.out}: {len(data) / 1024:.0f} KiB")

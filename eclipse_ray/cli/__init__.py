@@ -20,7 +20,7 @@ from eclipse_ray.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_RUN_AGAIN, EclipseE
 from eclipse_ray.log import say
 from eclipse_ray.progress import close_all
 
-# Importing a module registers its commands; --help lists them in this order.
+# Importing a module registers its commands; PANELS says in which order --help lists them.
 __all__ = ["app", "audit", "check", "datasets", "main", "method", "proof", "reports", "runs", "submit", "sweep"]
 
 STOPPED = "stopped; run the same command again to resume"

@@ -45,13 +45,12 @@ def sweep(
     """Search for the settings to purify a dataset with, without a test set; the same command goes on."""
     from eclipse_ray import api
 
-    places = {"data.source": data, "data.clean": clean, "purify.denoiser": denoiser, "data.output": out}
-    resolved = api.resolve(config, parsed(assign), places)
+    settings = parsed(assign)
     if dry_run:
-        plan = api.sweep_plan(config=resolved)
+        plan = api.sweep_plan(data=data, clean=clean, denoiser=denoiser, out=out, config=config, settings=settings)
         show(plan, as_json, lambda: _describe_plan(plan))
         return
-    result = api.sweep(config=resolved)
+    result = api.sweep(data=data, clean=clean, denoiser=denoiser, out=out, config=config, settings=settings)
     then = ("purify", "SRC", "DST", "--config", f"{result.output.rstrip('/')}/best.yaml")
     show(result, as_json, lambda: _describe(result), then)
     conclude(result.output, no_report)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eclipse_ray.compensation import LUMA
+
 GRID = 8
 """Cells along each side in which low frequencies are looked at; sides are multiples of it."""
 LAGS = 2
@@ -29,7 +31,6 @@ PATCHES = 8
 """Patches of an image that filters are made of."""
 STRIDE = 2
 """Pixels between two places where a filter looks."""
-_LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def coarse(sample: Images, rows: slice) -> Tensor:
 def colour(sample: Images, rows: slice) -> Tensor:
     """Return the odd part of what grayscale takes from the residual: red and blue less luma."""
     residual = sample.residual(rows)
-    luma = (residual * torch.tensor(_LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    luma = (residual * torch.tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
     return _odd((residual - luma)[:, ::2]).flatten(1)
 
 
@@ -105,7 +106,7 @@ def convolution(sample: Images, rows: slice) -> Tensor:
 
     What is added to an image hardly changes the strong part of its spectrum; a filter changes all of it.
     """
-    luma = (sample.images[rows].float() * torch.tensor(_LUMA).view(1, 3, 1, 1)).sum(1)
+    luma = (sample.images[rows].float() * torch.tensor(LUMA).view(1, 3, 1, 1)).sum(1)
     side = luma.shape[-1]
     power = _power(torch.stack([luma, luma.flip(-1)], 1))
     power = torch.fft.fftshift(power, dim=2)[..., : side // 2]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import DataContext
 
 from eclipse_ray.config import Config
 from eclipse_ray.data.formats import chunk_spans, open_source
@@ -22,10 +22,11 @@ from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.distributed.audit_work import AuditJob, Denoised, read_crops
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local
 from eclipse_ray.distributed.fetch import local_denoiser
-from eclipse_ray.distributed.progress import ProgressLine, say
-from eclipse_ray.distributed.purify import IO_CPUS, pool
+from eclipse_ray.distributed.purify import IO_CPUS, on_actors, pool
 from eclipse_ray.distributed.shards import Pixels, fatal_error, unpack
 from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import AuditResult
 
 CHUNK_IMAGES, CHUNK_BYTES = 1024, 64 * 2**20
@@ -140,13 +141,13 @@ def _crops(config: Config, url: str) -> list[Crop]:
         seed=config.run.seed,
     )
     resources = connect(config)
-    line = ProgressLine("audit: reading", "images", found, config.run.progress_seconds)
     crops: list[Crop] = []
     failed = 0
-    for part, failures, read in _stream(job, chosen, config, resources):
-        crops += part
-        failed += failures
-        line.advance(read, failures)
+    with ProgressLine("audit: reading", "images", found, config.run.progress_seconds) as line:
+        for part, failures, read in _stream(job, chosen, config, resources):
+            crops += part
+            failed += failures
+            line.advance(read, failures)
     if failed:
         say(f"audit: {failed} images of {url} cannot be decoded or are too small; they are left out")
     if not crops:
@@ -166,15 +167,7 @@ def _stream(
     )
     if job.denoiser is not None:
         actors, gpus = pool(config, resources, len(chunks))
-        dataset = dataset.map_batches(
-            Denoised,
-            fn_constructor_args=(job,),
-            compute=ActorPoolStrategy(size=actors),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_gpus=gpus or None,
-            num_cpus=None if gpus else 1,
-        )
+        dataset = on_actors(dataset, Denoised, job, actors, gpus)
     for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
         if batch["fatal"][0].as_py():
             raise fatal_error(batch["fatal"][0].as_py())

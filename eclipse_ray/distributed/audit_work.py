@@ -18,11 +18,9 @@ from eclipse_ray.data.formats import read_parts
 from eclipse_ray.data.images import ImageError, centre_crop, decode_stored, resize_image
 from eclipse_ray.data.table import image_bytes
 from eclipse_ray.detection.features import GRID
-from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.diffusion.tiling import MIN_SIDE
-from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.distributed.fetch import open_denoiser
 from eclipse_ray.distributed.purifier import purify_batch
 from eclipse_ray.distributed.shards import Pixels, fatal_note, pack, same_size_batches, unpack
 from eclipse_ray.errors import EclipseError
@@ -106,7 +104,7 @@ class Denoised:
         torch.set_num_threads(1)
         assert job.denoiser is not None
         self.job = job
-        self.denoiser = load_denoiser(local_denoiser(job.denoiser), default_device())
+        self.denoiser = open_denoiser(job.denoiser, job.purify.precision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the row with each crop followed, in a second half of the images, by its denoised form."""

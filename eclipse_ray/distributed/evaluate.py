@@ -19,8 +19,10 @@ from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.distributed.cluster import Resources, connect, require_place
 from eclipse_ray.distributed.fetch import local_denoiser
-from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
+from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import EvaluateResult
 from eclipse_ray.victims.training import train_victim
 

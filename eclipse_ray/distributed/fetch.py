@@ -7,9 +7,11 @@ import os
 import tempfile
 from pathlib import Path
 
+from eclipse_ray.config import Precision
 from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.data.store import Store
-from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES
+from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, load_denoiser
+from eclipse_ray.diffusion.model import Denoiser, default_device
 from eclipse_ray.errors import InputError
 
 
@@ -41,3 +43,10 @@ def local_denoiser(url: str) -> str:
             partial.write_bytes(store.read(file))
             partial.replace(folder / file)
     return str(folder)
+
+
+def open_denoiser(url: str, precision: Precision) -> Denoiser:
+    """Return the denoiser of `url` on this process's device, computing in `precision`; raises InputError."""
+    denoiser = load_denoiser(local_denoiser(url), default_device())
+    denoiser.precision = precision
+    return denoiser

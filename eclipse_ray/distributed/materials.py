@@ -23,12 +23,11 @@ from eclipse_ray.data.note import NOTE
 from eclipse_ray.data.store import Store
 from eclipse_ray.data.table import CANONICAL
 from eclipse_ray.defenses import Material, combine
-from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.distributed import grid
-from eclipse_ray.distributed.fetch import local_denoiser
-from eclipse_ray.distributed.progress import say
+from eclipse_ray.distributed.fetch import local_denoiser, open_denoiser
 from eclipse_ray.errors import InputError
+from eclipse_ray.log import say
 from eclipse_ray.poisons import POISONS
 from eclipse_ray.quality import WINDOW, psnr, ssim
 
@@ -220,10 +219,7 @@ def make_defended(
     torch.set_num_threads(work.threads)
     config = Config.model_validate(work.config)
     device = default_device()
-    denoiser = None
-    if work.denoiser:
-        denoiser = load_denoiser(local_denoiser(work.denoiser), device)
-        denoiser.precision = config.purify.precision
+    denoiser = open_denoiser(work.denoiser, config.purify.precision) if work.denoiser else None
     material = Material(
         images=torch.from_numpy(np.array(images)),
         labels=torch.from_numpy(np.array(labels)),

@@ -6,7 +6,6 @@ missing. So a grid may grow between two runs, its order may change, and nothing 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,16 +16,18 @@ from ray.exceptions import RayError
 
 from eclipse_ray.config import CompensationConfig, Config, to_yaml
 from eclipse_ray.data.store import Store
-from eclipse_ray.distributed import materials
+from eclipse_ray.distributed import materials, tuner
 from eclipse_ray.distributed import sets as datasets
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_place
 from eclipse_ray.distributed.grid import Cell, Column, Facts, Grid, attacks_denoiser, build_grid, denoiser_key
 from eclipse_ray.distributed.materials import Cache, Work
-from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
+from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.distributed.sets import Sets
 from eclipse_ray.distributed.trial import Pantry, run_trial
-from eclipse_ray.distributed.tuner import RETRIES, message_of, on_a_thread, shares
+from eclipse_ray.distributed.tuner import message_of, shares
 from eclipse_ray.errors import EclipseError, InterruptedRunError
+from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine
 
 CELLS_AHEAD = 4
 """So many times the trials at once are made ready together: few trials wait for the last of a group."""
@@ -254,21 +255,14 @@ class _Runner:
     def _tune(self, keys: list[str]) -> dict[str, str]:
         """Run one trial a key; return the messages of those that failed."""
         trial = tune.with_parameters(run_trial, pantry=self.pantry, board=self.board)
-        with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-", ignore_cleanup_errors=True) as scratch:
-            tuner = tune.Tuner(
-                tune.with_resources(trial, {"cpu": self.cpus, "gpu": self.gpus}),
-                param_space={"cell": tune.grid_search(keys)},
-                tune_config=tune.TuneConfig(max_concurrent_trials=self.concurrent, reuse_actors=True),
-                run_config=tune.RunConfig(
-                    name="matrix",
-                    storage_path=scratch,
-                    verbose=0,
-                    failure_config=tune.FailureConfig(max_failures=RETRIES),
-                ),
-            )
-            results = on_a_thread(tuner.fit)
-        errors = [(one.config["cell"], one.error, (one.metrics or {}).get("error")) for one in results]
-        return {key: said or message_of(error) for key, error, said in errors if error is not None or said}
+        failed = tuner.fit(
+            "matrix",
+            trial,
+            {"cell": tune.grid_search(keys)},
+            {"cpu": self.cpus, "gpu": self.gpus},
+            tune.TuneConfig(max_concurrent_trials=self.concurrent, reuse_actors=True),
+        )
+        return {point["cell"]: message for point, message in failed}
 
     def _show(self, entry: dict[str, Any]) -> None:
         # A trial that Ray had to start again reports its first epochs twice.

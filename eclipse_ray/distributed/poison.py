@@ -33,10 +33,12 @@ from eclipse_ray.distributed.poison_work import (
     largest_norm,
     poison_chunk,
 )
-from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
+from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.distributed.shards import fatal_error, fatal_note
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.log import say
 from eclipse_ray.poisons.costs import resolved_poison, variant_of
+from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import DatasetResult
 
 RESULT_KEY = "_eclipse/poison/result.json"

@@ -17,9 +17,9 @@ from eclipse_ray.diffusion.sampler import ENGINE_VERSION, check_depth, purify_im
 from eclipse_ray.diffusion.tiling import MIN_SIDE
 from eclipse_ray.distributed.cluster import refuse_process_local
 from eclipse_ray.distributed.fetch import local_denoiser
-from eclipse_ray.distributed.progress import say
 from eclipse_ray.distributed.shards import Job, Pixels, same_size_batches
 from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.log import say
 
 SAMPLES = 64
 # Of larger images the middle is looked at, so that the check takes seconds whatever their size.

@@ -8,11 +8,6 @@ from typing import Any
 
 import ray
 
-from eclipse_ray.log import say
-from eclipse_ray.progress import ProgressLine
-
-__all__ = ["Board", "BoardWatcher", "ProgressLine", "say", "start_board"]
-
 
 class Board:
     """A place where workers leave their latest progress and the driver looks at it."""

@@ -11,11 +11,10 @@ import torch
 
 from eclipse_ray import compensation, ledger
 from eclipse_ray.config import PurifyConfig
-from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.model import Denoiser, default_device
+from eclipse_ray.diffusion.model import Denoiser
 from eclipse_ray.diffusion.sampler import purify_images
 from eclipse_ray.distributed import metrics
-from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.distributed.fetch import open_denoiser
 from eclipse_ray.distributed.shards import (
     BUSY_COLUMN,
     Job,
@@ -61,8 +60,7 @@ class Purifier:
         self.job = job
         self.note = ""
         self.idle_since = time.monotonic()
-        self.denoiser = load_denoiser(local_denoiser(job.denoiser), default_device())
-        self.denoiser.precision = job.purify.precision
+        self.denoiser = open_denoiser(job.denoiser, job.purify.precision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the shard with its images purified; those that are too small or kill the actor fail."""

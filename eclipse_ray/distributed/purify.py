@@ -7,21 +7,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from eclipse_ray import ledger, log
 from eclipse_ray.config import Config
 from eclipse_ray.distributed.cluster import Resources, connect, require_cpus, require_gpus, require_place
 from eclipse_ray.distributed.prepare import Prepared, prepare, warn_if_unsuitable
-from eclipse_ray.distributed.progress import ProgressLine, say
 from eclipse_ray.distributed.purifier import Purifier
 from eclipse_ray.distributed.shards import BUSY_COLUMN, Job, Task, fatal_error, task_rows
 from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
 from eclipse_ray.errors import EclipseError, InterruptedRunError
+from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import PurifyResult
 
 # Reading and encoding mostly wait; and a share other than the actors' keeps Ray from fusing them into the actors.
@@ -116,6 +117,19 @@ def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]
     return actors, gpus
 
 
+def on_actors(dataset: Dataset, actor: Callable[[Any], Any], job: Any, actors: int, gpus: float) -> Dataset:
+    """Return the dataset with each block handed to one of a pool of `actor(job)`, a CPU or `gpus` GPUs each."""
+    return dataset.map_batches(
+        actor,
+        fn_constructor_args=(job,),
+        compute=ActorPoolStrategy(size=actors),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_gpus=gpus or None,
+        num_cpus=None if gpus else 1,
+    )
+
+
 def _watched(results: Iterator[T], patience: float, on_hang: Callable[[], None]) -> Iterator[T]:
     """Yield results as they come; raises InterruptedRunError when none comes for too long, or Ray gives up.
 
@@ -172,15 +186,7 @@ def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[C
     dataset = dataset.map_batches(
         read_and_decode, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )
-    dataset = dataset.map_batches(
-        Purifier,
-        fn_constructor_args=(job,),
-        compute=ActorPoolStrategy(size=actors),
-        batch_size=1,
-        batch_format="pyarrow",
-        num_gpus=gpus or None,
-        num_cpus=None if gpus else 1,
-    )
+    dataset = on_actors(dataset, Purifier, job, actors, gpus)
     dataset = dataset.map_batches(
         encode_and_commit, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )

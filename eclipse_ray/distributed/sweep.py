@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +19,17 @@ from ray.tune.schedulers import ASHAScheduler
 
 from eclipse_ray.config import Config, Range, to_yaml
 from eclipse_ray.data.store import Store
-from eclipse_ray.distributed import materials, space, sweep_sets
+from eclipse_ray.distributed import materials, space, sweep_sets, tuner
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_place
 from eclipse_ray.distributed.materials import Cache
-from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
+from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.distributed.space import Space, SweepFacts, Trial
 from eclipse_ray.distributed.sweep_sets import SweepSets
 from eclipse_ray.distributed.sweep_trial import Result, Setup, prepare, run_trial, score_of
-from eclipse_ray.distributed.tuner import RETRIES, message_of, on_a_thread, shares
+from eclipse_ray.distributed.tuner import message_of, shares
 from eclipse_ray.errors import ConfigError, EclipseError
+from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine
 
 
 @dataclass
@@ -158,48 +159,41 @@ class _Runner:
         if not needed:
             return
         task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus)(_prepare)
-        line = ProgressLine("sweep", "purified parts", len(needed), self.config.run.progress_seconds)
         pending = [task.remote(self.setup, trial) for trial in needed.values()]
-        while pending:
-            ready, pending = ray.wait(pending)
-            try:
-                ray.get(ready)
-            except RayError as error:
-                # Its trials say it again, each for itself.
-                say(f"sweep: a part could not be purified: {message_of(error)}")
-            line.advance(len(ready))
+        with ProgressLine("sweep", "purified parts", len(needed), self.config.run.progress_seconds) as line:
+            while pending:
+                ready, pending = ray.wait(pending)
+                try:
+                    ray.get(ready)
+                except RayError as error:
+                    # Its trials say it again, each for itself.
+                    say(f"sweep: a part could not be purified: {message_of(error)}")
+                line.advance(len(ready))
 
     def search(self) -> None:
         """Run the missing trials, or as many as Optuna may still choose."""
         sweep, left = self.sweep, self.sweep.left()
         units = self.per_trial * left
-        self.line = ProgressLine(
-            "sweep", "epochs" if self.per_trial > 1 else "trials", units, self.config.run.progress_seconds
-        )
+        unit = "epochs" if self.per_trial > 1 else "trials"
         trial = tune.with_parameters(run_trial, setup=[self.setup], board=self.board)
         # A trial that fails reports its message and no score.
         os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-        with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-") as scratch:
-            tuner = tune.Tuner(
-                tune.with_resources(trial, {"cpu": self.cpus, "gpu": self.gpus}),
-                param_space=self._grid(),
-                tune_config=self._tune_config(left),
-                run_config=tune.RunConfig(
-                    name="sweep",
-                    storage_path=scratch,
-                    verbose=0,
-                    failure_config=tune.FailureConfig(max_failures=RETRIES),
-                    callbacks=[_KeepStopped(sweep.store)],
-                ),
+        with (
+            ProgressLine("sweep", unit, units, self.config.run.progress_seconds) as self.line,
+            BoardWatcher(self.board, self._show),
+        ):
+            failed = tuner.fit(
+                "sweep",
+                trial,
+                self._grid(),
+                {"cpu": self.cpus, "gpu": self.gpus},
+                self._tune_config(left),
+                [_KeepStopped(sweep.store)],
             )
-            with BoardWatcher(self.board, self._show):
-                outcome = on_a_thread(tuner.fit)
-        for one in outcome:
-            said = (one.metrics or {}).get("error")
-            if one.error is not None or said:
-                point = json.loads(one.config["point"]) if "point" in one.config else one.config
-                title = ", ".join(f"{key.split('.')[1]} {value}" for key, value in point.items())
-                sweep.failures[title] = said or message_of(one.error)
+        for point, message in failed:
+            point = json.loads(point["point"]) if "point" in point else point
+            title = ", ".join(f"{key.split('.')[1]} {value}" for key, value in point.items())
+            sweep.failures[title] = message
 
     def _grid(self) -> dict[str, Any]:
         if self.sweep.listed is None:

@@ -13,11 +13,11 @@ import torch
 
 from eclipse_ray.config import Config, Range
 from eclipse_ray.data.store import Store
-from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
+from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.diffusion.sampler import purify_images
 from eclipse_ray.distributed.cluster import Resources
-from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.distributed.fetch import local_denoiser, open_denoiser
 from eclipse_ray.distributed.space import Trial
 from eclipse_ray.distributed.sweep import Sweep, best_of, sweep_denoisers
 from eclipse_ray.distributed.sweep_trial import Result, score_of
@@ -168,8 +168,7 @@ def _seconds_a_step(sweep: Sweep) -> float | None:
     url = sweep.config.purify.denoiser
     if not url:
         return None
-    denoiser = load_denoiser(local_denoiser(url), default_device())
-    denoiser.precision = sweep.config.purify.precision
+    denoiser = open_denoiser(url, sweep.config.purify.precision)
     images, ids = sweep.sets.source.images[:TIMED_IMAGES], sweep.sets.source.ids[:TIMED_IMAGES]
     began = 0.0
     for _ in range(2):

@@ -34,8 +34,10 @@ from eclipse_ray.distributed.cluster import (
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.gather import gather_slices
 from eclipse_ray.distributed.loggers import train_loggers
-from eclipse_ray.distributed.progress import BoardWatcher, ProgressLine, say, start_board
+from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, ResumeError
+from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import TrainResult
 
 STATE_FILE = "state.pt"

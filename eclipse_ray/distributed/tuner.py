@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from ray import tune
 
 from eclipse_ray.distributed.cluster import Resources, require_gpus
 from eclipse_ray.errors import EclipseError
@@ -38,7 +41,41 @@ def message_of(error: BaseException) -> str:
     return lines[-1] if lines else type(cause).__name__
 
 
-def on_a_thread(fit: Callable[[], Any]) -> Any:
+def fit(
+    name: str,
+    trainable: Any,
+    space: dict[str, Any],
+    resources: dict[str, float],
+    tune_config: Any,
+    callbacks: Sequence[Any] = (),
+) -> list[tuple[dict[str, Any], str]]:
+    """Run the trials of `space` to their end; return the point and the message of each that failed.
+
+    A trial that fails by itself reports a metric `error`; one whose process died is begun again RETRIES times.
+    Raises EclipseError when Ray Tune itself stops.
+    """
+    # Dead workers may still write there when it is deleted; nothing of Tune's is read again.
+    with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-", ignore_cleanup_errors=True) as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, resources),
+            param_space=space,
+            tune_config=tune_config,
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=scratch,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                callbacks=list(callbacks),
+            ),
+        )
+        outcome = _on_a_thread(tuner.fit)
+    said = [(one, (one.metrics or {}).get("error")) for one in outcome]
+    return [
+        (one.config, message or message_of(one.error)) for one, message in said if message or one.error is not None
+    ]
+
+
+def _on_a_thread(fit: Callable[[], Any]) -> Any:
     """Run `fit` on a thread: Tune takes over SIGINT on the main one, which here must stay free to be stopped."""
     # What it would write, a CSV and a JSON file for each trial, nobody reads here.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"

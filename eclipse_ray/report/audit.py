@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from eclipse_ray.data.store import Store
 from eclipse_ray.detection import features
 from eclipse_ray.detection.features import Images
 from eclipse_ray.detection.verdict import class_means
+from eclipse_ray.report.figures import png
 from eclipse_ray.results import AuditResult, to_json
 
 SHOWN = 10
@@ -44,9 +44,7 @@ def audit_picture(result: AuditResult, sample: Images, clean: Images | None) -> 
     left, right = bottom.subplots(1, 2)
     _draw_p_values(left, result.evidence)
     _draw_bands(right, sample, clean)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return stream.getvalue()
+    return png(figure, dpi=110)
 
 
 def _draw_means(figure: Any, sample: Images) -> None:

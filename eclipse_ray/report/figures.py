@@ -11,14 +11,6 @@ from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 
-AMPLIFY = 10
-
-
-def amplified_difference(images: Pixels, reference: Pixels, factor: int = AMPLIFY) -> Pixels:
-    """Return (images - reference) * factor around mid-gray, uint8 (N, H, W, 3)."""
-    difference = images.astype(np.int32) - reference.astype(np.int32)
-    return np.clip(128 + factor * difference, 0, 255).astype(np.uint8)
-
 
 def image_grid(rows: Mapping[str, Pixels], columns: list[str], title: str) -> bytes:
     """Return a PNG with one labelled row for each entry (uint8 (N, H, W, 3)) and one column an image."""
@@ -37,6 +29,11 @@ def image_grid(rows: Mapping[str, Pixels], columns: list[str], title: str) -> by
             if row == 0:
                 axis.set_title(columns[column], fontsize=8)
         axes[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    return png(figure)
+
+
+def png(figure: Figure, dpi: int = 130) -> bytes:
+    """Return a figure as PNG, `dpi` pixels an inch."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
+    figure.savefig(stream, format="png", dpi=dpi)
     return stream.getvalue()

@@ -86,9 +86,7 @@ def power_spectrum(changes: Sequence[Floats]) -> Floats:
 def radial_mean(power: Floats) -> tuple[Floats, Floats]:
     """Return frequencies in cycles a pixel, up to 1/2, and the mean power of each ring of `power` (S, S)."""
     side = len(power)
-    axis = np.fft.fftshift(np.fft.fftfreq(side))
-    radius = np.hypot(axis[:, None], axis[None, :])
-    rings = np.rint(radius * side).astype(int)
+    rings = np.rint(np.fft.fftshift(_radius(power.shape)) * side).astype(int)
     count = side // 2 + 1
     kept = rings < count
     sums = np.bincount(rings[kept], weights=power[kept], minlength=count)
@@ -98,8 +96,7 @@ def radial_mean(power: Floats) -> tuple[Floats, Floats]:
 
 def share_below(power: Floats, frequency: float) -> float:
     """Return the part of the power (S, S) that lies below `frequency` cycles a pixel."""
-    axis = np.fft.fftshift(np.fft.fftfreq(len(power)))
-    low = np.hypot(axis[:, None], axis[None, :]) < frequency
+    low = np.fft.fftshift(_radius(power.shape)) < frequency
     total = float(power.sum())
     return float(power[low].sum()) / total if total else math.nan
 

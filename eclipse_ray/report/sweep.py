@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from eclipse_ray.data.store import Store
+from eclipse_ray.report.figures import png
 from eclipse_ray.results import SweepView
 
 TIDY = pa.schema(
@@ -84,7 +84,7 @@ def pareto_picture(view: SweepView) -> bytes:
     axis.set_title(view.summary, fontsize=9)
     axis.legend(fontsize=8)
     figure.colorbar(dots, ax=axis, label="t_star")
-    return _png(figure)
+    return png(figure)
 
 
 def heat_map(view: SweepView) -> bytes:
@@ -113,7 +113,7 @@ def heat_map(view: SweepView) -> bytes:
     axis.set_xlabel(names[0])
     axis.set_ylabel(names[1] if len(names) > 1 else "")
     figure.colorbar(shown, ax=axis, label=f"mean {WORDS[view.objective]}")
-    return _png(figure)
+    return png(figure)
 
 
 def _two_axes(view: SweepView) -> list[str]:
@@ -133,9 +133,3 @@ def _mean(view: SweepView, place: dict[str, Any]) -> float:
 
 def _word(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130)
-    return stream.getvalue()

@@ -108,7 +108,9 @@ class RunConfig(Section):
     log_format: Literal["text", "json"] = Field(
         "text", description="Messages on standard error: for people, or one JSON object a line."
     )
-    loggers: tuple[LoggerName, ...] = Field((), description="Who else gets the curves of `train`.")
+    loggers: tuple[LoggerName, ...] = Field(
+        (), description="Who else gets curves of training, victims and trials."
+    )
 
 
 class Config(Section):

@@ -19,6 +19,7 @@ from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.model import default_device
 from eclipse_ray.distributed.cluster import Resources, connect, require_place
 from eclipse_ray.distributed.fetch import local_denoiser
+from eclipse_ray.distributed.loggers import open_curves
 from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError
 from eclipse_ray.log import say
@@ -115,6 +116,7 @@ def _train_all(
     line = ProgressLine(what, "epochs", len(seeds) * config.victim.epochs, config.run.progress_seconds)
     data = ray.put((train.images, train.labels, test.images, test.labels))
     task = ray.remote(num_cpus=threads * resources.cpus_per_core, num_gpus=gpus)(_train_one)
+    curves = open_curves(config.run.loggers, config.data.output)
     seen: set[tuple[int, int]] = set()
 
     def show(entry: dict[str, Any]) -> None:
@@ -123,6 +125,7 @@ def _train_all(
         if epoch not in seen:
             seen.add(epoch)
             line.advance(1, note=_note(entry))
+            curves.log({f"seed {entry['seed']}": entry["test_accuracy"]}, entry["epoch"])
 
     with line, BoardWatcher(board, show):
         pending = [

@@ -20,6 +20,7 @@ from eclipse_ray.distributed import materials, tuner
 from eclipse_ray.distributed import sets as datasets
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_place
 from eclipse_ray.distributed.grid import Cell, Column, Facts, Grid, attacks_denoiser, build_grid, denoiser_key
+from eclipse_ray.distributed.loggers import open_curves
 from eclipse_ray.distributed.materials import Cache, Work
 from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.distributed.sets import Sets
@@ -129,6 +130,7 @@ class _Runner:
         self.source, self.labels = ray.put(images), ray.put(labels)
         self.test = ray.put((matrix.sets.test.images, matrix.sets.test.labels))
         self.fixed: dict[str, Any] = {}
+        self.curves = open_curves(matrix.config.run.loggers, matrix.store.url)
 
     @property
     def cpus(self) -> float:
@@ -272,8 +274,9 @@ class _Runner:
         self.seen.add(place)
         if entry["last"]:
             self.finished += sum(cell.key == entry["cell"] for cell in self.matrix.grid.cells)
-        accuracy = f"{self.titles[entry['cell']]}: {entry['test_accuracy']:.1f} %"
-        self.line.advance(1, note=f"{self._so_far()}, {accuracy}")
+        title, reached = self.titles[entry["cell"]], entry["test_accuracy"]
+        self.curves.log({title: reached}, entry["epoch"])
+        self.line.advance(1, note=f"{self._so_far()}, {title}: {reached:.1f} %")
 
     def _so_far(self) -> str:
         return f"{self.finished}/{self.cells} cells"

@@ -21,6 +21,7 @@ from eclipse_ray.config import Config, Range, to_yaml
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import materials, space, sweep_sets, tuner
 from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_place
+from eclipse_ray.distributed.loggers import open_curves
 from eclipse_ray.distributed.materials import Cache
 from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.distributed.space import Space, SweepFacts, Trial
@@ -135,6 +136,7 @@ class _Runner:
         require_place(resources, self.cpus, self.gpus, "a trial of the sweep")
         self.setup = ray.put(Setup(self.config, sweep.facts, sweep.sets.source, sweep.sets.scored, self.threads))
         self.board = start_board()
+        self.curves = open_curves(self.config.run.loggers, sweep.store.url)
         scores = {trial.title: score_of(result, self.config) for trial, result in sweep.done()}
         self.best = max(((score, title) for title, score in scores.items()), default=None)
         self.seen: set[tuple[str, int]] = set()
@@ -245,6 +247,7 @@ class _Runner:
         if (entry["key"], epoch) in self.seen:
             return
         self.seen.add((entry["key"], epoch))
+        self.curves.log({entry["title"]: entry["score"]}, epoch)
         if entry["last"]:
             self.best = max(filter(None, [self.best, (entry["score"], entry["title"])]))
         note = f"best so far {self.best[0]:.1f}: {self.best[1]}" if self.best else ""

@@ -33,7 +33,7 @@ from eclipse_ray.distributed.cluster import (
 )
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.gather import gather_slices
-from eclipse_ray.distributed.loggers import train_loggers
+from eclipse_ray.distributed.loggers import TrainLogger, open_curves
 from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, ResumeError
 from eclipse_ray.log import say
@@ -102,7 +102,7 @@ def _fingerprint(config: Config, hashes: list[str]) -> ledger.Fingerprint:
 
 
 def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: str) -> None:
-    callbacks = train_loggers(config.run.loggers, store, fingerprint)
+    curves = open_curves(config.run.loggers, store.url, fingerprint)
     resources = connect(config)
     workers, use_gpu = _workers(config, resources)
     require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
@@ -133,7 +133,7 @@ def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: s
             storage_path=store.path("_eclipse/train") if store.local else f"{store.url}/_eclipse/train",
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=3),
-            callbacks=callbacks,
+            callbacks=[TrainLogger(curves)] if config.run.loggers else [],
         ),
     )
     with line, BoardWatcher(board, lambda entry: _show(line, entry)):

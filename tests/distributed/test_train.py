@@ -9,10 +9,8 @@ from eclipse_ray import api
 from eclipse_ray.config import load_config
 from eclipse_ray.data.dataset import load_images
 from eclipse_ray.data.images import encode_image
-from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.diffusion.training import run_fit, split_heldout, start_fit
-from eclipse_ray.distributed import loggers
 from eclipse_ray.errors import ConfigError, InputError, ResumeError
 from tests.support import DEBUG, kill_when
 
@@ -115,18 +113,6 @@ def test_curves_go_to_the_loggers_asked_for(world, tmp_path):
     train(world, output, **{"denoiser.num_workers": 1, "run.loggers": ["tensorboard"]})
     (events,) = output.glob("_eclipse/tensorboard/*/events.*")
     assert b"denoise_psnr" in events.read_bytes()
-
-
-@pytest.mark.parametrize("name", ["mlflow", "wandb"])
-def test_a_logger_that_is_not_installed_is_refused(world, tmp_path, name, monkeypatch):
-    monkeypatch.setitem(loggers.MODULES, name, "no_such_module")
-    with pytest.raises(ConfigError, match=f"{name} needs no_such_module, which is not installed"):
-        train(world, tmp_path / "out", **{"run.loggers": [name]})
-
-
-def test_tensorboard_needs_a_folder():
-    with pytest.raises(ConfigError, match="tensorboard writes to a folder"):
-        loggers.train_loggers(["tensorboard"], Store("memory://somewhere"), "run")
 
 
 def test_gpus_that_are_not_there_are_refused(world, tmp_path):

@@ -25,7 +25,7 @@ from eclipse_ray.results import DEMO_FILE, EVALUATION_FILE
 TITLE = "Test accuracy"
 COLUMNS_WITH_CURVES = 4
 """A curve chart for so many columns of a matrix."""
-DEFENSES_OF_A_CHART = 5
+DEFENSES_OF_A_CHART = len(MARKERS)
 
 Result = Mapping[str, Any]
 
@@ -123,11 +123,11 @@ def _best(rows: Sequence[Result]) -> str:
 
 
 def _dots(rows: Sequence[Result], victim: str, dataset: str | None) -> Block:
-    defenses, poisons = _unique(rows, "defense")[:DEFENSES_OF_A_CHART], _unique(rows, "poison")
+    defenses, poisons = _drawn(_unique(rows, "defense")), _unique(rows, "poison")
 
     def paint(axes: Axes, theme: Theme) -> None:
         for index, name in enumerate(defenses):
-            shift = (index - (len(defenses) - 1) / 2) * 0.14
+            shift = (index - (len(defenses) - 1) / 2) * 0.13
             found = [(place, _accuracies(rows, victim, name, poison)) for place, poison in enumerate(poisons)]
             found = [(place, values) for place, values in found if values]
             axes.errorbar(
@@ -156,7 +156,7 @@ def _dots(rows: Sequence[Result], victim: str, dataset: str | None) -> Block:
 
     caption = (
         f"Victim {victim}: mean and standard deviation over seeds"
-        + (f", the first {DEFENSES_OF_A_CHART} defenses" if len(_unique(rows, "defense")) > len(defenses) else "")
+        + (f", {DEFENSES_OF_A_CHART} of the defenses" if len(_unique(rows, "defense")) > len(defenses) else "")
         + (". Hollow circles are the paper's numbers." if dataset else ".")
     )
     place = _unique(rows, "victim").index(victim) + 1
@@ -177,9 +177,18 @@ def _curves(store: Store, rows: Sequence[Result]) -> list[Chart]:
                 data = layout.read_optional(store, f"results/{row['fingerprint']}.json")
                 if data is not None:
                     curves.setdefault(row["defense"], []).append(json.loads(data)["test_accuracy"])
-        few = dict(list(curves.items())[:DEFENSES_OF_A_CHART])
-        charts += victims(few, f"epochs-{place}", f"{poison}, victim {victim}. ")
+        charts += victims(
+            {name: curves[name] for name in _drawn(list(curves))},
+            f"epochs-{place}",
+            f"{poison}, victim {victim}. ",
+        )
     return charts
+
+
+def _drawn(defenses: Sequence[str]) -> list[str]:
+    """Return the defenses that a chart has room for: no defense and our own before their rivals, in order."""
+    ranked = sorted(defenses, key=lambda name: name != "none" and not name.startswith("eclipse"))
+    return [name for name in defenses if name in ranked[:DEFENSES_OF_A_CHART]]
 
 
 def _accuracies(rows: Sequence[Result], victim: str, defense: str, poison: str) -> list[float]:

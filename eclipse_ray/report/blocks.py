@@ -88,7 +88,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG that somebody else drew."""
+    """A PNG that somebody else drew, too wide for a phone."""
 
     kind: ClassVar[str] = "picture"
     alt: str

@@ -36,10 +36,14 @@ class Theme:
         return self.ink, self.muted, self.grid, self.page, *self.series
 
 
-LIGHT = Theme("#1f2328", "#59636e", "#d8dee4", "#ffffff", ("#0b5cad", "#b5470b", "#00715a", "#7a3b9a", "#59636e"))
-DARK = Theme("#e6e9ed", "#a3adb8", "#3a424c", "#14181d", ("#71b7ff", "#ff9e61", "#4fd1a5", "#d2a8ff", "#a3adb8"))
-MARKERS = ("o", "s", "^", "D", "v")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+LIGHT = Theme(
+    "#1f2328", "#59636e", "#d8dee4", "#ffffff", ("#0b5cad", "#b5470b", "#00715a", "#7a3b9a", "#59636e", "#a1124e")
+)
+DARK = Theme(
+    "#e6e9ed", "#a3adb8", "#3a424c", "#14181d", ("#71b7ff", "#ff9e61", "#4fd1a5", "#d2a8ff", "#a3adb8", "#ff8fb3")
+)
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
 Paint = Callable[[Axes, Theme], None]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from eclipse_ray.data.store import Store
 from eclipse_ray.errors import EclipseError
 from eclipse_ray.report import accuracy, others
-from eclipse_ray.report.blocks import Section
+from eclipse_ray.report.blocks import Section, Text
 from eclipse_ray.report.folders import Folder, kind_of, read_card, read_config
 from eclipse_ray.report.learning import denoiser
 from eclipse_ray.report.pictures import assimilation, pictures
@@ -23,7 +24,13 @@ def sections_of(folder: Folder) -> list[Section]:
     """Return the sections of a folder in order, the summary first. Raises InputError or StorageError."""
     leads, sections = KINDS[folder.kind](folder)
     leads = [*leads, *(lead for section in sections for lead in section.leads)]
-    return [Section(SUMMARY, "Summary", [], leads), *sections]
+    return [Section(SUMMARY, "Summary", [], leads), *(_once(section, leads) for section in sections)]
+
+
+def _once(section: Section, leads: list[str]) -> Section:
+    """Return the section without its lead if the summary just above says that and nothing else."""
+    repeated = [Text(lead) for lead in leads] == list(section.blocks[:1])
+    return replace(section, blocks=section.blocks[1:]) if repeated else section
 
 
 Found = tuple[list[str], list[Section]]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
 from eclipse_ray.data.store import Store
-from eclipse_ray.report.figures import png
+from eclipse_ray.report.blocks import Chart
+from eclipse_ray.report.draw import Theme, draw
 from eclipse_ray.results import SweepView
 
 TIDY = pa.schema(
@@ -60,60 +62,62 @@ def write_sweep(output: str, view: SweepView) -> None:
         return
     head = f"# eclipse-ray purify SRC DST --config best.yaml\n# The best by {view.objective} of {view.summary}.\n"
     store.write("best.yaml", (head + yaml.safe_dump(view.best, sort_keys=False)).encode())
-    store.write("pareto.png", pareto_picture(view))
-    store.write("heatmap.png", heat_map(view))
+    store.write("pareto.png", pareto_chart(view).png)
+    store.write("heatmap.png", heat_map(view).png)
 
 
-def pareto_picture(view: SweepView) -> bytes:
-    """Return a PNG of defense against fidelity, a point a trial, coloured by t_star, the front joined."""
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axis = figure.subplots()
+def pareto_chart(view: SweepView) -> Chart:
+    """Return defense against fidelity, a point a trial, coloured by t_star, the front joined."""
     rows = [row for row in view.rows if not row["stopped"]] or view.rows
-    fidelity, defense = [row["psnr"] for row in rows], [row[view.objective] for row in rows]
-    dots = axis.scatter(fidelity, defense, c=[row["t_star"] for row in rows], cmap="viridis", zorder=2)
     front = sorted((row["psnr"], row[view.objective]) for row in rows if row["pareto"])
-    axis.plot(
-        [x for x, _ in front], [y for _, y in front], color="0.6", linewidth=1, zorder=1, label="Pareto front"
-    )
-    best = max(rows, key=lambda row: row["score"])
-    axis.scatter(
-        [best["psnr"]], [best[view.objective]], s=140, facecolors="none", edgecolors="crimson", label="best"
-    )
-    axis.set_xlabel("fidelity: PSNR of purified clean images, dB")
-    axis.set_ylabel(f"defense: {WORDS[view.objective]}")
-    axis.set_title(view.summary, fontsize=9)
-    axis.legend(fontsize=8)
-    figure.colorbar(dots, ax=axis, label="t_star")
-    return png(figure)
+    best = best_row(rows)
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        dots = axes.scatter(
+            [row["psnr"] for row in rows],
+            [row[view.objective] for row in rows],
+            c=[row["t_star"] for row in rows],
+            cmap="viridis",
+            zorder=2,
+        )
+        axes.plot(*zip(*front, strict=True), color=theme.muted, linewidth=1, zorder=1, label="Pareto front")
+        place = [best["psnr"]], [best[view.objective]]
+        axes.scatter(*place, s=140, facecolors="none", edgecolors=theme.series[1], label="best")
+        axes.set(xlabel="fidelity: PSNR of purified clean images, dB", ylabel=f"defense: {WORDS[view.objective]}")
+        axes.legend()
+        axes.figure.colorbar(dots, ax=axes, label="t_star")
+
+    caption = f"{view.summary}: what purification leaves of clean images, and how well it defends."
+    return draw("pareto", "Defense against fidelity of every trial; the table holds every number.", caption, paint)
 
 
-def heat_map(view: SweepView) -> bytes:
-    """Return a PNG of the mean objective over the two axes with the most values, t_star first if it varies."""
+def heat_map(view: SweepView) -> Chart:
+    """Return the mean objective over the two axes with the most values, t_star first if it varies."""
     names = _two_axes(view)
     columns, lines = ([_sorted_values(view.rows, name) for name in names] + [[""]])[:2]
-    figure = Figure(figsize=(1.0 * len(columns) + 2.2, 0.6 * len(lines) + 1.6), layout="constrained")
-    axis = figure.subplots()
     means = [[_mean(view, dict(zip(names, (x, y), strict=False))) for x in columns] for y in lines]
-    shown = axis.imshow(means, cmap="viridis", aspect="auto")
-    for row, line in enumerate(means):
-        for column, value in enumerate(line):
-            text = "·" if value != value else f"{value:.1f}"
-            axis.text(
-                column,
-                row,
-                text,
-                ha="center",
-                va="center",
-                fontsize=9,
-                color="white",
-                bbox={"facecolor": "black", "alpha": 0.35, "linewidth": 0, "pad": 1.5},
-            )
-    axis.set_xticks(range(len(columns)), [_word(value) for value in columns])
-    axis.set_yticks(range(len(lines)), [_word(value) for value in lines])
-    axis.set_xlabel(names[0])
-    axis.set_ylabel(names[1] if len(names) > 1 else "")
-    figure.colorbar(shown, ax=axis, label=f"mean {WORDS[view.objective]}")
-    return png(figure)
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        shown = axes.imshow(means, cmap="viridis", aspect="auto")
+        axes.grid(visible=False)
+        # Not quite white: that is the page, which turns dark, and the cells do not.
+        box = {"facecolor": "black", "alpha": 0.35, "linewidth": 0, "pad": 1.5}
+        for row, line in enumerate(means):
+            for column, value in enumerate(line):
+                text = "·" if value != value else f"{value:.1f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=9, color="#fefefe", bbox=box)
+        axes.set_xticks(range(len(columns)), [_word(value) for value in columns])
+        axes.set_yticks(range(len(lines)), [_word(value) for value in lines])
+        axes.set(xlabel=names[0], ylabel=names[1] if len(names) > 1 else "")
+        axes.figure.colorbar(shown, ax=axes, label=f"mean {WORDS[view.objective]}")
+
+    caption = f"Mean {WORDS[view.objective]}, by {' and '.join(names)}; other settings are averaged over."
+    return draw("heatmap", f"Mean objective by {' and '.join(names)}.", caption, paint)
+
+
+def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the row of the highest score; one that was stopped early only if there is no other."""
+    return max(rows, key=lambda row: (not row["stopped"], row["score"]))
 
 
 def _two_axes(view: SweepView) -> list[str]:

@@ -6,14 +6,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from eclipse_ray import ledger
 from eclipse_ray.config import Config, load_config, to_yaml
+from eclipse_ray.detection import Images
 from eclipse_ray.distributed.prepare import prepare
 from eclipse_ray.distributed.purifier import Purifier
 from eclipse_ray.distributed.shards import Task, task_rows
 from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
+from eclipse_ray.report.audit import write_audit
 from eclipse_ray.report.tables import write_tables
-from eclipse_ray.results import EvaluateResult, to_json
+from eclipse_ray.results import AuditResult, EvaluateResult, to_json
 from tests.report.test_tables import FULL, view
 
 
@@ -50,6 +54,26 @@ def write_matrix(folder: Path) -> None:
     results = {f"results/{row['fingerprint']}.json": json.dumps({"test_accuracy": [20.0, 60.0]}) for row in rows}
     config = to_yaml(load_config(None, {"matrix.published": "cifar10"}))
     _write(folder, {**results, "_eclipse/config.yaml": config})
+
+
+def audited(folder: Path) -> None:
+    """Write the folder of `audit --out` for a small sample of noise."""
+    images = torch.randint(0, 256, (24, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    score = {
+        "name": "autocorrelation",
+        "effect": 0.84,
+        "tolerance": 0.05,
+        "p_value": 0.0001,
+        "null": "mirror images are equally likely",
+        "counted": True,
+        "detail": "tells the class of 76.7 % of images by it, 50.0 % by chance",
+    }
+    words = f"Likely poisoned: high frequency, class-wise (p = 0.0007). autocorrelation: {score['detail']}."
+    advice = {"t_star": 100, "p": 0.4, "sigma": 0.05}
+    result = AuditResult(
+        "poisoned", 0.0007, "high", "class", advice, words, 24, 2, 0, evidence=[score], output=str(folder)
+    )
+    write_audit(str(folder), to_yaml(Config()), result, Images(images, torch.arange(24) % 2), None)
 
 
 def write_demo(folder: Path) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from eclipse_ray.report.sweep import write_sweep
 from eclipse_ray.report.write import write_report
-from tests.report.material import purify_here, write_demo, write_evaluation, write_matrix
+from tests.report.material import audited, purify_here, write_demo, write_evaluation, write_matrix
+from tests.report.test_sweep import ROWS, view
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see make browser")
 
@@ -21,6 +23,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 AXE = Path(os.environ.get("AXE_CORE", ".venv/node_modules/axe-core/axe.min.js"))
 WIDTHS = (360, 820, 1440)
 SCHEMES = ("light", "dark")
+
+KINDS = ("demo", "matrix", "evaluate", "sweep", "audit", "train")
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; see make browser"),
@@ -39,8 +43,10 @@ def pages(world, tmp_path_factory) -> dict[str, str]:
     for name, source in (("poisoned", world.poisoned), ("denoiser", world.denoiser), ("split/rest", world.rest)):
         shutil.copytree(source, demo / name)
     write_demo(demo)
-    kinds = ("evaluate", "matrix", "demo")
-    return {kind: Path(write_report(str(root / kind)).report).as_uri() for kind in kinds}
+    write_sweep(str(root / "sweep"), view(ROWS, ["t_star", "sigma"]))
+    audited(root / "audit")
+    shutil.copytree(world.denoiser, root / "train")
+    return {kind: Path(write_report(str(root / kind)).report).as_uri() for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,7 @@ def open_page(browser, address: str, width: int, scheme: str, script: bool = Tru
     return page
 
 
-@pytest.mark.parametrize("kind", ["demo", "matrix", "evaluate"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_overflow_and_no_barrier_at_any_width_and_in_both_schemes(kind, browser, pages):
     for width in WIDTHS:
         for scheme in SCHEMES:

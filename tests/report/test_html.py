@@ -8,6 +8,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,13 +20,17 @@ from eclipse_ray.data.formats import open_source
 from eclipse_ray.data.images import encode_image
 from eclipse_ray.data.table import canonical_table
 from eclipse_ray.errors import InputError
+from eclipse_ray.report.accuracy import _drawn
 from eclipse_ray.report.folders import record_command
+from eclipse_ray.report.sweep import write_sweep
 from eclipse_ray.report.write import write_report
-from tests.report.material import purify_here, write_demo, write_evaluation, write_matrix
+from tests.report.material import audited, purify_here, write_demo, write_evaluation, write_matrix
+from tests.report.test_sweep import ROWS, view
 
 VOID = {"meta", "link", "img", "br", "source"}
 EVIL = "<script>alert(1)</script>\"'&.png"
 SEEN = ["pictures", "spectra", "assimilation"]
+SWEPT = view(ROWS, ["t_star", "sigma"])
 SECTIONS = {
     "purify": ["summary", *SEEN, "training", "throughput", "failures", "provenance"],
     "train": ["summary", "training", "provenance"],
@@ -89,12 +94,8 @@ def folders(world, tmp_path_factory) -> dict[str, Path]:
         shutil.copytree(source, found["demo"] / name)
     shutil.copytree(world.rest, found["demo"] / "split/rest")
     write_demo(found["demo"])
-    found["sweep"].mkdir()
-    (found["sweep"] / "best.yaml").write_text("purify: {t_star: 150}\ncompensation: {p: 0.4}\n")
-    pq.write_table(canonical_table(["trial"], [b"x"]).select(["id"]), found["sweep"] / "results.parquet")
-    shutil.copy(found["demo"] / "demo.png", found["sweep"] / "pareto.png")
-    found["audit"].mkdir()
-    (found["audit"] / "audit.json").write_text(json.dumps({"verdict": "poisoned", "p_value": 1e-9}))
+    write_sweep(str(found["sweep"]), SWEPT)
+    audited(found["audit"])
     return found
 
 
@@ -124,6 +125,35 @@ def test_the_purification_is_told_in_words_and_numbers(folders):
     assert re.search(r"Of the perturbation, -?\d+ % is left in 64 sampled images", text)
     assert "But it is a bound" in text
     assert "the command was not recorded" in text
+
+
+def test_a_sweep_and_an_audit_begin_with_what_they_found(folders):
+    swept = page_of(folders["sweep"]).text
+    assert (
+        "The best of 6 trials has t_star 100, sigma 0.1: a victim trained on what it purifies is right on" in swept
+    )
+    assert "eclipse-ray purify SRC DST --config" in swept
+    found = page_of(folders["audit"]).text
+    assert found.count("Likely poisoned: high frequency, class-wise (p = 0.0007).") == 1
+    assert "24 images of 2 classes were looked at." in found
+    assert "Purify with t_star 100, p 0.4, sigma 0.05." in found
+    assert "tells the class of 76.7 % of images by it" in found
+
+
+@pytest.mark.parametrize(("kind", "file"), [("sweep", "results.parquet"), ("audit", "audit.json")])
+def test_what_another_version_wrote_is_refused_in_one_sentence(folders, tmp_path, kind, file):
+    shutil.copytree(folders[kind], tmp_path / kind)
+    if kind == "sweep":
+        pq.write_table(pa.table({"id": ["x"]}), tmp_path / kind / file)
+    else:
+        (tmp_path / kind / file).write_text('{"verdict": "poisoned"}')
+    with pytest.raises(InputError, match=f"{file}: .*run the same {kind} command again"):
+        write_report(str(tmp_path / kind))
+
+
+def test_a_chart_leaves_out_rivals_before_our_own():
+    names = ["none", "a", "b", "c", "d", "e", "f", "eclipse", "eclipse+aa"]
+    assert _drawn(names) == ["none", "a", "b", "c", "eclipse", "eclipse+aa"]
 
 
 def test_a_moved_demo_finds_its_own_folders(folders, tmp_path):

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from eclipse_ray.report.sweep import heat_map, pareto_picture, write_sweep
+from eclipse_ray.report.sweep import heat_map, pareto_chart, write_sweep
 from eclipse_ray.results import SweepView
 
 
@@ -42,8 +42,8 @@ def view(rows: list[dict[str, object]], axes: list[str]) -> SweepView:
     ],
 )
 def test_pictures_are_drawn_whatever_varies(rows, axes):
-    for draw in (pareto_picture, heat_map):
-        pixels = matplotlib.image.imread(io.BytesIO(draw(view(rows, axes))), format="png")
+    for draw in (pareto_chart, heat_map):
+        pixels = matplotlib.image.imread(io.BytesIO(draw(view(rows, axes)).png), format="png")
         assert min(pixels.shape[:2]) > 100
         assert pixels[..., :3].std() > 0.01
 

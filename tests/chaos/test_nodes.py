@@ -229,18 +229,20 @@ def ray_node(name: str, number: int, folder: Path, *more: str) -> subprocess.Pop
 @pytest.mark.chaos
 @pytest.mark.timeout(3 * PATIENCE)
 def test_a_node_cut_off_for_twenty_seconds_changes_nothing(world, tmp_path, undisturbed):
-    output, address = tmp_path / "out", "10.77.0.2:16379"
+    output, address = tmp_path / "out", "10.77.0.2:6379"
     temporary = f"/tmp/ray-cut-{os.getpid()}"
     nodes: list[subprocess.Popen[str]] = []
     with namespaces(3) as names:
         try:
-            head = ["--head", "--port", "16379", "--num-cpus", "1", "--temp-dir", temporary]
+            head = ["--head", "--port", "6379", "--num-cpus", "1", "--temp-dir", temporary]
             nodes.append(ray_node(names[0], 0, tmp_path, *head, "--include-dashboard", "false"))
             time.sleep(15)
             for number in (1, 2):
                 more = ["--address", address, "--num-cpus", "3", "--num-gpus", "1"]
                 nodes.append(ray_node(names[number], number, tmp_path, *more))
             time.sleep(15)
+            for node in nodes:
+                assert node.poll() is None, "a node did not start: see its log"
             words = ["ip", "netns", "exec", names[0], *command(world, output, **SETTINGS)]
             driver = start(words, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
             wait_for(lambda: done(output) >= 4, driver)

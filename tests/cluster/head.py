@@ -57,8 +57,11 @@ def environment(token: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def running_head(cpus: int, auth: bool = True) -> Iterator[Head]:
-    """Start a head, wait for its dashboard, and end it: what belongs to its folder, nothing else."""
+def running_head(cpus: int, auth: bool = True, worker_cpus: int = 0) -> Iterator[Head]:
+    """Start a head, wait for its dashboard, and end it: what belongs to its folder, nothing else.
+
+    With `worker_cpus`, a second node with so many CPUs joins it.
+    """
     # Paths of Ray's sockets must be short.
     with tempfile.TemporaryDirectory(prefix="er-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         names = ["port", "dashboard-port", "metrics-export-port", "dashboard-agent-listen-port"]
@@ -83,17 +86,41 @@ def running_head(cpus: int, auth: bool = True) -> Iterator[Head]:
         address = f"http://127.0.0.1:{ports['dashboard-port']}"
         with log.open("wb") as stream:
             process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
+        nodes = [process]
         try:
             _wait(address, process, log)
+            if worker_cpus:
+                nodes.append(_join(f"127.0.0.1:{ports['port']}", worker_cpus, env, Path(folder)))
             yield Head(address, f"http://127.0.0.1:{ports['metrics-export-port']}/metrics", log, Path(folder))
         finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            for node in reversed(nodes):
+                node.send_signal(signal.SIGTERM)
+                try:
+                    node.wait(timeout=20)
+                except subprocess.TimeoutExpired:
+                    node.kill()
             for pid in _processes_of(folder):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _join(address: str, cpus: int, env: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
+    """Start a second node and wait until it is there."""
+    agent, other, metrics = free_ports(3)
+    command = [
+        "ray",
+        "start",
+        f"--address={address}",
+        "--block",
+        f"--num-cpus={cpus}",
+        "--include-log-monitor=False",
+    ]
+    command += ["--object-store-memory=200000000", "--disable-usage-stats", f"--metrics-export-port={metrics}"]
+    command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={other}"]
+    log = folder / "worker.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
+    _wait_for_words(process, log, time.monotonic() + 120)
+    return process
 
 
 def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -110,6 +137,10 @@ def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
         else:
             break
     # The dashboard answers before the node's agent does, without which no job starts.
+    _wait_for_words(process, log, deadline)
+
+
+def _wait_for_words(process: subprocess.Popen[bytes], log: Path, deadline: float) -> None:
     while "Ray runtime started" not in log.read_text():
         assert process.poll() is None, log.read_text()[-2000:]
         assert time.monotonic() < deadline, log.read_text()[-2000:]

@@ -210,8 +210,8 @@ def test_a_stopped_run_is_resumed_by_the_same_command(head, world, tmp_path):
     assert run_cli("verify", str(output))["ok"]
 
 
-def test_an_open_cluster_is_refused_unless_insecure(world, tmp_path):
-    with running_head(cpus=3, auth=False) as open_head:
+def test_an_open_cluster_is_refused_unless_insecure_and_a_head_needs_no_cpus(world, tmp_path):
+    with running_head(cpus=0, auth=False, worker_cpus=3) as open_head:
         refused = submit(open_head, *words(world, tmp_path / "out", SHARD))
         assert refused.returncode == 2
         assert "asks nobody for a token" in refused.stderr

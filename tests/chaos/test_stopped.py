@@ -1,0 +1,58 @@
+"""SIGTERM to a driver while it waits in Ray: it says that it can go on, and leaves with 75 before it is killed."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import DEBUG
+
+PATIENCE = 300
+
+
+def words(world, output) -> dict[str, list[str]]:
+    """Return work of each verb that would take hours, to be stopped as soon as some of it is done."""
+    sets = ["--set", "victim.epochs=100000", "--set", "evaluate.seeds=1"]
+    grid = {
+        "data": {"source": world.poisoned, "test": world.test},
+        "matrix": {"clean": True, "defenses": ["none"]},
+    }
+    grid["data"]["output"] = f"{output}/grid"
+    config = output / "grid.yaml"
+    config.write_text(json.dumps(grid))
+    return {
+        "train": [
+            "train",
+            "--clean",
+            world.clean,
+            "--out",
+            f"{output}/out",
+            "--set",
+            "denoiser.iterations=1000000",
+        ],
+        "evaluate": ["evaluate", "--train", world.poisoned, "--test", world.test, *sets],
+        "matrix": ["evaluate", "--config", str(config), *sets],
+    }
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.parametrize("verb", ["train", "evaluate", "matrix"])
+def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, verb):
+    command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *words(world, tmp_path)[verb]]
+    for key, value in {**DEBUG, "run.progress_seconds": 0.5, "denoiser.num_workers": 1}.items():
+        command += ["--set", f"{key}={value}"]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = []
+    for line in driver.stderr:
+        said.append(line)
+        # Not before the first epoch or iteration is through: Ray then waits for the next.
+        if "/s, " in line:
+            break
+    assert driver.poll() is None, said
+    driver.send_signal(signal.SIGTERM)
+    _, rest = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 75, [*said, rest]
+    assert rest.count("error: stopped; run the same command again to resume") == 1, rest

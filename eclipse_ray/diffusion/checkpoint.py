@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from eclipse_ray.config import Sampler, ScheduleName
-from eclipse_ray.diffusion.fixed_heads import FixedHeadsUNet2DModel
 from eclipse_ray.diffusion.model import Denoiser
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas
 from eclipse_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MODEL_FILE = "config.json"
@@ -26,8 +27,6 @@ CARD_FILE = "eclipse.json"
 DENOISER_FILES = (WEIGHTS_FILE, MODEL_FILE, SCHEDULER_FILE, CARD_FILE)
 
 _SCHEDULE_NAMES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
-# What `_class_name` of a denoiser's config.json may say.
-_UNETS = {"UNet2DModel": UNet2DModel, "FixedHeadsUNet2DModel": FixedHeadsUNet2DModel}
 
 
 class Card(BaseModel):
@@ -55,6 +54,8 @@ class Card(BaseModel):
 
 def save_denoiser(folder: str | Path, denoiser: Denoiser, card: Card, schedule: ScheduleName = "cosine") -> None:
     """Write a local denoiser folder; the card goes last, so a folder without one is known to be unfinished."""
+    from diffusers import DDPMScheduler
+
     path = Path(folder)
     denoiser.unet.save_pretrained(path, safe_serialization=True)
     # Not save_pretrained: the settings matter, not the class's own version of them.
@@ -124,10 +125,16 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
 
 
 def _open_unet(folder: Path) -> UNet2DModel:
+    # diffusers takes seconds to import, and only who opens a network needs it.
+    from diffusers import UNet2DModel
+
+    from eclipse_ray.diffusion.fixed_heads import FixedHeadsUNet2DModel
+
+    known = {"UNet2DModel": UNet2DModel, "FixedHeadsUNet2DModel": FixedHeadsUNet2DModel}
     name = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")).get("_class_name")
-    if name not in _UNETS:
-        raise InputError(f"{folder / MODEL_FILE}: a network of class {name}, expected one of {sorted(_UNETS)}")
-    unet, report = _UNETS[name].from_pretrained(
+    if name not in known:
+        raise InputError(f"{folder / MODEL_FILE}: a network of class {name}, expected one of {sorted(known)}")
+    unet, report = known[name].from_pretrained(
         folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
     )
     # diffusers would go on with random numbers for what is missing.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from eclipse_ray.config import DenoiserConfig, Precision, Sampler
 from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 IMAGE_CHANNELS = 3
 # From (x_t, t) to the raw output, whatever stands between: a denoiser, its tiled view, a test's closed form.
@@ -18,6 +21,9 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 def build_unet(config: DenoiserConfig) -> UNet2DModel:
     """Return an untrained U-Net that predicts epsilon, and with learned_range a variance mix, from (x_t, t)."""
+    # Here and not above: diffusers takes seconds to import, and most processes never build a network.
+    from diffusers import UNet2DModel
+
     levels = range(len(config.block_out_channels))
     attends = [level in config.attention_levels for level in levels]
     return UNet2DModel(

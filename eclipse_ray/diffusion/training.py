@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from eclipse_ray.config import DenoiserConfig
@@ -18,6 +17,9 @@ from eclipse_ray.diffusion.losses import heldout_psnr, loss_hybrid
 from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet
 from eclipse_ray.diffusion.sampler import to_model_range
 from eclipse_ray.diffusion.timesteps import draw_timesteps, record_losses, start_losses
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Fit:
     def averaged(self) -> Denoiser:
         """Return a denoiser with the averaged weights."""
         device = next(self.unet.parameters()).device
-        unet = UNet2DModel.from_config(self.unet.config).to(device)
+        unet = type(self.unet).from_config(self.unet.config).to(device)
         unet.load_state_dict({**self.unet.state_dict(), **self.average})
         return build_denoiser(unet, self.config).to(device).eval()
 

@@ -82,6 +82,7 @@ def matrix_settings(options: argparse.Namespace, denoiser: str, points: list[Poi
         "evaluate.seeds": options.seeds,
         "victim.epochs": options.epochs,
         "matrix.limit": options.limit,
+        "matrix.test_limit": options.test_limit,
         "matrix.poisons": options.poisons.split(","),
         "matrix.defenses": [{"name": "eclipse", "label": json.dumps(point), **point} for point in points],
     }
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--poisons", default="ar,lsp,urp,em")
     parser.add_argument("--settings", default=24, type=int, help="settings compared, of 24 in all")
     parser.add_argument("--limit", default=10_000, type=int, help="training images of the truth")
+    parser.add_argument("--test-limit", type=int, help="test images of the truth; default: all")
     parser.add_argument("--images", default=2000, type=int, help="images of a trial of the sweep")
     parser.add_argument("--seeds", default=2, type=int, help="victims for each true accuracy")
     parser.add_argument("--proxy-seeds", default=1, type=int)

@@ -139,18 +139,29 @@ def test_the_dashboard_shows_series_that_a_run_exported(head, purified):
 
 def test_every_job_script_runs_by_ray_job_submit(head, world, tmp_path):
     """`ray job submit --working-dir . -- python jobs/VERB.py --config URL`, as the README says."""
+    poisoned = {"data.source": world.poisoned}
     runs = {
-        "train": (
-            {"data.clean": world.clean, "denoiser.output": f"{tmp_path}/denoiser", "denoiser.iterations": 4},
-            0,
-        ),
-        "purify": ({"data.source": world.poisoned, "data.output": f"{tmp_path}/out", **SHARD}, 0),
-        "evaluate": (
-            {"data.source": f"{tmp_path}/out", "data.test": world.test, "victim.epochs": 1, "evaluate.seeds": 1},
-            0,
-        ),
+        "audit": {**poisoned, "audit.output": f"{tmp_path}/audit"},
+        "train": {"data.clean": world.clean, "denoiser.output": f"{tmp_path}/denoiser", "denoiser.iterations": 4},
+        "purify": {**poisoned, "data.output": f"{tmp_path}/out", **SHARD},
+        "evaluate": {
+            "data.source": f"{tmp_path}/out",
+            "data.test": world.test,
+            "victim.epochs": 1,
+            "evaluate.seeds": 1,
+        },
+        "sweep": {
+            **poisoned,
+            "data.clean": world.clean,
+            "data.output": f"{tmp_path}/sweep",
+            "purify.denoiser": None,
+            "denoiser.iterations": 4,
+            "sweep.objective": "shortcut_score",
+            "sweep.images": 40,
+            "sweep.space": {"purify.t_star": [2]},
+        },
     }
-    for verb, (settings, code) in runs.items():
+    for verb, settings in runs.items():
         tree: dict[str, dict[str, object]] = {}
         for key, value in {
             **DEBUG,
@@ -167,8 +178,11 @@ def test_every_job_script_runs_by_ray_job_submit(head, world, tmp_path):
         finished = subprocess.run(
             command, cwd=ROOT, env=environment(TOKEN), capture_output=True, text=True, timeout=600
         )
-        assert finished.returncode == code, finished.stdout[-3000:] + finished.stderr[-1000:]
+        assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-1000:]
     assert run_cli("verify", f"{tmp_path}/out")["ok"]
+    assert json.loads((tmp_path / "audit/audit.json").read_text())["verdict"] == "poisoned"
+    assert (tmp_path / "denoiser/eclipse.json").exists()
+    assert (tmp_path / "sweep/best.yaml").exists()
 
 
 def test_exit_codes_are_those_of_the_job(head, world, tmp_path):

@@ -38,7 +38,7 @@ hooks: $(STAMP) ## the fast half of make check before every commit (needs git)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt pre-commit
 	$(BIN)/pre-commit install
 
-chaos: $(STAMP) ## every fault test: real processes are killed, real servers break; takes long
+chaos: $(STAMP) ## every fault test: real processes are killed, real servers break; an hour or more
 	ECLIPSE_RAY_EXAMPLES=500 $(BIN)/python -m pytest -m 'chaos or ledger'
 
 soak: $(STAMP) ## 200,000 images in 1,000 shards: the driver's memory, listings, and the ledger's share of the time

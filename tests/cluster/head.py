@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +42,10 @@ def free_ports(count: int) -> list[int]:
     candidate = 20_011 + os.getpid() % 5_000
     while len(ports) < count:
         candidate += 1
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", candidate)):
-                ports.append(candidate)
+        # By taking it: a server may listen on another address of this machine.
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", candidate))
+            ports.append(candidate)
     return ports
 
 

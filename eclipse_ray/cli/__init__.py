@@ -66,10 +66,9 @@ _arrange()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGTERM:
-        last = threading.Timer(STOP_SECONDS, _leave)
-        last.daemon = True
-        last.start()
+    last = threading.Timer(STOP_SECONDS, _leave)
+    last.daemon = True
+    last.start()
     raise InterruptedRunError(STOPPED)
 
 

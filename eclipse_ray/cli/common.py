@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -65,6 +67,12 @@ def examples(*lines: str) -> str:
     A test parses each line with the command's real parser, and asks for two at least, of at most 78 characters.
     """
     return "\n\n".join(["Examples:", *lines])
+
+
+def take_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt from now on: the command decides what it means, and takes its time."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parsed(assignments: list[str] | None) -> dict[str, Any]:

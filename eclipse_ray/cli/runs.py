@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eclipse_ray.cli.common import RUN, Json, app, examples, show
+from eclipse_ray.cli.common import RUN, Json, app, examples, show, take_interrupts
 from eclipse_ray.errors import EXIT_FAILURE, InterruptedRunError
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import StatusResult
@@ -46,6 +46,7 @@ def _watch(output: str, every: float) -> StatusResult:
     """Show the run's progress until it is done or whoever watches has seen enough; return the last look."""
     from eclipse_ray import api
 
+    take_interrupts()
     found = api.status(output)
     with ProgressLine("status", "images", found.planned, every, found.ok + found.failed) as line:
         line.failed = found.failed

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from eclipse_ray.cli.common import RUN, Json, app, examples, parsed, show
+from eclipse_ray.cli.common import RUN, Json, app, examples, parsed, show, take_interrupts
 from eclipse_ray.errors import EXIT_OK, ConfigError
 
 HERE_ONLY = ("submit", "demo", "import-checkpoint", "report")
@@ -63,6 +63,7 @@ def submit(
     from eclipse_ray import api
 
     arguments, given = translated(verb, context.args)
+    take_interrupts()
     result = api.submit(
         verb,
         arguments,

@@ -6,16 +6,18 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 from eclipse_ray.config import Config
 from eclipse_ray.errors import ConfigError, EclipseError, StorageError
 from eclipse_ray.log import say
+
+T = TypeVar("T")
 
 # Both make Ray unpickle what it reads (Parquet tensor columns, WebDataset members): never, whoever asks.
 UNSAFE_VARIABLES = (
@@ -128,6 +130,39 @@ def _own_sigterm() -> Iterator[None]:
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+
+
+def on_a_thread(fit: Callable[[], T], what: str) -> T:
+    """Return what `fit` returns, run on a thread; raises EclipseError when `what`, a work of Ray's, stops.
+
+    On the main thread Ray Train and Ray Tune take over SIGINT, and `ray.get` drops what a signal handler raises;
+    here it stays free to be stopped.
+    """
+    box: list[T] = []
+    failure: list[Exception] = []
+
+    def work() -> None:
+        try:
+            box.append(fit())
+        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+    if failure and isinstance(failure[0], EclipseError):
+        raise failure[0]
+    if failure:
+        raise EclipseError(f"{what} stopped: {message_of(failure[0])}; run the same command again to resume")
+    return box[0]
+
+
+def message_of(error: BaseException) -> str:
+    """Return what an error says, that of a worker without its trace."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines()
+    return lines[-1] if lines else type(cause).__name__
 
 
 def require_cpus(resources: Resources, needed: float, purpose: str) -> None:

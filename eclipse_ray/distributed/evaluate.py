@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
 
 from eclipse_ray import ledger
 from eclipse_ray.config import CompensationConfig, Config
@@ -17,11 +16,11 @@ from eclipse_ray.data.dataset import ImageSet, load_images
 from eclipse_ray.data.store import Store
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.model import default_device
-from eclipse_ray.distributed.cluster import Resources, connect, require_place
+from eclipse_ray.distributed.cluster import Resources, connect, on_a_thread, require_place
 from eclipse_ray.distributed.fetch import local_denoiser
 from eclipse_ray.distributed.loggers import open_curves
 from eclipse_ray.distributed.progress import BoardWatcher, start_board
-from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import EvaluateResult
@@ -132,10 +131,7 @@ def _train_all(
             task.remote(data, config.model_dump(mode="json"), compensation.model_dump(), seed, threads, board)
             for seed in seeds
         ]
-        try:
-            runs: list[dict[str, Any]] = ray.get(pending)
-        except RayError as error:
-            raise EclipseError(f"a victim could not be trained: {str(error).splitlines()[-1]}") from None
+        runs: list[dict[str, Any]] = on_a_thread(lambda: ray.get(pending), "training of a victim")
     return runs
 
 

@@ -18,14 +18,14 @@ from eclipse_ray.config import CompensationConfig, Config, to_yaml
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import materials, tuner
 from eclipse_ray.distributed import sets as datasets
-from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_place
+from eclipse_ray.distributed.cluster import Resources, connect, message_of, refuse_process_local, require_place
 from eclipse_ray.distributed.grid import Cell, Column, Facts, Grid, attacks_denoiser, build_grid, denoiser_key
 from eclipse_ray.distributed.loggers import open_curves
 from eclipse_ray.distributed.materials import Cache, Work
 from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.distributed.sets import Sets
 from eclipse_ray.distributed.trial import Pantry, run_trial
-from eclipse_ray.distributed.tuner import message_of, shares
+from eclipse_ray.distributed.tuner import shares
 from eclipse_ray.errors import EclipseError, InterruptedRunError
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine

@@ -20,14 +20,14 @@ from ray.tune.schedulers import ASHAScheduler
 from eclipse_ray.config import Config, Range, to_yaml
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import materials, space, sweep_sets, tuner
-from eclipse_ray.distributed.cluster import Resources, connect, refuse_process_local, require_place
+from eclipse_ray.distributed.cluster import Resources, connect, message_of, refuse_process_local, require_place
 from eclipse_ray.distributed.loggers import open_curves
 from eclipse_ray.distributed.materials import Cache
 from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.distributed.space import Space, SweepFacts, Trial
 from eclipse_ray.distributed.sweep_sets import SweepSets
 from eclipse_ray.distributed.sweep_trial import Result, Setup, prepare, run_trial, score_of
-from eclipse_ray.distributed.tuner import message_of, shares
+from eclipse_ray.distributed.tuner import shares
 from eclipse_ray.errors import ConfigError, EclipseError
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine

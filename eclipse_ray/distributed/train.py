@@ -26,6 +26,7 @@ from eclipse_ray.diffusion.sampler import ENGINE_VERSION
 from eclipse_ray.distributed.cluster import (
     Resources,
     connect,
+    on_a_thread,
     refuse_process_local,
     require_cpus,
     require_gpus,
@@ -137,7 +138,7 @@ def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: s
         ),
     )
     with line, BoardWatcher(board, lambda entry: _show(line, entry)):
-        result = trainer.fit()
+        result = on_a_thread(trainer.fit, "training")
     if result.error is not None or result.checkpoint is None:
         raise EclipseError(f"training stopped: {result.error}; run the same command again to resume")
     _publish(result.checkpoint, store)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ray import tune
 
-from eclipse_ray.distributed.cluster import Resources, require_gpus
-from eclipse_ray.errors import EclipseError
+from eclipse_ray.distributed.cluster import Resources, message_of, on_a_thread, require_gpus
 
 RETRIES = 2
 """How often a trial whose process died is begun again."""
@@ -34,13 +32,6 @@ def shares(num_gpus: float | None, max_concurrent: int | None, resources: Resour
     return 0.0, concurrent, max(1, resources.cores // concurrent)
 
 
-def message_of(error: BaseException) -> str:
-    """Return what an error says, that of a worker without its trace."""
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines()
-    return lines[-1] if lines else type(cause).__name__
-
-
 def fit(
     name: str,
     trainable: Any,
@@ -54,6 +45,8 @@ def fit(
     A trial that fails by itself reports a metric `error`; one whose process died is begun again RETRIES times.
     Raises EclipseError when Ray Tune itself stops.
     """
+    # What it would write, a CSV and a JSON file for each trial, nobody reads here.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     # Dead workers may still write there when it is deleted; nothing of Tune's is read again.
     with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
@@ -68,30 +61,8 @@ def fit(
                 callbacks=list(callbacks),
             ),
         )
-        outcome = _on_a_thread(tuner.fit)
+        outcome = on_a_thread(tuner.fit, "Ray Tune")
     said = [(one, (one.metrics or {}).get("error")) for one in outcome]
     return [
         (one.config, message or message_of(one.error)) for one, message in said if message or one.error is not None
     ]
-
-
-def _on_a_thread(fit: Callable[[], Any]) -> Any:
-    """Run `fit` on a thread: Tune takes over SIGINT on the main one, which here must stay free to be stopped."""
-    # What it would write, a CSV and a JSON file for each trial, nobody reads here.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    box: list[Any] = []
-    failure: list[Exception] = []
-
-    def work() -> None:
-        try:
-            box.append(fit())
-        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
-            failure.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.5)
-    if failure:
-        raise EclipseError(f"Ray Tune stopped: {message_of(failure[0])}; run the same command again to resume")
-    return box[0]

@@ -1,4 +1,4 @@
-"""SIGTERM to a driver while it waits in Ray: it says that it can go on, and leaves with 75 before it is killed."""
+"""SIGTERM or Ctrl-C to a driver while it waits in Ray: it says that it can go on, and leaves with 75 at once."""
 
 import json
 import signal
@@ -40,7 +40,8 @@ def words(world, output) -> dict[str, list[str]]:
 @pytest.mark.chaos
 @pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("verb", ["train", "evaluate", "matrix"])
-def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, verb):
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, verb, stop):
     command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *words(world, tmp_path)[verb]]
     for key, value in {**DEBUG, "run.progress_seconds": 0.5, "denoiser.num_workers": 1}.items():
         command += ["--set", f"{key}={value}"]
@@ -52,7 +53,7 @@ def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, ve
         if "/s, " in line:
             break
     assert driver.poll() is None, said
-    driver.send_signal(signal.SIGTERM)
+    driver.send_signal(stop)
     _, rest = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 75, [*said, rest]
     assert rest.count("error: stopped; run the same command again to resume") == 1, rest

@@ -17,7 +17,7 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune.schedulers import ASHAScheduler
 
-from eclipse_ray.config import Config, Range, to_yaml
+from eclipse_ray.config import Config, Range, to_yaml, with_overrides
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import materials, space, sweep_sets, tuner
 from eclipse_ray.distributed.cluster import Resources, connect, message_of, refuse_process_local, require_place
@@ -90,6 +90,9 @@ def open_sweep(config: Config) -> Sweep:
     """
     if config.sweep.search == "optuna":
         _optuna()
+    # Ray Tune gives each trial a working directory of its own, where a relative path leads nowhere.
+    places = {"data.output": config.data.output, "purify.denoiser": config.purify.denoiser}
+    config = with_overrides(config, {key: Store(place).url for key, place in places.items() if place})
     sets = sweep_sets.load_sets(config)
     facts = sweep_sets.facts(config, sets)
     axes = space.space_of(config, facts.recommended)

@@ -77,6 +77,13 @@ def swept(world, half, tmp_path_factory) -> Run:
     return Run(settings, plan, api.sweep(settings=settings), output)
 
 
+def test_trials_find_what_was_named_by_relative_paths(world, half, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(half).parent)
+    settings = settings_for(world, Path("out"), "denoiser")
+    config = room.open_sweep(load_config(None, settings)).config
+    assert (config.data.output, config.purify.denoiser) == (str(Path(half).parent / "out"), half)
+
+
 def test_the_plan_lists_and_times_the_trials(swept):
     plan = swept.plan
     assert (plan.trials, plan.done, plan.purifications, plan.denoisers, plan.unknown) == (4, 0, 2, 0, [])

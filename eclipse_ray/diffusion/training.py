@@ -130,6 +130,7 @@ def run_fit(
     world_size: int = 1,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     gather: Callable[[Tensor], Tensor] = lambda part: part,
+    on_step: Callable[[int], None] = lambda iteration: None,
 ) -> None:
     """Train until `iterations`; train and heldout are uint8 (N, H, W, 3) on the network's device.
 
@@ -137,6 +138,7 @@ def run_fit(
     Indices, timesteps, noise and places of an iteration are drawn for the whole batch from (seed, iteration), and
     each worker takes its slice: the optimisation is the same for any number of workers that divides the batch.
     `gather` joins a tensor (B of this worker,) of every worker in rank order; only resampled timesteps need it.
+    `on_step` is told the number of every finished iteration.
     """
     config = fit.config
     denoiser = build_denoiser(fit.unet, config).to(heldout.device)
@@ -155,6 +157,7 @@ def run_fit(
         if fit.timestep_losses is not None:
             record_losses(fit.timestep_losses, gather(t), gather(terms.detach()))
         losses.append(loss.detach())
+        on_step(fit.iteration)
         last = fit.iteration == config.iterations
         if fit.iteration % config.report_every == 0 or last:
             _report(fit, torch.stack(losses).mean().item(), heldout, seed, on_report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -153,9 +154,12 @@ def _workers(config: Config, resources: Resources) -> tuple[int, bool]:
 
 
 def _show(line: ProgressLine, entry: dict[str, Any]) -> None:
-    if "loss" not in entry:
-        # A worker begins, or begins again after a failure: only now does the clock say something.
+    if "begins" in entry:
+        # Or begins again after a failure: only now does the clock say something.
         line.begin(entry["iteration"])
+        return
+    if "loss" not in entry:
+        line.advance(entry["iteration"] - line.done)
         return
     note = f"loss {entry['loss']:.4f}, held-out {entry['denoise_psnr']:.2f} dB (noised {entry['noisy_psnr']:.2f})"
     line.advance(entry["iteration"] - line.done, note=note)
@@ -181,7 +185,15 @@ def _train_worker(settings: dict[str, Any]) -> None:
     _restore(fit)
     first = context.get_world_rank() == 0
     if first:
-        settings["board"].post.remote({"iteration": fit.iteration})
+        settings["board"].post.remote({"iteration": fit.iteration, "begins": True})
+    shown = time.monotonic()
+
+    def step(iteration: int) -> None:
+        # The first report may be minutes away, and people want to know sooner how long it all takes.
+        nonlocal shown
+        if first and time.monotonic() - shown >= config.run.progress_seconds / 2:
+            shown = time.monotonic()
+            settings["board"].post.remote({"iteration": iteration})
 
     def report(progress: training.Progress) -> None:
         if first:
@@ -202,6 +214,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         wrap=ray.train.torch.prepare_model,
         gather=partial(gather_slices, batch_size=config.denoiser.batch_size),
+        on_step=step,
     )
 
 

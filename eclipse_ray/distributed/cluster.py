@@ -18,6 +18,7 @@ from eclipse_ray.errors import ConfigError, EclipseError, StorageError
 from eclipse_ray.log import say
 
 T = TypeVar("T")
+_CONNECTING = threading.Lock()
 
 # Both make Ray unpickle what it reads (Parquet tensor columns, WebDataset members): never, whoever asks.
 UNSAFE_VARIABLES = (
@@ -61,15 +62,17 @@ def connect(config: Config) -> Resources:
     require_ray(ray.__version__, "here")
     cores = os.cpu_count() or 1
     address = config.run.address or os.environ.get("RAY_ADDRESS") or "local"
-    if not ray.is_initialized():
-        logging.getLogger("ray").setLevel(logging.WARNING)
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-        if address == "local":
-            options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
-            # It warns that the cluster it starts here is protected by a token.
-            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        with _own_sigterm(), _plain_failure(address):
-            ray.init(address=address, **options)
+    # The demo evaluates on several threads, and two that start together would start two clusters.
+    with _CONNECTING:
+        if not ray.is_initialized():
+            logging.getLogger("ray").setLevel(logging.WARNING)
+            options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+            if address == "local":
+                options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
+                # It warns that the cluster it starts here is protected by a token.
+                logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+            with _own_sigterm(), _plain_failure(address):
+                ray.init(address=address, **options)
     return _counted(ray.cluster_resources(), _nodes(), config, cores, address == "local")
 
 

@@ -20,7 +20,7 @@ demo: $(STAMP) ## poison, train, purify and evaluate on synthetic data; a table 
 
 # Two files at a time, for much of a Ray test is waiting; threads of two processes would fight over two cores.
 test: $(STAMP) ## every test but the long fault tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## style, types and the walls between packages
 	$(BIN)/ruff check .

@@ -106,6 +106,8 @@ def refuse_shared_images(where: str, train: set[str], test: set[str], sparse: se
 def _train_all(
     config: Config, train: ImageSet, test: ImageSet, compensation: CompensationConfig
 ) -> list[dict[str, Any]]:
+    # First: a logger that is not there is refused before Ray starts.
+    curves = open_curves(config.run.loggers, config.data.output)
     resources = connect(config)
     seeds = [config.run.seed + index for index in range(config.evaluate.seeds)]
     gpus, threads = _share(resources, len(seeds))
@@ -115,7 +117,6 @@ def _train_all(
     line = ProgressLine(what, "epochs", len(seeds) * config.victim.epochs, config.run.progress_seconds)
     data = ray.put((train.images, train.labels, test.images, test.labels))
     task = ray.remote(num_cpus=threads * resources.cpus_per_core, num_gpus=gpus)(_train_one)
-    curves = open_curves(config.run.loggers, config.data.output)
     seen: set[tuple[int, int]] = set()
 
     def show(entry: dict[str, Any]) -> None:

@@ -89,8 +89,7 @@ def run(matrix: Matrix, publish: Callable[[], object]) -> None:
         if not missing:
             say(f"matrix: all {len(matrix.grid.cells)} cells are measured already")
             return
-        resources = connect(matrix.config)
-        runner = _Runner(matrix, resources, missing)
+        runner = _Runner(matrix, missing)
         with runner.line:
             for cells in groups(missing, CELLS_AHEAD * runner.concurrent):
                 runner.measure(cells)
@@ -114,10 +113,13 @@ def groups(cells: list[Cell], size: int) -> Iterator[list[Cell]]:
 class _Runner:
     """Makes materials and trains victims for one group of cells after the other."""
 
-    def __init__(self, matrix: Matrix, resources: Resources, missing: list[Cell]) -> None:
-        self.matrix, self.resources = matrix, resources
-        self.gpus, self.concurrent, self.threads = share(matrix.config, resources)
-        require_place(resources, self.cpus, self.gpus, "a victim of the matrix")
+    def __init__(self, matrix: Matrix, missing: list[Cell]) -> None:
+        self.matrix = matrix
+        # First: a logger that is not there is refused before Ray starts.
+        self.curves = open_curves(matrix.config.run.loggers, matrix.store.url)
+        self.resources = connect(matrix.config)
+        self.gpus, self.concurrent, self.threads = share(matrix.config, self.resources)
+        require_place(self.resources, self.cpus, self.gpus, "a victim of the matrix")
         self.board, self.pantry = start_board(), ray.remote(num_cpus=0)(Pantry).remote()
         epochs = sum(cell.victim.config.epochs for cell in missing)
         self.line = ProgressLine("matrix", "epochs", epochs, matrix.config.run.progress_seconds)
@@ -130,7 +132,6 @@ class _Runner:
         self.source, self.labels = ray.put(images), ray.put(labels)
         self.test = ray.put((matrix.sets.test.images, matrix.sets.test.labels))
         self.fixed: dict[str, Any] = {}
-        self.curves = open_curves(matrix.config.run.loggers, matrix.store.url)
 
     @property
     def cpus(self) -> float:

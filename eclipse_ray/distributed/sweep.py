@@ -20,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler
 from eclipse_ray.config import Config, Range, to_yaml, with_overrides
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import materials, space, sweep_sets, tuner
-from eclipse_ray.distributed.cluster import Resources, connect, message_of, refuse_process_local, require_place
+from eclipse_ray.distributed.cluster import connect, message_of, refuse_process_local, require_place
 from eclipse_ray.distributed.loggers import open_curves
 from eclipse_ray.distributed.materials import Cache
 from eclipse_ray.distributed.progress import BoardWatcher, start_board
@@ -118,7 +118,7 @@ def run(sweep: Sweep, publish: Callable[[], object]) -> None:
     sweep.store.write("_eclipse/config.yaml", to_yaml(sweep.config).encode())
     try:
         if sweep.left() > 0:
-            runner = _Runner(sweep, connect(sweep.config))
+            runner = _Runner(sweep)
             runner.fit_denoisers()
             runner.purify()
             runner.search()
@@ -131,15 +131,17 @@ def run(sweep: Sweep, publish: Callable[[], object]) -> None:
 class _Runner:
     """Makes what trials share, then runs them."""
 
-    def __init__(self, sweep: Sweep, resources: Resources) -> None:
+    def __init__(self, sweep: Sweep) -> None:
         self.sweep, self.config = sweep, sweep.config
+        # First: a logger that is not there is refused before Ray starts.
+        self.curves = open_curves(self.config.run.loggers, sweep.store.url)
+        resources = connect(self.config)
         limits = self.config.sweep
         self.gpus, self.concurrent, self.threads = shares(limits.num_gpus, limits.max_concurrent, resources)
         self.cpus = self.threads * resources.cpus_per_core
         require_place(resources, self.cpus, self.gpus, "a trial of the sweep")
         self.setup = ray.put(Setup(self.config, sweep.facts, sweep.sets.source, sweep.sets.scored, self.threads))
         self.board = start_board()
-        self.curves = open_curves(self.config.run.loggers, sweep.store.url)
         scores = {trial.title: score_of(result, self.config) for trial, result in sweep.done()}
         self.best = max(((score, title) for title, score in scores.items()), default=None)
         self.seen: set[tuple[str, int]] = set()

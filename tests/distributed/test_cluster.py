@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+import ray
 
 from eclipse_ray.config import load_config
-from eclipse_ray.distributed.cluster import _counted
+from eclipse_ray.distributed.cluster import _counted, connect
 from eclipse_ray.distributed.purify import pool
 from eclipse_ray.errors import ConfigError
 
@@ -38,3 +42,19 @@ def test_a_larger_cluster_counts_and_a_local_one_cannot_grow():
     assert _counted({"CPU": 128.0, "GPU": 16.0}, (), config, cores=2, local=False).gpus == 16
     local = _counted({"CPU": 4.0}, (), config, cores=2, local=True)
     assert (local.cpus, local.gpus) == (4, 0)
+
+
+def test_threads_that_connect_together_start_one_cluster(monkeypatch):
+    started = []
+
+    def slow_init(**_):
+        time.sleep(0.2)
+        started.append(1)
+
+    monkeypatch.setattr(ray, "init", slow_init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: bool(started))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "nodes", list)
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(connect, [load_config(None, {})] * 3))
+    assert (started, [each.cpus for each in found]) == ([1], [4, 4, 4])

@@ -4,9 +4,11 @@ import time
 
 import pytest
 
-from eclipse_ray.distributed import loggers
+from eclipse_ray.config import load_config
+from eclipse_ray.distributed import evaluate, loggers, matrix
 from eclipse_ray.distributed.loggers import open_curves
 from eclipse_ray.errors import ConfigError
+from tests.support import DEBUG
 
 
 def test_tensorboard_gets_values_under_plain_names(tmp_path):
@@ -53,3 +55,23 @@ def test_tensorboard_needs_a_folder():
         open_curves(["tensorboard"], "memory://somewhere")
     with pytest.raises(ConfigError, match="give one with --out"):
         open_curves(["tensorboard"], None)
+
+
+@pytest.mark.parametrize(
+    ("module", "begin"),
+    [
+        (evaluate, evaluate.evaluate),
+        (matrix, lambda config: matrix.run(matrix.open_matrix(config), lambda: None)),
+    ],
+    ids=["evaluate", "matrix"],
+)
+def test_nothing_starts_before_a_missing_logger_is_refused(module, begin, world, tmp_path, monkeypatch):
+    def start(_):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setitem(loggers.MODULES, "mlflow", "no_such_module")
+    monkeypatch.setattr(module, "connect", start)
+    sets = {"data.source": world.rest, "data.test": world.test, "data.output": str(tmp_path)}
+    cells = {"matrix.clean": True, "matrix.defenses": ["none"], "run.loggers": ["mlflow"]}
+    with pytest.raises(ConfigError, match="no_such_module"):
+        begin(load_config(None, {**DEBUG, **sets, **cells}))

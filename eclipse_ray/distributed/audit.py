@@ -14,8 +14,9 @@ import torch
 from ray.data import DataContext
 
 from eclipse_ray.config import Config
-from eclipse_ray.data.formats import chunk_spans, open_source
+from eclipse_ray.data.formats import open_source
 from eclipse_ray.data.images import centre_crop, content_hash
+from eclipse_ray.data.sampling import random_chunks, rows_in
 from eclipse_ray.data.store import Store
 from eclipse_ray.detection import Finding, Images, Score, judge, score_images
 from eclipse_ray.diffusion.checkpoint import read_card
@@ -29,9 +30,6 @@ from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import AuditResult
 
-CHUNK_IMAGES, CHUNK_BYTES = 1024, 64 * 2**20
-# Chunks are chosen at random until they hold so many times the sample: more classes are met, more is read.
-CANDIDATES = 20
 # Rows looked at for each one that is kept, so that rare classes are not left with too few.
 SPARE = 3
 PUBLISHED_T_STAR = 100
@@ -121,14 +119,8 @@ def _tensor(pixels: Sequence[Pixels], side: int) -> torch.Tensor:
 def _crops(config: Config, url: str) -> list[Crop]:
     """Return a random part of a dataset, sorted by draw: SPARE times audit.images, or all there are."""
     source = open_source(url, config.data)
-    chunks = list(chunk_spans(source.parts, CHUNK_IMAGES, CHUNK_BYTES))
-    order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(config.run.seed)).tolist()
-    wanted, found, chosen = CANDIDATES * config.audit.images, 0, []
-    for number in order:
-        if found >= wanted:
-            break
-        chosen.append(chunks[number])
-        found += sum(stop - start for _, start, stop in chunks[number])
+    chosen = random_chunks(source.parts, config.audit.images, config.run.seed)
+    found = sum(rows_in(spans) for spans in chosen)
     job = AuditJob(
         source=source.url,
         format=source.format,

@@ -61,8 +61,8 @@ def load_sets(config: Config) -> SweepSets:
     unseen = not trained.all()
     if not unseen and sweep.objective == "proxy_accuracy":
         raise InputError(_all_trained(config, len(hashes)))
-    scored = _rows(clean, ~trained if unseen else trained)
     source = load_sample(data.source, data, sweep.images, config.run.seed)
+    scored = _of_classes(_rows(clean, ~trained if unseen else trained), source)
     sets = SweepSets(source, scored, parts, total, len(hashes), unseen)
     refuse_shared_images(f"{data.source}, {data.clean}", set(source.hashes()), set(), set(clean.hashes()))
     _check(config, sets)
@@ -84,6 +84,10 @@ def notes(config: Config, sets: SweepSets) -> list[str]:
     """Return what a user should know before results of these sets are believed."""
     found = []
     percent = 100 * sets.clean / sets.total
+    assert sets.source.labels is not None, "a sample has labels"
+    sampled, known = len(np.unique(sets.source.labels)), len(sets.source.classes or [])
+    if sampled < known:
+        found.append(f"the sample has images of {sampled} of {known} classes; a victim is scored on those alone")
     if percent > PERCENT_OF_THREAT_MODEL:
         found.append(f"{sets.clean:,} clean images are {percent:.1f} % of the dataset; results are for such a set")
     if config.sweep.objective == "proxy_accuracy":
@@ -138,10 +142,20 @@ def _rows(images: ImageSet, chosen: NDArray[np.bool_]) -> ImageSet:
     )
 
 
+def _of_classes(clean: ImageSet, sample: ImageSet) -> ImageSet:
+    """Return the clean images of the sample's classes, for no victim learns another, and those without a label."""
+    if clean.labels is None or sample.labels is None:
+        return clean
+    return _rows(clean, np.isin(clean.labels, sample.labels) | (clean.labels < 0))
+
+
 def _check(config: Config, sets: SweepSets) -> None:
     source, scored, data = sets.source, sets.scored, config.data
     if not len(scored.ids):
-        raise InputError(f"{data.clean}: no image is left to score with; give more, or raise sweep.holdout")
+        raise InputError(
+            f"{data.clean}: no image of the sample's classes is left to score with; give more, or raise "
+            "sweep.holdout"
+        )
     if source.images.shape[1:] != scored.images.shape[1:]:
         raise InputError(
             f"{data.source} has {source.images.shape[1:3]} images, {data.clean} has {scored.images.shape[1:3]}; "

@@ -217,6 +217,18 @@ def test_a_sample_is_of_all_classes_and_does_not_change(world, tmp_path):
     assert np.array_equal(sets[0].source.images[3], whole.images[place])
 
 
+def test_clean_images_of_classes_that_the_sample_lacks_score_nothing(world, tmp_path):
+    sets = sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None)))
+    part = np.isin(sets.source.labels, [2, 5])
+    source = replace(sets.source, images=sets.source.images[part], labels=sets.source.labels[part])
+    scored = replace(sets.scored, labels=np.where(np.arange(len(sets.scored.ids)) == 0, -1, sets.scored.labels))
+    kept = sweep_sets._of_classes(scored, source)
+    assert set(kept.labels) <= {-1, 2, 5}
+    assert len(kept.ids) == np.isin(scored.labels, [-1, 2, 5]).sum() > 1
+    note = "the sample has images of 2 of 10 classes"
+    assert note in " ".join(sweep_sets.notes(load_config(), replace(sets, source=source)))
+
+
 def test_a_poisoned_set_that_holds_clean_images_is_refused(world, tmp_path):
     with pytest.raises(InputError, match="sparse clean set and training set share 20"):
         sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None, data__source=world.clean)))

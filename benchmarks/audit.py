@@ -29,12 +29,12 @@ from eclipse_ray.data.dataset import load_images
 from eclipse_ray.data.images import content_hash, decode_stored, encode_image
 from eclipse_ray.data.synthetic import draw_synthetic
 from eclipse_ray.detection import Images, Score, judge, score_images
-from eclipse_ray.detection.scores import SAME, compare
+from eclipse_ray.detection.scores import SAME
 from eclipse_ray.poisons import POISONS, poison_images
 
 ALPHA = 0.01
 CLASSES = 10
-CLEAN_KINDS = {"none": "no clean set", "unlabelled": "2,000 clean, no labels", "labelled": "2,000 clean, labels"}
+CLEAN_KINDS = {"none": "no clean set", "labelled": "2,000 clean, labels"}
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
@@ -107,10 +107,7 @@ def measure(case: Case, sets: Sets) -> dict[str, Any]:
     alone = [score for score in scores if score.null != SAME]
     kinds: dict[str, list[Score]] = {"none": alone}
     if ours:
-        few = Images(sets.clean.images, None)
-        # Only the scores that compare are made again; the mirror does not know the clean set.
-        again = compare(sample, few, case.seed)
-        kinds |= {"unlabelled": [*alone, *again], "labelled": scores}
+        kinds["labelled"] = scores
     found = {kind: asdict(judge(sample, each, ALPHA)) for kind, each in kinds.items()}
     effects = {score.name: [round(score.effect, 4), score.p_value] for score in scores}
     return {**case._asdict(), "images": len(sample.images), "verdicts": found, "scores": effects}

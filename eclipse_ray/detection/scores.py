@@ -166,6 +166,7 @@ def _transfer(sample: Images, clean: Images, train: Tensor, test: Tensor, genera
     other = probe((features.rows_of(few, view) - centre) / spread)
     numbers = clean_labels(sample, few)
     if numbers is None:
+        # Not counted: clean images that were only stored as JPEG once more differ in confidence, too.
         first, second = confidence(own), confidence(other)
         detail = (
             "confidence of a probe of local detail, on its own kind and on the clean set (which has no labels)"
@@ -178,7 +179,7 @@ def _transfer(sample: Images, clean: Images, train: Tensor, test: Tensor, genera
             f"on {100 * accuracy(other[known], numbers[known]):.1f} % of the clean set"
         )
     effect, p_value = nulls.two_samples(first, second, SAME_TOLERANCE, SWAPS, generator)
-    return Score("transfer", effect, SAME_TOLERANCE, p_value, SAME, True, detail)
+    return Score("transfer", effect, SAME_TOLERANCE, p_value, SAME, numbers is not None, detail)
 
 
 def clean_labels(sample: Images, clean: Images) -> Tensor | None:

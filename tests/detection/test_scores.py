@@ -77,8 +77,12 @@ def test_a_pattern_that_respects_the_mirror_is_found_with_a_clean_set(drawn):
     striped = Images((sample.images + stripes).round().clamp(0, 255).to(torch.uint8), sample.labels)
     assert judge(striped, mirror(striped, 0), 0.01).verdict == "clean"
     for labelled in (True, False):
-        scores = {score.name: score for score in compare(striped, clean_of(drawn, labelled), 0)}
+        evidence = compare(striped, clean_of(drawn, labelled), 0)
+        scores = {score.name: score for score in evidence}
         assert scores["transfer"].p_value <= 0.001, labelled
+        assert scores["transfer"].counted is labelled
+        verdict = judge(striped, [*mirror(striped, 0), *evidence], 0.01).verdict
+        assert verdict == ("poisoned" if labelled else "clean")
 
 
 def test_scores_are_the_same_for_the_same_seed(drawn):

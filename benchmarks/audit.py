@@ -34,6 +34,7 @@ from eclipse_ray.poisons import POISONS, poison_images
 
 ALPHA = 0.01
 CLASSES = 10
+PHOTOGRAPHS = 100
 CLEAN_KINDS = {"none": "no clean set", "labelled": "2,000 clean, labels"}
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -70,7 +71,7 @@ def cases(sizes: list[int], most: int, poisoned: list[str]) -> Iterator[Case]:
         for name in poisoned:
             for seed in range(2):
                 yield Case(name, "", images, seed)
-    yield Case("photographs", "", 0, 0)
+    yield Case("photographs", "", PHOTOGRAPHS, 0)
 
 
 def draw(case: Case, sets: Sets) -> Images:
@@ -80,7 +81,7 @@ def draw(case: Case, sets: Sets) -> Images:
     disjoint = case.source in ("cifar10", "synthetic") and not case.change
     order = np.random.default_rng(0 if disjoint else case.seed + 1).permutation(len(labels))
     start = case.seed * case.images if disjoint else 0
-    chosen = order[start : start + case.images] if case.images else order
+    chosen = order[start : start + case.images]
     images, known = torch.from_numpy(pixels[chosen]), torch.from_numpy(labels[chosen])
     if case.change in POISONS:
         config = load_config(None, {"poison.name": case.change}).poison
@@ -110,7 +111,7 @@ def measure(case: Case, sets: Sets) -> dict[str, Any]:
         kinds["labelled"] = scores
     found = {kind: asdict(judge(sample, each, ALPHA)) for kind, each in kinds.items()}
     effects = {score.name: [round(score.effect, 4), score.p_value] for score in scores}
-    return {**case._asdict(), "images": len(sample.images), "verdicts": found, "scores": effects}
+    return {**case._asdict(), "verdicts": found, "scores": effects}
 
 
 def read_sets(options: argparse.Namespace) -> Sets:

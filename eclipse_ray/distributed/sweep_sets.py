@@ -95,8 +95,13 @@ def notes(config: Config, sets: SweepSets) -> list[str]:
         found.append(
             f"{len(sets.scored.ids):,} images score a victim: one standard error is up to {error:.1f} points"
         )
-    elif not sets.unseen:
-        found.append("every clean image trained the denoiser: PSNR and score are of images that it has seen")
+    else:
+        found.append(
+            "shortcut_score ranked settings no better than chance on AR, LSP, URP and EM (docs/results.md); "
+            "if you can label some clean images, use proxy_accuracy"
+        )
+        if not sets.unseen:
+            found.append("every clean image trained the denoiser: PSNR and score are of images that it has seen")
     return found
 
 

@@ -6,7 +6,7 @@ import torch
 
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.poisons import POISONS, budget, perturb, poison_images
+from eclipse_ray.poisons import POISONS, ar, budget, perturb, poison_images
 from eclipse_ray.poisons.ar import MARGIN, TAPS, generate, processes
 from eclipse_ray.poisons.budget import store
 from eclipse_ray.poisons.lsp import default_patch
@@ -128,6 +128,23 @@ def test_ar_processes_meet_the_published_criteria(seed):
         assert response(taps[later], signals[later]) < 1e-9
         for earlier in range(later):
             assert response(taps[earlier], signals[later]) > 5
+
+
+def test_ar_tries_other_processes_where_the_first_leave_no_room_for_all(monkeypatch):
+    seen, bounded = [], ar._bounded
+
+    def counted(seed, chunk):
+        seen.append(chunk)
+        return bounded(seed, chunk)
+
+    monkeypatch.setattr(ar, "_bounded", counted)
+    monkeypatch.setattr(ar, "CHUNKS", 2)
+    assert processes.__wrapped__(0, 6, 32, 32).shape == (6, 3, 8)
+    assert 2 < len(seen) < 2 * ar.ATTEMPTS
+    assert seen == sorted(set(seen))
+    monkeypatch.setattr(ar, "ATTEMPTS", 1)
+    with pytest.raises(ConfigError, match="different processes for 6 classes"):
+        processes.__wrapped__(0, 6, 32, 32)
 
 
 @pytest.mark.parametrize("size", [16, 30, 32])

@@ -61,7 +61,7 @@ def connect(config: Config) -> Resources:
     refuse_unsafe_environment()
     require_ray(ray.__version__, "here")
     cores = os.cpu_count() or 1
-    address = config.run.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address_of(config)
     # The demo evaluates on several threads, and two that start together would start two clusters.
     with _CONNECTING:
         if not ray.is_initialized():
@@ -74,6 +74,11 @@ def connect(config: Config) -> Resources:
             with _own_sigterm(), _plain_failure(address):
                 ray.init(address=address, **options)
     return _counted(ray.cluster_resources(), _nodes(), config, cores, address == "local")
+
+
+def address_of(config: Config) -> str:
+    """Return where the cluster is: run.address, else RAY_ADDRESS, else "local", one started here."""
+    return config.run.address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def _nodes() -> tuple[tuple[float, float], ...]:

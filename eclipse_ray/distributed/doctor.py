@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 from eclipse_ray.config import Config
 from eclipse_ray.data.store import Store
-from eclipse_ray.distributed.cluster import UNSAFE_VARIABLES, connect
+from eclipse_ray.distributed.cluster import UNSAFE_VARIABLES, address_of, connect
 from eclipse_ray.errors import EclipseError
 from eclipse_ray.results import Check, DoctorResult
 
@@ -41,7 +41,7 @@ def doctor(config: Config, store: str | None = None) -> DoctorResult:
         *_guarded("devices", _devices),
         *_guarded("environment", _environment),
         *_guarded("ray", lambda: _ray(config)),
-        *_guarded("token", lambda: _token(_address(config))),
+        *_guarded("token", lambda: _token(address_of(config))),
         *_guarded("disk", _disk),
         *_guarded("shared memory", _shared_memory),
     ]
@@ -106,13 +106,9 @@ def _environment() -> Iterator[Check]:
             yield Check(variable, "failed", "set: untrusted data could run code", f"unset {variable}")
 
 
-def _address(config: Config) -> str | None:
-    return config.run.address or os.environ.get("RAY_ADDRESS")
-
-
 def _ray(config: Config) -> Iterator[Check]:
-    address = _address(config)
-    if address is None or address == "local":
+    address = address_of(config)
+    if address == "local":
         yield Check("ray", "ok", "no address is set: a run starts a cluster on this machine and ends it")
         return
     reason = _unreachable(address)
@@ -145,7 +141,7 @@ def _unreachable(address: str) -> str:
         return f"nothing answers ({error})"
 
 
-def _token(address: str | None) -> Iterator[Check]:
+def _token(address: str) -> Iterator[Check]:
     places = {
         "RAY_AUTH_TOKEN": bool(os.environ.get("RAY_AUTH_TOKEN")),
         "RAY_AUTH_TOKEN_PATH": Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "/nonexistent").is_file(),
@@ -155,7 +151,7 @@ def _token(address: str | None) -> Iterator[Check]:
     mode = os.environ.get("RAY_AUTH_MODE", "")
     words = f"in {held[0]}" if held else "none"
     fix = "ray get-auth-token --generate, and give every node the token and RAY_AUTH_MODE=token"
-    if address in (None, "local"):
+    if address == "local":
         yield Check("token", "ok", f"{words}; a cluster of this machine alone makes its own")
     elif mode == "token" and not held:
         yield Check("token", "failed", "RAY_AUTH_MODE is token, but there is none", fix)

@@ -15,7 +15,14 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from eclipse_ray import ledger, log
 from eclipse_ray.config import Config
-from eclipse_ray.distributed.cluster import Resources, connect, require_cpus, require_gpus, require_place
+from eclipse_ray.distributed.cluster import (
+    Resources,
+    connect,
+    message_of,
+    require_cpus,
+    require_gpus,
+    require_place,
+)
 from eclipse_ray.distributed.prepare import Prepared, prepare, warn_if_unsuitable
 from eclipse_ray.distributed.purifier import Purifier
 from eclipse_ray.distributed.shards import BUSY_COLUMN, Job, Task, fatal_error, task_rows
@@ -154,10 +161,8 @@ def _watched(results: Iterator[T], patience: float, on_hang: Callable[[], None])
         if isinstance(result, EclipseError):
             raise result
         if isinstance(result, Exception):
-            lines = str(result).strip().splitlines()
-            reason = lines[-1] if lines else type(result).__name__
             raise InterruptedRunError(
-                f"purify stopped: {reason}; run the same command again to resume"
+                f"purify stopped: {message_of(result)}; run the same command again to resume"
             ) from result
         now = time.monotonic()
         # The first shard also waits for actors to start, which says nothing of how long a shard takes.

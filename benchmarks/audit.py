@@ -74,7 +74,8 @@ def cases(sizes: list[int], most: int, draws: int, poisoned: list[str]) -> Itera
         for name in poisoned:
             for seed in range(draws):
                 yield Case(name, "", images, seed)
-    yield Case("photographs", "", PHOTOGRAPHS, 0)
+    for change in ("", *POISONS):
+        yield Case("photographs", change, PHOTOGRAPHS, 0)
 
 
 def draw(case: Case, sets: Sets) -> Images:

@@ -25,9 +25,12 @@ def world(tmp_path_factory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
-    """Tiny networks are slower on several threads, by far if the cores are busy."""
+    """Tiny networks are slower on several threads, by far if the cores are busy.
+
+    Of a whole module, so that it comes before what the module fits once.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

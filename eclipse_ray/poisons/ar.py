@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -88,18 +89,28 @@ def processes(seed: int, num_classes: int, height: int, width: int) -> Floats:
     the filter of each process kept before responds strongly to their signal. Of one seed in four, those kept
     first leave no room for ten: then others are tried. Raises ConfigError when no further process can be found.
     """
-    threshold = MIN_RESPONSE if num_classes <= 10 else MIN_RESPONSE_MANY
     most = 0
     for attempt in range(ATTEMPTS):
-        chosen: list[Floats] = []
-        for chunk in range(attempt * CHUNKS, (attempt + 1) * CHUNKS):
-            for taps, windows in _bounded(seed, chunk):
-                if _responds(chosen, windows, threshold) and _bounded_at(seed, taps, height, width):
-                    chosen.append(taps)
-                    if len(chosen) == num_classes:
-                        return np.stack(chosen)
+        candidates = chain.from_iterable(_bounded(seed, attempt * CHUNKS + chunk) for chunk in range(CHUNKS))
+        chosen = _choose(candidates, seed, num_classes, height, width)
+        if len(chosen) == num_classes:
+            return np.stack(chosen)
         most = max(most, len(chosen))
     raise ConfigError(f"poison ar: found only {most} different processes for {num_classes} classes")
+
+
+def _choose(
+    candidates: Iterator[tuple[Floats, Floats]], seed: int, num_classes: int, height: int, width: int
+) -> list[Floats]:
+    """Return the first candidates, `num_classes` at most, that differ from all those chosen before."""
+    threshold = MIN_RESPONSE if num_classes <= 10 else MIN_RESPONSE_MANY
+    chosen: list[Floats] = []
+    for taps, windows in candidates:
+        if _responds(chosen, windows, threshold) and _bounded_at(seed, taps, height, width):
+            chosen.append(taps)
+            if len(chosen) == num_classes:
+                break
+    return chosen
 
 
 def _bounded(seed: int, chunk: int) -> Iterator[tuple[Floats, Floats]]:

@@ -2,11 +2,12 @@
 
     python benchmarks/audit.py --data ../shared/data --work runs/cifar10 --poisoned runs/poisoned
 
-WORK is what `benchmarks/cifar10.py --steps prepare` wrote: its sparse set of 2,000 labelled images is the clean
-set. Clean samples are disjoint parts of the other CIFAR-10 training images, on some of which the tolerances were
-chosen, and of its test images, on which nothing was. Closed-form poisons are drawn anew for
+WORK is what `benchmarks/cifar10.py --steps prepare` wrote; --clean-images of its sparse set of 2,000 labelled
+images are the clean set. Clean samples are disjoint parts of the other CIFAR-10 training images, on some of which
+the tolerances were chosen, and of its test images, on which nothing was. Closed-form poisons are drawn anew for
 every sample; optimised ones are sub-folders of POISONED, datasets made by `eclipse-ray poison`. Every sample is
-one line of --out, so that an interrupted run goes on; `--table` only prints the tables.
+one line of --out, so that an interrupted run goes on; another clean set needs another --out. `--table` only prints
+the tables.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from eclipse_ray.poisons import POISONS, poison_images
 ALPHA = 0.01
 CLASSES = 10
 PHOTOGRAPHS = 100
-CLEAN_KINDS = {"none": "no clean set", "labelled": "2,000 clean, labels"}
+CLEAN_KINDS = {"none": "no clean set", "labelled": "a labelled clean set"}
 CLEAN = ("cifar10", "cifar10-test", "synthetic", "photographs")
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -142,8 +143,9 @@ def read_sets(options: argparse.Namespace) -> Sets:
     )
     # One photograph a class, sorted by kind of thing: ten neighbours make a class.
     pools["photographs"] = (photographs.images, np.arange(len(photographs.ids)) // 10)
-    clean = torch.from_numpy(sparse.images).permute(0, 3, 1, 2).contiguous()
-    return Sets(pools, Images(clean, torch.from_numpy(sparse.labels)))
+    chosen = np.random.default_rng(0).permutation(len(sparse.labels))[: options.clean_images]
+    clean = torch.from_numpy(sparse.images[chosen]).permute(0, 3, 1, 2).contiguous()
+    return Sets(pools, Images(clean, torch.from_numpy(sparse.labels[chosen])))
 
 
 def table(rows: list[dict[str, Any]], kind: str) -> str:
@@ -191,6 +193,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="300,500,1000,3000,10000")
     parser.add_argument("--most", default=200, type=int, help="clean samples of a size")
     parser.add_argument("--draws", default=2, type=int, help="samples of a size under each change")
+    parser.add_argument("--only", help="comma-separated sources and changes: no other sample")
+    parser.add_argument("--clean-images", default=2000, type=int, help="size of the labelled clean set")
     parser.add_argument(
         "--part", default="0/1", help="I/N: only every N-th sample, from the I-th, for N processes"
     )
@@ -218,7 +222,12 @@ def measure_missing(options: argparse.Namespace) -> None:
             done.add(Case(row["source"], row["change"], row["images"], row["seed"]))
     names = [folder.name for folder in options.poisoned_folders]
     sizes = [int(size) for size in options.sizes.split(",")]
-    wanted = list(cases(sizes, options.most, options.draws, names))
+    only = options.only.split(",") if options.only else []
+    wanted = [
+        case
+        for case in cases(sizes, options.most, options.draws, names)
+        if not only or (case.change or case.source) in only
+    ]
     mine = [case for case in wanted if case not in done and zlib.crc32(repr(case).encode()) % parts == part]
     sets = read_sets(options)
     for case in mine:

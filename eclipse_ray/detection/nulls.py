@@ -41,24 +41,33 @@ def class_mean_flips(
     The effect is the part of the rows' energy that lies in class means, less what chance puts there; the p-value
     is of an effect beyond `tolerance`.
     """
-    energy = float(rows.square().sum())
-    if energy == 0:
-        return 0.0, 1.0
-    grams = []
-    for label in torch.unique(labels):
-        part = rows[labels == label]
-        gram = part @ part.T
-        # Signs leave the diagonal as it is: without it, the mean over all signs is 0.
-        grams.append((labels == label, gram.fill_diagonal_(0) / max(1, len(part) - 1)))
-    observed = sum(float(gram.sum()) for _, gram in grams) / energy
+    grams = _class_grams(rows, labels)
     drawn = []
     for signs in _signs(len(rows), count, generator):
         total = torch.zeros(signs.shape[1])
         for members, gram in grams:
             chosen = signs[members]
             total += (chosen * (gram @ chosen)).sum(0)
-        drawn.append(total / energy)
+        drawn.append(total)
+    observed = sum(float(gram.sum()) for _, gram in grams)
     return observed, p_of(observed - tolerance, torch.cat(drawn))
+
+
+def class_mean_share(rows: Tensor, labels: Tensor) -> float:
+    """Return the part of the energy of `rows` (N, d) in their class means, less what chance puts there."""
+    return sum(float(gram.sum()) for _, gram in _class_grams(rows, labels))
+
+
+def _class_grams(rows: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return each class's members (N,) and inner products of its rows, whose sum is its share of all energy."""
+    energy = max(float(rows.square().sum()), torch.finfo(rows.dtype).tiny)
+    grams = []
+    for label in torch.unique(labels):
+        part = rows[labels == label]
+        gram = part @ part.T
+        # Signs leave the diagonal as it is: without it, the mean over all signs is 0.
+        grams.append((labels == label, gram.fill_diagonal_(0) / max(1, len(part) - 1) / energy))
+    return grams
 
 
 def two_samples(

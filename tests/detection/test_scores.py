@@ -7,7 +7,7 @@ from eclipse_ray.config import load_config
 from eclipse_ray.data.synthetic import draw_synthetic
 from eclipse_ray.detection import Images, judge, nulls, score_images
 from eclipse_ray.detection.features import VIEWS, bands, rows_of
-from eclipse_ray.detection.scores import check_labels, compare, mirror
+from eclipse_ray.detection.scores import Score, check_labels, compare, mirror
 from eclipse_ray.detection.verdict import holm
 from eclipse_ray.errors import InputError
 from eclipse_ray.poisons import poison_images
@@ -64,6 +64,31 @@ def test_poisons_are_found_without_a_clean_set(drawn, name, frequency, scope):
     assert finding.p_value <= 0.01
     assert finding.scope == scope
     assert frequency in (None, finding.frequency)
+
+
+def test_a_weak_pattern_that_a_class_shares_is_told_by_its_colour(drawn):
+    sample, generator = sample_of(drawn), torch.Generator().manual_seed(0)
+    assert sample.labels is not None
+    patterns = torch.where(torch.rand(10, 3, 32, 32, generator=generator) < 0.5, -3, 3)
+    weak = (sample.images + patterns[sample.labels]).clamp(0, 255).to(torch.uint8)
+    own = patterns[sample.labels[torch.randperm(COUNT, generator=generator)]]
+    of_no_class = (sample.images + own).clamp(0, 255).to(torch.uint8)
+    assert judge_as_predictable(Images(weak, sample.labels)).scope == "class"
+    assert judge_as_predictable(Images(of_no_class, sample.labels)).scope == "sample"
+
+
+def judge_as_predictable(sample: Images):
+    return judge(sample, [Score("predictability", 1.0, 0.0, 1e-4, "mirror", True, "")], 0.01)
+
+
+def test_the_share_of_class_means_is_unbiased():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4000) % 4
+    noise, patterns = (torch.randn(count, 50, generator=generator) for count in (4000, 4))
+    assert abs(nulls.class_mean_share(noise, labels)) < 0.001
+    expected = float(patterns.square().mean()) / (1 + float(patterns.square().mean()))
+    assert nulls.class_mean_share(noise + patterns[labels], labels) == pytest.approx(expected, abs=0.01)
+    assert nulls.class_mean_share(torch.zeros(8, 3), labels[:8]) == 0
 
 
 def test_a_pattern_that_respects_the_mirror_is_found_with_a_clean_set(drawn):

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -141,29 +141,38 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def on_a_thread(fit: Callable[[], T], what: str) -> T:
-    """Return what `fit` returns, run on a thread; raises EclipseError when `what`, a work of Ray's, stops.
+    """Return what `fit` returns, run as by `on_threads`."""
+    return on_threads([fit], 1, what)[0]
+
+
+def on_threads(works: Sequence[Callable[[], T]], limit: int, what: str) -> list[T]:
+    """Return what `works` return, run on `limit` threads; raises EclipseError when `what`, works of Ray's, stops.
 
     On the main thread Ray Train and Ray Tune take over SIGINT, and `ray.get` drops what a signal handler raises;
     here it stays free to be stopped.
     """
-    box: list[T] = []
-    failure: list[Exception] = []
+    numbers = iter(range(len(works)))
+    done: dict[int, T] = {}
+    failures: list[Exception] = []
 
     def work() -> None:
         try:
-            box.append(fit())
+            for number in numbers:
+                done[number] = works[number]()
         except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
-            failure.append(error)
+            failures.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.5)
-    if failure and isinstance(failure[0], EclipseError):
-        raise failure[0]
-    if failure:
-        raise EclipseError(f"{what} stopped: {message_of(failure[0])}; run the same command again to resume")
-    return box[0]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(limit, len(works)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(timeout=0.5)
+    if failures and isinstance(failures[0], EclipseError):
+        raise failures[0]
+    if failures:
+        raise EclipseError(f"{what} stopped: {message_of(failures[0])}; run the same command again to resume")
+    return [done[number] for number in range(len(works))]
 
 
 def message_of(error: BaseException) -> str:

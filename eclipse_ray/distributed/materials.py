@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class Cache:
     def __init__(self, output: str) -> None:
         self.store = Store(output)
         self.notes: dict[tuple[str, str], dict[str, Any]] = {}
+        # Poisons are made on several threads, and may need the same images and the same denoiser.
+        self.writing, self.fitting = Lock(), Lock()
 
     def __reduce__(self) -> tuple[type[Cache], tuple[str]]:
         # Workers open the folder anew.
@@ -94,10 +97,11 @@ def _written_part(
     config: Config, cache: Cache, url: str, key: str, rows: Callable[[Source, Config], Iterator[pa.Table]]
 ) -> Settings:
     target = cache.url("parts", key)
-    if not _complete(target):
-        _clear(target)
-        source = open_source(url, config.data)
-        write_dataset(target, rows(source, config), classes=source.classes, source=source.url)
+    with cache.writing:
+        if not _complete(target):
+            _clear(target)
+            source = open_source(url, config.data)
+            write_dataset(target, rows(source, config), classes=source.classes, source=source.url)
     return {"data.source": target, "data.clean": target, **CANONICAL_COLUMNS}
 
 
@@ -149,11 +153,12 @@ def fit_denoiser(config: Config, cache: Cache, key: str, part: Settings) -> str:
     from eclipse_ray.distributed.train import train
 
     folder = cache.url("denoisers", key)
-    if cache.note("denoisers", key) is None:
-        say(f"fitting a denoiser, {config.denoiser.iterations:,} iterations")
-        began = time.monotonic()
-        result = train(with_overrides(config, {**part, "denoiser.output": folder}))
-        cache.finish("denoisers", key, {**vars(result), "seconds": time.monotonic() - began})
+    with cache.fitting:
+        if cache.note("denoisers", key) is None:
+            say(f"fitting a denoiser, {config.denoiser.iterations:,} iterations")
+            began = time.monotonic()
+            result = train(with_overrides(config, {**part, "denoiser.output": folder}))
+            cache.finish("denoisers", key, {**vars(result), "seconds": time.monotonic() - began})
     return folder
 
 

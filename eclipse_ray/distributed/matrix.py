@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,10 +19,18 @@ from eclipse_ray.config import CompensationConfig, Config, to_yaml
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed import materials, tuner
 from eclipse_ray.distributed import sets as datasets
-from eclipse_ray.distributed.cluster import Resources, connect, message_of, refuse_process_local, require_place
+from eclipse_ray.distributed.cluster import (
+    Resources,
+    connect,
+    message_of,
+    on_threads,
+    refuse_process_local,
+    require_place,
+)
 from eclipse_ray.distributed.grid import Cell, Column, Facts, Grid, attacks_denoiser, build_grid, denoiser_key
 from eclipse_ray.distributed.loggers import open_curves
 from eclipse_ray.distributed.materials import Cache, Work
+from eclipse_ray.distributed.poison import fits_at_once
 from eclipse_ray.distributed.progress import BoardWatcher, start_board
 from eclipse_ray.distributed.sets import Sets
 from eclipse_ray.distributed.trial import Pantry, run_trial
@@ -141,7 +150,7 @@ class _Runner:
     def measure(self, cells: list[Cell]) -> None:
         """Make what the cells need, then train their victims; what fails is written down."""
         columns = {cell.column.key: cell.column for cell in cells}
-        images = {key: ref for key, column in columns.items() if (ref := self._column(column, cells)) is not None}
+        images = self._columns(columns, cells)
         cells = [cell for cell in cells if cell.column.key in images]
         likeness = [self._likeness(key, ref) for key, ref in images.items() if columns[key].config]
         sets = self._defended(cells, images)
@@ -162,6 +171,12 @@ class _Runner:
                 self._failed([cell], EclipseError(failed[cell.key]))
         ray.get(self.pantry.fill.remote({}, {}))
 
+    def _columns(self, columns: dict[str, Column], cells: list[Cell]) -> dict[str, Any]:
+        """Return references to the images of columns that could be made, fitted side by side if there is room."""
+        works = [partial(self._column, column, cells) for column in columns.values()]
+        made = on_threads(works, fits_at_once(self.resources), "the making of poisons")
+        return {key: images for key, images in zip(columns, made, strict=True) if images is not None}
+
     def _column(self, column: Column, cells: list[Cell]) -> Any:
         """Return a reference to the column's images, or None after a failure."""
         if column.config is None:
@@ -170,8 +185,6 @@ class _Runner:
         try:
             denoiser = self._denoiser(column.config) if attacks_denoiser(column.config) else None
             materials.ensure_poison(column, matrix.cache, denoiser, len(ids), matrix.facts.source)
-        except InterruptedRunError:
-            raise
         except EclipseError as error:
             self._failed([cell for cell in cells if cell.column.key == column.key], error)
             return None

@@ -158,9 +158,8 @@ def _spread(job: PoisonJob, resources: Resources, state: Any) -> Tables:
 
 def _fit(config: Config, job: PoisonJob, resources: Resources) -> Any:
     """Fit on one task, with a GPU if there is one, else with all cores; return a reference to the state."""
-    threads = 1 if resources.gpus else resources.cores
-    cpus = min(resources.cpus, threads * resources.cpus_per_core)
-    require_place(resources, max(1, cpus), min(1, resources.gpus), "the fit of a poison")
+    threads, cpus = _fit_share(resources)
+    require_place(resources, cpus, min(1, resources.gpus), "the fit of a poison")
     board, fitting = start_board(), _Fitting(f"fit {job.poison.name}", config.run.progress_seconds)
     task = ray.remote(num_cpus=cpus, num_gpus=1 if resources.gpus else 0, max_retries=3)(_fit_task)
     try:
@@ -170,6 +169,17 @@ def _fit(config: Config, job: PoisonJob, resources: Resources) -> Any:
     finally:
         fitting.close()
     return state
+
+
+def fits_at_once(resources: Resources) -> int:
+    """Return how many poisons can be fitted at the same time: one a GPU, else one a machine."""
+    return resources.gpus or max(1, resources.cpus // _fit_share(resources)[1])
+
+
+def _fit_share(resources: Resources) -> tuple[int, int]:
+    """Return (threads, logical CPUs) of a fit."""
+    threads = 1 if resources.gpus else resources.cores
+    return threads, max(1, min(resources.cpus, threads * resources.cpus_per_core))
 
 
 class _Fitting:

@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,9 +13,11 @@ import yaml
 
 from eclipse_ray import api
 from eclipse_ray.config import load_config
+from eclipse_ray.distributed import materials
 from eclipse_ray.distributed import matrix as room
 from eclipse_ray.distributed.cluster import Resources
 from eclipse_ray.distributed.matrix import groups, share
+from eclipse_ray.distributed.poison import fits_at_once
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.results import MatrixPlan, MatrixResult
 from tests.support import DEBUG, kill_when, run_cli
@@ -185,6 +188,34 @@ def test_groups_are_of_whole_columns_and_large_enough(world, tmp_path):
     assert [len(group) for group in groups(cells, 4)] == [6, 6]
     assert [len(group) for group in groups(cells, 1)] == [3, 3, 3, 3]
     assert [len(group) for group in groups(cells, 99)] == [12]
+
+
+def test_columns_made_at_once_are_those_made_one_by_one(measured, world, tmp_path, monkeypatch):
+    """Both poisons wait for each other, which only two threads can do; they share the part and the denoiser."""
+    together, ensure = Barrier(2, timeout=60), materials.ensure_poison
+
+    def wait_and_ensure(*arguments):
+        together.wait()
+        ensure(*arguments)
+
+    monkeypatch.setattr(room, "fits_at_once", lambda _resources: 2)
+    monkeypatch.setattr(materials, "ensure_poison", wait_and_ensure)
+    # One group holds every cell.
+    monkeypatch.setattr(room, "CELLS_AHEAD", 99)
+    settings = settings_for(world, tmp_path / "out", matrix__defenses=["none"], evaluate__seeds=1)
+    result = api.evaluate(settings=settings)
+    assert isinstance(result, MatrixResult)
+    assert (result.done, result.failed) == (2, 0)
+    before = {row["fingerprint"]: row for row in pq.read_table(measured.output / "results.parquet").to_pylist()}
+    for row in pq.read_table(tmp_path / "out" / "results.parquet").to_pylist():
+        assert row["test_accuracy"] == before[row["fingerprint"]]["test_accuracy"]
+
+
+def test_as_many_poisons_are_fitted_at_once_as_there_are_gpus_or_else_machines():
+    assert fits_at_once(Resources(cpus=32, gpus=4, cores=16, local=False)) == 4
+    assert fits_at_once(Resources(cpus=32, gpus=0, cores=8, local=False)) == 4
+    assert fits_at_once(Resources(cpus=4, gpus=0, cores=2, local=True)) == 1
+    assert fits_at_once(Resources(cpus=1, gpus=0, cores=2, local=True)) == 1
 
 
 def test_trials_share_the_machine(world):

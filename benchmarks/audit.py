@@ -143,7 +143,7 @@ def read_sets(options: argparse.Namespace) -> Sets:
     )
     # One photograph a class, sorted by kind of thing: ten neighbours make a class.
     pools["photographs"] = (photographs.images, np.arange(len(photographs.ids)) // 10)
-    chosen = np.random.default_rng(0).permutation(len(sparse.labels))[: options.clean_images]
+    chosen = np.sort(np.random.default_rng(0).permutation(len(sparse.labels))[: options.clean_images])
     clean = torch.from_numpy(sparse.images[chosen]).permute(0, 3, 1, 2).contiguous()
     return Sets(pools, Images(clean, torch.from_numpy(sparse.labels[chosen])))
 

@@ -11,6 +11,8 @@ from tests.support import DEBUG
 
 PATIENCE = 300
 
+ENDLESS = {"cost": "reduced", "rounds": 100_000, "round_batches": 1, "stop_error": 0.0, "surrogate_batch_size": 32}
+
 
 def words(world, output) -> dict[str, list[str]]:
     """Return work of each verb that would take hours, to be stopped as soon as some of it is done."""
@@ -20,8 +22,11 @@ def words(world, output) -> dict[str, list[str]]:
         "matrix": {"clean": True, "defenses": ["none"]},
     }
     grid["data"]["output"] = f"{output}/grid"
-    config = output / "grid.yaml"
-    config.write_text(json.dumps(grid))
+    fit = {"data": {**grid["data"], "source": world.rest, "output": f"{output}/fit"}}
+    fit |= {"matrix": {"poisons": ["em"], "defenses": ["none"]}, "poison": ENDLESS}
+    configs = {name: output / f"{name}.yaml" for name in ("grid", "fit")}
+    configs["grid"].write_text(json.dumps(grid))
+    configs["fit"].write_text(json.dumps(fit))
     return {
         "train": [
             "train",
@@ -33,13 +38,14 @@ def words(world, output) -> dict[str, list[str]]:
             "denoiser.iterations=1000000",
         ],
         "evaluate": ["evaluate", "--train", world.poisoned, "--test", world.test, *sets],
-        "matrix": ["evaluate", "--config", str(config), *sets],
+        "matrix": ["evaluate", "--config", str(configs["grid"]), *sets],
+        "fit of a poison": ["evaluate", "--config", str(configs["fit"]), *sets],
     }
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(2 * PATIENCE)
-@pytest.mark.parametrize("verb", ["train", "evaluate", "matrix"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "matrix", "fit of a poison"])
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, verb, stop):
     command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *words(world, tmp_path)[verb]]

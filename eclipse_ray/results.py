@@ -220,6 +220,11 @@ class SweepView:
     summary: str
 
 
+def sweep_order(stopped: bool, score: float) -> tuple[bool, float]:
+    """Return the sort key of a sweep's trial, best first; one that was stopped early comes after all others."""
+    return stopped, -score
+
+
 @dataclass(frozen=True)
 class AuditResult(Shown):
     """Is a dataset poisoned, and by what; `frequency` and `scope` are None for a clean one.

@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from eclipse_ray.config import Config
 from eclipse_ray.data.store import Store
 from eclipse_ray.distributed.cluster import UNSAFE_VARIABLES, address_of, connect
+from eclipse_ray.distributed.jobs_api import find_token
 from eclipse_ray.errors import EclipseError
 from eclipse_ray.results import Check, DoctorResult
 
@@ -142,14 +143,9 @@ def _unreachable(address: str) -> str:
 
 
 def _token(address: str) -> Iterator[Check]:
-    places = {
-        "RAY_AUTH_TOKEN": bool(os.environ.get("RAY_AUTH_TOKEN")),
-        "RAY_AUTH_TOKEN_PATH": Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "/nonexistent").is_file(),
-        "~/.ray/auth_token": Path("~/.ray/auth_token").expanduser().is_file(),
-    }
-    held = [place for place, there in places.items() if there]
+    held = find_token()
     mode = os.environ.get("RAY_AUTH_MODE", "")
-    words = f"in {held[0]}" if held else "none"
+    words = f"in {held[1]}" if held else "none"
     fix = "ray get-auth-token --generate, and give every node the token and RAY_AUTH_MODE=token"
     if address == "local":
         yield Check("token", "ok", f"{words}; a cluster of this machine alone makes its own")

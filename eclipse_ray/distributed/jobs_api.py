@@ -34,7 +34,7 @@ def open_cluster(address: str | None, insecure: bool) -> JobSubmissionClient:
     """
     require_ray(ray.__version__, "here")
     url = _url(address or os.environ.get("RAY_API_SERVER_ADDRESS"))
-    token = find_token()
+    token, _ = find_token() or (None, "")
     if token is None and not insecure:
         raise ConfigError(
             f"no token for {url}: a cluster without one runs code for anybody who can reach it; {TOKEN_HELP}, "
@@ -47,14 +47,18 @@ def open_cluster(address: str | None, insecure: bool) -> JobSubmissionClient:
         return JobSubmissionClient(url, headers=headers)
 
 
-def find_token() -> str | None:
-    """Return the token that Ray itself would take, from the same three places; None if there is none."""
+def find_token() -> tuple[str, str] | None:
+    """Return the token that Ray itself would take and its place, one of the same three; None if there is none.
+
+    Raises ConfigError if RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+    """
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
+        return token, "RAY_AUTH_TOKEN"
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named) if named else Path.home() / ".ray" / "auth_token"
     try:
-        return path.read_text(encoding="utf-8").strip() or None
+        token = path.read_text(encoding="utf-8").strip()
+        return (token, str(path)) if token else None
     except OSError as error:
         if named:
             raise ConfigError(f"RAY_AUTH_TOKEN_PATH {named}: cannot be read: {error.strerror}") from None

@@ -31,6 +31,7 @@ from eclipse_ray.distributed.tuner import shares
 from eclipse_ray.errors import ConfigError, EclipseError
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
+from eclipse_ray.results import sweep_order
 
 
 @dataclass
@@ -316,4 +317,4 @@ def best_of(sweep: Sweep) -> tuple[Trial, Result]:
     if not done:
         first = next(iter(sweep.failures.values()), "no trial was run")
         raise EclipseError(f"no trial could be measured: {first}")
-    return max(done, key=lambda pair: (not pair[1]["stopped"], score_of(pair[1], sweep.config)))
+    return min(done, key=lambda pair: sweep_order(pair[1]["stopped"], score_of(pair[1], sweep.config)))

@@ -170,3 +170,12 @@ def charts_of(sections: Sequence[Section]) -> list[Chart]:
 def data_uri(data: bytes, media_type: str) -> str:
     """Return `data` as a URI that needs no network."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def value_words(value: object) -> str:
+    """Return a setting or figure as words: four digits of a float, yes or no, and a dash for nothing."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

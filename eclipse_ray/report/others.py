@@ -11,9 +11,9 @@ from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import layout
 from eclipse_ray.report.accuracy import read_rows
-from eclipse_ray.report.blocks import Block, Charts, Code, Note, Picture, Section, Table, Text
+from eclipse_ray.report.blocks import Block, Charts, Code, Note, Picture, Section, Table, Text, value_words
 from eclipse_ray.report.folders import AUDIT, BEST, RESULTS, read_json
-from eclipse_ray.report.sweep import TIDY, best_row, heat_map, pareto_chart
+from eclipse_ray.report.sweep import TIDY, best_first, heat_map, pareto_chart
 from eclipse_ray.results import SweepView
 
 TRIALS_SHOWN = 100
@@ -47,8 +47,10 @@ def _view(rows: list[dict[str, Any]], best: dict[str, Any]) -> SweepView:
 
 
 def _found(view: SweepView) -> str:
-    best = best_row(view.rows)
-    settings = ", ".join(f"{name} {_word(best[name])}" for name in view.axes or ["t_star", "num_inference_steps"])
+    best = best_first(view.rows)[0]
+    settings = ", ".join(
+        f"{name} {value_words(best[name])}" for name in view.axes or ["t_star", "num_inference_steps"]
+    )
     reached = (
         f"a victim trained on what it purifies is right on {best['proxy_accuracy']:.1f} % of held-out clean images"
         if view.objective == "proxy_accuracy"
@@ -62,8 +64,8 @@ def _found(view: SweepView) -> str:
 def _trials(view: SweepView) -> Table:
     """Return the trials, best first, with the columns that differ; results.parquet holds all of them."""
     head = [*view.axes, view.objective, "psnr", "score", "pareto", "stopped", "seconds"]
-    ranked = sorted(view.rows, key=lambda row: (row["stopped"], -row["score"]))
-    shown = [[_word(row[name]) for name in head] for row in ranked[:TRIALS_SHOWN]]
+    ranked = best_first(view.rows)
+    shown = [[value_words(row[name]) for name in head] for row in ranked[:TRIALS_SHOWN]]
     first = f"the best {TRIALS_SHOWN} of " if len(ranked) > TRIALS_SHOWN else ""
     return Table(f"Trials ({first}{len(ranked):,}), best first", head, shown)
 
@@ -112,12 +114,4 @@ def _mapping(store: Store, key: str) -> dict[str, Any]:
 
 
 def _pairs(tree: dict[str, Any]) -> list[list[str]]:
-    return [[key, _word(value)] for key, value in flatten(tree).items()]
-
-
-def _word(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return [[key, value_words(value)] for key, value in flatten(tree).items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -12,9 +12,9 @@ import yaml
 from matplotlib.axes import Axes
 
 from eclipse_ray.data.store import Store
-from eclipse_ray.report.blocks import Chart
+from eclipse_ray.report.blocks import Chart, value_words
 from eclipse_ray.report.draw import Theme, draw
-from eclipse_ray.results import SweepView
+from eclipse_ray.results import SweepView, sweep_order
 
 TIDY = pa.schema(
     [
@@ -70,7 +70,7 @@ def pareto_chart(view: SweepView) -> Chart:
     """Return defense against fidelity, a point a trial, coloured by t_star, the front joined."""
     rows = [row for row in view.rows if not row["stopped"]] or view.rows
     front = sorted((row["psnr"], row[view.objective]) for row in rows if row["pareto"])
-    best = best_row(rows)
+    best = best_first(rows)[0]
 
     def paint(axes: Axes, theme: Theme) -> None:
         dots = axes.scatter(
@@ -106,8 +106,8 @@ def heat_map(view: SweepView) -> Chart:
             for column, value in enumerate(line):
                 text = "·" if value != value else f"{value:.1f}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=9, color="#fefefe", bbox=box)
-        axes.set_xticks(range(len(columns)), [_word(value) for value in columns])
-        axes.set_yticks(range(len(lines)), [_word(value) for value in lines])
+        axes.set_xticks(range(len(columns)), [value_words(value) for value in columns])
+        axes.set_yticks(range(len(lines)), [value_words(value) for value in lines])
         axes.set(xlabel=names[0], ylabel=names[1] if len(names) > 1 else "")
         axes.figure.colorbar(shown, ax=axes, label=f"mean {WORDS[view.objective]}")
 
@@ -115,9 +115,9 @@ def heat_map(view: SweepView) -> Chart:
     return draw("heatmap", f"Mean objective by {' and '.join(names)}.", caption, paint)
 
 
-def best_row(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the row of the highest score; one that was stopped early only if there is no other."""
-    return max(rows, key=lambda row: (not row["stopped"], row["score"]))
+def best_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows by falling score, those that were stopped early after all others."""
+    return sorted(rows, key=lambda row: sweep_order(row["stopped"], row["score"]))
 
 
 def _two_axes(view: SweepView) -> list[str]:
@@ -133,7 +133,3 @@ def _sorted_values(rows: list[dict[str, Any]], name: str) -> list[Any]:
 def _mean(view: SweepView, place: dict[str, Any]) -> float:
     found = [row[view.objective] for row in view.rows if all(row[name] == value for name, value in place.items())]
     return statistics.fmean(found) if found else float("nan")
-
-
-def _word(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

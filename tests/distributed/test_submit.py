@@ -285,12 +285,12 @@ def test_an_old_ray_or_nobody_at_all_is_refused(dashboard, token):
 
 
 def test_the_token_is_found_where_ray_finds_it(token, tmp_path):
-    assert find_token() == "right"
+    assert find_token() == ("right", "RAY_AUTH_TOKEN")
     token.delenv("RAY_AUTH_TOKEN")
     assert find_token() is None
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("home\n")
-    assert find_token() == "home"
+    assert find_token() == ("home", str(tmp_path / ".ray/auth_token"))
     token.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN_PATH"):
         find_token()

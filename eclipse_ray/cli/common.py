@@ -40,6 +40,11 @@ def setting(
     return typer.Option(*names, metavar=metavar, help=f"{text}{bounds}{default}.", rich_help_panel=panel)
 
 
+def during_run(name: str, help: str) -> Any:
+    """Return an option that is no setting: what this one run is to do."""
+    return typer.Option(name, help=help, rich_help_panel=RUN)
+
+
 ConfigFile = Annotated[
     str | None,
     typer.Option("--config", metavar="FILE", help="YAML file with settings.", rich_help_panel=OUTPUT),

@@ -15,6 +15,7 @@ from eclipse_ray.cli.common import (
     Json,
     Resize,
     app,
+    during_run,
     examples,
     parsed,
     setting,
@@ -23,7 +24,7 @@ from eclipse_ray.cli.common import (
 from eclipse_ray.cli.reports import NoReport, conclude
 from eclipse_ray.config import ScheduleName
 from eclipse_ray.errors import EXIT_TOO_MANY_FAILED
-from eclipse_ray.results import DryRunResult
+from eclipse_ray.results import DryRunResult, PurifyResult
 
 
 @app.command(
@@ -134,25 +135,15 @@ def purify(
         str | None, typer.Option(metavar="DIR", help="Folder of the denoiser.", rich_help_panel=DATA)
     ] = None,
     resize: Resize = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be done.", rich_help_panel=RUN)
-    ] = False,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Do failed images again.", rich_help_panel=RUN)
-    ] = False,
-    extend: Annotated[
-        bool, typer.Option("--extend", help="Also do objects that SRC has gained.", rich_help_panel=RUN)
-    ] = False,
+    dry_run: Annotated[bool, during_run("--dry-run", "Only say what would be done.")] = False,
+    retry_failed: Annotated[bool, during_run("--retry-failed", "Do failed images again.")] = False,
+    extend: Annotated[bool, during_run("--extend", "Also do objects that SRC has gained.")] = False,
     max_failed_fraction: Annotated[
         float | None, setting("purify.max_failed_fraction", "--max-failed-fraction", panel=RUN)
     ] = None,
     single_writer: Annotated[
         bool | None,
-        typer.Option(
-            "--single-writer",
-            help="DST has no conditional writes, and nobody else writes there.",
-            rich_help_panel=RUN,
-        ),
+        during_run("--single-writer", "DST has no conditional writes, and nobody else writes there."),
     ] = None,
     no_report: NoReport = False,
     config: ConfigFile = None,
@@ -177,18 +168,19 @@ def purify(
         extend=extend,
         config=resolved,
     )
-    show(
-        result,
-        as_json,
-        lambda: (
-            f"{result.ok:,} of {result.planned:,} images purified, {result.failed:,} failed, "
-            f"{result.images_per_second:,.1f} images/s, in {result.output}"
-        ),
-        ("verify", result.output),
-    )
+    show(result, as_json, lambda: _told(result), ("verify", result.output))
     conclude(result.output, no_report)
     if result.failed > resolved.purify.max_failed_fraction * result.planned:
         raise typer.Exit(EXIT_TOO_MANY_FAILED)
+
+
+def _told(result: PurifyResult) -> str:
+    rate = result.images_per_second
+    speed = f"{rate:,.1f} images/s" if rate else "all before this run"
+    return (
+        f"{result.ok:,} of {result.planned:,} images purified, {result.failed:,} failed, {speed}, "
+        f"in {result.output}"
+    )
 
 
 def _describe(plan: DryRunResult) -> str:

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from eclipse_ray.cli.common import DATA, RUN, Assignments, ConfigFile, Json, app, examples, parsed, show
+from eclipse_ray.cli.common import (
+    DATA,
+    Assignments,
+    ConfigFile,
+    Json,
+    app,
+    during_run,
+    examples,
+    parsed,
+    show,
+)
 from eclipse_ray.cli.reports import NoReport, conclude
 from eclipse_ray.errors import EXIT_FAILURE
 from eclipse_ray.results import EvaluateResult, MatrixPlan, MatrixResult
@@ -31,9 +41,7 @@ def evaluate(
         str | None,
         typer.Option(metavar="DIR", help="Folder of results; a matrix needs one.", rich_help_panel=DATA),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Matrix only: say what is missing.", rich_help_panel=RUN)
-    ] = False,
+    dry_run: Annotated[bool, during_run("--dry-run", "Matrix only: say what is missing.")] = False,
     no_report: NoReport = False,
     config: ConfigFile = None,
     assign: Assignments = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eclipse_ray.cli.common import RUN, Json, app, examples, show, take_interrupts
+from eclipse_ray.cli.common import RUN, Json, app, during_run, examples, show, take_interrupts
 from eclipse_ray.errors import EXIT_FAILURE, InterruptedRunError
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import StatusResult
@@ -18,9 +18,7 @@ Output = Annotated[str, typer.Argument(metavar="DST", help="Output folder of pur
 @app.command(epilog=examples("eclipse-ray status my/purified", "eclipse-ray status my/purified --watch"))
 def status(
     output: Output,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Look again until the run is done or you stop it.", rich_help_panel=RUN)
-    ] = False,
+    watch: Annotated[bool, during_run("--watch", "Look again until the run is done or you stop it.")] = False,
     every: Annotated[
         float, typer.Option(min=0.1, help="Seconds between two looks, with --watch.", rich_help_panel=RUN)
     ] = 5,
@@ -79,12 +77,7 @@ def verify(output: Output, as_json: Json = False) -> None:
 def gc(
     output: Output,
     idle: Annotated[
-        bool,
-        typer.Option(
-            "--idle",
-            help="No run is writing there: unfinished shards' leftovers go too.",
-            rich_help_panel=RUN,
-        ),
+        bool, during_run("--idle", "No run is writing there: unfinished shards' leftovers go too.")
     ] = False,
     as_json: Json = False,
 ) -> None:

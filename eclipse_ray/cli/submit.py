@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from eclipse_ray.cli.common import RUN, Json, app, examples, parsed, show, take_interrupts
+from eclipse_ray.cli.common import RUN, Json, app, during_run, examples, parsed, show, take_interrupts
 from eclipse_ray.errors import EXIT_OK, ConfigError
 
 HERE_ONLY = ("submit", "demo", "import-checkpoint", "report")
@@ -32,14 +32,9 @@ def submit(
             metavar="URL", help="Dashboard, http://host:8265; else RAY_API_SERVER_ADDRESS.", rich_help_panel=RUN
         ),
     ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Submit to a cluster without tokens.", rich_help_panel=RUN)
-    ] = False,
+    insecure: Annotated[bool, during_run("--insecure", "Submit to a cluster without tokens.")] = False,
     image_has_deps: Annotated[
-        bool,
-        typer.Option(
-            "--image-has-deps", help="Install nothing: the nodes have torch and the rest.", rich_help_panel=RUN
-        ),
+        bool, during_run("--image-has-deps", "Install nothing: the nodes have torch and the rest.")
     ] = False,
     env: Annotated[
         list[str] | None,
@@ -47,12 +42,8 @@ def submit(
             metavar="NAME=VALUE", help="Variable of the job and its workers; repeat.", rich_help_panel=RUN
         ),
     ] = None,
-    no_wait: Annotated[
-        bool, typer.Option("--no-wait", help="Return once it is submitted.", rich_help_panel=RUN)
-    ] = False,
-    again: Annotated[
-        bool, typer.Option("--again", help="Run it anew although it succeeded before.", rich_help_panel=RUN)
-    ] = False,
+    no_wait: Annotated[bool, during_run("--no-wait", "Return once it is submitted.")] = False,
+    again: Annotated[bool, during_run("--again", "Run it anew although it succeeded before.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a command on a Ray cluster: follow its log, end with its exit code.

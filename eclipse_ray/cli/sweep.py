@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from eclipse_ray.cli.common import DATA, RUN, Assignments, ConfigFile, Json, app, examples, parsed, show
+from eclipse_ray.cli.common import (
+    DATA,
+    Assignments,
+    ConfigFile,
+    Json,
+    app,
+    during_run,
+    examples,
+    parsed,
+    show,
+)
 from eclipse_ray.cli.reports import NoReport, conclude
 from eclipse_ray.errors import EXIT_FAILURE
 from eclipse_ray.results import SweepPlan, SweepResult
@@ -34,9 +44,7 @@ def sweep(
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder of results.", rich_help_panel=DATA)
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list trials and time them.", rich_help_panel=RUN)
-    ] = False,
+    dry_run: Annotated[bool, during_run("--dry-run", "Only list trials and time them.")] = False,
     no_report: NoReport = False,
     config: ConfigFile = None,
     assign: Assignments = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -45,8 +46,7 @@ def fit(
     A trial that fails by itself reports a metric `error`; one whose process died is begun again RETRIES times.
     Raises EclipseError when Ray Tune itself stops.
     """
-    # What it would write, a CSV and a JSON file for each trial, nobody reads here.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    _be_quiet()
     # Dead workers may still write there when it is deleted; nothing of Tune's is read again.
     with tempfile.TemporaryDirectory(prefix="eclipse-ray-tune-", ignore_cleanup_errors=True) as scratch:
         tuner = tune.Tuner(
@@ -66,3 +66,12 @@ def fit(
     return [
         (one.config, message or message_of(one.error)) for one, message in said if message or one.error is not None
     ]
+
+
+def _be_quiet() -> None:
+    """Keep Ray Tune from writing and saying what nobody reads: the board of `progress` tells of every trial."""
+    # A CSV and a JSON file for each trial, and then a warning of several lines that there are none.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    # A box with its own settings and the name of a folder that is gone afterwards, which verbose=0 lets pass.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"

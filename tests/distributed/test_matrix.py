@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +191,7 @@ def test_groups_are_of_whole_columns_and_large_enough(world, tmp_path):
     assert [len(group) for group in groups(cells, 99)] == [12]
 
 
-def test_columns_made_at_once_are_those_made_one_by_one(measured, world, tmp_path, monkeypatch):
+def test_columns_made_at_once_are_those_made_one_by_one(measured, world, tmp_path, monkeypatch, capfd):
     """Both poisons wait for each other, which only two threads can do; they share the part and the denoiser."""
     together, ensure = Barrier(2, timeout=60), materials.ensure_poison
 
@@ -209,6 +210,11 @@ def test_columns_made_at_once_are_those_made_one_by_one(measured, world, tmp_pat
     before = {row["fingerprint"]: row for row in pq.read_table(measured.output / "results.parquet").to_pylist()}
     for row in pq.read_table(tmp_path / "out" / "results.parquet").to_pylist():
         assert row["test_accuracy"] == before[row["fingerprint"]]["test_accuracy"]
+    # Only our own lines: Ray Tune's boxes, warnings and folders that are gone afterwards help nobody.
+    said = capfd.readouterr()
+    assert said.out == ""
+    for line in said.err.splitlines():
+        assert re.match(r"(matrix|poison|fit|train|fitting|note)\b", line), line
 
 
 def test_as_many_poisons_are_fitted_at_once_as_there_are_gpus_or_else_machines():

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -25,7 +26,8 @@ __all__ = ["app", "audit", "check", "datasets", "main", "method", "proof", "repo
 
 STOPPED = "stopped; run the same command again to resume"
 STOP_SECONDS = 1.0
-"""Ray kills a job 3 s after it asked it to stop; by then it must have said that it can go on."""
+"""Ray kills a job 3 s after it asked it to stop; by then it must have ended."""
+_SAYING, _SAID = threading.Lock(), threading.Event()
 
 # In which group --help lists a command, and in which order; one that is not here comes last.
 PANELS = {
@@ -66,21 +68,30 @@ _arrange()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    last = threading.Timer(STOP_SECONDS, _leave)
-    last.daemon = True
-    last.start()
+    threading.Thread(target=_leave, daemon=True).start()
     raise InterruptedRunError(STOPPED)
 
 
 def _leave() -> None:
-    # Ray drops what a signal handler raises while the driver waits in it, so nobody has said anything yet.
-    say(f"error: {STOPPED}", level="error", exit_code=EXIT_RUN_AGAIN)
+    # It is said at once: where a whole process group is told to stop, by `timeout` or Slurm, the cluster of this
+    # machine is, too, and Ray ends a driver that has lost it.
+    _say_stopped()
+    time.sleep(STOP_SECONDS)
+    # Ray drops what a signal handler raises while the driver waits in it.
     os._exit(EXIT_RUN_AGAIN)
+
+
+def _say_stopped() -> None:
+    with _SAYING:
+        if not _SAID.is_set():
+            _SAID.set()
+            say(f"error: {STOPPED}", level="error", exit_code=EXIT_RUN_AGAIN)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line (of this process, or `arguments`) and exit with a documented code: 0, 1, 2, 3 or 75."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _SAID.clear()
     if "--json" in words:
         reserve_standard_output()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -124,7 +135,9 @@ def _nearest_choice(text: str) -> str:
 
 def _end(message: str, code: int) -> None:
     close_all()
-    if message:
+    if message == STOPPED:
+        _say_stopped()
+    elif message:
         say(f"error: {message}", level="error", exit_code=code)
     if code == EXIT_RUN_AGAIN:
         # Ray's own orderly end takes longer than a cluster waits, and its threads complain; workers and a cluster

@@ -1,6 +1,7 @@
 """SIGTERM or Ctrl-C to a driver while it waits in Ray: it says that it can go on, and leaves with 75 at once."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -46,12 +47,19 @@ def words(world, output) -> dict[str, list[str]]:
 @pytest.mark.chaos
 @pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("verb", ["train", "evaluate", "matrix", "fit of a poison"])
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, verb, stop):
+@pytest.mark.parametrize(
+    ("stop", "group"),
+    # `timeout` and Slurm tell the whole group: the driver, and the cluster that it has started.
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM to the group"],
+)
+def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, verb, stop, group):
     command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *words(world, tmp_path)[verb]]
     for key, value in {**DEBUG, "run.progress_seconds": 0.5, "denoiser.num_workers": 1}.items():
         command += ["--set", f"{key}={value}"]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    driver = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     said = []
     for line in driver.stderr:
         said.append(line)
@@ -59,7 +67,7 @@ def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, ve
         if "/s, " in line:
             break
     assert driver.poll() is None, said
-    driver.send_signal(stop)
+    os.killpg(driver.pid, stop) if group else driver.send_signal(stop)
     _, rest = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 75, [*said, rest]
     assert rest.count("error: stopped; run the same command again to resume") == 1, rest

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # The rate behind "left" is of so many seconds and reports at least, so that it follows a cluster that grows.
 WINDOW_SECONDS, WINDOW_REPORTS = 120.0, 30
+SLOW = 0.1
+"""Units a second below which a rate is told by the minute."""
 
 
 class ProgressLine:
@@ -80,7 +82,7 @@ class ProgressLine:
         if self.done == self.started_at:
             parts.append(f"{duration(now - self.start)} gone, none done yet")
         else:
-            parts.append(f"{self.rate:,.1f}/s")
+            parts.append(f"{self.rate:,.1f}/s" if self.rate >= SLOW else f"{60 * self.rate:.1f}/min")
             left = self.seconds_left(now)
             if self.done >= self.total:
                 parts.append(f"took {duration(now - self.start)}")

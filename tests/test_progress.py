@@ -45,6 +45,13 @@ def test_time_left_comes_from_the_rate_measured_here(clock):
         assert line.numbers() == "600/1,000 images, 10.0/s, 40s left, 3 failed"
 
 
+def test_what_is_slow_is_counted_by_the_minute(clock):
+    with ProgressLine("transform", "sets", 6, 10) as line:
+        clock.now += 40
+        line.advance(1)
+        assert line.numbers() == "1/6 sets, 1.5/min, 3m20s left"
+
+
 def test_a_slow_start_is_forgotten_and_a_stall_is_not(clock):
     with ProgressLine("purify", "images", 10_000, 1e9) as line:
         clock.now += 100

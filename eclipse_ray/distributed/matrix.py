@@ -214,13 +214,28 @@ class _Runner:
                 raise
             except EclipseError as error:
                 self._failed([cell for cell in cells if cell.training == key], error)
-        for key, ref in pending.items():
-            try:
-                ray.get(self._io_task(_nothing).remote(ref))
-                ready[key] = ref
-            except RayError as error:
-                self._failed([cell for cell in cells if cell.training == key], error)
-        return ready
+        for key, cause in self._await(pending).items():
+            self._failed([cell for cell in cells if cell.training == key], cause)
+            del pending[key]
+        return ready | pending
+
+    def _await(self, pending: dict[str, Any]) -> dict[str, RayError]:
+        """Wait until every set is made or has failed, and tell how far that is; return the errors, by key."""
+        if not pending:
+            return {}
+        failed: dict[str, RayError] = {}
+        waiting = {self._io_task(_nothing).remote(ref): key for key, ref in pending.items()}
+        line = ProgressLine("transform", "sets", len(waiting), self.matrix.config.run.progress_seconds)
+        with line:
+            while waiting:
+                (done,), _ = ray.wait(list(waiting), num_returns=1)
+                key = waiting.pop(done)
+                try:
+                    ray.get(done)
+                except RayError as error:
+                    failed[key] = error
+                line.advance(1, failed=int(key in failed))
+        return failed
 
     def _defend(self, cell: Cell, images: Any) -> Any:
         matrix, config = self.matrix, cell.row.config

@@ -214,7 +214,7 @@ def test_columns_made_at_once_are_those_made_one_by_one(measured, world, tmp_pat
     said = capfd.readouterr()
     assert said.out == ""
     for line in said.err.splitlines():
-        assert re.match(r"(matrix|poison|fit|train|fitting|note)\b", line), line
+        assert re.match(r"(matrix|poison|fit|train|transform|fitting|note)\b", line), line
 
 
 def test_as_many_poisons_are_fitted_at_once_as_there_are_gpus_or_else_machines():

@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from common import SHALLOW
 
 from eclipse_ray import api
 from eclipse_ray.config import Settings, load_config
@@ -68,7 +69,8 @@ def prepare(data: str, work: Path) -> None:
 def train(work: Path) -> None:
     """Fit one denoiser on each sparse set."""
     for sparse, clean in zip(SPARSE, ("sets/clean", "fewer/clean"), strict=True):
-        print(api.train(clean=str(work / clean), out=str(work / f"denoiser-{sparse}")), flush=True)
+        found = api.train(clean=str(work / clean), out=str(work / f"denoiser-{sparse}"), settings=SHALLOW)
+        print(found, flush=True)
 
 
 def purify(work: Path) -> None:

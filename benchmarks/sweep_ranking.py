@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from common import machine, markdown
+from common import SHALLOW, machine, markdown
 
 from eclipse_ray import api
 from eclipse_ray.config import Settings, load_config
@@ -57,7 +57,7 @@ def prepare(options: argparse.Namespace) -> str:
     if not parts.exists():
         count = load_count(str(sparse))
         api.split(str(sparse), clean=count // 2, output=str(parts))
-    settings: dict[str, Any] = {"denoiser.t_max": T_MAX}
+    settings: dict[str, Any] = {**SHALLOW, "denoiser.t_max": T_MAX}
     if options.iterations:
         settings["denoiser.iterations"] = options.iterations
     print(api.train(clean=str(parts / "clean"), out=denoiser, settings=settings), flush=True)

@@ -54,10 +54,10 @@ def test_order_of_precedence(tmp_path):
 
 
 def test_t_max_follows_t_star_unless_set():
-    assert load_config().denoiser.t_max == 125
+    assert load_config().denoiser.t_max == 500
     assert load_config(None, {"denoiser.t_star": 200}).denoiser.t_max == 250
     assert with_overrides(load_config(), {"denoiser.t_star": 200}).denoiser.t_max == 250
-    assert load_config(None, {"denoiser.t_max": 300}).denoiser.t_max == 300
+    assert load_config(None, {"denoiser.t_max": 600}).denoiser.t_max == 600
 
 
 @pytest.mark.parametrize(

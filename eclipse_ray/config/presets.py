@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "dropout": 0.3,
             "variance_type": "learned_range",
             "rescale_timesteps": True,
+            "t_star": 100,
             "t_max": 4000,
             "num_inference_steps": 100,
             "iterations": 250_000,

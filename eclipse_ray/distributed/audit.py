@@ -32,7 +32,6 @@ from eclipse_ray.results import AuditResult
 
 # Rows looked at for each one that is kept, so that rare classes are not left with too few.
 SPARE = 3
-PUBLISHED_T_STAR = 100
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ def _result(
     t_star = None
     if finding.verdict == "poisoned":
         folder = config.audit.denoiser
-        t_star = read_card(local_denoiser(folder)).t_star if folder else PUBLISHED_T_STAR
+        t_star = read_card(local_denoiser(folder)).t_star if folder else config.denoiser.t_star
     poisoned = t_star is not None
     labels = torch.empty(0) if sample.labels is None else sample.labels
     return AuditResult(

@@ -22,7 +22,7 @@ def test_a_poisoned_dataset(world, tmp_path):
     found = run_cli("audit", world.poisoned, "--clean", world.clean, "--out", str(out))
     assert (found["verdict"], found["frequency"], found["scope"]) == ("poisoned", "high", "sample")
     assert found["p_value"] < 0.01
-    assert found["recommended"] == {"t_star": 100, "p": 0.4, "sigma": 0.05}
+    assert found["recommended"] == {"t_star": 400, "p": 0.4, "sigma": 0.05}
     assert (found["images"], found["classes"], found["clean_images"]) == (240, 10, 20)
     names = {score["name"] for score in found["evidence"]}
     assert names >= {"predictability", "class_mean", "autocorrelation", "colour", "convolution", "band_energy"}

@@ -50,7 +50,7 @@ fuzz: $(STAMP) ## five minutes of damaged images, tars and tables
 browser: $(STAMP) ## reports in the system's Chromium, with axe-core from npm: layout, keyboard, accessibility
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	npm install --silent --no-save --prefix .venv axe-core@4.14.1
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/report/test_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reports/test_browser.py
 
 clean: ## remove the virtual environment and all runs
 	rm -rf .venv runs

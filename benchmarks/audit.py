@@ -27,9 +27,9 @@ from common import load, machine, markdown
 from numpy.typing import NDArray
 
 from eclipse_ray.config import load_config
-from eclipse_ray.data.dataset import load_images
-from eclipse_ray.data.images import content_hash, decode_stored, encode_image
-from eclipse_ray.data.synthetic import draw_synthetic
+from eclipse_ray.datasets.images import content_hash, decode_stored, encode_image
+from eclipse_ray.datasets.memory import load_images
+from eclipse_ray.datasets.synthetic import draw_synthetic
 from eclipse_ray.detection import Images, Score, judge, score_images
 from eclipse_ray.detection.scores import SAME
 from eclipse_ray.poisons import POISONS, poison_images

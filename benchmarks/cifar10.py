@@ -20,9 +20,9 @@ import torch
 from common import SHALLOW
 
 from eclipse_ray import api
+from eclipse_ray.cluster.connect import connect
 from eclipse_ray.config import Settings, load_config
 from eclipse_ray.diffusion.checkpoint import read_card
-from eclipse_ray.distributed.cluster import connect
 from eclipse_ray.results import EvaluateResult
 
 STEPS = ("prepare", "train", "purify", "evaluate")

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from eclipse_ray.config import Sampler, Settings, load_config
-from eclipse_ray.data.dataset import ImageSet, load_images
-from eclipse_ray.diffusion.model import Denoiser, default_device
-from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.datasets.memory import ImageSet, load_images
+from eclipse_ray.diffusion.network import Denoiser, default_device
+from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.diffusion.training import Progress, run_fit, split_heldout, start_fit
 from eclipse_ray.victims.training import train_victim
 

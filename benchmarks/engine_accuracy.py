@@ -14,9 +14,9 @@ from common import Pixels, VictimJob, fit, load, markdown, one_process_a_core, p
 from engine_multiscale import fit_multiscale, purify_multiscale
 
 from eclipse_ray.config import Sampler, Settings
-from eclipse_ray.data.dataset import ImageSet
+from eclipse_ray.datasets.memory import ImageSet
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.model import Denoiser, default_device
+from eclipse_ray.diffusion.network import Denoiser, default_device
 from eclipse_ray.quality import psnr
 
 SEEDS, DEPTH_SEEDS = 3, 2

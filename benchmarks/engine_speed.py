@@ -12,8 +12,8 @@ from common import Pixels, load, markdown, purified
 
 from eclipse_ray.config import Sampler, load_config
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet, default_device
-from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, default_device
+from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.quality import psnr, ssim
 
 IMAGES = 128

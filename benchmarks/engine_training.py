@@ -10,7 +10,7 @@ from common import fit, load, markdown, one_process_a_core
 from engine_speed import rate_of
 
 from eclipse_ray.config import Settings
-from eclipse_ray.diffusion.model import parameter_count
+from eclipse_ray.diffusion.network import parameter_count
 from eclipse_ray.diffusion.training import Progress
 
 SPARSE = "sets/clean"

@@ -16,8 +16,8 @@ import time
 import torch
 
 from eclipse_ray.config import load_config
-from eclipse_ray.diffusion.model import build_denoiser, build_unet
-from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
+from eclipse_ray.diffusion.sampling import purify_images
 
 
 def main() -> None:

@@ -28,11 +28,11 @@ import torch
 
 from eclipse_ray import api, ledger
 from eclipse_ray.config import load_config
-from eclipse_ray.data.images import encode_image
-from eclipse_ray.data.store import Entry, Store
-from eclipse_ray.data.table import canonical_table, table_to_parquet
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.table import canonical_table, table_to_parquet
 from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
-from eclipse_ray.diffusion.model import build_denoiser, build_unet
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
+from eclipse_ray.storage.store import Entry, Store
 
 SHARDS, SHARD_SECONDS, SHARD_BYTES = 200, 10.0, 4 * 2**20
 MAX_GROWTH = 50 * 10**6

@@ -23,10 +23,10 @@ import numpy as np
 
 from eclipse_ray import ledger
 from eclipse_ray.config import DataConfig, PurifyConfig
-from eclipse_ray.data.formats import open_source
-from eclipse_ray.data.images import encode_image
-from eclipse_ray.data.table import canonical_table, table_to_parquet
-from eclipse_ray.data.tar import header_block, padding
+from eclipse_ray.datasets.formats import open_source
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.table import canonical_table, table_to_parquet
+from eclipse_ray.datasets.tar import header_block, padding
 
 CLASSES = [f"class {number}" for number in range(10)]
 IMAGE = encode_image(np.zeros((2, 2, 3), np.uint8), "png")

@@ -17,8 +17,8 @@ import torch
 from common import load, machine, markdown
 
 from eclipse_ray.config import Config, load_config, parse_assignment
-from eclipse_ray.data.dataset import ImageSet
-from eclipse_ray.diffusion.model import default_device
+from eclipse_ray.datasets.memory import ImageSet
+from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.poisons import LabelledImages, Session, poison_together
 from eclipse_ray.victims.training import train_victim
 

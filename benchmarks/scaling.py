@@ -25,13 +25,13 @@ import pyarrow as pa
 import ray
 from ledger import _write_denoiser as write_denoiser
 
-import eclipse_ray.distributed.purify as room
+import eclipse_ray.purification.run as room
 from eclipse_ray import api
-from eclipse_ray.data.images import encode_image
-from eclipse_ray.data.store import Store
-from eclipse_ray.data.table import canonical_table, table_to_parquet
-from eclipse_ray.distributed.purifier import Outcome, Purifier
-from eclipse_ray.distributed.shards import Pixels, Task
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.table import canonical_table, table_to_parquet
+from eclipse_ray.purification.purifier import Outcome, Purifier
+from eclipse_ray.purification.shard import Pixels, Task
+from eclipse_ray.storage.store import Store
 
 SIDE, ROWS = 32, 64
 SERVICE = "ECLIPSE_RAY_SCALING_SECONDS"

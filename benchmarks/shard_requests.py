@@ -22,12 +22,12 @@ from aiobotocore.client import AioBaseClient
 from moto.server import ThreadedMotoServer
 
 from eclipse_ray import api, ledger
-from eclipse_ray.data.formats import open_source
-from eclipse_ray.data.images import encode_image
-from eclipse_ray.data.store import Store
-from eclipse_ray.data.table import canonical_table, table_to_parquet
-from eclipse_ray.distributed.shards import Job, Task, pack, task_rows, unpack
-from eclipse_ray.distributed.stages import encode_and_commit, read_and_decode
+from eclipse_ray.datasets.formats import open_source
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.table import canonical_table, table_to_parquet
+from eclipse_ray.purification.shard import Job, Task, pack, task_rows, unpack
+from eclipse_ray.purification.stages import encode_and_commit, read_and_decode
+from eclipse_ray.storage.store import Store
 
 ROWS, SIDE = 512, 32
 

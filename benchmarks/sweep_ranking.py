@@ -26,9 +26,9 @@ from common import SHALLOW, machine, markdown
 
 from eclipse_ray import api
 from eclipse_ray.config import Settings, load_config
-from eclipse_ray.distributed.matrix import open_matrix
-from eclipse_ray.distributed.space import Point, Recommended, SweepFacts, choose_trials
-from eclipse_ray.objectives import spearman
+from eclipse_ray.experiments.matrix import open_matrix
+from eclipse_ray.experiments.objectives import spearman
+from eclipse_ray.experiments.space import Point, Recommended, SweepFacts, choose_trials
 
 T_MAX = 500
 SPACE: dict[str, list[Any]] = {
@@ -66,7 +66,7 @@ def prepare(options: argparse.Namespace) -> str:
 
 def load_count(url: str) -> int:
     """Return the number of images of a dataset."""
-    from eclipse_ray.data.formats import open_source
+    from eclipse_ray.datasets.formats import open_source
 
     return int(open_source(url, load_config().data).images)
 

@@ -16,8 +16,8 @@ import torch
 from common import machine, markdown
 
 from eclipse_ray.config import VictimConfig, load_config, parse_assignment
-from eclipse_ray.data.dataset import ImageSet, load_images
-from eclipse_ray.diffusion.model import default_device
+from eclipse_ray.datasets.memory import ImageSet, load_images
+from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.victims.training import train_victim
 
 

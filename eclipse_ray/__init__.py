@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from eclipse_ray.demonstration import demo
     from eclipse_ray.diffusion.checkpoint import load_denoiser
     from eclipse_ray.diffusion.noise import noise
-    from eclipse_ray.diffusion.sampler import purify_images
+    from eclipse_ray.diffusion.sampling import purify_images
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ _HOMES = {
     "load_config": "eclipse_ray.config",
     "load_denoiser": "eclipse_ray.diffusion.checkpoint",
     "noise": "eclipse_ray.diffusion.noise",
-    "purify_images": "eclipse_ray.diffusion.sampler",
+    "purify_images": "eclipse_ray.diffusion.sampling",
 }
 
 __all__ = [
@@ -90,10 +90,6 @@ __all__ = [
     "train",
     "verify",
 ]
-
-# Python binds a subpackage to its name here when it is first imported, which would hide the function of that name.
-import_module("eclipse_ray.report")
-del globals()["report"]
 
 
 def __getattr__(name: str) -> Any:

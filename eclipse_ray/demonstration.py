@@ -13,16 +13,16 @@ import torch
 from eclipse_ray import api
 from eclipse_ray.api import ConfigLike
 from eclipse_ray.config import Config, Settings
-from eclipse_ray.data.dataset import ImageSet, load_images
-from eclipse_ray.data.store import Store
-from eclipse_ray.data.synthetic import write_synthetic
+from eclipse_ray.datasets.memory import ImageSet, load_images
+from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.sampler import absorb, to_model_range, to_uint8
+from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say
-from eclipse_ray.report.figures import image_grid
-from eclipse_ray.report.measures import amplified
+from eclipse_ray.reports.charts import image_grid
+from eclipse_ray.reports.measures import amplified
 from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult, to_json
+from eclipse_ray.storage.store import Store
 
 PICTURE = "demo.png"
 # A laptop's share of every step: 2 cores finish in minutes.

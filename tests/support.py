@@ -19,9 +19,9 @@ import torch
 
 from eclipse_ray import api
 from eclipse_ray.config import load_config
-from eclipse_ray.data.dataset import load_images
-from eclipse_ray.data.images import decode_image
-from eclipse_ray.data.synthetic import write_synthetic
+from eclipse_ray.datasets.images import decode_image
+from eclipse_ray.datasets.memory import load_images
+from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
 from eclipse_ray.diffusion.training import run_fit, start_fit
 

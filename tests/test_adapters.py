@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from eclipse_ray import load_denoiser, purify_images
 from eclipse_ray.adapters import Compensate, PurifiedImages
 from eclipse_ray.config import CompensationConfig
-from eclipse_ray.data.dataset import load_images
+from eclipse_ray.datasets.memory import load_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

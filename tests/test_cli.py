@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eclipse_ray import cli
-from eclipse_ray.data.images import encode_image
+from eclipse_ray.datasets.images import encode_image
 from tests.diffusion.original_unet import Original, original_unet
 from tests.support import run_cli
 

@@ -153,7 +153,7 @@ def test_a_path_with_a_slip_gets_the_nearest(monkeypatch, tmp_path):
 
 
 def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch):
-    from eclipse_ray.distributed import cluster
+    from eclipse_ray.cluster import connect as cluster
     from eclipse_ray.errors import EclipseError
 
     def broken(**options: object) -> None:
@@ -167,7 +167,7 @@ def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch):
 
 
 def test_no_thread_of_a_stopped_run_joins_a_cluster_by_itself():
-    words = ("import eclipse_ray.distributed.cluster", "import ray._private.auto_init_hook as hook")
+    words = ("import eclipse_ray.cluster.connect", "import ray._private.auto_init_hook as hook")
     program = "; ".join([*words, "print(hook.enable_auto_connect)"])
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ENABLE_AUTO_CONNECT"}
     done = subprocess.run(

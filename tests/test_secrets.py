@@ -4,7 +4,7 @@ import pytest
 
 from eclipse_ray import api
 from eclipse_ray.config import Config, holds_secret, load_config
-from eclipse_ray.data.synthetic import write_synthetic
+from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.errors import ConfigError
 
 

@@ -45,7 +45,7 @@ def new_poison(root: Path, name: str) -> list[str]:
         int(slot) for slot in re.findall(r"^\w+_T = 2\*\*30 \+ (\d+) \* 2\*\*16$", budget.read_text(), re.M)
     )
     _after_last(budget, r"^\w+_T = 2\*\*30 \+ .*$", f"{const}_T = 2**30 + {number} * 2**16")
-    proof = root / "eclipse_ray/config/proof.py"
+    proof = root / "eclipse_ray/config/sections.py"
     _replace(proof, r"(PoisonName = Literal\[[^\]]*)\]", rf'\1, "{name}"]')
     _replace(proof, r'(self\.name not in \("urp"[^)]*)\)', rf'\1, "{name}")')
     package = root / "eclipse_ray/poisons/__init__.py"

@@ -108,7 +108,7 @@ def _default(option: Any) -> str:
 def settings() -> str:
     """Return the page of all settings, made from the models of the configuration."""
     from eclipse_ray.config import PRESETS, RECIPES, Config
-    from eclipse_ray.config.describe import describe_section
+    from eclipse_ray.config.words import describe_section
 
     parts = [
         "# Settings\n",

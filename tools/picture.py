@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from eclipse_ray.data.images import decode_image
-from eclipse_ray.report.figures import image_grid
-from eclipse_ray.report.measures import amplified
+from eclipse_ray.datasets.images import decode_image
+from eclipse_ray.reports.charts import image_grid
+from eclipse_ray.reports.measures import amplified
 
 CLASSES = 8
 MAX_PIXELS = 10**6

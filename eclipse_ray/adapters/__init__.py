@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from eclipse_ray import compensation, ledger
 from eclipse_ray.config import CompensationConfig, load_config
-from eclipse_ray.data.dataset import load_images
-from eclipse_ray.data.store import Store
+from eclipse_ray.datasets.memory import load_images
+from eclipse_ray.storage.store import Store
 
 __all__ = ["Compensate", "PurifiedImages"]
 

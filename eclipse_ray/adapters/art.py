@@ -10,7 +10,7 @@ from art.defences.preprocessor.preprocessor import Preprocessor
 from numpy.typing import NDArray
 
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.diffusion.sampling import purify_images
 
 __all__ = ["EclipsePreprocessor"]
 

@@ -34,7 +34,7 @@ def submit(
     The same verb, arguments and settings are one run: submitted again it is joined while it runs, resumed when it
     was stopped or failed, and done anew after success only with `again`. `show` gets the log as it grows.
     """
-    from eclipse_ray.distributed import submit as room
+    from eclipse_ray.cluster import jobs as room
 
     order = room.Order(verb, tuple(arguments), resolve(config, settings, {}), again, image_has_deps, env)
     return room.submit(
@@ -51,6 +51,6 @@ def doctor(
     *, store: str | None = None, config: ConfigLike = None, settings: Settings | None = None
 ) -> DoctorResult:
     """Say whether this machine, its Ray cluster and `store` are fit for a run, and what to mend."""
-    from eclipse_ray.distributed import doctor as room
+    from eclipse_ray.cluster import doctor as room
 
     return room.doctor(resolve(config, settings, {}), store)

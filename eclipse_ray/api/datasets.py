@@ -24,7 +24,7 @@ def convert(
     settings: Settings | None = None,
 ) -> DatasetResult:
     """Rewrite a dataset as canonical Parquet or in another layout; only `resize` touches pixels."""
-    from eclipse_ray.data import transform as room
+    from eclipse_ray.datasets import transform as room
 
     named = {"data.source": source, "data.output": output, "data.resize": resize}
     resolved = resolve(config, settings, named)
@@ -41,7 +41,7 @@ def split(
     settings: Settings | None = None,
 ) -> DatasetResult:
     """Divide a dataset into output/clean and output/rest, disjoint by content, stratified by label."""
-    from eclipse_ray.data import transform as room
+    from eclipse_ray.datasets import transform as room
 
     resolved = resolve(config, settings, {"data.source": source, "data.output": output})
     counts = room.split(source, output, clean, resolved.run.seed, resolved.data)
@@ -62,7 +62,7 @@ def poison(
     urp, lsp, ar and cuda are closed forms; em, tap, rem, sep, efp and adp are optimised over the whole dataset, as
     published or with poison.cost "reduced" for a CPU (docs/poisons.md).
     """
-    from eclipse_ray.distributed import poison as room
+    from eclipse_ray import poisoning as room
     from eclipse_ray.poisons.costs import resolved_poison
 
     named = {"poison.name": name, "data.source": source, "data.output": output}
@@ -73,7 +73,7 @@ def poison(
 
 def _recorded(config: Config, result: DatasetResult) -> DatasetResult:
     """Leave the resolved settings beside a dataset."""
-    from eclipse_ray.data.store import Store
+    from eclipse_ray.storage.store import Store
 
     Store(result.output).write("_eclipse/config.yaml", to_yaml(config).encode())
     return result

@@ -27,7 +27,7 @@ def train(
     settings: Settings | None = None,
 ) -> TrainResult:
     """Fit a denoiser on the sparse clean set `clean` and write it to `out`; the same call resumes."""
-    from eclipse_ray.distributed import train as room
+    from eclipse_ray import training as room
 
     named = {"data.clean": clean, "denoiser.output": out, "data.resize": resize}
     return room.train(resolve(config, settings, named))
@@ -42,7 +42,7 @@ def import_checkpoint(
     schedule: ScheduleName = "cosine",
 ) -> ImportResult:
     """Turn weights of improved-diffusion or guided-diffusion, a local file, into the local denoiser `out`."""
-    from eclipse_ray.diffusion import imported as room
+    from eclipse_ray.diffusion import improved_diffusion as room
 
     return room.import_checkpoint(file, out=out, heads=heads, timesteps=timesteps, schedule=schedule)
 
@@ -63,7 +63,7 @@ def purify(
     `retry_failed` does failed images again and keeps the bytes of the others; `extend` also purifies objects that
     the source has gained since the output was begun.
     """
-    from eclipse_ray.distributed import purify as room
+    from eclipse_ray.purification import run as room
 
     resolved = resolve(config, settings, _purify_settings(source, output, denoiser, resize))
     return room.purify(resolved, retry_failed=retry_failed, extend=extend)
@@ -80,7 +80,7 @@ def dry_run(
     settings: Settings | None = None,
 ) -> DryRunResult:
     """Return what `purify` would do and about how long it would take; nothing is written, no cluster is asked."""
-    from eclipse_ray.distributed import estimate as room
+    from eclipse_ray.purification import plan as room
 
     return room.estimate(
         resolve(config, settings, _purify_settings(source, output, denoiser, resize)), extend=extend
@@ -101,7 +101,7 @@ def _purify_settings(
 def status(output: str) -> StatusResult:
     """Say how far the run in `output` is; works while it runs."""
     from eclipse_ray import ledger
-    from eclipse_ray.data.store import Store
+    from eclipse_ray.storage.store import Store
 
     return ledger.summarise(Store(output))
 
@@ -109,7 +109,7 @@ def status(output: str) -> StatusResult:
 def verify(output: str) -> VerifyResult:
     """Audit the output of a run from its bytes: counts, ids and hashes."""
     from eclipse_ray import ledger
-    from eclipse_ray.data.store import Store
+    from eclipse_ray.storage.store import Store
 
     return ledger.verify(Store(output))
 
@@ -120,7 +120,7 @@ def gc(output: str, *, idle: bool = False) -> GcResult:
     `idle` promises that no run is writing there: leftovers of unfinished shards and unfinished uploads go too.
     """
     from eclipse_ray import ledger
-    from eclipse_ray.data.store import Store
+    from eclipse_ray.storage.store import Store
 
     store = Store(output)
     removed = ledger.collect(store, idle)

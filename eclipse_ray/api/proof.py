@@ -42,7 +42,7 @@ def evaluate(
     resolved = resolve(config, settings, _evaluate_settings(train, test, clean, out))
     if _is_matrix(resolved):
         return _measure(resolved)
-    from eclipse_ray.distributed import evaluate as room
+    from eclipse_ray.experiments import evaluate as room
 
     if out:
         _refuse_others(out)
@@ -62,8 +62,8 @@ def evaluate_plan(
     settings: Settings | None = None,
 ) -> MatrixPlan:
     """Return which cells of a matrix are missing and about how long they will take; nothing is written."""
-    from eclipse_ray.distributed import matrix as room
-    from eclipse_ray.distributed import tidy
+    from eclipse_ray.experiments import matrix as room
+    from eclipse_ray.experiments import tidy
 
     resolved = resolve(config, settings, _evaluate_settings(train, test, clean, out))
     if not _is_matrix(resolved):
@@ -82,9 +82,9 @@ def _is_matrix(config: Config) -> bool:
 
 
 def _measure(config: Config) -> MatrixResult:
-    from eclipse_ray.distributed import matrix as room
-    from eclipse_ray.distributed import tidy
-    from eclipse_ray.report.tables import write_tables
+    from eclipse_ray.experiments import matrix as room
+    from eclipse_ray.experiments import tidy
+    from eclipse_ray.reports.tables import write_tables
 
     matrix = room.open_matrix(config)
     room.run(matrix, lambda: write_tables(matrix.store.url, tidy.view(matrix)))
@@ -101,8 +101,8 @@ def _measure(config: Config) -> MatrixResult:
 
 def _refuse_others(output: str) -> None:
     """Raise InputError if a folder holds anything but an earlier evaluation, whose settings would be lost."""
-    from eclipse_ray.data.dataset import refuse_existing
-    from eclipse_ray.data.store import Store
+    from eclipse_ray.datasets.memory import refuse_existing
+    from eclipse_ray.storage.store import Store
 
     store = Store(output)
     if not store.exists(EVALUATION_FILE):
@@ -111,7 +111,7 @@ def _refuse_others(output: str) -> None:
 
 def _keep_evaluation(output: str, config: Config, result: EvaluateResult) -> None:
     """Leave the result and the resolved settings in a folder."""
-    from eclipse_ray.data.store import Store
+    from eclipse_ray.storage.store import Store
 
     note = {**to_json(result), "train": config.data.source, "test": config.data.test}
     store = Store(output)
@@ -134,7 +134,7 @@ def audit(
     Needs no clean set; with one, more poisons are seen. With `out`, audit.json, audit.png and config.yaml are left
     there.
     """
-    from eclipse_ray.distributed import audit as room
+    from eclipse_ray import auditing as room
 
     named = {
         "data.source": source,
@@ -146,7 +146,7 @@ def audit(
     resolved = resolve(config, settings, named)
     done = room.audit(resolved)
     if resolved.audit.output:
-        from eclipse_ray.report.audit import write_audit
+        from eclipse_ray.reports.sections import write_audit
 
         write_audit(resolved.audit.output, to_yaml(resolved), done.result, done.sample, done.clean)
     return done.result
@@ -166,11 +166,11 @@ def sweep(
     Writes results.parquet, best.yaml for `purify` and two pictures into `out`; the same call goes on with what is
     missing. Without `denoiser`, denoisers are trained on a part of `clean`.
     """
-    from eclipse_ray.distributed import sweep as room
-    from eclipse_ray.distributed import sweep_view
+    from eclipse_ray.experiments import sweep as room
+    from eclipse_ray.experiments import sweep_view
 
     try:
-        from eclipse_ray.report.sweep import write_sweep
+        from eclipse_ray.reports.sweep import write_sweep
     except ImportError:
         raise ConfigError("a sweep draws pictures: pip install 'eclipse-ray[report]'") from None
     opened = room.open_sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out)))
@@ -188,8 +188,8 @@ def sweep_plan(
     settings: Settings | None = None,
 ) -> SweepPlan:
     """Return which trials of a sweep are missing and about how long they take; nothing is written."""
-    from eclipse_ray.distributed import sweep as room
-    from eclipse_ray.distributed import sweep_view
+    from eclipse_ray.experiments import sweep as room
+    from eclipse_ray.experiments import sweep_view
 
     return sweep_view.plan(room.open_sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out))))
 
@@ -206,7 +206,7 @@ def report(output: str) -> ReportResult:
     Raises ConfigError when the libraries for it are not installed, InputError for another folder.
     """
     try:
-        from eclipse_ray.report.write import write_report
+        from eclipse_ray.reports.page import write_report
     except ModuleNotFoundError as error:
         if error.name not in ("matplotlib", "jinja2"):
             raise

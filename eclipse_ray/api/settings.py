@@ -34,7 +34,7 @@ def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> C
 def _read_anywhere(url: str) -> bytes:
     if "://" not in url:
         return Path(url).read_bytes()
-    from eclipse_ray.data.store import Store
+    from eclipse_ray.storage.store import Store
 
     if holds_secret(url):
         raise ConfigError("--config: the URL holds a password or token; give credentials by environment variables")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from eclipse_ray.config import parse_assignment
-from eclipse_ray.config.describe import describe
+from eclipse_ray.config.words import describe
 from eclipse_ray.results import Result, to_json
 
 app = typer.Typer(

@@ -39,7 +39,7 @@ def conclude(output: str, no_report: bool = False) -> None:
     """
     try:
         from eclipse_ray import api
-        from eclipse_ray.report.folders import record_command
+        from eclipse_ray.reports.folder import record_command
 
         record_command(output, shlex.join(["eclipse-ray", *sys.argv[1:]]))
         if not no_report:

@@ -17,41 +17,39 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from eclipse_ray.config.audit import AuditConfig
-from eclipse_ray.config.method import (
-    BATCH_PIXELS,
-    TILE,
-    TILE_OVERLAP,
-    CompensationConfig,
-    DataConfig,
-    DenoiserConfig,
-    PurifyConfig,
-)
 from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.config.presets import PRESETS, RECIPES
-from eclipse_ray.config.proof import (
-    POISON_VARIANTS,
-    DefenseConfig,
-    EvaluateConfig,
-    MatrixConfig,
-    MatrixItem,
-    PoisonConfig,
-    PrivacyConfig,
-    VictimConfig,
-)
 from eclipse_ray.config.secrets import holds_secret, is_secret_name, refuse_secrets
-from eclipse_ray.config.section import (
+from eclipse_ray.config.sections import (
+    BATCH_PIXELS,
+    POISON_VARIANTS,
+    TILE,
+    TILE_OVERLAP,
     Alpha,
     Animated,
+    AuditConfig,
+    CompensationConfig,
+    DataConfig,
+    DefenseConfig,
+    DenoiserConfig,
+    EvaluateConfig,
     Layout,
     LoggerName,
+    MatrixConfig,
+    MatrixItem,
+    Objective,
+    PoisonConfig,
     Precision,
+    PrivacyConfig,
+    PurifyConfig,
+    Range,
     Sampler,
     ScheduleName,
     Section,
     Settings,
+    SweepConfig,
+    VictimConfig,
 )
-from eclipse_ray.config.sweep import Objective, Range, SweepConfig
 from eclipse_ray.errors import ConfigError
 
 __all__ = [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from eclipse_ray.config.section import Recipe
+Recipe = Literal["quick", "paper", "modern"]
 
 # `small` is the defaults above. `paper` is the published setting; what the paper leaves open (batch size,
 # learning rate, dropout) follows the public improved-diffusion recipe.

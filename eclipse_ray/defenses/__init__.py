@@ -9,15 +9,14 @@ from functools import partial
 from torch import Generator, Tensor, nn
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses import iss
+from eclipse_ray.defenses import simple as iss
 from eclipse_ray.defenses.aa import ueraser, ueraser_max
 from eclipse_ray.defenses.at import adversarial_training
 from eclipse_ray.defenses.avatar import avatar
-from eclipse_ray.defenses.cutout import cutout
 from eclipse_ray.defenses.eclipse import compensate, purify, purify_and_bake, purify_draws
 from eclipse_ray.defenses.interface import Defense, Material, Transform, apply_transform
-from eclipse_ray.defenses.mixing import cutmix, mixup
 from eclipse_ray.defenses.op import project, strong_augmentation
+from eclipse_ray.defenses.simple import cutmix, cutout, mixup
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.victims.training import Augmentation
 

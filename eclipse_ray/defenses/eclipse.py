@@ -15,8 +15,8 @@ from torch import Tensor
 from eclipse_ray import compensation
 from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, Sampler
 from eclipse_ray.defenses.interface import Material
-from eclipse_ray.diffusion.model import Denoiser
-from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.diffusion.network import Denoiser
+from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import InputError
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, PurifyConfig
-from eclipse_ray.diffusion.model import Denoiser
+from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.errors import InputError
 from eclipse_ray.victims.training import Augmentation
 

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eclipse_ray.detection import features, nulls
-from eclipse_ray.detection.features import Images
+from eclipse_ray.detection import nulls
+from eclipse_ray.detection import views as features
 from eclipse_ray.detection.scores import Score, check_labels
+from eclipse_ray.detection.views import Images
 
 Verdict = Literal["clean", "poisoned"]
 Frequency = Literal["low", "high"]

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from eclipse_ray.config import Sampler, ScheduleName
-from eclipse_ray.diffusion.model import Denoiser
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas
+from eclipse_ray.diffusion.network import Denoiser
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas
 from eclipse_ray.errors import InputError
 
 if TYPE_CHECKING:

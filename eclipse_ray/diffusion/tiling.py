@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eclipse_ray.diffusion.model import Network
+from eclipse_ray.diffusion.network import Network
 
 # Below this side there is little left to look at, and deep networks shrink such an image to nothing.
 MIN_SIDE = 16

@@ -12,11 +12,179 @@ from torch import Tensor, nn
 
 from eclipse_ray.config import DenoiserConfig
 from eclipse_ray.diffusion.crops import ImageBuffer, crops
-from eclipse_ray.diffusion.ema import start_ema, update_ema
-from eclipse_ray.diffusion.losses import heldout_psnr, loss_hybrid
-from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet
-from eclipse_ray.diffusion.sampler import to_model_range
-from eclipse_ray.diffusion.timesteps import draw_timesteps, record_losses, start_losses
+from eclipse_ray.diffusion.network import IMAGE_CHANNELS, Denoiser, Network, build_denoiser, build_unet
+from eclipse_ray.diffusion.noise import noise
+from eclipse_ray.diffusion.sampling import mixed_log_variance, posterior, predict_x0, split_output, to_model_range
+
+LOSSES_PER_TIMESTEP = 10
+# Part of the probability that stays uniform, so that no timestep is forgotten and no weight is unbounded.
+UNIFORM_PROBABILITY = 0.001
+
+
+def start_losses(t_max: int) -> dict[str, Tensor]:
+    """Return an empty history of the losses of timesteps 0..t_max - 1."""
+    return {
+        "losses": torch.zeros(t_max, LOSSES_PER_TIMESTEP, dtype=torch.float32),
+        "counts": torch.zeros(t_max, dtype=torch.int64),
+    }
+
+
+def record_losses(history: dict[str, Tensor], t: Tensor, losses: Tensor) -> None:
+    """Enter losses (B,) of timesteps t (B,) in their order, in place; each replaces the oldest of its timestep."""
+    for timestep, loss in zip(t.tolist(), losses.tolist(), strict=True):
+        slot = int(history["counts"][timestep]) % LOSSES_PER_TIMESTEP
+        history["losses"][timestep, slot] = loss
+        history["counts"][timestep] += 1
+
+
+def timestep_probabilities(history: dict[str, Tensor]) -> Tensor:
+    """Return float64 (t_max,), proportional to sqrt(E[L_t^2]); uniform until every timestep has ten losses."""
+    count = len(history["counts"])
+    uniform = torch.full((count,), 1 / count, dtype=torch.float64)
+    if int(history["counts"].min()) < LOSSES_PER_TIMESTEP:
+        return uniform
+    root_mean_square = history["losses"].double().square().mean(dim=1).sqrt()
+    return (1 - UNIFORM_PROBABILITY) * root_mean_square / root_mean_square.sum() + UNIFORM_PROBABILITY * uniform
+
+
+def draw_timesteps(
+    t_max: int, count: int, generator: torch.Generator, history: dict[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return t int64 (count,) in 0..t_max - 1 and weights float32 (count,); uniform and ones without a history.
+
+    The mean of weight times loss is an unbiased estimate of the mean loss over timesteps whatever the history.
+    """
+    if history is None:
+        return torch.randint(0, t_max, (count,), generator=generator), torch.ones(count)
+    probabilities = timestep_probabilities(history)
+    drawn = torch.rand(count, dtype=torch.float64, generator=generator)
+    # The last cumulative sum may fall short of 1 by a rounding.
+    t = torch.searchsorted(probabilities.cumsum(0), drawn, right=True).clamp(max=t_max - 1)
+    return t, (1 / (t_max * probabilities[t])).float()
+
+
+def add_noise(x0: Tensor, epsilon: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Return x_t of a batch with one timestep an image: x0, epsilon (B, 3, H, W), t (B,)."""
+    abar = alphas_cumprod[t].to(x0.dtype).view(-1, 1, 1, 1)
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * epsilon
+
+
+def loss_simple(eps_pred: Tensor, epsilon: Tensor) -> Tensor:
+    """Return the mean squared error of eps_pred of each image (B,), from (B, 3, H, W) (Ho et al. 2020, eq. 14)."""
+    return (eps_pred - epsilon).square().mean(dim=(1, 2, 3))
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
+    """Return KL(N(mean, variance) || N(other_mean, other_variance)) in nats, element by element."""
+    log_ratio = log_variance - other_log_variance
+    distance = (mean - other_mean).square() * torch.exp(-other_log_variance)
+    return 0.5 * (torch.exp(log_ratio) - 1 - log_ratio + distance)
+
+
+def decoder_nll(x0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return -log of the probability that a Gaussian falls into the 8-bit level of x0 (Ho et al. 2020, eq. 13).
+
+    x0 lies on the levels in [-1, 1]; the lowest and the highest take the tails. Nats, element by element; at most
+    -log(1e-12), as in the published code.
+    """
+    scale = torch.exp(-0.5 * log_variance)
+    upper = torch.where(x0 > 1 - 1 / 255, math.inf, (x0 + 1 / 255 - mean) * scale)
+    lower = torch.where(x0 < -1 + 1 / 255, -math.inf, (x0 - 1 / 255 - mean) * scale)
+    # Mirrored into the lower tail, and by erfc, so that the difference of two small numbers keeps its digits.
+    mirror = lower + upper > 0
+    high, low = torch.where(mirror, -lower, upper), torch.where(mirror, -upper, lower)
+    probability = 0.5 * (torch.erfc(-high / math.sqrt(2)) - torch.erfc(-low / math.sqrt(2)))
+    return -torch.log(probability.clamp(min=1e-12))
+
+
+def loss_vlb(output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Return the term L_t of the variational bound of each image (B,), bits per dimension (Ho et al. 2020, eq. 5).
+
+    output is (B, 6, H, W), eps_pred and variance mix; x0 and x_t (B, 3, H, W); t (B,). Only the variance learns
+    from it: eps_pred is detached (Nichol & Dhariwal 2021, section 3.1). x0_pred is not clipped.
+    """
+    eps_pred, mix = output.detach()[:, :IMAGE_CHANNELS].double(), output[:, IMAGE_CHANNELS:].double()
+    # float64 throughout: betas near t = 0 are differences of numbers that agree in five digits.
+    x0, x_t = x0.double(), x_t.double()
+    before = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+    abar, abar_previous = alphas_cumprod[t].view(-1, 1, 1, 1), before[t].view(-1, 1, 1, 1)
+    beta = 1 - alphas_cumprod / before
+    beta_tilde = beta * (1 - before) / (1 - alphas_cumprod)
+    # beta_tilde of t = 0 is zero; the published code puts that of t = 1 in its place.
+    low, high = beta_tilde[t.clamp(min=1)].log().view(-1, 1, 1, 1), beta[t].log().view(-1, 1, 1, 1)
+    true_mean, _ = posterior(x_t, x0, abar, abar_previous)
+    x0_pred = (x_t - (1 - abar).sqrt() * eps_pred) / abar.sqrt()
+    mean, _ = posterior(x_t, x0_pred, abar, abar_previous)
+    log_variance = mixed_log_variance(mix, low, high)
+    divergence = gaussian_kl(true_mean, low, mean, log_variance)
+    nats = torch.where(t.view(-1, 1, 1, 1) == 0, decoder_nll(x0, mean, log_variance), divergence)
+    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def loss_hybrid(
+    network: Network, x0: Tensor, epsilon: Tensor, t: Tensor, alphas_cumprod: Tensor, vlb_weight: float
+) -> Tensor:
+    """Return the training loss of each image (B,): loss_simple, plus vlb_weight T loss_vlb for learned variances.
+
+    Nichol & Dhariwal 2021, eq. 16: the bound is a sum over T timesteps, so a drawn term counts T times.
+    """
+    x_t = add_noise(x0, epsilon, t, alphas_cumprod)
+    output = network(x_t, t)
+    eps_pred, mix = split_output(output)
+    simple = loss_simple(eps_pred, epsilon)
+    if mix is None:
+        return simple
+    bound = loss_vlb(output, x0, x_t, t, alphas_cumprod)
+    return simple + vlb_weight * len(alphas_cumprod) * bound.to(simple.dtype)
+
+
+def psnr(first: Tensor, second: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB of two batches in [-1, 1], over all their pixels."""
+    error = torch.mean((first.double() - second.double()) ** 2)
+    return 10 * math.log10(4 / max(float(error), 1e-12))
+
+
+@torch.inference_mode()
+def heldout_psnr(
+    denoiser: Denoiser, x0: Tensor, t_star: int, seed: int = 0, batch_size: int = 64
+) -> tuple[float, float]:
+    """Return (denoised, noisy) PSNR in dB of clean images (N, 3, H, W in [-1, 1]) at depth t_star.
+
+    Denoised is the one-step x0_pred; noisy is x_t divided by sqrt(abar). The noise is fixed by the seed.
+    """
+    abar = float(denoiser.alphas_cumprod[t_star - 1])
+    ids = [f"heldout-{index}" for index in range(len(x0))]
+    denoised, noisy = [], []
+    for start in range(0, len(x0), batch_size):
+        part = x0[start : start + batch_size]
+        t = torch.full((len(part),), t_star - 1, device=x0.device)
+        epsilon = noise(seed, ids[start : start + len(part)], t_star, tuple(part.shape[1:]), x0.device)
+        x_t = add_noise(part, epsilon, t, denoiser.alphas_cumprod)
+        denoised.append(predict_x0(x_t, split_output(denoiser(x_t, t))[0], abar))
+        noisy.append(x_t / abar**0.5)
+    return psnr(torch.cat(denoised), x0), psnr(torch.cat(noisy), x0)
+
+
+def start_ema(module: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the module's floating-point parameters and buffers, by name."""
+    return {
+        name: value.detach().clone() for name, value in module.state_dict().items() if value.is_floating_point()
+    }
+
+
+@torch.no_grad()
+def update_ema(
+    average: dict[str, Tensor], module: nn.Module, decay: float, iteration: int, warmup: bool = True
+) -> None:
+    """Move the average towards the module, in place; with warm-up the decay is (1 + i) / (10 + i) if smaller.
+
+    Without the warm-up a short training would average over its own random start.
+    """
+    if warmup:
+        decay = min(decay, (1 + iteration) / (10 + iteration))
+    state = module.state_dict()
+    torch._foreach_lerp_(list(average.values()), [state[name] for name in average], 1 - decay)
+
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 
-from eclipse_ray.data.store import Store
 from eclipse_ray.ledger import layout
+from eclipse_ray.storage.store import Store
 
 # Starts of a shard before its images are tried one by one, and again before the next remedy.
 PATIENCE = 3

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Store
 
 DATA = "data"
 PRIVATE = "_eclipse"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from eclipse_ray.data.store import Entry, Store
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.ledger import layout
 from eclipse_ray.ledger.plan import Shard, read_plan
 from eclipse_ray.ledger.run import read_fingerprint
 from eclipse_ray.ledger.status import Status, newest_generations, pending, read_statuses
+from eclipse_ray.storage.store import Entry, Store
 
 # Without `seconds`: two runs that did the same work write the same manifest.
 SCHEMA = pa.schema(

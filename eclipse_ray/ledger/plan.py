@@ -12,9 +12,9 @@ import pyarrow as pa
 
 from eclipse_ray import __version__
 from eclipse_ray.config import digest
-from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import layout
+from eclipse_ray.storage.store import Store
 
 SCHEMA = pa.schema(
     [

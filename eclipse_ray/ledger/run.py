@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from eclipse_ray.config import difference, digest
-from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import layout
 from eclipse_ray.ledger.plan import Plan, Shard, plan_bytes, plan_digest, read_plan
+from eclipse_ray.storage.store import Store
 
 _EXAMPLES = 5
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eclipse_ray.data.store import Store
 from eclipse_ray.errors import StorageError
 from eclipse_ray.ledger import layout
 from eclipse_ray.ledger.plan import Shard, read_plan
 from eclipse_ray.results import StatusResult
+from eclipse_ray.storage.store import Store
 
 ERRORS_SCHEMA = pa.schema([("id", pa.string()), ("key", pa.string()), ("error", pa.string())])
 _READERS = 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from eclipse_ray.data.store import Store
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.ledger import layout
 from eclipse_ray.ledger.manifest import Manifest, manifest_problem
@@ -13,6 +12,7 @@ from eclipse_ray.ledger.plan import Plan, Shard, plan_digest, read_plan
 from eclipse_ray.ledger.run import read_fingerprint
 from eclipse_ray.ledger.status import Status, pending, scan_statuses
 from eclipse_ray.results import VerifyResult
+from eclipse_ray.storage.store import Store
 
 _BATCH = 256
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from eclipse_ray.compensation import compensate
 from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, CompensationConfig, DenoiserConfig, PoisonConfig
-from eclipse_ray.diffusion.model import Denoiser, build_unet
-from eclipse_ray.diffusion.sampler import absorb, eliminate
+from eclipse_ray.diffusion.network import Denoiser, build_unet
+from eclipse_ray.diffusion.sampling import absorb, eliminate
 from eclipse_ray.diffusion.tiling import tiled
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.em import See, minimise_error, perturb_em

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import noise
+from eclipse_ray.errors import InputError
 from eclipse_ray.poisons.budget import EFP_T
-from eclipse_ray.poisons.centroids import class_means
 from eclipse_ray.poisons.optimised import (
     LabelledImages,
     Session,
     State,
+    by_id,
     in_batches,
     to_float,
     to_images,
 )
 from eclipse_ray.poisons.surrogate import (
+    EVALUATION_BATCH,
     Objective,
     crop_flip,
     features,
@@ -33,6 +35,26 @@ from eclipse_ray.poisons.surrogate import (
     pgd,
     train_surrogate,
 )
+
+
+@torch.no_grad()
+def class_means(model: nn.Module, data: LabelledImages, device: torch.device) -> Tensor:
+    """Return the mean features, float32 (num_classes, F) on the CPU, of the images of each class.
+
+    The model is in evaluation mode. Raises InputError for a class without images.
+    """
+    counts = torch.bincount(data.labels, minlength=data.num_classes)
+    if int(counts.min()) == 0:
+        raise InputError(
+            f"class {int(counts.argmin())} of {data.num_classes} has no images, so no mean feature; this poison "
+            "needs images of every class"
+        )
+    data = by_id(data)
+    values = torch.cat(
+        [features(model, to_float(part, device)).cpu() for part in torch.split(data.images, EVALUATION_BATCH)]
+    )
+    sums = torch.zeros(data.num_classes, values.shape[1]).index_add_(0, data.labels, values)
+    return sums / counts[:, None]
 
 
 def fit_efp(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eclipse_ray.config import PoisonConfig
-from eclipse_ray.diffusion.model import Denoiser
+from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.errors import InputError
 
 State = dict[str, Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.centroids import class_means
+from eclipse_ray.poisons.efp import class_means
 from eclipse_ray.poisons.optimised import (
     LabelledImages,
     Session,

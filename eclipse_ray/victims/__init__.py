@@ -6,10 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from eclipse_ray.victims.densenet import densenet121
-from eclipse_ray.victims.resnet import resnet18, resnet50
-from eclipse_ray.victims.small import small_network
-from eclipse_ray.victims.vgg import vgg16, vgg19
+from eclipse_ray.victims.networks import densenet121, resnet18, resnet50, small_network, vgg16, vgg19
 
 VICTIMS: dict[str, Callable[[int], nn.Module]] = {
     "small": small_network,

@@ -3,7 +3,7 @@
 import pytest
 
 from eclipse_ray import api, ledger
-from eclipse_ray.data.store import Store
+from eclipse_ray.storage.store import Store
 from tests.support import DEBUG, kill_when, read_output, run_cli
 
 # One image a pass and every timestep: slow enough that a kill lands in the middle.

@@ -1,6 +1,6 @@
 """Workers that are killed, end, hang or run out of memory: every image still ends once, and the same.
 
-`make test` has the same without Ray: tests/test_ledger_attempts.py and tests/distributed/test_faults.py.
+`make test` has the same without Ray: tests/ledger/test_attempts.py and tests/purification/test_faults.py.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from eclipse_ray import api, ledger
-from eclipse_ray.data.images import encode_image
-from eclipse_ray.data.store import Store
-from eclipse_ray.data.synthetic import write_synthetic
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.synthetic import write_synthetic
+from eclipse_ray.storage.store import Store
 from tests.support import DEBUG, pixels_of, read_output
 
 SETTINGS = {**DEBUG, "purify.shard_images": 20, "purify.actors": 2, "purify.batch_size": 8}
 IMAGES = 240
-DECODE, PURIFY = "eclipse_ray.data.images.decode_image", "eclipse_ray.diffusion.sampler.purify_images"
+DECODE, PURIFY = "eclipse_ray.datasets.images.decode_image", "eclipse_ray.diffusion.sampling.purify_images"
 FAULTS = Path(__file__).parent / "faults"
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from eclipse_ray.config import CompensationConfig, PurifyConfig, load_config
-from eclipse_ray.data.images import jpeg_roundtrip
+from eclipse_ray.datasets.images import jpeg_roundtrip
 from eclipse_ray.defenses import Material
-from eclipse_ray.diffusion.model import Denoiser, build_denoiser, build_unet
+from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet
 
 
 def generator(seed=0):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.cutout import cutout
-from eclipse_ray.defenses.mixing import beta, cutmix, mixup
+from eclipse_ray.defenses.simple import beta, cutmix, cutout, mixup
 from tests.defenses.support import batch, generator, linear_victim
 
 MODEL = linear_victim()

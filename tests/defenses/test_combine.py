@@ -5,7 +5,7 @@ import torch
 
 from eclipse_ray.config import DefenseConfig, load_config
 from eclipse_ray.defenses import DEFENSES, combine
-from eclipse_ray.defenses.dp_sgd import privacy
+from eclipse_ray.defenses.simple import privacy
 from eclipse_ray.errors import ConfigError, InputError
 from tests.defenses.support import batch, generator, images, labels, linear_victim, material, untrained_denoiser
 

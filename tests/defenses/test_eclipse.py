@@ -10,8 +10,8 @@ from eclipse_ray.config import CompensationConfig, DefenseConfig, PurifyConfig, 
 from eclipse_ray.defenses import DEFENSES
 from eclipse_ray.defenses.avatar import depth_of
 from eclipse_ray.defenses.eclipse import draw_seed
-from eclipse_ray.diffusion.sampler import purify_images
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, linear_alphas_cumprod
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_cumprod
+from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import ConfigError, InputError
 from tests.defenses.support import material, untrained_denoiser
 

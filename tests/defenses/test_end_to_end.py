@@ -5,7 +5,7 @@ import torch
 
 from eclipse_ray.config import DefenseConfig, VictimConfig, load_config
 from eclipse_ray.defenses import DEFENSES, combine
-from eclipse_ray.defenses.dp_sgd import privacy
+from eclipse_ray.defenses.simple import privacy
 from eclipse_ray.victims.training import train_victim
 from tests.defenses.support import images, labels, material, untrained_denoiser
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.data.images import jpeg_roundtrip
+from eclipse_ray.datasets.images import jpeg_roundtrip
 from eclipse_ray.defenses import DEFENSES
 from tests.defenses.support import generator, images, material
 

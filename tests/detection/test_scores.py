@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from eclipse_ray.config import load_config
-from eclipse_ray.data.synthetic import draw_synthetic
+from eclipse_ray.datasets.synthetic import draw_synthetic
 from eclipse_ray.detection import Images, judge, nulls, score_images
-from eclipse_ray.detection.features import VIEWS, bands, rows_of
 from eclipse_ray.detection.scores import Score, check_labels, compare, mirror
 from eclipse_ray.detection.verdict import holm
+from eclipse_ray.detection.views import VIEWS, bands, rows_of
 from eclipse_ray.errors import InputError
 from eclipse_ray.poisons import poison_images
 

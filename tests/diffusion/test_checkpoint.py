@@ -19,8 +19,8 @@ from eclipse_ray.diffusion.checkpoint import (
     save_denoiser,
     weights_digest,
 )
-from eclipse_ray.diffusion.model import build_denoiser, build_unet
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.errors import InputError
 
 

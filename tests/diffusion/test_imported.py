@@ -10,9 +10,9 @@ from diffusers import UNet2DModel
 
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.diffusion.fixed_heads import FixedHeadsUNet2DModel
-from eclipse_ray.diffusion.imported import import_checkpoint, iterations_in, recommended_depth
-from eclipse_ray.diffusion.sampler import purify_images
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas, noise_std
+from eclipse_ray.diffusion.improved_diffusion import import_checkpoint, iterations_in, recommended_depth
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas, noise_std
+from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import ConfigError, InputError
 from tests.diffusion.original_unet import Original, original_unet
 

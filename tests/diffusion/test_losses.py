@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from eclipse_ray.diffusion.losses import (
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+from eclipse_ray.diffusion.sampling import learned_variance
+from eclipse_ray.diffusion.training import (
     add_noise,
     decoder_nll,
     gaussian_kl,
@@ -15,8 +17,6 @@ from eclipse_ray.diffusion.losses import (
     loss_vlb,
     psnr,
 )
-from eclipse_ray.diffusion.sampler import learned_variance
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
 
 SCHEDULE = cosine_alphas_cumprod(20)
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1

@@ -9,17 +9,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from eclipse_ray.config import load_config
-from eclipse_ray.diffusion.model import build_denoiser, build_unet
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.diffusion.noise import noise
-from eclipse_ray.diffusion.sampler import (
-    absorb,
-    ddim_step,
-    eliminate,
-    learned_variance,
-    posterior,
-    predict_x0,
-)
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+from eclipse_ray.diffusion.sampling import absorb, ddim_step, eliminate, learned_variance, posterior, predict_x0
 
 T, T_STAR = 4000, 100
 SCHEDULE = cosine_alphas_cumprod(T)

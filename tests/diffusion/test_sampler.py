@@ -9,10 +9,11 @@ import torch
 from diffusers import DDPMScheduler
 
 from eclipse_ray.config import load_config
-from eclipse_ray.diffusion import sampler as room
-from eclipse_ray.diffusion.model import build_denoiser, build_unet
+from eclipse_ray.diffusion import sampling as room
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.diffusion.noise import noise
-from eclipse_ray.diffusion.sampler import (
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+from eclipse_ray.diffusion.sampling import (
     absorb,
     ancestral_step,
     eliminate,
@@ -22,7 +23,6 @@ from eclipse_ray.diffusion.sampler import (
     to_model_range,
     to_uint8,
 )
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
 from eclipse_ray.errors import ConfigError, InputError
 
 T = 4000
@@ -165,8 +165,8 @@ MEMORY = """
 import sys, torch
 from eclipse_ray.compensation import bake
 from eclipse_ray.config import load_config
-from eclipse_ray.diffusion.model import build_denoiser, build_unet
-from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
+from eclipse_ray.diffusion.sampling import purify_images
 def peak():
     status = open("/proc/self/status").read()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod, noise_std, respaced_timesteps
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod, noise_std, respaced_timesteps
 
 
 @pytest.mark.parametrize("timesteps", [20, 1000, 4000])

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eclipse_ray.config import BATCH_PIXELS, load_config
-from eclipse_ray.diffusion.model import build_denoiser, build_unet
-from eclipse_ray.diffusion.sampler import purify_images
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
+from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.diffusion.tiling import blend_weights, plan_axis, reflect_pad, tiled
 
 

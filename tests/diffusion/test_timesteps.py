@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eclipse_ray.diffusion.timesteps import draw_timesteps, record_losses, start_losses, timestep_probabilities
+from eclipse_ray.diffusion.training import draw_timesteps, record_losses, start_losses, timestep_probabilities
 
 
 def generator(seed=0):

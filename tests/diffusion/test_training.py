@@ -6,17 +6,21 @@ import pytest
 import torch
 
 from eclipse_ray.config import PRESETS, load_config
-from eclipse_ray.diffusion.ema import start_ema, update_ema
-from eclipse_ray.diffusion.losses import loss_hybrid
-from eclipse_ray.diffusion.model import build_denoiser
-from eclipse_ray.diffusion.schedule import cosine_alphas_cumprod
-from eclipse_ray.diffusion.timesteps import draw_timesteps, record_losses, start_losses, timestep_probabilities
+from eclipse_ray.diffusion.network import build_denoiser
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.diffusion.training import (
     _draw_batch,
+    draw_timesteps,
     enlarged_batch,
     learning_rate_at,
+    loss_hybrid,
+    record_losses,
     run_fit,
+    start_ema,
     start_fit,
+    start_losses,
+    timestep_probabilities,
+    update_ema,
     worker_slice,
 )
 

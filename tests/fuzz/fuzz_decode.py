@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.data.formats import open_source, read_tables
-from eclipse_ray.data.images import ImageError, decode_stored, encode_image
-from eclipse_ray.data.store import Store
-from eclipse_ray.data.table import canonical_table, table_to_parquet
+from eclipse_ray.datasets.formats import open_source, read_tables
+from eclipse_ray.datasets.images import ImageError, decode_stored, encode_image
+from eclipse_ray.datasets.table import canonical_table, table_to_parquet
 from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Store
 from tests.zoo import NOISE, specimens
 
 MAX_PIXELS = 1_000_000

@@ -10,7 +10,7 @@ from tests.fuzz.fuzz_decode import TARGETS, fuzz, seeds
 @pytest.mark.parametrize("name", TARGETS)
 def test_seeds_are_valid(name):
     # A fuzzer whose seeds are refused explores nothing.
-    from eclipse_ray.data.images import ImageError
+    from eclipse_ray.datasets.images import ImageError
 
     accepted = 0
     for data in seeds()[name]:

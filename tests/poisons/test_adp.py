@@ -5,8 +5,8 @@ import torch
 
 from eclipse_ray.compensation import bake, compensate
 from eclipse_ray.config import CompensationConfig, load_config
-from eclipse_ray.diffusion.model import build_denoiser, build_unet
-from eclipse_ray.diffusion.sampler import purify
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
+from eclipse_ray.diffusion.sampling import purify
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons import fit_poison, quiet_session
 from eclipse_ray.poisons.adp import UNetClassifier, defender, new_unet, purified

@@ -17,8 +17,8 @@ import torch
 
 from eclipse_ray import cli
 from eclipse_ray.config import DataConfig
-from eclipse_ray.data.formats import open_source, read_tables
-from eclipse_ray.data.images import encode_image
+from eclipse_ray.datasets.formats import open_source, read_tables
+from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.errors import InputError
 
 CONFIG = DataConfig()

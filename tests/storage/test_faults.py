@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from eclipse_ray.data import transient
-from eclipse_ray.data.store import Store
-from eclipse_ray.data.transient import Patience
 from eclipse_ray.errors import StorageError
+from eclipse_ray.storage import retries as transient
+from eclipse_ray.storage.retries import Patience
+from eclipse_ray.storage.store import Store
 from tests.storage.proxy import Fault
 
 SIZE = 300_000

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from eclipse_ray.data.s3 import S3Folder
 from eclipse_ray.errors import StorageError
+from eclipse_ray.storage.s3 import S3Folder
 
 
 class Pages:

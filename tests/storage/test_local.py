@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from eclipse_ray.data.local import LocalFolder
-from eclipse_ray.data.store import Store
 from eclipse_ray.errors import StorageError
+from eclipse_ray.storage.local import LocalFolder
+from eclipse_ray.storage.store import Store
 
 
 def _contend(url, name, barrier, winners):
@@ -105,7 +105,7 @@ def test_a_file_in_place_of_a_folder_is_not_a_lost_race(tmp_path):
 
 LIMITED = """
 import resource, sys
-from eclipse_ray.data.store import Store
+from eclipse_ray.storage.store import Store
 from eclipse_ray.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:

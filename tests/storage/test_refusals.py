@@ -10,10 +10,10 @@ import time
 import botocore.auth
 import pytest
 
-from eclipse_ray.data import transient
-from eclipse_ray.data.store import Store
-from eclipse_ray.data.transient import Patience
 from eclipse_ray.errors import StorageError
+from eclipse_ray.storage import retries as transient
+from eclipse_ray.storage.retries import Patience
+from eclipse_ray.storage.store import Store
 from tests.storage.proxy import Fault
 from tests.storage.servers import BUCKET, SECRET, environment, point_at, seaweedfs
 from tests.storage.test_local import fill

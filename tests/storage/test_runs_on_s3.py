@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from eclipse_ray import api
-from eclipse_ray.data import transient
-from eclipse_ray.data.store import Store
-from eclipse_ray.data.transient import Patience
 from eclipse_ray.ledger import finalise, named_objects, pending, read_statuses, summarise, verify
-from tests.ledger_helpers import complete, make_shards, written
+from eclipse_ray.storage import retries as transient
+from eclipse_ray.storage.retries import Patience
+from eclipse_ray.storage.store import Store
+from tests.ledger.helpers import complete, make_shards, written
 from tests.storage.proxy import Fault
 from tests.storage.servers import point_at
 from tests.support import DEBUG, run_cli
@@ -23,8 +23,8 @@ SHARDS = make_shards(24, 2)
 
 CONTENDER = """
 import json, sys, time
-from eclipse_ray.data.store import Store
-from tests.ledger_helpers import commit, make_shards, start
+from eclipse_ray.storage.store import Store
+from tests.ledger.helpers import commit, make_shards, start
 url, salt = sys.argv[1], int(sys.argv[2])
 signs, out, shards = Store(url + "/signs"), Store(url + "/out"), make_shards(24, 2)
 
@@ -69,8 +69,8 @@ def test_two_drivers_at_once_have_one_winner_a_shard(s3_url):
 
 DRIVER = """
 import sys
-from eclipse_ray.data.store import Store
-from tests.ledger_helpers import complete, make_shards
+from eclipse_ray.storage.store import Store
+from tests.ledger.helpers import complete, make_shards
 complete(Store(sys.argv[1]), make_shards(24, 2))
 """
 

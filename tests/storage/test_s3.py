@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray.data import s3
-from eclipse_ray.data.store import Store
 from eclipse_ray.errors import StorageError
+from eclipse_ray.storage import s3
+from eclipse_ray.storage.store import Store
 from tests.storage.proxy import Fault
 from tests.storage.servers import BUCKET
 
@@ -212,7 +212,7 @@ def test_an_upload_that_somebody_aborts_is_begun_anew(proxy, faulty_url, small_p
 UPLOAD = """
 import sys
 from eclipse_ray.data import s3
-from eclipse_ray.data.store import Store
+from eclipse_ray.storage.store import Store
 s3.PART_BYTES = 5 << 20
 Store(sys.argv[1]).create("data/x", bytes(16 << 20))
 """

@@ -6,9 +6,9 @@ import errno
 
 import pytest
 
-from eclipse_ray.data import transient
-from eclipse_ray.data.transient import Action, Patience, ShortReadError, kind_of, retried
 from eclipse_ray.errors import StorageError
+from eclipse_ray.storage import retries as transient
+from eclipse_ray.storage.retries import Action, Patience, ShortReadError, kind_of, retried
 
 READ = Action("read", "s3:GetObject")
 

@@ -1,0 +1,322 @@
+"""Audit a dataset: Ray Data streams a random sample of it through crops, and the driver scores and decides."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+from ray.data import DataContext
+
+from eclipse_ray.cluster.connect import Resources, connect, refuse_process_local
+from eclipse_ray.cluster.fetch import local_denoiser, open_denoiser
+from eclipse_ray.config import Config, DataConfig, PurifyConfig
+from eclipse_ray.datasets.formats import open_source, read_parts
+from eclipse_ray.datasets.images import ImageError, centre_crop, content_hash, decode_stored, resize_image
+from eclipse_ray.datasets.sampling import random_chunks, rows_in
+from eclipse_ray.datasets.table import image_bytes
+from eclipse_ray.detection import Finding, Images, Score, judge, score_images
+from eclipse_ray.detection.views import GRID
+from eclipse_ray.diffusion.checkpoint import read_card
+from eclipse_ray.diffusion.noise import uniform
+from eclipse_ray.diffusion.tiling import MIN_SIDE
+from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine
+from eclipse_ray.purification.purifier import purify_batch
+from eclipse_ray.purification.run import IO_CPUS, on_actors, pool
+from eclipse_ray.purification.shard import Pixels, fatal_error, fatal_note, pack, same_size_batches, unpack
+from eclipse_ray.results import AuditResult
+from eclipse_ray.storage.store import Store
+
+# Timestep of the draws that choose the sample, far from those of any poison.
+AUDIT_T = 2**30 + 32 * 2**16
+
+
+@dataclass(frozen=True)
+class AuditJob:
+    """What every worker must know; `keep` is the part of the rows that is looked at, 0-1."""
+
+    source: str
+    format: str
+    classes: tuple[str, ...] | None
+    data: DataConfig
+    purify: PurifyConfig
+    denoiser: str | None
+    crop: int
+    keep: float
+    seed: int
+
+
+def read_crops(batch: pa.Table, job: AuditJob) -> pa.Table:
+    """Return crops of the chosen rows of one chunk: id, label (-1: none) and draw, packed as one row."""
+    try:
+        return _read_crops([tuple(span) for span in json.loads(batch["spans"][0].as_py())], job)
+    except EclipseError as error:
+        return pack({"read": [0]}, _rows([], [], []), [], [], fatal_note(error))
+
+
+def _read_crops(spans: Sequence[tuple[str, int, int]], job: AuditJob) -> pa.Table:
+    table = read_parts(job.source, job.format, job.classes, spans, job.data)
+    ids: list[str] = table["id"].to_pylist()
+    draws = uniform(job.seed, ids, AUDIT_T, (1,))[:, 0].tolist()
+    known = "label" in table.column_names
+    labels: list[int] = table["label"].fill_null(-1).to_pylist() if known else [-1] * len(ids)
+    encoded = image_bytes(table)
+    kept: list[int] = []
+    crops: list[Pixels] = []
+    failures: list[dict[str, str]] = []
+    for row, draw in enumerate(draws):
+        if draw >= job.keep:
+            continue
+        crop = _crop(encoded[row], job)
+        if isinstance(crop, str):
+            failures.append({"id": ids[row], "error": crop})
+        else:
+            kept.append(row)
+            crops.append(crop)
+    rows = _rows([ids[row] for row in kept], [labels[row] for row in kept], [draws[row] for row in kept])
+    return pack({"read": [len(ids)]}, rows, crops, failures)
+
+
+def _crop(encoded: bytes, job: AuditJob) -> Pixels | str:
+    """Return the middle of an image, square, its side a multiple of GRID; or why it cannot be looked at."""
+    try:
+        image = resize_image(decode_stored(encoded, job.data), job.data.resize)
+    except ImageError as error:
+        return str(error)
+    side = min(job.crop, *image.shape[:2]) // GRID * GRID
+    if side < MIN_SIDE:
+        return f"{image.shape[1]}x{image.shape[0]} pixels are too few to look at, {MIN_SIDE} a side are needed"
+    return np.ascontiguousarray(centre_crop(image, side))
+
+
+def _rows(ids: Sequence[str], labels: Sequence[int], draws: Sequence[float]) -> pa.Table:
+    return pa.table(
+        {
+            "id": pa.array(ids, pa.string()),
+            "label": pa.array(labels, pa.int64()),
+            "draw": pa.array(draws, pa.float64()),
+        }
+    )
+
+
+class Denoised:
+    """The actor of an audit with a denoiser: adds to each crop what remains of it."""
+
+    def __init__(self, job: AuditJob) -> None:
+        torch.set_num_threads(1)
+        assert job.denoiser is not None
+        self.job = job
+        self.denoiser = open_denoiser(job.denoiser, job.purify.precision)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Return the row with each crop followed, in a second half of the images, by its denoised form."""
+        if batch["fatal"][0].as_py():
+            return batch
+        table, crops, failures = unpack(batch)
+        ids: list[str] = table["id"].to_pylist()
+        denoised: list[Pixels] = list(crops)
+        settings = self.job.purify
+        try:
+            for places in same_size_batches(crops, settings.batch_size, settings.batch_pixels):
+                images = np.stack([crops[place] for place in places])
+                done = self._symmetric(images, [ids[place] for place in places])
+                for place, image in zip(places, done, strict=True):
+                    denoised[place] = image
+        except EclipseError as error:
+            return pack({"read": [0]}, _rows([], [], []), [], [], fatal_note(error))
+        return pack({"read": batch["read"].to_pylist()}, table, [*crops, *denoised], failures)
+
+    def _symmetric(self, images: Pixels, ids: Sequence[str]) -> Pixels:
+        # The mean over both sides of the mirror, under the same noise, turns with the image: no network does by
+        # itself, and the audit's null is about the mirror.
+        straight = purify_batch(self.denoiser, images, ids, self.job.purify, self.job.seed)
+        mirrored = np.ascontiguousarray(images[:, :, ::-1])
+        turned = purify_batch(self.denoiser, mirrored, ids, self.job.purify, self.job.seed).flip(2)
+        return ((straight.int() + turned.int() + 1) // 2).to(torch.uint8).numpy()
+
+
+# Rows looked at for each one that is kept, so that rare classes are not left with too few.
+SPARE = 3
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A crop of the sample: its id, label (-1: none), draw, pixels, and what a denoiser made of them or None."""
+
+    id: str
+    label: int
+    draw: float
+    pixels: Pixels
+    denoised: Pixels | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A verdict, and what its picture is drawn from."""
+
+    result: AuditResult
+    sample: Images
+    clean: Images | None
+
+
+def audit(config: Config) -> Audit:
+    """Score a class-balanced random sample of data.source, beside data.clean if there is one, and decide.
+
+    Raises InputError for missing labels, too few images, and a clean set that shares images with the sample.
+    """
+    source, clean_url = config.data.source, config.data.clean
+    if not source:
+        raise ConfigError("audit needs a dataset: eclipse-ray audit SRC [--clean SRC]")
+    for url in (source, clean_url):
+        if url:
+            refuse_process_local(url, Store(url).in_this_process_only)
+    crops = balanced(_crops(config, source), config.audit.images, config.audit.classes)
+    if not crops:
+        raise InputError(f"{source}: audit needs labels, for a poison is what images of one label share; add them")
+    others = _crops(config, clean_url)[: config.audit.images] if clean_url else []
+    if clean_url:
+        _refuse_shared(source, clean_url, crops, others)
+    side = common_side([*crops, *others])
+    sample, clean = as_images(crops, side), as_images(others, side) if others else None
+    say(f"audit: scoring {len(sample.images):,} images of {side} px")
+    scores = score_images(sample, clean, config.run.seed)
+    finding = judge(sample, scores, config.audit.alpha)
+    return Audit(_result(config, finding, scores, sample, clean), sample, clean)
+
+
+def balanced(crops: Sequence[Crop], images: int, classes: int) -> list[Crop]:
+    """Return at most `images` labelled crops of the `classes` largest classes, as even as they allow."""
+    by_label: dict[int, list[Crop]] = defaultdict(list)
+    for crop in sorted(crops, key=lambda crop: (crop.draw, crop.id)):
+        if crop.label >= 0:
+            by_label[crop.label].append(crop)
+    largest = sorted(by_label, key=lambda label: (-len(by_label[label]), label))[:classes]
+    share = -(-images // max(1, len(largest)))
+    chosen = [crop for label in sorted(largest) for crop in by_label[label][:share]]
+    return sorted(chosen, key=lambda crop: (crop.draw, crop.id))[:images]
+
+
+def common_side(crops: Sequence[Crop]) -> int:
+    """Return the side, in pixels, that all but 5 % of the crops have at least."""
+    sides = sorted(crop.pixels.shape[0] for crop in crops)
+    return sides[len(sides) // 20]
+
+
+def as_images(crops: Sequence[Crop], side: int) -> Images:
+    """Return the middle of every crop that is large enough, as tensors; labels unless none has one."""
+    kept = [crop for crop in crops if crop.pixels.shape[0] >= side]
+    labels = torch.tensor([crop.label for crop in kept])
+    denoised = [crop.denoised for crop in kept if crop.denoised is not None]
+    return Images(
+        _tensor([crop.pixels for crop in kept], side),
+        labels if bool((labels >= 0).any()) else None,
+        _tensor(denoised, side) if denoised else None,
+    )
+
+
+def _tensor(pixels: Sequence[Pixels], side: int) -> torch.Tensor:
+    return (
+        torch.from_numpy(np.stack([centre_crop(each, side) for each in pixels])).permute(0, 3, 1, 2).contiguous()
+    )
+
+
+def _crops(config: Config, url: str) -> list[Crop]:
+    """Return a random part of a dataset, sorted by draw: SPARE times audit.images, or all there are."""
+    source = open_source(url, config.data)
+    chosen = random_chunks(source.parts, config.audit.images, config.run.seed)
+    found = sum(rows_in(spans) for spans in chosen)
+    job = AuditJob(
+        source=source.url,
+        format=source.format,
+        classes=None if source.classes is None else tuple(source.classes),
+        data=config.data,
+        purify=config.purify,
+        denoiser=config.audit.denoiser,
+        crop=config.audit.crop,
+        keep=min(1.0, SPARE * config.audit.images / found),
+        seed=config.run.seed,
+    )
+    resources = connect(config)
+    crops: list[Crop] = []
+    failed = 0
+    with ProgressLine("audit: reading", "images", found, config.run.progress_seconds) as line:
+        for part, failures, read in _stream(job, chosen, config, resources):
+            crops += part
+            failed += failures
+            line.advance(read, failures)
+    if failed:
+        say(f"audit: {failed} images of {url} cannot be decoded or are too small; they are left out")
+    if not crops:
+        raise InputError(f"{url}: no image could be looked at; check that they decode and have 16 pixels a side")
+    return sorted(crops, key=lambda crop: (crop.draw, crop.id))
+
+
+def _stream(
+    job: AuditJob, chunks: Sequence[Sequence[tuple[str, int, int]]], config: Config, resources: Resources
+) -> Iterator[tuple[list[Crop], int, int]]:
+    """Yield (crops, failures, rows read) of each chunk."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    rows = [pa.table({"spans": [json.dumps(spans)]}) for spans in chunks]
+    dataset = ray.data.from_arrow(rows).map_batches(
+        read_crops, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
+    )
+    if job.denoiser is not None:
+        actors, gpus = pool(config, resources, len(chunks))
+        dataset = on_actors(dataset, Denoised, job, actors, gpus)
+    for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
+        if batch["fatal"][0].as_py():
+            raise fatal_error(batch["fatal"][0].as_py())
+        table, images, failures = unpack(batch)
+        rest = images[table.num_rows :]
+        denoised: list[Pixels | None] = [*rest] if rest else [None] * table.num_rows
+        # Copies: a crop kept as a view would keep its whole chunk.
+        crops = [
+            Crop(row["id"], row["label"], row["draw"], image.copy(), None if clean is None else clean.copy())
+            for row, image, clean in zip(table.to_pylist(), images[: table.num_rows], denoised, strict=True)
+        ]
+        yield crops, len(failures), batch["read"][0].as_py()
+
+
+def _refuse_shared(source: str, clean_url: str, crops: Sequence[Crop], others: Sequence[Crop]) -> None:
+    shared = {content_hash(crop.pixels) for crop in crops} & {content_hash(crop.pixels) for crop in others}
+    if shared:
+        raise InputError(
+            f"{source}, {clean_url}: sample and clean set share {len(shared)} images (by content); a clean set is "
+            "compared with the sample only if it is disjoint from it"
+        )
+
+
+def _result(
+    config: Config, finding: Finding, scores: Sequence[Score], sample: Images, clean: Images | None
+) -> AuditResult:
+    t_star = None
+    if finding.verdict == "poisoned":
+        folder = config.audit.denoiser
+        t_star = read_card(local_denoiser(folder)).t_star if folder else config.denoiser.t_star
+    poisoned = t_star is not None
+    labels = torch.empty(0) if sample.labels is None else sample.labels
+    return AuditResult(
+        verdict=finding.verdict,
+        p_value=finding.p_value,
+        frequency=finding.frequency,
+        scope=finding.scope,
+        recommended={
+            "t_star": t_star,
+            "p": config.compensation.p if poisoned else None,
+            "sigma": config.compensation.sigma if poisoned else None,
+        },
+        words=finding.words,
+        images=len(sample.images),
+        classes=len(torch.unique(labels)),
+        clean_images=0 if clean is None else len(clean.images),
+        evidence=[asdict(score) for score in scores],
+        output=config.audit.output,
+    )

@@ -1,0 +1,201 @@
+"""Is this machine, this cluster and this store fit for a run: one check a line, with what to do about it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from eclipse_ray.cluster.connect import UNSAFE_VARIABLES, address_of, connect
+from eclipse_ray.cluster.jobs import find_token
+from eclipse_ray.config import Config
+from eclipse_ray.errors import EclipseError
+from eclipse_ray.results import Check, DoctorResult
+from eclipse_ray.storage.store import Store
+
+PACKAGE = "eclipse-ray"
+# Below so much, spilled shards and Ray's own logs soon fill a disk; Ray stops at 95 % anyway.
+DISK_BYTES, DISK_FULL = 5 * 2**30, 0.95
+# Docker gives 64 MiB unless asked; then Ray keeps its objects on disk, many times slower.
+SHM_BYTES = 2**30
+CONNECT_SECONDS = 5.0
+SHM = Path("/dev/shm")
+
+
+def doctor(config: Config, store: str | None = None) -> DoctorResult:
+    """Check versions, devices, Ray, `store` (a place for outputs), token, disk and shared memory.
+
+    Nothing stays behind: the store gets one object, which is deleted again. `ok` is false if a check failed.
+    """
+    checks = [
+        *_guarded("versions", _versions),
+        *_guarded("devices", _devices),
+        *_guarded("environment", _environment),
+        *_guarded("ray", lambda: _ray(config)),
+        *_guarded("token", lambda: _token(address_of(config))),
+        *_guarded("disk", _disk),
+        *_guarded("shared memory", _shared_memory),
+    ]
+    if store is not None:
+        checks += _guarded("store", lambda: _store(store, config.purify.single_writer))
+    return DoctorResult(all(check.verdict != "failed" for check in checks), checks)
+
+
+def _guarded(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
+    """Return what a look found; one that cannot be taken is a failed check, not the end of the others."""
+    try:
+        return list(look())
+    except Exception as error:  # noqa: BLE001 - a doctor reports whatever is wrong
+        said = str(error).strip().splitlines()
+        words = said[-1] if said else type(error).__name__
+        return [Check(name, "failed", words, "mend this first; it comes from the machine, not from your data")]
+
+
+def _versions() -> Iterator[Check]:
+    """Compare Python and every required package with what pyproject.toml asks for."""
+    try:
+        found = metadata.metadata(PACKAGE)
+    except metadata.PackageNotFoundError:
+        yield Check("versions", "warning", f"{PACKAGE} is not installed", "pip install -e . in its folder")
+        return
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    yield _version("python", python, found["Requires-Python"] or "")
+    for line in metadata.requires(PACKAGE) or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            yield _version(requirement.name, metadata.version(requirement.name), str(requirement.specifier))
+        except metadata.PackageNotFoundError:
+            yield Check(requirement.name, "failed", "not installed", f"pip install '{line.partition(';')[0]}'")
+
+
+def _version(name: str, version: str, wanted: str) -> Check:
+    if SpecifierSet(wanted).contains(version, prereleases=True):
+        return Check(name, "ok", f"{version} ({wanted})")
+    return Check(name, "failed", f"{version}, needed {wanted}", f"pip install '{name}{wanted}'")
+
+
+def _devices() -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield Check("cpu", "ok", f"{cores} cores, {memory:.1f} GiB of memory")
+    if not torch.cuda.is_available():
+        fix = (
+            "" if torch.version.cuda else "this torch was built without CUDA; with a GPU, install one that has it"
+        )
+        yield Check("gpu", "ok", "none here: everything runs on the CPU, some hundred times slower", fix)
+        return
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        yield Check(f"gpu {index}", "ok", f"{found.name}, {found.total_memory / 2**30:.0f} GiB")
+
+
+def _environment() -> Iterator[Check]:
+    for variable in UNSAFE_VARIABLES:
+        if os.environ.get(variable):
+            yield Check(variable, "failed", "set: untrusted data could run code", f"unset {variable}")
+
+
+def _ray(config: Config) -> Iterator[Check]:
+    address = address_of(config)
+    if address == "local":
+        yield Check("ray", "ok", "no address is set: a run starts a cluster on this machine and ends it")
+        return
+    reason = _unreachable(address)
+    if reason:
+        fix = "start the cluster, forward its port, or unset RAY_ADDRESS to run here"
+        yield Check("ray", "failed", f"{address}: {reason}", fix)
+        return
+    try:
+        resources = connect(config)
+    except (EclipseError, OSError, RuntimeError, ValueError) as error:
+        fix = "compare the Ray and Python versions of both sides and the token (RAY_AUTH_TOKEN)"
+        yield Check("ray", "failed", f"{address}: {str(error).strip().splitlines()[-1]}", fix)
+        return
+    words = f"{address}: {resources.cpus} CPUs, {resources.gpus} GPUs"
+    if resources.cpus < 2:
+        yield Check("ray", "failed", words, "an actor and a reader need 2 CPUs; add nodes")
+    else:
+        yield Check("ray", "ok", words)
+
+
+def _unreachable(address: str) -> str:
+    """Return why nothing answers at host:port, empty if something does or the address names no port."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return ""
+    try:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS):
+            return ""
+    except OSError as error:
+        return f"nothing answers ({error})"
+
+
+def _token(address: str) -> Iterator[Check]:
+    held = find_token()
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    words = f"in {held[1]}" if held else "none"
+    fix = "ray get-auth-token --generate, and give every node the token and RAY_AUTH_MODE=token"
+    if address == "local":
+        yield Check("token", "ok", f"{words}; a cluster of this machine alone makes its own")
+    elif mode == "token" and not held:
+        yield Check("token", "failed", "RAY_AUTH_MODE is token, but there is none", fix)
+    elif not held or mode == "disabled":
+        yield Check("token", "warning", f"{words}: whoever reaches the cluster's ports can run code there", fix)
+    else:
+        yield Check("token", "ok", words)
+
+
+def _disk() -> Iterator[Check]:
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    usage = shutil.disk_usage(folder)
+    words = f"{usage.free / 2**30:,.1f} GiB free of {usage.total / 2**30:,.0f} in {folder} (Ray's files)"
+    if 1 - usage.free / usage.total > DISK_FULL:
+        yield Check(
+            "disk", "failed", words, "Ray stops above 95 %: free space, or set RAY_TMPDIR to a larger disk"
+        )
+    elif usage.free < DISK_BYTES:
+        yield Check("disk", "warning", words, "free space, or set RAY_TMPDIR to a larger disk")
+    else:
+        yield Check("disk", "ok", words)
+
+
+def _shared_memory() -> Iterator[Check]:
+    if not SHM.is_dir():
+        return
+    usage = shutil.disk_usage(SHM)
+    words = f"{usage.free / 2**30:,.2f} GiB free of {usage.total / 2**30:,.2f} in {SHM}"
+    if usage.free < SHM_BYTES:
+        fix = "give the container more, for example docker run --shm-size=8g, or an emptyDir of medium Memory"
+        yield Check("shared memory", "warning", words, fix)
+    else:
+        yield Check("shared memory", "ok", words)
+
+
+def _store(url: str, single_writer: bool) -> Iterator[Check]:
+    try:
+        store = Store(url, single_writer)
+        missing = store.local and not Path(store.root).exists()
+        store.probe()
+    except EclipseError as error:
+        text = str(error)
+        fix = "pip install 'eclipse-ray[s3]'" if "s3fs" in text else "see docs: Your data on S3"
+        yield Check("store", "failed", text, fix)
+        return
+    if missing:
+        for folder in (Path(store.root, "_eclipse"), Path(store.root)):
+            with suppress(OSError):
+                folder.rmdir()
+    how = "written without put-if-absent, as asked" if single_writer else "creates a key only once"
+    yield Check("store", "ok", f"{store.url}: readable, writable, {how}")

@@ -1,0 +1,1 @@
+"""Image datasets in every format that is read or written."""

@@ -1,0 +1,198 @@
+"""What a source is made of: its format, its parts, its classes; and reading rows of it anywhere."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.config.paths import did_you_mean
+from eclipse_ray.datasets import cifar, folder, npz, parquet, webdataset
+from eclipse_ray.datasets.table import Part, Span, extra_columns, with_classes
+from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Entry, Store
+
+UNFINISHED = "_eclipse/unfinished"
+# A purification's plan comes first and its manifest last; only then does data/ hold each image once.
+RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
+_READING_THREADS = 8
+_SPLIT_NAME = re.compile(r"(?:x_)?(train|test|validation|valid|val|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
+
+
+class Format(NamedTuple):
+    """The functions that one format offers."""
+
+    claims: Callable[[str], bool]
+    list_parts: Callable[[Store, Sequence[Entry], DataConfig], tuple[list[Part], list[str] | None]]
+    read_rows: Callable[[Store, str, int, int, DataConfig, Sequence[str] | None], pa.Table]
+
+
+FORMATS: dict[str, Format] = {
+    "parquet": Format(parquet.claims, parquet.list_parts, parquet.read_rows),
+    "folder": Format(folder.claims, folder.list_parts, folder.read_rows),
+    "webdataset": Format(webdataset.claims, webdataset.list_parts, webdataset.read_rows),
+    "npz": Format(npz.claims, npz.list_parts, npz.read_rows),
+    "cifar": Format(cifar.claims, cifar.list_parts, cifar.read_rows),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A listed dataset: keys of `parts` are relative to `url`; labels are places in `classes`, if known."""
+
+    url: str
+    format: str
+    parts: list[Part]
+    classes: list[str] | None
+
+    @property
+    def images(self) -> int:
+        """Number of images in all parts."""
+        return sum(part.rows for part in self.parts)
+
+
+def open_source(url: str, data_config: DataConfig) -> Source:
+    """List the dataset at `url` without reading its images (CIFAR batches and labels in tars are read).
+
+    `url` is a folder, one file, or a folder and a pattern of file names (`DIR/train-*.parquet`). Raises
+    InputError if there is nothing there that can be read as one dataset.
+    """
+    store, entries = _look(url)
+    found = {
+        name: claimed
+        for name, each in FORMATS.items()
+        if (claimed := [entry for entry in entries if each.claims(entry.key)])
+    }
+    if not found:
+        raise InputError(
+            f"{url}: found {len(entries)} files, none of them Parquet (.parquet), an image (.png, .jpg, ...), a "
+            "WebDataset (.tar), a NumPy archive (.npz) or a CIFAR batch (data_batch_1, ...); name the folder that "
+            "holds the data"
+        )
+    if len(found) > 1:
+        some = ", ".join(f"{len(claimed)} {name} ({claimed[0].key})" for name, claimed in found.items())
+        raise InputError(f"{url}: holds more than one kind of data: {some}; name a folder with one kind")
+    ((name, claimed),) = found.items()
+    if name != "folder":
+        _refuse_mixed_splits(url, claimed)
+    parts, classes = FORMATS[name].list_parts(store, claimed, data_config)
+    if not parts:
+        raise InputError(f"{url}: has no images in it; name a dataset with at least one")
+    return Source(store.url, name, parts, classes)
+
+
+def read_parts(
+    url: str, format: str, classes: Sequence[str] | None, spans: Sequence[Span], data_config: DataConfig
+) -> pa.Table:
+    """Return the rows of `spans` (key, start, stop), in that order, as one canonical table.
+
+    `url`, `format` and `classes` are those of the Source, which need not be listed again. Raises InputError
+    for an object that is gone, damaged or does not fit the others.
+    """
+    store = Store(url)
+    read = partial(_read_span, store, FORMATS[format], classes, data_config)
+    if len(spans) == 1:
+        tables = [read(spans[0])]
+    else:
+        with ThreadPoolExecutor(_READING_THREADS) as pool:
+            tables = list(pool.map(read, spans))
+    if data_config.extra_columns == "drop":
+        tables = [table.drop_columns(extra_columns(table).column_names) for table in tables]
+    try:
+        return with_classes(pa.concat_tables(tables, promote_options="default"), classes)
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{url}: the columns of {spans[0][0]} and {spans[-1][0]} differ: {error}; make them alike"
+        ) from error
+
+
+def read_tables(
+    source: Source, data_config: DataConfig, max_images: int = 2048, max_bytes: int = 64 * 2**20
+) -> Iterator[pa.Table]:
+    """Yield all rows in order as canonical tables of at most `max_images` and about `max_bytes` each."""
+    for spans in chunk_spans(source.parts, max_images, max_bytes):
+        yield read_parts(source.url, source.format, source.classes, spans, data_config)
+
+
+def chunk_spans(parts: Sequence[Part], max_images: int, max_bytes: int) -> Iterator[list[Span]]:
+    """Yield spans covering all rows in order, each list at most `max_images` and about `max_bytes` stored."""
+    spans: list[Span] = []
+    images, size = 0, 0.0
+    for part in parts:
+        row_size = max(1.0, part.size / part.rows)
+        start = 0
+        while start < part.rows:
+            if images and (images >= max_images or size + row_size > max_bytes):
+                yield spans
+                spans, images, size = [], 0, 0.0
+            fitting = max(1, min(max_images - images, int((max_bytes - size) / row_size)))
+            stop = min(part.rows, start + fitting)
+            spans.append((part.key, start, stop))
+            images, size, start = images + stop - start, size + (stop - start) * row_size, stop
+    if spans:
+        yield spans
+
+
+def _read_span(
+    store: Store, format: Format, classes: Sequence[str] | None, data_config: DataConfig, span: Span
+) -> pa.Table:
+    try:
+        return format.read_rows(store, *span, data_config, classes)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{store.url}/{span[0]}: was there when the source was listed and is gone; put it back"
+        ) from error
+
+
+def _look(url: str) -> tuple[Store, list[Entry]]:
+    store = Store(url)
+    if store.is_file():
+        base, _, name = store.url.rpartition("/")
+        parent = Store(base or "/")
+        return parent, [parent.entry(name)]
+    if store.exists():
+        if store.exists(UNFINISHED):
+            raise InputError(f"{url}: writing this dataset was interrupted; delete it and write it again")
+        if store.exists(RUN_PLAN) and not store.exists(RUN_MANIFEST):
+            raise InputError(f"{url}: this purification is not finished; run its command again to finish it")
+        # Beside its data a purification may hold a report, whose pictures are no part of the dataset.
+        return store, list(store.list("data" if store.exists(RUN_PLAN) else ""))
+    base, _, pattern = store.url.rpartition("/")
+    if set(pattern) & set("*?["):
+        parent = Store(base or "/")
+        entries = [e for e in parent.list() if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
+        if entries:
+            return parent, entries
+        raise InputError(f"{url}: no file matches this pattern; check it")
+    raise InputError(f"{url}: there is nothing here{did_you_mean(url) or '; check the path or URL'}")
+
+
+def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
+    # Read as one, a test set would slip into training unseen.
+    splits: dict[str, str] = {}
+    for entry in entries:
+        found = (_SPLIT_NAME.match(part) for part in entry.key.split("/"))
+        name = next((match[1].lower() for match in found if match), None)
+        if name is not None:
+            splits.setdefault("train" if name == "data_batch" else name, entry.key)
+    if len(splits) > 1:
+        some = ", ".join(f"{name} ({key})" for name, key in splits.items())
+        first = next(iter(splits.values()))
+        raise InputError(
+            f"{url}: holds more than one split: {some}; name one of them by a file, folder or pattern, "
+            f"for example '{url.rstrip('/')}/{_pattern(first)}'"
+        )
+
+
+def _pattern(key: str) -> str:
+    top, separator, _ = key.partition("/")
+    if separator and _SPLIT_NAME.match(top):
+        return top
+    return re.sub(r"\d.*?(?=\.[a-z]+$|$)", "*", key)

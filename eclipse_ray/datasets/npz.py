@@ -1,0 +1,316 @@
+"""NumPy archives: arrays of images and labels in an .npz, or images alone in an .npy. A part is a file.
+
+Headers are parsed, rows are read; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.note import noted_classes
+from eclipse_ray.datasets.table import Part, canonical_table, check_label
+from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Entry, Store
+
+_DEFAULT_IMAGES = DataConfig.model_fields["image_column"].default
+_DEFAULT_LABELS = DataConfig.model_fields["label_column"].default
+IMAGES = ("images", "image", "x", "x_train", "data")
+LABELS = ("labels", "label", "y", "y_train")
+IDS, CLASSES = "id", "classes"
+_ADVICE = "expected uint8 images as (N, H, W, 3) or (N, H, W), rows first; convert them and save the file again"
+# What zipfile and NumPy's header parser raise on garbage; there is no common base class short of Exception.
+_GARBAGE = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    RecursionError,
+    struct.error,
+    tokenize.TokenError,
+)
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+class Array(NamedTuple):
+    """An array by its header alone: name in the archive ("" for an .npy), shape, dtype, bytes before its data."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    header: int
+
+
+class Chosen(NamedTuple):
+    """What the arrays of a file are for."""
+
+    images: Array
+    labels: Array | None
+    extras: list[Array]
+
+
+def claims(key: str) -> bool:
+    """Return whether an object of this name is read by this format."""
+    return key.lower().endswith((".npz", ".npy"))
+
+
+def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
+    """Return one part a file, from the headers of its arrays alone, and the class names if they are noted.
+
+    Raises InputError for pickled arrays, and for a file without uint8 images or with labels of another number.
+    """
+    parts = []
+    for entry in entries:
+        with store.open(entry.key) as file:
+            chosen = _choose(f"{store.url}/{entry.key}", _arrays(store, entry.key, file), config)
+            parts.append(Part(entry.key, chosen.images.shape[0], entry.size, entry.version))
+    classes = noted_classes(store) or _own_classes(store, entries[0].key)
+    return [part for part in parts if part.rows], classes
+
+
+def read_rows(
+    store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
+) -> pa.Table:
+    """Return rows `start` to `stop` of one file with canonical columns; pixels become PNG, losslessly.
+
+    Raises InputError for a damaged file, or one that changed since it was listed.
+    """
+    where = f"{store.url}/{key}"
+    with store.open(key) as file:
+        arrays = _arrays(store, key, file)
+        chosen = _choose(where, arrays, config)
+        if stop > chosen.images.shape[0]:
+            raise InputError(f"{where}: has fewer than {stop} rows now; it changed, start again from the listing")
+        pixels = _rows(where, file, chosen.images, start, stop).view(np.uint8)
+        labels = None if chosen.labels is None else _rows(where, file, chosen.labels, start, stop)
+        ids = next((array for array in chosen.extras if array.name == IDS), None)
+        names = [f"{key}#{row}" for row in range(start, stop)]
+        if ids is not None:
+            names = _texts(where, _rows(where, file, ids, start, stop))
+        extras = {
+            array.name: _column(where, _rows(where, file, array, start, stop))
+            for array in chosen.extras
+            if array.name != IDS
+        }
+    if pixels.ndim == 3:
+        pixels = np.repeat(pixels[..., None], 3, axis=3)
+    return canonical_table(
+        names,
+        [encode_image(image, "png") for image in pixels],
+        None if labels is None else _checked(where, labels, classes),
+        pa.table(extras) if extras else None,
+        classes,
+    )
+
+
+def _arrays(store: Store, key: str, file: BinaryIO) -> dict[str, Array]:
+    where = f"{store.url}/{key}"
+    try:
+        if not key.lower().endswith(".npz"):
+            return {"": _header("", file)}
+        with zipfile.ZipFile(file) as archive:
+            found: dict[str, Array] = {}
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name in found or name == info.filename:
+                    raise ValueError(f"member {info.filename!r} is no array of its own")
+                with archive.open(info) as member:
+                    found[name] = _header(name, cast(BinaryIO, member))
+            return found
+    except _GARBAGE as error:
+        raise InputError(f"{where}: not a readable NumPy file: {error}; {_ADVICE}") from error
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # A failing disk or network, which may heal.
+            raise
+        raise InputError(f"{where}: not a readable NumPy file: {error}; {_ADVICE}") from error
+
+
+def _header(name: str, file: BinaryIO) -> Array:
+    version = npy.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"its header has version {version}")
+    shape, fortran, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError(f"array {name!r} holds pickled objects, which can run code when they are loaded")
+    if fortran and len(shape) > 1:
+        raise ValueError(f"array {name!r} lies in Fortran order, so its rows cannot be read one by one")
+    return Array(name, shape, dtype, file.tell())
+
+
+def _choose(where: str, arrays: dict[str, Array], config: DataConfig) -> Chosen:
+    images = _image_array(where, arrays, config)
+    if not _is_like_images(images) or images.shape[3:] not in ((), (3,)):
+        raise InputError(f"{where}: array {images.name!r} is {images.dtype} {images.shape}; {_ADVICE}")
+    rows, height, width = images.shape[:3]
+    if rows and not 0 < height * width <= config.max_pixels:
+        raise InputError(
+            f"{where}: its images have {width}x{height} pixels, data.max_pixels permits {config.max_pixels}; "
+            "set it higher or store image files"
+        )
+    labels = _label_array(where, arrays, images, config)
+    if labels is not None and (labels.shape != (rows,) or labels.dtype.kind not in "iu"):
+        raise InputError(
+            f"{where}: array {labels.name!r} is {labels.dtype} {labels.shape}, expected {rows} integer labels; "
+            "name another one with --set data.label_column=NAME"
+        )
+    return Chosen(images, labels, _extra_arrays(where, arrays, images, labels, config))
+
+
+def _image_array(where: str, arrays: dict[str, Array], config: DataConfig) -> Array:
+    if "" in arrays:
+        return arrays[""]
+    if config.image_column != _DEFAULT_IMAGES:
+        if config.image_column in arrays:
+            return arrays[config.image_column]
+        found = []
+    else:
+        found = [arrays[name] for name in IMAGES if name in arrays]
+    like = [array.name for array in arrays.values() if _is_like_images(array)]
+    if len(found) == 1 and set(like) <= {found[0].name}:
+        return found[0]
+    known = ", ".join(f"{array.name} {array.dtype} {array.shape}" for array in arrays.values()) or "nothing"
+    raise InputError(
+        f"{where}: holds {known}; name the one array of images with "
+        f"--set data.image_column={like[0] if like else 'NAME'} and its labels with data.label_column"
+    )
+
+
+def _is_like_images(array: Array) -> bool:
+    return array.dtype == np.uint8 and len(array.shape) in (3, 4)
+
+
+def _label_array(where: str, arrays: dict[str, Array], images: Array, config: DataConfig) -> Array | None:
+    if config.label_column != _DEFAULT_LABELS:
+        if config.label_column not in arrays:
+            raise InputError(
+                f"{where}: no array {config.label_column!r} among {', '.join(arrays)}; "
+                "name one with --set data.label_column=NAME"
+            )
+        return arrays[config.label_column]
+    # Of x_test and y_test, of x and y: the labels that go with these images.
+    names = [f"y{images.name[1:]}", *LABELS] if images.name.startswith("x") else list(LABELS)
+    return next((arrays[name] for name in names if name in arrays), None)
+
+
+def _extra_arrays(
+    where: str, arrays: dict[str, Array], images: Array, labels: Array | None, config: DataConfig
+) -> list[Array]:
+    extras = []
+    for array in arrays.values():
+        # Where the images are named, other images and their labels are another split.
+        split = config.image_column != _DEFAULT_IMAGES and (_is_like_images(array) or array.name.startswith("y"))
+        if array in (images, labels) or array.name == CLASSES or split:
+            continue
+        fits = array.shape == images.shape[:1] and array.dtype.kind in ("U" if array.name == IDS else "biufU")
+        if fits:
+            extras.append(array)
+        elif array.name == IDS or config.extra_columns == "keep":
+            raise InputError(
+                f"{where}: array {array.name!r}, {array.dtype} {array.shape}, has no plain value for each of "
+                f"{images.shape[0]} images; leave such arrays out with --set data.extra_columns=drop"
+            )
+    return extras
+
+
+def _checked(where: str, labels: NDArray[np.generic], classes: Sequence[str] | None) -> NDArray[np.int64]:
+    for label in labels.tolist():
+        if label >= 2**63:
+            raise InputError(f"{where}: label {label} is out of range; mend it")
+        check_label(where, label, classes)
+    return labels.astype(np.int64)
+
+
+def _column(where: str, values: NDArray[np.generic]) -> pa.Array:
+    return pa.array(_texts(where, values), pa.string()) if values.dtype.kind == "U" else pa.array(values)
+
+
+def _texts(where: str, values: NDArray[np.generic]) -> list[str]:
+    try:
+        texts = [str(text) for text in values.tolist()]
+        "".join(texts).encode()
+    except ValueError as error:
+        raise InputError(f"{where}: holds text that is not valid Unicode: {error}; mend it") from None
+    return texts
+
+
+@contextmanager
+def _data_of(file: BinaryIO, array: Array) -> Iterator[BinaryIO]:
+    # The bytes of an array's values, in a stream that can be read forwards.
+    if array.name == "" and array.header:
+        file.seek(array.header)
+        yield file
+        return
+    with zipfile.ZipFile(file) as archive:
+        info = archive.getinfo(f"{array.name}.npy")
+        if info.compress_type == zipfile.ZIP_STORED:
+            # Stored as it is, so that any row can be reached without reading those before it.
+            file.seek(info.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4))
+            file.seek(info.header_offset + 30 + name + extra + array.header)
+            yield file
+        else:
+            with archive.open(info) as member:
+                _skip(cast(BinaryIO, member), array.header)
+                yield cast(BinaryIO, member)
+
+
+def _skip(file: BinaryIO, count: int) -> None:
+    if file.seekable() and not isinstance(file, zipfile.ZipExtFile):
+        file.seek(count, io.SEEK_CUR)
+        return
+    while count:
+        passed = len(file.read(min(count, 2**20)))
+        if not passed:
+            raise EOFError("the data ends too soon")
+        count -= passed
+
+
+def _rows(where: str, file: BinaryIO, array: Array, start: int, stop: int) -> NDArray[np.generic]:
+    row = array.dtype.itemsize * math.prod(array.shape[1:])
+    size = row * (stop - start)
+    try:
+        with _data_of(file, array) as stream:
+            _skip(stream, row * start)
+            data = stream.read(size)
+    except _GARBAGE as error:
+        raise InputError(f"{where}: the NumPy file is damaged: {error}; copy it again") from error
+    if len(data) != size:
+        raise InputError(f"{where}: array {array.name!r} ends too soon; copy the file again")
+    values = np.frombuffer(data, array.dtype) if array.dtype.itemsize else np.zeros(stop - start, array.dtype)
+    native = values.astype(array.dtype.newbyteorder("="), copy=False)
+    return native.reshape(stop - start, *array.shape[1:])
+
+
+def _own_classes(store: Store, key: str) -> list[str] | None:
+    if not key.lower().endswith(".npz"):
+        return None
+    with store.open(key) as file:
+        array = _arrays(store, key, file).get(CLASSES)
+        if array is None or array.dtype.kind != "U" or len(array.shape) != 1:
+            return None
+        where = f"{store.url}/{key}"
+        return _texts(where, _rows(where, file, array, 0, array.shape[0]))

@@ -1,0 +1,270 @@
+"""Parquet files: the canonical layout and what Hugging Face writes. A part is a file."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.table import CANONICAL, METADATA_KEY, Part, canonical_table, check_label
+from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Entry, Store
+
+_LISTING_THREADS = 16
+_MAGIC = b"PAR1"
+# A damaged name of a column is no text; Arrow has no error of its own for that.
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+_DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
+
+
+def claims(key: str) -> bool:
+    """Return whether an object of this name is read by this format."""
+    return key.lower().endswith(".parquet")
+
+
+def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
+    """Return one part a file with rows, from the footers alone, and the class names if a footer has them.
+
+    Raises InputError for a damaged file, an extension type, or a missing image or label column.
+    """
+
+    def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
+        with store.open(entry.key) as file:
+            where = f"{store.url}/{entry.key}"
+            metadata = _metadata(where, file)
+        schema = _schema(where, metadata)
+        _check_columns(where, schema, config)
+        part = Part(entry.key, metadata.num_rows, entry.size, entry.version)
+        return part, _classes(schema, config), _extreme_labels(metadata, config)
+
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        found = list(pool.map(look, entries))
+    classes = next((names for _, names, _ in found if names is not None), None)
+    for part, _, labels in found:
+        for label in labels:
+            check_label(f"{store.url}/{part.key}", label, classes)
+    return [part for part, *_ in found if part.rows], classes
+
+
+def read_rows(
+    store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
+) -> pa.Table:
+    """Return rows `start` to `stop` of one file with canonical columns; page checksums are verified.
+
+    Raises InputError for a damaged file or columns that cannot be understood.
+    """
+    where = f"{store.url}/{key}"
+    with store.open(key) as file:
+        metadata = _metadata(where, file)
+        groups, skipped = _groups(metadata, start, stop)
+        try:
+            reader = pq.ParquetFile(file, metadata=metadata, pre_buffer=True, page_checksum_verification=True)
+            table = reader.read_row_groups(groups).slice(start - skipped, stop - start)
+        except _DAMAGE as error:
+            raise _damaged(where, error) from error
+    if table.num_rows != stop - start:
+        raise InputError(
+            f"{where}: expected rows {start} to {stop}, found {table.num_rows} of them; "
+            "the file changed since it was listed, start again from the listing"
+        )
+    return _canonical(where, table, key, start, config, classes)
+
+
+def _metadata(where: str, file: BinaryIO) -> pq.FileMetaData:
+    # From the footer's own bytes: Arrow would read 64 KiB from the end, image bytes among them.
+    footer = _footer(where, file)
+    try:
+        return pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
+    except _DAMAGE as error:
+        raise _damaged(where, error) from error
+
+
+def _schema(where: str, metadata: pq.FileMetaData) -> pa.Schema:
+    try:
+        return metadata.schema.to_arrow_schema()
+    except _DAMAGE as error:
+        raise _damaged(where, error) from error
+
+
+def _footer(where: str, file: BinaryIO) -> bytes:
+    """Return the footer. Raises InputError for what is no whole file, and for extension types.
+
+    Opening a reader already builds the types, and a type that somebody registered in this process may unpickle its
+    metadata while being built. So the footer is searched before Arrow sees it.
+    """
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 8))
+    tail = file.read(8)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != _MAGIC or length > size - 8:
+        raise InputError(f"{where}: not a whole Parquet file; copy it again or leave it out")
+    file.seek(size - 8 - length)
+    footer = file.read(length)
+    if any(fragment in footer for fragment in _EXTENSION_MARKS):
+        raise InputError(
+            f"{where}: has a column of an Arrow extension type, which may run code when read; "
+            "write it again with plain columns"
+        )
+    return footer
+
+
+def _base64_forms(text: bytes) -> list[bytes]:
+    # How `text` looks inside base64, at each of the three ways it can fall on the groups of three bytes.
+    forms = []
+    for shift in range(3):
+        encoded = base64.b64encode(bytes(shift) + text)
+        forms.append(encoded[-(-8 * shift // 6) : 8 * (shift + len(text)) // 6])
+    return forms
+
+
+_EXTENSION_NAME = b"ARROW:extension:name"
+_EXTENSION_MARKS = [_EXTENSION_NAME, *_base64_forms(_EXTENSION_NAME)]
+
+
+def _groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+    # The row groups that overlap the range, and the number of rows before the first of them.
+    groups: list[int] = []
+    first = skipped = 0
+    for index in range(metadata.num_row_groups):
+        last = first + metadata.row_group(index).num_rows
+        if first < stop and start < last:
+            skipped = skipped if groups else first
+            groups.append(index)
+        first = last
+    return groups, skipped
+
+
+def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
+    _require_column(where, schema, "data.image_column", config.image_column)
+    _check_image_type(where, config.image_column, schema.field(config.image_column).type)
+    label = _label_column(where, schema, config)
+    if label is not None and not pa.types.is_integer(schema.field(label).type):
+        raise InputError(
+            f"{where}: column {label!r} holds {schema.field(label).type}, expected integer labels; "
+            "name another column with --set data.label_column=NAME"
+        )
+    for name, column in (("image", config.image_column), ("label", label)):
+        if column not in (None, name) and name in schema.names:
+            raise InputError(
+                f"{where}: column {column!r} is to become {name!r}, but there is another column of that "
+                "name; rename it in the source"
+            )
+
+
+def _extreme_labels(metadata: pq.FileMetaData, config: DataConfig) -> list[int]:
+    # From the footer, whose statistics nearly every writer fills in; the rows themselves are checked when read.
+    name = config.label_column
+    place = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == name), None)
+    labels: list[int] = []
+    for group in range(metadata.num_row_groups if place is not None else 0):
+        statistics = metadata.row_group(group).column(place).statistics
+        if statistics is not None and statistics.has_min_max:
+            labels += [statistics.min, statistics.max]
+    return [label for label in labels if isinstance(label, int)]
+
+
+def _require_column(where: str, schema: pa.Schema, setting: str, name: str) -> None:
+    if name in schema.names:
+        return
+    folded = {column.lower(): column for column in schema.names}
+    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.4)
+    hint = folded[near[0]] if near else "NAME"
+    raise InputError(
+        f"{where}: no column {name!r} among {', '.join(schema.names)}; name it with --set {setting}={hint}"
+    )
+
+
+def _label_column(where: str, schema: pa.Schema, config: DataConfig) -> str | None:
+    if config.label_column in schema.names:
+        return config.label_column
+    if config.label_column != _DEFAULT_LABEL_COLUMN:
+        _require_column(where, schema, "data.label_column", config.label_column)
+    return None
+
+
+def _check_image_type(where: str, name: str, kind: pa.DataType) -> None:
+    inner = kind
+    if pa.types.is_struct(kind):
+        names = [kind.field(index).name for index in range(kind.num_fields)]
+        inner = kind.field(names.index("bytes")).type if "bytes" in names else kind
+    if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner) or pa.types.is_binary_view(inner)):
+        raise InputError(
+            f"{where}: column {name!r} holds {kind}, expected encoded images as binary or "
+            "struct<bytes: binary, path: string>; name another column with --set data.image_column=NAME"
+        )
+
+
+def _canonical(
+    where: str, table: pa.Table, key: str, start: int, config: DataConfig, classes: Sequence[str] | None
+) -> pa.Table:
+    _check_columns(where, table.schema, config)
+    label = _label_column(where, table.schema, config)
+    images = table[config.image_column].combine_chunks()
+    encoded, paths = images, None
+    if pa.types.is_struct(images.type):
+        # flatten, unlike field, carries the nulls of the struct down to its children.
+        children = {images.type.field(i).name: child for i, child in enumerate(images.flatten())}
+        encoded = children["bytes"]
+        paths = children.get("path")
+        if paths is not None and not pa.types.is_string(paths.type):
+            paths = paths.cast(pa.string())
+    # An image without bytes is decoded like any other and fails with its id, so no row is lost here.
+    encoded = pc.fill_null(encoded.cast(pa.binary()), b"")
+    try:
+        ids = _ids(where, table, key, start)
+        labels = None if label is None else table[label].cast(pa.int64())
+        _check_labels(where, ids, labels, classes)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{where}: ids or labels cannot be read: {error}; mend the source") from error
+    known = {"id", config.image_column, label}
+    extras = table.select([name for name in table.column_names if name not in known])
+    return canonical_table(ids, encoded, labels, extras, classes, paths)
+
+
+def _check_labels(
+    where: str, ids: Sequence[str], labels: pa.ChunkedArray | None, classes: Sequence[str] | None
+) -> None:
+    if labels is None or classes is None:
+        return
+    wrong = pc.fill_null(pc.or_(pc.less(labels, -1), pc.greater_equal(labels, len(classes))), False)
+    row = pc.index(wrong, True).as_py()
+    if row >= 0:
+        check_label(f"{where}: image {ids[row]}", labels[row].as_py(), classes)
+
+
+def _ids(where: str, table: pa.Table, key: str, start: int) -> Sequence[str]:
+    if CANONICAL[0] not in table.column_names:
+        return [f"{key}#{row}" for row in range(start, start + table.num_rows)]
+    ids = table[CANONICAL[0]].cast(pa.string()).combine_chunks()
+    if ids.null_count:
+        raise InputError(f"{where}: column 'id' has empty cells; give every row an id or drop the column")
+    return cast(Sequence[str], ids)
+
+
+def _classes(schema: pa.Schema, config: DataConfig) -> list[str] | None:
+    metadata = schema.metadata or {}
+    try:
+        own = json.loads(metadata.get(METADATA_KEY, b"{}"))
+        foreign = json.loads(metadata.get(b"huggingface", b"{}"))
+        feature = foreign.get("info", {}).get("features", {}).get(config.label_column, {})
+        names = own.get("classes") or feature.get("names")
+    except (ValueError, AttributeError):
+        return None  # Names are a courtesy; a footer that garbles them still has its labels.
+    return [str(name) for name in names] if isinstance(names, list) and names else None
+
+
+def _damaged(where: str, error: Exception) -> Exception:
+    # Arrow's own complaints about content carry no errno; a failing disk or network does, and may heal.
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+    return InputError(f"{where}: the Parquet file is damaged: {reason}; copy it again or leave it out")

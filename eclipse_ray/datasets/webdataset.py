@@ -1,0 +1,437 @@
+"""WebDataset tars: members of one key are one sample. A part is a tar.
+
+Rows are counted from the headers, or from an index beside the tar (NAME.idx, as NVIDIA DALI's wds2idx writes it).
+A range of rows is then one range of bytes, which is read alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.images import SUFFIXES, suffix_of
+from eclipse_ray.datasets.note import ESCAPED_KEYS, noted_classes, read_note
+from eclipse_ray.datasets.samples import (
+    PICKLED,
+    Sample,
+    escape_key,
+    group_members,
+    is_image,
+    is_text,
+    unescape_key,
+)
+from eclipse_ray.datasets.table import (
+    FILE_BYTES,
+    FILE_IMAGES,
+    Part,
+    all_labels,
+    canonical_table,
+    check_label,
+    extra_columns,
+    image_bytes,
+    regroup,
+)
+from eclipse_ray.datasets.tar import (
+    BLOCK,
+    Member,
+    Read,
+    all_members,
+    header_block,
+    is_end,
+    members,
+    next_member,
+    padding,
+)
+from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Entry, Store
+
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
+_DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
+_LISTING_THREADS = 16
+# Of a remote tar; holds a few small members and their headers, and little of an image.
+_BLOCK_BYTES = 16 * 1024
+_LONGEST_LABEL, _LONGEST_JSON = 64, 16 * 2**20
+
+
+class _Index(NamedTuple):
+    """The samples of one tar: their keys, where each begins (and the last one ends), and all extensions."""
+
+    keys: list[str]
+    begins: list[int]
+    extensions: list[str]
+
+
+class _Look(NamedTuple):
+    """What planning learns of a tar: its keys, one with and one without a label, and whether some may have one."""
+
+    keys: list[str]
+    labelled: str | None
+    unlabelled: str | None
+    unknown: bool
+
+
+def claims(key: str) -> bool:
+    """Return whether an object of this name is read by this format, if only to say that it cannot be."""
+    return key.lower().endswith(".tar") or _COMPRESSED.search(key) is not None
+
+
+def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
+    """Return one part a tar and the noted class names; reads headers and labels, or indices, but no image.
+
+    Raises InputError for anything but plain tars of samples with unique keys, all of them labelled or none.
+    """
+    for entry in entries:
+        if not entry.key.lower().endswith(".tar"):
+            raise InputError(
+                f"{store.url}/{entry.key}: is compressed, so its rows cannot be reached; make it a plain .tar"
+            )
+    classes = noted_classes(store)
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        looks = list(pool.map(lambda entry: _look(store, entry, config, classes), entries))
+    _refuse_half_labelled(store, looks)
+    if config.label_column != _DEFAULT_LABEL_COLUMN and not any(look.labelled or look.unknown for look in looks):
+        raise InputError(
+            f"{store.url}: no .json member has a field {config.label_column!r}; "
+            "name one that has with --set data.label_column=NAME"
+        )
+    if config.tar_ids == "key":
+        _refuse_repeated_keys(store, entries, looks)
+    parts = [Part(e.key, len(look.keys), e.size, e.version) for e, look in zip(entries, looks, strict=True)]
+    return [part for part in parts if part.rows], classes
+
+
+def read_rows(
+    store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
+) -> pa.Table:
+    """Return samples `start` to `stop` of one tar with canonical columns; one sample without an image has b"".
+
+    Raises InputError for a damaged tar, or one that changed since it was listed.
+    """
+    where = f"{store.url}/{key}"
+    entry = store.entry(key)
+    index = _index(store.url, key, entry.size, entry.version)
+    if stop > len(index.keys):
+        raise InputError(f"{where}: has no {stop} samples; it changed since it was listed, start again from there")
+    begin, end = index.begins[start], index.begins[stop]
+    with _reader(store, key) as read:
+        data = read(begin, end)
+
+    def cut(first: int, last: int) -> bytes:
+        return data[first - begin : last - begin]
+
+    samples = list(group_members(where, members(where, cut, begin, end)))
+    if [name for name, _ in samples] != index.keys[start:stop] or len(data) != end - begin:
+        raise InputError(
+            f"{where}: rows {start} to {stop} are not the ones its index or listing names; "
+            "delete the .idx beside it if there is one, and start again"
+        )
+    return _table(store, key, samples, index.extensions, cut, config, classes)
+
+
+@contextmanager
+def _reader(store: Store, key: str) -> Iterator[Read]:
+    if store.local:
+        with store.open(key) as file:
+
+            def read(start: int, stop: int) -> bytes:
+                file.seek(start)
+                return file.read(stop - start)
+
+            yield read
+    else:
+        yield _block_reader(store, key)
+
+
+def _block_reader(store: Store, key: str) -> Read:
+    # A file object of fsspec would read ahead by megabytes, and with them every image.
+    held, place = b"", 0
+
+    def read(start: int, stop: int) -> bytes:
+        nonlocal held, place
+        if not place <= start <= stop <= place + len(held):
+            place, end = start, max(stop, start + _BLOCK_BYTES)
+            held = store.read_range(key, start, end)
+        return held[start - place : stop - place]
+
+    return read
+
+
+def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str] | None) -> _Look:
+    where = f"{store.url}/{entry.key}"
+    keys: list[str] = []
+    labelled = unlabelled = image = None
+    unknown = False
+    with _reader(store, entry.key) as read:
+        indexed = _indexed(store, entry.key, entry.size, read)
+        found = all_members(where, read, entry.size) if indexed is None else iter(indexed)
+        for key, sample in group_members(where, found):
+            keys.append(key)
+            if not any(map(is_image, sample)):
+                continue
+            image = key
+            known = _has_label(where, sample, read, config, classes, indexed is not None)
+            unknown = unknown or known is None
+            labelled = key if known else labelled
+            unlabelled = key if known is False else unlabelled
+    if keys and image is None:
+        raise InputError(
+            f"{where}: none of its {len(keys)} samples has an image ({', '.join(SUFFIXES)}); leave this tar out"
+        )
+    return _Look(keys, labelled, unlabelled, unknown)
+
+
+def _has_label(
+    where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None, indexed: bool
+) -> bool | None:
+    # With an index, planning opens no member, so only the worker that reads it knows a label in a .json.
+    if indexed:
+        named = config.label_column != _DEFAULT_LABEL_COLUMN
+        return None if "json" in sample and (named or "cls" not in sample) else "cls" in sample
+    return _label(where, sample, read, config, classes) is not None
+
+
+def _refuse_half_labelled(store: Store, looks: Sequence[_Look]) -> None:
+    labelled = next((look.labelled for look in looks if look.labelled is not None), None)
+    unlabelled = next((look.unlabelled for look in looks if look.unlabelled is not None), None)
+    if labelled is not None and unlabelled is not None:
+        raise InputError(
+            f"{store.url}: sample {labelled!r} has a label and {unlabelled!r} has none; label both or neither"
+        )
+
+
+def _refuse_repeated_keys(store: Store, entries: Sequence[Entry], looks: Sequence[_Look]) -> None:
+    home: dict[str, str] = {}
+    for entry, look in zip(entries, looks, strict=True):
+        for key in look.keys:
+            if home.setdefault(key, entry.key) != entry.key:
+                raise InputError(
+                    f"{store.url}: {home[key]} and {entry.key} both have a sample {key!r}; ids must be unique, "
+                    "so take the tar's name along with --set data.tar_ids=path"
+                )
+
+
+@lru_cache(maxsize=8)
+def _index(url: str, key: str, size: int, version: str) -> _Index:
+    # Size and version are there to be looked up with: a tar that changed is scanned again.
+    store, where = Store(url), f"{url}/{key}"
+    keys: list[str] = []
+    begins: list[int] = []
+    extensions: dict[str, None] = {}
+    end = 0
+    with _reader(store, key) as read:
+        indexed = _indexed(store, key, size, read)
+        for name, sample in group_members(where, all_members(where, read, size) if indexed is None else indexed):
+            keys.append(name)
+            begins.append(min(member.begin for member in sample.values()))
+            extensions |= dict.fromkeys(sample)
+            end = max(member.end for member in sample.values())
+    return _Index(keys, [*begins, end], sorted(extensions))
+
+
+def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | None:
+    """Return the members that the index beside a tar names, None without one.
+
+    Raises InputError for an index that does not fit the tar.
+    """
+    name = re.sub(r"\.tar$", ".idx", key, flags=re.IGNORECASE)
+    try:
+        version, *lines = store.read(name).decode().split("\n")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        version, lines = "", []
+    where = f"{store.url}/{key}"
+    misfit = InputError(f"{store.url}/{name}: does not describe {key}; delete it or write it anew")
+    if version.startswith("v1.1 "):
+        return None  # Names no members.
+    words = [word for line in lines if line for word in line.split(" ")]
+    if not version.startswith("v1.2 ") or len(words) % 4:
+        raise misfit
+    found: list[Member] = []
+    place = 0
+    for offset, length, path in zip(words[1::4], words[2::4], words[3::4], strict=True):
+        if not (offset.isdigit() and length.isdigit() and place < int(offset) <= size):
+            raise misfit
+        member = Member(path.removeprefix("./"), place, int(offset), int(length))
+        # One block holds the member's own header. In more there may be a member that the index leaves out.
+        if member.offset - place > BLOCK and _visible(where, read, place, size)[1:] != member[2:]:
+            raise misfit
+        found.append(member)
+        place = member.end
+    if not is_end(where, read, place, size):
+        raise misfit
+    return found
+
+
+def _visible(where: str, read: Read, place: int, size: int) -> tuple[str, int, int]:
+    """Return name, place and size of the next member that is neither a folder nor hidden."""
+    member = next_member(where, read, place, size)
+    while member.name.endswith("/") or member.name.rpartition("/")[2].startswith("."):
+        member = next_member(where, read, member.end, size)
+    return member.name, member.offset, member.size
+
+
+def _table(
+    store: Store,
+    key: str,
+    samples: Sequence[tuple[str, Sample]],
+    extensions: Sequence[str],
+    read: Read,
+    config: DataConfig,
+    classes: Sequence[str] | None,
+) -> pa.Table:
+    where = f"{store.url}/{key}"
+    names = [name for name, _ in samples]
+    if read_note(store).get(ESCAPED_KEYS) is True:
+        names = [unescape_key(name) for name in names]
+    if config.tar_ids == "path":
+        names = [f"{key}/{name}" for name in names]
+    images = [next((each[name] for name in each if is_image(name)), None) for _, each in samples]
+    labels = [_label(where, each, read, config, classes) for _, each in samples]
+    extras = {
+        name: pa.array(
+            [_content(where, each.get(name), read) for _, each in samples],
+            pa.string() if is_text(name) else pa.binary(),
+        )
+        for name in extensions
+        if not is_image(name) and not (name == "cls" and config.label_column == _DEFAULT_LABEL_COLUMN)
+    }
+    return canonical_table(
+        names,
+        [b"" if image is None else read(image.offset, image.offset + image.size) for image in images],
+        None if all(label is None for label in labels) else labels,
+        pa.table(extras) if extras else None,
+        classes,
+        [None if image is None else image.name for image in images],
+    )
+
+
+def _content(where: str, member: Member | None, read: Read) -> bytes | str | None:
+    if member is None:
+        return None
+    data = read(member.offset, member.offset + member.size)
+    return _text(where, member, data) if is_text(member.name.rpartition(".")[2].lower()) else data
+
+
+def _text(where: str, member: Member, data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: member {member.name} is not UTF-8 text: {error}; mend it") from None
+
+
+def _label(
+    where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None
+) -> int | None:
+    """Return the label of one sample: of its .cls member, else (or if data.label_column is set) a .json field."""
+    named = config.label_column != _DEFAULT_LABEL_COLUMN
+    value: object = None
+    member = sample.get("json") if named else sample.get("cls", sample.get("json"))
+    if member is None:
+        return None
+    if member is sample.get("cls"):
+        text = _short(where, member, read, _LONGEST_LABEL).strip()
+        value = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text, re.ASCII) else text
+    else:
+        value = _field(where, member, read, config.label_column)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise InputError(
+            f"{where}: member {member.name} holds the label {value!r}, expected an integer; mend it, or name "
+            "another .json field with --set data.label_column=NAME"
+        )
+    check_label(f"{where}: member {member.name}", value, classes)
+    return value
+
+
+def _field(where: str, member: Member, read: Read, name: str) -> object:
+    try:
+        tree = json.loads(_short(where, member, read, _LONGEST_JSON))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: member {member.name} is not readable JSON: {error}; mend it") from None
+    return tree.get(name) if isinstance(tree, dict) else None
+
+
+def _short(where: str, member: Member, read: Read, limit: int) -> str:
+    if member.size > limit:
+        raise InputError(
+            f"{where}: member {member.name} has {member.size} bytes, more than a label may ({limit}); mend it"
+        )
+    return _text(where, member, read(member.offset, member.offset + member.size))
+
+
+def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | None, config: DataConfig) -> int:
+    """Write canonical `tables` as part-00000.tar and so on, each with its index; return the number of images.
+
+    Keys are ids with dots and the like escaped; the note of the dataset says so. Raises InputError for what a tar
+    cannot hold: repeated ids, missing labels, columns that are neither text nor bytes.
+    """
+    seen: set[str] = set()
+    for number, table in enumerate(regroup(tables, FILE_IMAGES, FILE_BYTES)):
+        _check_columns(store, table)
+        tar, index = io.BytesIO(), [f"v1.2 {table.num_rows}"]
+        for name, own in zip(table["id"].to_pylist(), _members(store, table), strict=True):
+            if name in seen:
+                raise InputError(f"{store.url}: id {name} occurs more than once; give every image its own id")
+            seen.add(name)
+            index.append(_append(tar, escape_key(name), own))
+        tar.write(bytes(1024))
+        store.write(f"part-{number:05d}.tar", tar.getvalue())
+        store.write(f"part-{number:05d}.idx", ("\n".join(index) + "\n").encode())
+    return len(seen)
+
+
+def _append(tar: io.BytesIO, key: str, members: dict[str, bytes]) -> str:
+    # Returns the sample's line of the index: extension, offset, size and name of every member.
+    words: list[str] = []
+    for extension, data in members.items():
+        name = f"{key}.{extension}"
+        tar.write(header_block(name, len(data)))
+        words += [extension, str(tar.tell()), str(len(data)), name]
+        tar.write(data + padding(len(data)))
+    return " ".join(words)
+
+
+def _members(store: Store, table: pa.Table) -> Iterator[dict[str, bytes]]:
+    labels = all_labels(store.url, table)
+    extras = {name: column.to_pylist() for name, column in _extras(table).items()}
+    for row, data in enumerate(image_bytes(table)):
+        members = {(suffix_of(data) or ".png").removeprefix("."): data}
+        if labels is not None:
+            members["cls"] = str(labels[row]).encode()
+        for name, values in extras.items():
+            value = values[row]
+            if value is not None:
+                members[name] = value.encode() if isinstance(value, str) else value
+        yield members
+
+
+def _extras(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    extras = extra_columns(table)
+    return dict(zip(extras.column_names, extras.columns, strict=True))
+
+
+def _check_columns(store: Store, table: pa.Table) -> None:
+    for name, column in _extras(table).items():
+        kind = column.type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        bytes_ = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        fits = (text and is_text(name)) or (bytes_ and not is_text(name) and not is_image(name))
+        words = name.split(".")
+        plain = name == name.lower() and all(words) and not set(name) & set(" /\\\n\t\r\0")
+        if not fits or not plain or not PICKLED.isdisjoint(words) or name == "cls":
+            raise InputError(
+                f"{store.url}: column {name!r} ({kind}) cannot be a member of a WebDataset tar, which holds text "
+                "under names such as txt and json, and bytes; use the parquet layout, or leave such columns out "
+                "with --set data.extra_columns=drop"
+            )

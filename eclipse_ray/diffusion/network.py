@@ -1,0 +1,123 @@
+"""The denoising network: a diffusers `UNet2DModel` built from the settings, and the module that samplers call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from eclipse_ray.config import DenoiserConfig, Precision, Sampler
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+IMAGE_CHANNELS = 3
+# From (x_t, t) to the raw output, whatever stands between: a denoiser, its tiled view, a test's closed form.
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+def build_unet(config: DenoiserConfig) -> UNet2DModel:
+    """Return an untrained U-Net that predicts epsilon, and with learned_range a variance mix, from (x_t, t)."""
+    # Here and not above: diffusers takes seconds to import, and most processes never build a network.
+    from diffusers import UNet2DModel
+
+    levels = range(len(config.block_out_channels))
+    attends = [level in config.attention_levels for level in levels]
+    return UNet2DModel(
+        sample_size=config.image_size,
+        in_channels=IMAGE_CHANNELS,
+        out_channels=IMAGE_CHANNELS * (2 if config.variance_type == "learned_range" else 1),
+        block_out_channels=tuple(config.block_out_channels),
+        layers_per_block=config.layers_per_block,
+        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
+        add_attention=any(attends),
+        attention_head_dim=config.attention_head_dim,
+        norm_num_groups=config.norm_num_groups,
+        # Not given, the middle attention of a scale-shift network would go without normalisation.
+        attn_norm_num_groups=config.norm_num_groups,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
+        dropout=config.dropout,
+    )
+
+
+class Denoiser(nn.Module):
+    """A network, its noise schedule and its recommended use; what the samplers work with.
+
+    `alphas_cumprod` is float64 (T,); timesteps below `t_max` were trained; `t_star`, `num_inference_steps` and
+    `sampler` are recommended; both sides of an image must be divisible by `size_multiple` (`diffusion.tiling`
+    takes care of others). The network is shown `t * timestep_scale`.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        alphas_cumprod: Tensor,
+        *,
+        t_max: int,
+        t_star: int,
+        num_inference_steps: int,
+        sampler: Sampler = "ddpm",
+        timestep_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.t_max, self.t_star, self.num_inference_steps = t_max, t_star, num_inference_steps
+        self.sampler = sampler
+        self.timestep_scale = timestep_scale
+        self.precision: Precision = "float32"
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T of the schedule."""
+        return len(self.alphas_cumprod)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the raw model output for x_t in [-1, 1] (B, 3, H, W) and integer t (B,) in 0..T-1.
+
+        It is eps_pred (B, 3, H, W), followed by the variance mix on 3 more channels if that was learned.
+        """
+        shown = t if self.timestep_scale == 1 else t * self.timestep_scale
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            output: Tensor = self.unet(x_t, shown).sample
+        return output.to(x_t.dtype)
+
+    @property
+    def learned_range(self) -> bool:
+        """Whether the second half of the output channels is a variance mix."""
+        return int(self.unet.config.out_channels) == 2 * IMAGE_CHANNELS
+
+
+def build_denoiser(unet: UNet2DModel, config: DenoiserConfig) -> Denoiser:
+    """Return the network with the schedule and recommendation of its training settings."""
+    return Denoiser(
+        unet,
+        cosine_alphas_cumprod(config.num_train_timesteps),
+        t_max=config.t_max or config.num_train_timesteps,
+        t_star=config.t_star,
+        num_inference_steps=config.num_inference_steps,
+        sampler=config.sampler,
+        timestep_scale=timestep_scale(config),
+    )
+
+
+def timestep_scale(config: DenoiserConfig) -> float:
+    """Return the factor between a timestep and what the network is shown."""
+    return 1000 / config.num_train_timesteps if config.rescale_timesteps else 1.0
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def default_device() -> torch.device:
+    """Return the CUDA device if this process may use one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

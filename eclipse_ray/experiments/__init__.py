@@ -1,0 +1,1 @@
+"""Poisons, defenses and victims measured together: one dataset, a matrix, a sweep."""

@@ -1,0 +1,458 @@
+"""Write a poisoned copy of a dataset: an optimised poison is fitted on one Ray task, chunks go to all workers.
+
+Draws are keyed by image id or class, so chunks are free. A closed form needs no cluster for a small dataset.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from ray.exceptions import RayError
+
+from eclipse_ray import ledger
+from eclipse_ray.cluster.board import BoardWatcher, start_board
+from eclipse_ray.cluster.connect import Resources, connect, refuse_process_local, require_place
+from eclipse_ray.cluster.fetch import local_denoiser
+from eclipse_ray.config import Config, DataConfig, PoisonConfig, digest, to_yaml
+from eclipse_ray.datasets.formats import UNFINISHED, Source, chunk_spans, open_source, read_parts, read_tables
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.memory import decode_resized, load_images, refuse_existing, write_dataset
+from eclipse_ray.datasets.note import NOTE
+from eclipse_ray.datasets.table import (
+    Span,
+    canonical_table,
+    extra_columns,
+    image_bytes,
+    table_to_parquet,
+    with_classes,
+)
+from eclipse_ray.diffusion.checkpoint import load_denoiser, weights_digest
+from eclipse_ray.diffusion.network import default_device
+from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.log import say
+from eclipse_ray.poisons import (
+    OPTIMISED,
+    LabelledImages,
+    Session,
+    State,
+    budget,
+    fit_poison,
+    poison_fitted,
+    poison_images,
+)
+from eclipse_ray.poisons.costs import resolved_poison, variant_of
+from eclipse_ray.progress import ProgressLine
+from eclipse_ray.purification.shard import fatal_error, fatal_note, same_size_batches
+from eclipse_ray.results import DatasetResult
+from eclipse_ray.storage.store import Store
+
+FIT_KEY, STATE_KEY = "_eclipse/poison/fit.safetensors", "_eclipse/poison/state.safetensors"
+NORM_KEY = b"poison_norm"
+PERTURBATION = "perturbation"
+"""Extra column: the stored image minus the clean one, raw int16 in C order (H, W, 3), little-endian."""
+
+Report = Callable[[int, int, str], None]
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class PoisonJob:
+    """What every worker must know.
+
+    `listing` is the source as it was named, a pattern maybe, and `source` the folder that keys are relative to;
+    `poison` is resolved; `num_classes` counts labels, `classes` names them.
+    """
+
+    listing: str
+    source: str
+    format: str
+    classes: list[str] | None
+    num_classes: int
+    data: DataConfig
+    output: str
+    poison: PoisonConfig
+    seed: int
+
+    @property
+    def optimised(self) -> bool:
+        """Whether the poison is fitted first, and its chunks are kept until all are there."""
+        return self.poison.name in OPTIMISED
+
+
+def chunk_key(number: int) -> str:
+    """Return where a poisoned chunk is kept."""
+    return f"_eclipse/poison/chunk-{number:05d}.parquet"
+
+
+def fit_stored(job: PoisonJob, report: Report, device: torch.device | None = None) -> Arrays:
+    """Return the state of an optimised poison as NumPy arrays: the finished one, else fitted and stored here.
+
+    An interrupted fit goes on from what it saved last. Raises InputError for images of two sizes.
+    """
+    store = Store(job.output)
+    if store.exists(STATE_KEY):
+        return as_arrays(safetensors.torch.load(store.read(STATE_KEY)))
+    loaded = load_images(job.listing, job.data, require_labels=True)
+    data = LabelledImages(
+        torch.from_numpy(loaded.images), torch.from_numpy(loaded.labels), loaded.ids, job.num_classes
+    )
+    session = stored_session(store, job.poison, device or default_device(), report)
+    state = fit_poison(data, job.poison, job.seed, session)
+    store.write(STATE_KEY, safetensors.torch.save(state))
+    store.delete(FIT_KEY)
+    return as_arrays(state)
+
+
+def stored_session(store: Store, poison: PoisonConfig, device: torch.device, report: Report) -> Session:
+    """Return a session that keeps its state in `store`, at most once in `save_seconds`; loads adp's denoiser."""
+    denoiser = load_denoiser(local_denoiser(poison.denoiser), device) if poison.denoiser else None
+    last = [time.monotonic()]
+
+    def load() -> State | None:
+        return safetensors.torch.load(store.read(FIT_KEY)) if store.exists(FIT_KEY) else None
+
+    def save(state: State) -> None:
+        # Any saved state leads to the same result, so one that is skipped costs time only.
+        if time.monotonic() - last[0] >= poison.save_seconds:
+            store.write(FIT_KEY, safetensors.torch.save(state))
+            last[0] = time.monotonic()
+
+    return Session(device, report, load, save, denoiser)
+
+
+def as_arrays(state: State) -> Arrays:
+    """Return a state in the form that Ray's workers share without copies."""
+    return {key: value.numpy() for key, value in state.items()}
+
+
+def poison_chunk(job: PoisonJob, number: int, spans: Sequence[Span], state: Arrays | None) -> pa.Table:
+    """Return one chunk of the source poisoned; its schema says how far it moved, see `largest_norm`.
+
+    Chunks of an optimised poison are stored too, and one that is stored already is not computed again.
+    """
+    store = Store(job.output)
+    if job.optimised and store.exists(chunk_key(number)):
+        return pq.read_table(pa.BufferReader(store.read(chunk_key(number))))
+    table = read_parts(job.source, job.format, job.classes, spans, job.data)
+    poisoned = _poisoned(job, table, state)
+    if job.optimised:
+        store.write(chunk_key(number), table_to_parquet(poisoned))
+    return poisoned
+
+
+def largest_norm(table: pa.Table) -> dict[str, Any]:
+    """Return {"norm", "eps_255", "largest_norm_255"} of a chunk: its bound, and the most that storage moved."""
+    found: dict[str, Any] = json.loads(table.schema.metadata[NORM_KEY])
+    return found
+
+
+def _poisoned(job: PoisonJob, table: pa.Table, state: Arrays | None) -> pa.Table:
+    ids: list[str] = table["id"].to_pylist()
+    labels = torch.from_numpy(table["label"].to_numpy().copy())
+    decoded = [
+        decode_resized(job.source, name, data, job.data)
+        for name, data in zip(ids, image_bytes(table), strict=True)
+    ]
+    images: list[NDArray[np.uint8]] = list(decoded)
+    for indices in same_size_batches(decoded, len(decoded)):
+        pixels = torch.from_numpy(np.stack([decoded[index] for index in indices]))
+        chosen = LabelledImages(pixels, labels[indices], [ids[index] for index in indices], job.num_classes)
+        for index, image in zip(indices, _changed(job, chosen, state).numpy(), strict=True):
+            images[index] = image
+    extras = _with_perturbations(job, extra_columns(table), decoded, images)
+    encoded = [encode_image(image, "png") for image in images]
+    result = canonical_table(ids, encoded, table["label"], extras, job.classes)
+    norm = json.dumps(_norm(job.poison, decoded, images)).encode()
+    return result.replace_schema_metadata({**result.schema.metadata, NORM_KEY: norm})
+
+
+def _changed(job: PoisonJob, data: LabelledImages, state: Arrays | None) -> torch.Tensor:
+    if state is None:
+        return poison_images(data.images, data.labels, data.ids, job.poison, job.seed, job.num_classes)
+    # Ray's shared memory cannot be written to, of which torch would warn.
+    tensors = {key: torch.from_numpy(value.copy()) for key, value in state.items()}
+    return poison_fitted(data, tensors, job.poison, job.seed, default_device())
+
+
+def _with_perturbations(
+    job: PoisonJob, extras: pa.Table, clean: Sequence[NDArray[np.uint8]], images: Sequence[NDArray[np.uint8]]
+) -> pa.Table:
+    if not job.poison.store_perturbation:
+        return extras
+    if PERTURBATION in extras.column_names:
+        raise InputError(
+            f"{job.source}: has a column {PERTURBATION!r} already; leave it out with --set data.extra_columns=drop"
+        )
+    raw = [_difference(before, after).astype("<i2").tobytes() for before, after in zip(clean, images, strict=True)]
+    column = pa.array(raw, pa.binary())
+    return extras.append_column(PERTURBATION, column) if extras.num_columns else pa.table({PERTURBATION: column})
+
+
+def _norm(
+    poison: PoisonConfig, clean: Sequence[NDArray[np.uint8]], images: Sequence[NDArray[np.uint8]]
+) -> dict[str, Any]:
+    bounds = [budget(poison, image.shape) for image in clean]
+    norm, bound = max(bounds, key=lambda each: each[1])
+    order = 2 if norm == "l2" else np.inf
+    moved = [
+        np.linalg.norm(_difference(before, after).ravel().astype(np.float64), order)
+        for before, after in zip(clean, images, strict=True)
+    ]
+    return {
+        "norm": norm,
+        "eps_255": None if norm == "none" else round(bound * 255, 4),
+        "largest_norm_255": round(float(max(moved)), 4),
+    }
+
+
+def _difference(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.int16]:
+    return after.astype(np.int16) - before.astype(np.int16)
+
+
+RESULT_KEY = "_eclipse/poison/result.json"
+# Changes of the poisons that give other pixels for the same settings; fits of another one are not resumed.
+POISON_VERSION = 1
+CHUNK_IMAGES, CHUNK_BYTES = 2048, 64 * 2**20
+# Starting a cluster takes as long as some ten chunks of a closed-form poison on one core.
+SPREAD_CHUNKS = 16
+# Settings that say where, when and how fast; all others of these sections decide what is written.
+UNBOUND_DATA = {"source", "output", "clean", "test", "encoding", "allow_lossy", "on_error"}
+UNBOUND_POISON = {"save_seconds"}
+
+
+def poison(config: Config) -> DatasetResult:
+    """Poison data.source into data.output; images are stored losslessly, labels, ids and extra columns stay.
+
+    An optimised poison that was interrupted goes on where it was; the same command after its end returns at once.
+    Raises InputError for missing labels, an undecodable image, or an output that already holds data, ResumeError
+    for an output that was begun with other settings.
+    """
+    source_url, output = config.data.source, config.data.output
+    if not source_url or not output:
+        raise ConfigError("poison needs a source and an output: eclipse-ray poison NAME SRC DST")
+    config = config.model_copy(update={"poison": resolved_poison(config.poison)})
+    source = open_source(source_url, config.data)
+    job = _job(config, source, source_url, output)
+    if not job.optimised:
+        refuse_existing(Store(output))
+        spans = _spans(source, CHUNK_IMAGES)
+        return _write(config, job, spans, _spread_or_not(config, job, len(spans)))
+    return _optimised(config, job, source)
+
+
+def _optimised(config: Config, job: PoisonJob, source: Source) -> DatasetResult:
+    """Fit, poison and write, each part skipped as far as it is done."""
+    store = Store(job.output)
+    for place in (store, Store(job.source)):
+        refuse_process_local(place.url, place.in_this_process_only)
+    ledger.claim(store, _fingerprint(config, source), to_yaml(config))
+    if store.exists(NOTE) and store.exists(RESULT_KEY):
+        say(f"{job.output}: already poisoned with these settings and images")
+        return DatasetResult(**json.loads(store.read(RESULT_KEY)))
+    store.write(UNFINISHED, b"")
+    spans = _spans(source, config.poison.chunk_images)
+    resources = connect(config)
+    state = _fit(config, job, resources)
+    result = _write(config, job, spans, _spread(job, resources, state), resume=True)
+    store.write(RESULT_KEY, json.dumps(vars(result)).encode())
+    for key in (FIT_KEY, *(chunk_key(number) for number in range(len(spans)))):
+        store.delete(key)
+    return result
+
+
+Tables = Callable[[Sequence[Sequence[Span]]], Iterator[pa.Table]]
+"""Spans of all chunks to their poisoned tables, in order."""
+
+
+def _write(
+    config: Config, job: PoisonJob, spans: Sequence[Sequence[Span]], tables: Tables, *, resume: bool = False
+) -> DatasetResult:
+    norms: list[dict[str, Any]] = []
+    total = sum(stop - start for chunk in spans for _, start, stop in chunk)
+    line = ProgressLine(f"poison {job.poison.name}", "images", total, config.run.progress_seconds)
+
+    def watched() -> Iterator[pa.Table]:
+        for table in tables(spans):
+            norms.append(largest_norm(table))
+            line.advance(table.num_rows)
+            yield with_classes(table, job.classes)
+
+    with line:
+        images = write_dataset(job.output, watched(), classes=job.classes, source=job.source, resume=resume)
+    return DatasetResult(images, job.output, _details(job, norms))
+
+
+def _details(job: PoisonJob, norms: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Say what the images went through: poison and variant, bound and largest norm in 1/255, cost."""
+    bounds = [each["eps_255"] for each in norms]
+    return {
+        "poison": job.poison.name,
+        "classes": job.num_classes,
+        "variant": variant_of(job.poison),
+        "scope": job.poison.scope,
+        "norm": norms[0]["norm"],
+        "eps_255": None if None in bounds else max(bounds),
+        "largest_norm_255": max(each["largest_norm_255"] for each in norms),
+        "cost": job.poison.cost if job.optimised else "closed form",
+    }
+
+
+def _spread_or_not(config: Config, job: PoisonJob, chunks: int) -> Tables:
+    local = Store(job.source).in_this_process_only or Store(job.output).in_this_process_only
+    if local or chunks < SPREAD_CHUNKS:
+        return lambda spans: (poison_chunk(job, number, chunk, None) for number, chunk in enumerate(spans))
+    return _spread(job, connect(config), None)
+
+
+def _spread(job: PoisonJob, resources: Resources, state: Any) -> Tables:
+    """Return what poisons chunks on all GPUs, or all cores for poisons that need no network."""
+    gpus = resources.gpus if job.optimised else 0
+    workers = gpus or max(1, resources.cpus // resources.cpus_per_core)
+    task = ray.remote(num_cpus=resources.cpus_per_core, num_gpus=1 if gpus else 0, max_retries=3)(_chunk_task)
+    shared = ray.put(job)
+
+    def tables(spans: Sequence[Sequence[Span]]) -> Iterator[pa.Table]:
+        pending: deque[Any] = deque()
+        for number, chunk in enumerate(spans):
+            pending.append(task.options(num_returns=2).remote(shared, number, chunk, state))
+            # Two a worker: one to compute, one to wait; more would only fill memory.
+            if len(pending) >= 2 * workers:
+                yield _outcome(*pending.popleft())
+        while pending:
+            yield _outcome(*pending.popleft())
+
+    return tables
+
+
+def _fit(config: Config, job: PoisonJob, resources: Resources) -> Any:
+    """Fit on one task, with a GPU if there is one, else with all cores; return a reference to the state."""
+    threads, cpus = _fit_share(resources)
+    require_place(resources, cpus, min(1, resources.gpus), "the fit of a poison")
+    board, fitting = start_board(), _Fitting(f"fit {job.poison.name}", config.run.progress_seconds)
+    task = ray.remote(num_cpus=cpus, num_gpus=1 if resources.gpus else 0, max_retries=3)(_fit_task)
+    try:
+        with BoardWatcher(board, fitting.show):
+            note, state = task.options(num_returns=2).remote(job, threads, board)
+            _refuse(note)
+    finally:
+        fitting.close()
+    return state
+
+
+def fits_at_once(resources: Resources) -> int:
+    """Return how many poisons can be fitted at the same time: one a GPU, else one a machine."""
+    return resources.gpus or max(1, resources.cpus // _fit_share(resources)[1])
+
+
+def _fit_share(resources: Resources) -> tuple[int, int]:
+    """Return (threads, logical CPUs) of a fit."""
+    threads = 1 if resources.gpus else resources.cores
+    return threads, max(1, min(resources.cpus, threads * resources.cpus_per_core))
+
+
+class _Fitting:
+    """A progress line that learns from the first report how long the work is and where it began."""
+
+    def __init__(self, what: str, every: float) -> None:
+        self.what, self.every = what, every
+        self.line: ProgressLine | None = None
+
+    def show(self, entry: dict[str, Any]) -> None:
+        """Show one report of a fit; one that Ray had to start again may report a step twice."""
+        if self.line is None:
+            self.line = ProgressLine(self.what, "steps", entry["total"], self.every, entry["done"])
+        self.line.advance(max(0, entry["done"] - self.line.done), note=entry["note"])
+
+    def close(self) -> None:
+        """Give the screen back; a fit may be good enough before its last step."""
+        if self.line is not None:
+            self.line.close()
+
+
+def _fit_task(job: PoisonJob, threads: int, board: Any) -> tuple[str, Any]:
+    torch.set_num_threads(threads)
+
+    def report(done: int, total: int, note: str) -> None:
+        board.post.remote({"done": done, "total": total, "note": note})
+
+    return _guarded(lambda: fit_stored(job, report))
+
+
+def _chunk_task(job: PoisonJob, number: int, spans: Sequence[Span], state: Any) -> tuple[str, Any]:
+    torch.set_num_threads(1)
+    return _guarded(lambda: poison_chunk(job, number, spans, state))
+
+
+def _guarded(work: Callable[[], Any]) -> tuple[str, Any]:
+    # An error for people crosses as text: Ray would wrap it in its own and a stack of calls.
+    try:
+        return "", work()
+    except EclipseError as error:
+        return fatal_note(error), None
+
+
+def _outcome(note: Any, value: Any) -> Any:
+    _refuse(note)
+    return ray.get(value)
+
+
+def _refuse(note: Any) -> None:
+    try:
+        text = ray.get(note)
+    except RayError as error:
+        raise EclipseError(
+            f"a poison's worker failed: {str(error).splitlines()[-1]}; the same command goes on where it was"
+        ) from None
+    if text:
+        raise fatal_error(text)
+
+
+def _job(config: Config, source: Source, source_url: str, output: str) -> PoisonJob:
+    return PoisonJob(
+        source_url,
+        source.url,
+        source.format,
+        source.classes,
+        _class_count(source, config),
+        config.data,
+        output,
+        config.poison,
+        config.run.seed,
+    )
+
+
+def _spans(source: Source, images: int) -> list[list[Span]]:
+    return list(chunk_spans(source.parts, images, CHUNK_BYTES))
+
+
+def _fingerprint(config: Config, source: Source) -> ledger.Fingerprint:
+    tree = {
+        "poison": config.poison.model_dump(mode="json", exclude=UNBOUND_POISON),
+        "data": config.data.model_dump(mode="json", exclude=UNBOUND_DATA),
+        "run": {"seed": config.run.seed},
+    }
+    denoiser = config.poison.denoiser
+    weights = weights_digest(local_denoiser(denoiser)) if denoiser else ""
+    return ledger.Fingerprint(tree, weights, digest([list(part) for part in source.parts]), POISON_VERSION)
+
+
+def _class_count(source: Source, config: Config) -> int:
+    """Number of classes: the named ones, or one more than the largest label."""
+    largest = -1
+    for table in read_tables(source, config.data):
+        if "label" not in table.column_names or table["label"].null_count:
+            raise InputError(f"{source.url}: a poison needs a label for every image; add them or name the column")
+        largest = max(largest, int(table["label"].to_numpy().max()))
+    return max(largest + 1, len(source.classes or []))

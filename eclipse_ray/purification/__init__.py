@@ -1,0 +1,1 @@
+"""The verb purify: plan, shards, stages and the run."""

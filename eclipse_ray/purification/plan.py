@@ -1,0 +1,300 @@
+"""What is settled before a purification starts: source, samples, plan, fingerprint, and the workers' job."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from eclipse_ray import ledger
+from eclipse_ray.cluster.connect import refuse_process_local
+from eclipse_ray.cluster.fetch import local_denoiser
+from eclipse_ray.config import Config, to_yaml
+from eclipse_ray.datasets.formats import Source, open_source, read_parts, read_tables
+from eclipse_ray.datasets.images import (
+    ImageError,
+    centre_crop,
+    check_encoding,
+    decode_stored,
+    encode_image,
+    resize_image,
+)
+from eclipse_ray.datasets.table import image_bytes
+from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
+from eclipse_ray.diffusion.network import Denoiser, default_device
+from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, purify_images
+from eclipse_ray.diffusion.tiling import MIN_SIDE
+from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.log import say
+from eclipse_ray.purification.purifier import purify_batch
+from eclipse_ray.purification.shard import Job, Pixels, same_size_batches
+from eclipse_ray.results import DryRunResult
+from eclipse_ray.storage.store import Store
+
+SAMPLES = 64
+# Of larger images the middle is looked at, so that the check takes seconds whatever their size.
+SAMPLE_SIDE = 64
+DATA_IN_FINGERPRINT = {
+    "alpha",
+    "animated",
+    "encoding",
+    "extra_columns",
+    "image_column",
+    "label_column",
+    "max_pixels",
+    "resize",
+    "tar_ids",
+}
+# Settings of `purify` that decide pixels or how the source is cut.
+PURIFY_IN_FINGERPRINT = {
+    "t_star",
+    "num_inference_steps",
+    "sampler",
+    "batch_size",
+    "batch_pixels",
+    "precision",
+    "tile",
+    "tile_overlap",
+    "shard_images",
+    "shard_bytes",
+}
+# Removing a poison within 8/255 is no sign of a wrong denoiser; this is its energy if uniform, on [-1, 1].
+POISON_MSE = (2 * 8 / 255) ** 2 / 3
+WARN_DB = 3.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image looked at before the run: its size in pixels, and its middle, at most SAMPLE_SIDE a side."""
+
+    height: int
+    width: int
+    crop: Pixels
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that `purify` knows before it writes; `config` has the depth that the denoiser recommends."""
+
+    config: Config
+    source: Source
+    samples: list[Sample]
+    denoiser: Denoiser
+    heldout_psnr: float | None
+    store: Store
+    plan: ledger.Plan
+    fingerprint: ledger.Fingerprint
+    job: Job
+
+    def claim(self) -> None:
+        """Make the output folder this run's, or find it so. Raises ResumeError if it is another's."""
+        ledger.open_run(self.store, self.plan, self.fingerprint, to_yaml(self.config))
+
+
+def prepare(config: Config, *, extend: bool = False) -> Prepared:
+    """List the source, load the denoiser and cut the plan; nothing is written.
+
+    Raises ConfigError or InputError for unusable input, ResumeError if the output's plan lacks objects that the
+    source has, unless `extend`.
+    """
+    source, output, denoiser_url = _locations(config)
+    check_encoding(config.data.encoding, config.data.allow_lossy)
+    folder = local_denoiser(denoiser_url)
+    denoiser, card = load_denoiser(folder), read_card(folder)
+    config = _resolved(config, denoiser)
+    opened = open_source(source, config.data)
+    samples = read_samples(opened, config, SAMPLES)
+    _check_sizes(source, samples)
+    store = Store(output, config.purify.single_writer)
+    refuse_process_local(output, store.in_this_process_only)
+    plan = ledger.plan_source(store, opened.parts, _images_per_shard(config, samples), opened.classes, extend)
+    job = Job(
+        source=opened.url,
+        format=opened.format,
+        classes=plan.classes,
+        data=config.data,
+        output=store.url,
+        denoiser=denoiser_url,
+        purify=config.purify,
+        seed=config.run.seed,
+        compensation=config.compensation,
+        sparse_hashes=frozenset(card.sparse_hashes),
+    )
+    fingerprint = _fingerprint(config, plan, weights_digest(folder))
+    return Prepared(config, opened, samples, denoiser, card.denoise_psnr, store, plan, fingerprint, job)
+
+
+def _resolved(config: Config, denoiser: Denoiser) -> Config:
+    """Return the settings with the denoiser's recommendations where nothing was asked for."""
+    t_star, steps = check_depth(denoiser, config.purify.t_star, config.purify.num_inference_steps)
+    chosen = {
+        "t_star": t_star,
+        "num_inference_steps": steps,
+        "sampler": config.purify.sampler or denoiser.sampler,
+    }
+    return config.model_copy(update={"purify": config.purify.model_copy(update=chosen)}, deep=True)
+
+
+def _locations(config: Config) -> tuple[str, str, str]:
+    data, purify_config = config.data, config.purify
+    for name, value in (
+        ("data.source", data.source),
+        ("data.output", data.output),
+        ("purify.denoiser", purify_config.denoiser),
+    ):
+        if not value:
+            raise ConfigError(f"{name} is not set; usage: eclipse-ray purify SRC DST --denoiser DIR")
+    return str(data.source), str(data.output), str(purify_config.denoiser)
+
+
+def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
+    """Return the readable ones of the first `count` images; only their middles are kept in memory."""
+    samples: list[Sample] = []
+    left = count
+    for part in source.parts[:count]:
+        rows = min(left, part.rows)
+        table = read_parts(source.url, source.format, source.classes, [(part.key, 0, rows)], config.data)
+        for image in table["image"].to_pylist():
+            try:
+                pixels = decode_stored((image or {}).get("bytes") or b"", config.data)
+            except ImageError:
+                # It will be an error row of its shard; here it only says nothing about size.
+                continue
+            pixels = resize_image(pixels, config.data.resize)
+            samples.append(Sample(pixels.shape[0], pixels.shape[1], centre_crop(pixels, SAMPLE_SIDE)))
+        left -= rows
+        if left <= 0:
+            break
+    return samples
+
+
+def _check_sizes(source: str, samples: list[Sample]) -> None:
+    # Some that are too small become error rows; where all are, nothing would be left.
+    if samples and all(min(sample.height, sample.width) < MIN_SIDE for sample in samples):
+        raise InputError(
+            f"{source}: images are {samples[0].width}x{samples[0].height} pixels; purification needs at least "
+            f"{MIN_SIDE} on each side: enlarge them, for example with --resize 32"
+        )
+
+
+def _images_per_shard(config: Config, samples: list[Sample]) -> int:
+    largest = max((3 * sample.height * sample.width for sample in samples), default=1)
+    return max(1, min(config.purify.shard_images, config.purify.shard_bytes // largest))
+
+
+def _fingerprint(config: Config, plan: ledger.Plan, weights: str) -> ledger.Fingerprint:
+    """Everything that decides pixels or what the output says of itself; not how the work is spread."""
+    tree = {
+        "purify": config.purify.model_dump(mode="json", include=PURIFY_IN_FINGERPRINT),
+        "compensation": config.compensation.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json", include=DATA_IN_FINGERPRINT),
+        "run": {"seed": config.run.seed},
+    }
+    return ledger.Fingerprint(tree, weights, ledger.plan_digest(plan.base), ENGINE_VERSION)
+
+
+def largest_batch(images: list[Pixels], batch_size: int, batch_pixels: int) -> Pixels | None:
+    """Return the most images of one size that are large enough to purify, (B, H, W, 3), at most one batch."""
+    batches = same_size_batches(images, batch_size, batch_pixels)
+    fitting = [batch for batch in batches if min(images[batch[0]].shape[:2]) >= MIN_SIDE]
+    return np.stack([images[index] for index in max(fitting, key=len)]) if fitting else None
+
+
+def warn_if_unsuitable(
+    denoiser: Denoiser, samples: list[Pixels], heldout: float | None, t_star: int | None
+) -> None:
+    """Warn when denoising changes real images far more than it did held-out clean ones (plus a poison).
+
+    For an imported denoiser, whose held-out error nobody measured: more than the noise that it should remove.
+    """
+    images = largest_batch(samples, SAMPLES, SAMPLES * SAMPLE_SIDE**2)
+    if images is None or t_star != denoiser.t_star:
+        return
+    ids = [f"sample-{index}" for index in range(len(images))]
+    purified = purify_images(images, denoiser, t_star=denoiser.t_star, num_inference_steps=1, ids=ids).numpy()
+    error = float(np.mean(((purified.astype(np.float64) - images) / 127.5) ** 2))
+    abar = float(denoiser.alphas_cumprod[denoiser.t_star - 1])
+    allowed = (1 - abar) / abar if heldout is None else 4 / 10 ** (heldout / 10)
+    expected = allowed + POISON_MSE
+    measured_db, expected_db = (10 * np.log10(4 / max(value, 1e-12)) for value in (error, expected))
+    if measured_db < expected_db - WARN_DB:
+        say(
+            f"warning: denoising {len(images)} images of the source leaves {measured_db:.1f} dB, "
+            f"{expected_db:.1f} dB were expected: was this denoiser trained on images of this kind?"
+        )
+
+
+ENCODED = 200
+# Time on the device goes by pixels, so the middle of a large image says as much as all of it.
+TIMED_SIDE = 256
+TIMED = 64
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Sums over the images looked at, and the middles of some of them."""
+
+    images: int
+    pixels: int
+    encoded_bytes: int
+    cpu_seconds: float
+    middles: list[Pixels]
+
+
+def estimate(config: Config, *, extend: bool = False) -> DryRunResult:
+    """Return shards, bytes and times of what `purify` would do now; nothing is written. Raises what it raises."""
+    prepared = prepare(config, extend=extend)
+    shards = prepared.plan.shards
+    statuses = ledger.read_statuses(prepared.store) if prepared.store.exists() else {}
+    left = ledger.pending(shards, statuses)
+    images = sum(shard.rows for shard in left)
+    sampled = _sample(prepared)
+    share = images / max(1, sampled.images)
+    return DryRunResult(
+        planned=sum(shard.rows for shard in shards),
+        images_left=images,
+        shards=len(shards),
+        shards_left=len(left),
+        input_bytes=sum(part.size for part in prepared.source.parts),
+        output_bytes=round(share * sampled.encoded_bytes),
+        cpu_hours=share * sampled.cpu_seconds / 3600,
+        device_hours=share * sampled.pixels * _seconds_a_pixel(prepared, sampled.middles) / 3600,
+        device=default_device().type,
+        output=prepared.store.url,
+    )
+
+
+def _sample(prepared: Prepared) -> Sampled:
+    """Decode and encode the first images, one at a time."""
+    config = prepared.config
+    started = time.process_time()
+    images = pixels = size = 0
+    middles: list[Pixels] = []
+    for table in read_tables(prepared.source, config.data, max_images=ENCODED):
+        for data in image_bytes(table):
+            try:
+                image = resize_image(decode_stored(data, config.data), config.data.resize)
+            except ImageError:
+                continue
+            images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
+            size += len(encode_image(image, config.data.encoding))
+            if len(middles) < TIMED:
+                middles.append(centre_crop(image, TIMED_SIDE))
+        break
+    return Sampled(images, pixels, size, time.process_time() - started, middles)
+
+
+def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
+    """Return the time on this machine's device for each pixel, after one pass to warm up."""
+    settings = prepared.config.purify
+    images = largest_batch(middles, settings.batch_size, settings.batch_pixels)
+    if images is None:
+        return 0.0
+    ids = [f"timed-{index}" for index in range(len(images))]
+    denoiser = prepared.denoiser.to(default_device())
+    denoiser.precision = settings.precision
+    for _ in range(2):
+        started = time.perf_counter()
+        purify_batch(denoiser, images, ids, settings, prepared.config.run.seed)
+    return (time.perf_counter() - started) / (images.shape[0] * images.shape[1] * images.shape[2])

@@ -1,0 +1,200 @@
+"""Ray Data streams shards through decode, the denoising actor pool, encode and commit."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from eclipse_ray import ledger, log
+from eclipse_ray.cluster.connect import Resources, connect, message_of, require_cpus, require_gpus, require_place
+from eclipse_ray.config import Config
+from eclipse_ray.errors import EclipseError, InterruptedRunError
+from eclipse_ray.log import say
+from eclipse_ray.progress import ProgressLine
+from eclipse_ray.purification.plan import Prepared, prepare, warn_if_unsuitable
+from eclipse_ray.purification.purifier import Purifier
+from eclipse_ray.purification.shard import BUSY_COLUMN, Job, Task, fatal_error, task_rows
+from eclipse_ray.purification.stages import encode_and_commit, read_and_decode
+from eclipse_ray.results import PurifyResult
+
+# Reading and encoding mostly wait; and a share other than the actors' keeps Ray from fusing them into the actors.
+IO_CPUS = 0.5
+# A shard may take so many times as long as the slowest one yet before the run is taken for dead.
+PATIENCE = 10
+T = TypeVar("T")
+
+
+def purify(config: Config, *, retry_failed: bool = False, extend: bool = False) -> PurifyResult:
+    """Purify data.source into data.output with purify.denoiser; the same command resumes what it began.
+
+    `retry_failed` does again what failed before, `extend` also does what the source has gained. Raises
+    ConfigError or InputError before anything is written for unusable input, ResumeError if the output belongs to
+    another run, InterruptedRunError if it stopped on the way.
+    """
+    prepared = prepare(config, extend=extend)
+    prepared.claim()
+    log.set_run("purify", prepared.fingerprint.value)
+    store, shards = prepared.store, prepared.plan.shards
+    statuses = ledger.read_statuses(store)
+    tasks = [Task(shard) for shard in ledger.pending(shards, statuses)]
+    if retry_failed:
+        again = ledger.retriable(shards, statuses)
+        tasks += [Task(shard, statuses[shard.name].generation + 1) for shard in again]
+    rate = 0.0
+    if tasks:
+        crops = [sample.crop for sample in prepared.samples]
+        warn_if_unsuitable(prepared.denoiser, crops, prepared.heldout_psnr, prepared.job.purify.t_star)
+        rate = _run(prepared, tasks)
+    ledger.finalise(store)
+    summary = ledger.summarise(store)
+    return PurifyResult(summary.planned, summary.ok, summary.failed, round(rate, 2), store.url)
+
+
+def _run(prepared: Prepared, tasks: list[Task]) -> float:
+    """Stream the tasks; return images a second of this run."""
+    config, shards = prepared.config, prepared.plan.shards
+    resources = connect(config)
+    actors, gpus = pool(config, resources, len(tasks))
+    total = sum(shard.rows for shard in shards)
+    done = total - sum(task.shard.rows for task in tasks)
+    if done:
+        say(f"purify: resuming, {len(shards) - len(tasks)} of {len(shards)} shards are already committed")
+    job = replace(prepared.job, session=ledger.session(prepared.store), run=prepared.fingerprint.value)
+    results = _stream(job, tasks, actors, gpus)
+    patience = config.purify.watchdog_seconds
+    usage = _Usage("GPUs" if gpus else "actors", actors)
+    with ProgressLine("purify", "images", total, config.run.progress_seconds, done) as line:
+        for shard in _watched(results, patience, lambda: ledger.hand_over(prepared.store, job.session)):
+            line.advance(shard.ok + shard.failed, shard.failed, usage.note(shard.busy_seconds))
+        return line.rate
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A shard that is committed: images done and failed, and the seconds that an actor spent on it."""
+
+    ok: int
+    failed: int
+    busy_seconds: float = 0.0
+
+
+class _Usage:
+    """Says which share of the time since the first shard began the pool has been at work."""
+
+    def __init__(self, what: str, actors: int) -> None:
+        self.what, self.actors = what, actors
+        self.busy, self.start = 0.0, 0.0
+
+    def note(self, seconds: float) -> str:
+        now = time.monotonic()
+        self.start = self.start or now - seconds
+        self.busy += seconds
+        return f"{self.what} busy {min(100, 100 * self.busy / max(1e-9, self.actors * (now - self.start))):.0f} %"
+
+
+def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]:
+    """Return (actors, GPUs of each); never more actors than there are shards to keep them busy.
+
+    Raises ConfigError if the cluster can never hold them.
+    """
+    gpus = config.purify.num_gpus
+    if gpus is None:
+        gpus = 1.0 if resources.gpus else 0.0
+    require_gpus(resources, gpus, f"purify.num_gpus={gpus:g}")
+    default = int(resources.gpus / gpus) if gpus else max(1, resources.cpus // 2)
+    actors = min(config.purify.actors or default, shards)
+    require_gpus(resources, actors * gpus, f"purify.actors={actors} with purify.num_gpus={gpus:g}")
+    require_cpus(resources, actors + 1, f"purify with {actors} actors and a CPU task to read and encode")
+    require_place(resources, 1, gpus, "an actor of purify")
+    return actors, gpus
+
+
+def on_actors(dataset: Dataset, actor: Callable[[Any], Any], job: Any, actors: int, gpus: float) -> Dataset:
+    """Return the dataset with each block handed to one of a pool of `actor(job)`, a CPU or `gpus` GPUs each."""
+    return dataset.map_batches(
+        actor,
+        fn_constructor_args=(job,),
+        compute=ActorPoolStrategy(size=actors),
+        batch_size=1,
+        batch_format="pyarrow",
+        num_gpus=gpus or None,
+        num_cpus=None if gpus else 1,
+    )
+
+
+def _watched(results: Iterator[T], patience: float, on_hang: Callable[[], None]) -> Iterator[T]:
+    """Yield results as they come; raises InterruptedRunError when none comes for too long, or Ray gives up.
+
+    Ray does not notice an actor that ends by sys.exit or sleeps for ever. The stream is read on a thread of its
+    own, so that this one can stop waiting for it.
+    """
+    ready: queue.SimpleQueue[T | Exception | None] = queue.SimpleQueue()
+    threading.Thread(target=_forward, args=(results, ready.put), daemon=True).start()
+    last, slowest = time.monotonic(), None
+    while True:
+        limit = max(patience, PATIENCE * (slowest or 0.0))
+        try:
+            result = ready.get(timeout=limit)
+        except queue.Empty:
+            on_hang()
+            raise InterruptedRunError(
+                f"purify stopped: no shard was finished for {limit:.0f} s (purify.watchdog_seconds), so a worker "
+                "hangs or was lost; run the same command again to resume"
+            ) from None
+        if result is None:
+            return
+        if isinstance(result, EclipseError):
+            raise result
+        if isinstance(result, Exception):
+            raise InterruptedRunError(
+                f"purify stopped: {message_of(result)}; run the same command again to resume"
+            ) from result
+        now = time.monotonic()
+        # The first shard also waits for actors to start, which says nothing of how long a shard takes.
+        slowest = 0.0 if slowest is None else max(slowest, now - last)
+        last = now
+        yield result
+
+
+def _forward(results: Iterator[T], put: Callable[[T | Exception | None], None]) -> None:
+    try:
+        for result in results:
+            put(result)
+    except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+        put(error)
+    else:
+        put(None)
+
+
+def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[Committed]:
+    """Yield each shard as it is committed."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # Off: this run has a watchdog of its own, which knows how long a shard takes here.
+    context.execution_no_progress_timeout_s = -1
+    dataset = ray.data.from_arrow(task_rows(tasks))
+    dataset = dataset.map_batches(
+        read_and_decode, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
+    )
+    dataset = on_actors(dataset, Purifier, job, actors, gpus)
+    dataset = dataset.map_batches(
+        encode_and_commit, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
+    )
+    noted: set[str] = set()
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in batch.to_pylist():
+            if row["note"] and row["note"] not in noted:
+                noted.add(row["note"])
+                say(f"note: {row['note']}")
+            if row["fatal"]:
+                raise fatal_error(row["fatal"])
+            log.event("shard", shard=row["shard"], ok=row["ok"], failed=row["failed"])
+            yield Committed(row["ok"], row["failed"], row[BUSY_COLUMN])

@@ -1,0 +1,152 @@
+"""One way to draw a chart: for a light page, for a dark one, and as a PNG."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from numpy.typing import NDArray
+
+from eclipse_ray.reports.blocks import Chart
+
+WIDE, NARROW = (7.2, 3.1), (4.4, 3.1)
+"""Sizes in inches. A narrow chart is as wide as a phone, so that its letters stay as large as the text's."""
+PNG_DPI = 160
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a page: ink, what recedes, and series in order, each legible on the page's background."""
+
+    ink: str
+    muted: str
+    grid: str
+    page: str
+    series: tuple[str, ...]
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """All of them, in one order."""
+        return self.ink, self.muted, self.grid, self.page, *self.series
+
+
+LIGHT = Theme(
+    "#1f2328", "#59636e", "#d8dee4", "#ffffff", ("#0b5cad", "#b5470b", "#00715a", "#7a3b9a", "#59636e", "#a1124e")
+)
+DARK = Theme(
+    "#e6e9ed", "#a3adb8", "#3a424c", "#14181d", ("#71b7ff", "#ff9e61", "#4fd1a5", "#d2a8ff", "#a3adb8", "#ff8fb3")
+)
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+
+Paint = Callable[[Axes, Theme], None]
+
+
+def draw(name: str, alt: str, caption: str, paint: Paint, size: tuple[float, float] = NARROW) -> Chart:
+    """Return the chart that `paint` draws on the axes it is given.
+
+    `alt` says what a reader should see in it; `name` names its files. The dark drawing is the light one in other
+    colours: laying one out is what takes time.
+    """
+    figure = _figure(paint, size)
+    light = _save(figure, "svg")
+    return Chart(name, alt, caption, light, _in_the_dark(light), _save(figure, "png"), wide=size == WIDE)
+
+
+def _in_the_dark(drawing: bytes) -> bytes:
+    pairs = zip(LIGHT.colours, DARK.colours, strict=True)
+    colours = {light.encode(): dark.encode() for light, dark in pairs}
+    return re.sub(rb"#[0-9a-f]{6}", lambda match: colours.get(match[0], match[0]), drawing)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Write the powers of ten of a logarithmic axis as plain numbers."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legible(label: str) -> str:
+    """Return `label` such that a legend shows it: matplotlib leaves out those that start with an underscore."""
+    return f"\u200b{label}" if label.startswith("_") else label
+
+
+def _figure(paint: Paint, size: tuple[float, float]) -> Figure:
+    theme = LIGHT
+    settings = {
+        "font.size": 10,
+        # Labels are other people's words: a dollar sign begins no formula.
+        "text.parse_math": False,
+        "axes.edgecolor": theme.muted,
+        "axes.labelcolor": theme.ink,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.6,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 4,
+        "text.color": theme.ink,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure.add_subplot(), theme)
+        # Laid out while the settings hold: labels are made when they are drawn.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
+
+
+def _save(figure: Figure, kind: str) -> bytes:
+    # Letters as letters: smaller, sharp at any size, and in the reader's own sans-serif.
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "eclipse_ray", "font.family": ["sans-serif"]}
+    stream = io.BytesIO()
+    with matplotlib.rc_context(settings):
+        if kind == "svg":
+            # Without a date, so that the same data give the same bytes.
+            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+            return stream.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'DejaVu Sans'")
+        figure.savefig(stream, format="png", dpi=PNG_DPI, facecolor="white")
+    return stream.getvalue()
+
+
+Pixels = NDArray[np.uint8]
+
+
+def image_grid(rows: Mapping[str, Pixels], columns: list[str], title: str) -> bytes:
+    """Return a PNG with one labelled row for each entry (uint8 (N, H, W, 3)) and one column an image."""
+    count = len(columns)
+    figure = Figure(figsize=(1.1 * count + 1.5, 1.1 * len(rows) + 0.7), layout="constrained")
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    figure.suptitle(title, fontsize=11)
+    for row, (name, images) in enumerate(rows.items()):
+        for column in range(count):
+            axis = axes[row][column]
+            axis.imshow(images[column], interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for side in axis.spines.values():
+                side.set_visible(False)
+            if row == 0:
+                axis.set_title(columns[column], fontsize=8)
+        axes[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    return png(figure)
+
+
+def png(figure: Figure, dpi: int = 130) -> bytes:
+    """Return a figure as PNG, `dpi` pixels an inch."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi)
+    return stream.getvalue()

@@ -1,0 +1,327 @@
+"""S3 by its own requests: put-if-absent, uploads in parts, whole reads only, listings page by page."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import urlsplit
+
+from eclipse_ray.errors import StorageError
+from eclipse_ray.storage.entry import Entry, is_hidden, join
+from eclipse_ray.storage.retries import Action, ShortReadError, http_answer, retried
+
+T = TypeVar("T")
+Parameters = dict[str, Any]
+
+# Up to this many bytes go in one request, more in parts of this size.
+PART_BYTES = 32 * 2**20
+# The most that S3 puts on one page.
+PAGE_ITEMS = 1000
+_PARTS_AT_ONCE = 4
+_UPLOAD_TRIES = 3
+# A Parquet footer is read with the first look at the end of an object.
+_TAIL_BYTES = 64 * 2**10
+_BUFFER_BYTES = 256 * 2**10
+# Says whose object it is when the answer to a write was lost and the repeated write finds one there.
+_WRITER = "eclipse-writer"
+_IF_ABSENT: Parameters = {"IfNoneMatch": "*"}
+_RENEWING = threading.Lock()
+
+READ = Action("read", "s3:GetObject, and s3:ListBucket to tell an absent object from a forbidden one,")
+WRITE = Action("write", "s3:PutObject")
+LIST = Action("list", "s3:ListBucket")
+DELETE = Action("remove", "s3:DeleteObject")
+LIST_UPLOADS = Action("list unfinished uploads of", "s3:ListBucketMultipartUploads")
+ABORT = Action("abort an unfinished upload of", "s3:AbortMultipartUpload")
+
+
+class S3Folder:
+    """The objects below one prefix of a bucket, or a single one, through a connected s3fs filesystem."""
+
+    def __init__(self, fs: Any, root: str) -> None:
+        self.fs = fs
+        self.root = root
+        self.bucket, self.prefix, _ = fs.split_path(root)
+
+    def exists(self, key: str) -> bool:
+        """Return whether an object or anything below it as a folder is there; a bucket always is."""
+        full = join(self.prefix, key)
+        if full and self._head(key) is not None:
+            return True
+        page = self._request(LIST, "list_objects_v2", key, {"Prefix": full and f"{full}/", "MaxKeys": 1})
+        return bool(page.get("Contents")) or not full
+
+    def is_file(self) -> bool:
+        """Return whether the root itself is an object."""
+        return bool(self.prefix) and self._head("") is not None
+
+    def read(self, key: str) -> bytes:
+        """Return a whole object. Raises FileNotFoundError if it is not there."""
+        return self._get(key, {})
+
+    def open(self, key: str) -> BinaryIO:
+        """Open an object for random access. Raises FileNotFoundError if it is not there."""
+        entry = self.entry(key)
+        return cast(BinaryIO, io.BufferedReader(_Object(self, entry), _BUFFER_BYTES))
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop`, or to the end. Raises FileNotFoundError if it is not there."""
+        return self._get(key, {"Range": f"bytes={start}-{stop - 1}"})
+
+    def read_part(self, entry: Entry, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop`; raises StorageError if the object is no longer that of `entry`."""
+        condition = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": f'"{entry.version}"'}
+        try:
+            data = self._get(entry.key, condition, stop - start)
+        except FileExistsError as error:
+            raise StorageError(
+                f"{self._where(entry.key)}: changed while it was read; start again once nobody writes to it"
+            ) from error
+        return data
+
+    def entry(self, key: str) -> Entry:
+        """Return an object's size and ETag. Raises FileNotFoundError if it is not there."""
+        head = self._head(key)
+        if head is None:
+            raise FileNotFoundError(f"{self._where(key)}: there is no such object")
+        return Entry(key, int(head["ContentLength"]), str(head["ETag"]).strip('"'))
+
+    def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]:
+        """Yield the objects below a folder, sorted by key: from Amazon page by page, from others all at once.
+
+        Raises StorageError if Amazon's listing is out of order.
+        """
+        entries = self._entries(prefix, hidden)
+        first = next(entries, None)
+        if first is None:
+            return
+        entries = itertools.chain([first], entries)
+        if self._lists_in_order():
+            yield from _in_order(entries, self._where(prefix))
+        else:
+            yield from sorted(entries, key=lambda entry: entry.key)
+
+    def _entries(self, prefix: str, hidden: bool) -> Iterator[Entry]:
+        base = join(self.prefix, prefix)
+        for item in self._pages(LIST, "list_objects_v2", "Contents", prefix, _NEXT_OBJECTS):
+            relative = item["Key"][len(base) + 1 if base else 0 :]
+            # A name that ends in a slash is the empty object by which some tools mark a folder.
+            if relative and not relative.endswith("/") and (hidden or not is_hidden(relative)):
+                yield Entry(join(prefix, relative), int(item["Size"]), str(item["ETag"]).strip('"'))
+
+    def _lists_in_order(self) -> bool:
+        # Others need not: SeaweedFS lists "a/x" before "a-b", and S3 Express in no order at all.
+        host = urlsplit(self.fs.s3.meta.endpoint_url).hostname or ""
+        return host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not self.bucket.endswith("--x-s3")
+
+    def write(self, key: str, data: bytes) -> None:
+        """Store an object whole, replacing any other."""
+        self._store(key, data, {})
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Store an object unless there is one; return whether this call did.
+
+        Some servers decide a race exactly for up to `PART_BYTES` only (SeaweedFS 4.48 and moto 5.2 may let
+        several uploads in parts win at once; the last of them stays, whole). Commits are far below that.
+        """
+        return self._store(key, data, _IF_ABSENT)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is gone is no error."""
+        with suppress(FileNotFoundError):
+            self._request(DELETE, "delete_object", key, {"Key": join(self.prefix, key)})
+
+    def abort_uploads(self, prefix: str) -> int:
+        """Abort every unfinished upload below a folder; return how many there were."""
+        count = 0
+        for upload in self._pages(LIST_UPLOADS, "list_multipart_uploads", "Uploads", prefix, _NEXT_UPLOADS):
+            # One that has just been completed, or aborted by somebody else, is not there any more.
+            with suppress(FileNotFoundError):
+                target = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                self._request(ABORT, "abort_multipart_upload", prefix, target)
+                count += 1
+        return count
+
+    def _store(self, key: str, data: bytes, condition: Parameters) -> bool:
+        writer = uuid.uuid4().hex
+        upload = self._put if len(data) <= PART_BYTES else self._put_parts
+        for _ in range(_UPLOAD_TRIES):
+            try:
+                upload(key, data, {"Key": join(self.prefix, key), "Metadata": {_WRITER: writer}}, condition)
+                return True
+            except (FileExistsError, FileNotFoundError) as error:
+                # Either another writer was first, or the answer to our own success was lost.
+                head = self._head(key)
+                if head is not None and head.get("Metadata", {}).get(_WRITER) == writer:
+                    return True
+                if isinstance(error, FileExistsError) and head is not None:
+                    return False
+        raise StorageError(
+            f"{self._where(key)}: {_UPLOAD_TRIES} uploads vanished before they were complete; "
+            "see who aborts uploads there, then run the same command again"
+        )
+
+    def _put(self, key: str, data: bytes, target: Parameters, condition: Parameters) -> None:
+        self._request(WRITE, "put_object", key, {**target, "Body": data, **condition})
+
+    def _put_parts(self, key: str, data: bytes, target: Parameters, condition: Parameters) -> None:
+        upload = self._request(WRITE, "create_multipart_upload", key, target)["UploadId"]
+        place = {"Key": target["Key"], "UploadId": upload}
+
+        def put(index: int) -> Parameters:
+            body = data[index * PART_BYTES : (index + 1) * PART_BYTES]
+            part = {**place, "PartNumber": index + 1, "Body": body}
+            return {"PartNumber": index + 1, "ETag": self._request(WRITE, "upload_part", key, part)["ETag"]}
+
+        try:
+            with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+                parts = list(pool.map(put, range(-(-len(data) // PART_BYTES))))
+            # The object appears with this request or not at all, so the condition is checked here.
+            whole = {**place, "MultipartUpload": {"Parts": parts}, **condition}
+            self._request(WRITE, "complete_multipart_upload", key, whole)
+        except Exception:
+            # One that cannot be aborted now is aborted by the next clean-up.
+            with suppress(FileNotFoundError, StorageError):
+                self._request(ABORT, "abort_multipart_upload", key, place)
+            raise
+
+    def _head(self, key: str) -> Mapping[str, Any] | None:
+        parameters = {"Bucket": self.bucket, "Key": join(self.prefix, key)}
+
+        def call() -> Mapping[str, Any]:
+            try:
+                return cast(Mapping[str, Any], self.fs.call_s3("head_object", **parameters))
+            except OSError as error:
+                if (http_answer(error) or (0,))[0] in (400, 403):
+                    # An answer to HEAD has no body, hence no reason; the same question as a GET is told why.
+                    self.fs.call_s3("get_object", **parameters, Range="bytes=0-0")["Body"].close()
+                raise
+
+        try:
+            return self._retried(READ, key, call)
+        except FileNotFoundError:
+            return None
+
+    def _get(self, key: str, condition: Parameters, size: int | None = None) -> bytes:
+        parameters = {"Key": join(self.prefix, key), **condition}
+
+        def call() -> bytes:
+            response = self.fs.call_s3("get_object", parameters, Bucket=self.bucket)
+            reading = _read_body(response["Body"])
+            data = asyncio.run_coroutine_threadsafe(reading, self.fs.loop).result()
+            expected = response["ContentLength"] if size is None else size
+            if len(data) != expected:
+                raise ShortReadError(f"{len(data)} bytes came, {expected} were expected")
+            return data
+
+        return self._retried(READ, key, call)
+
+    def _pages(
+        self, action: Action, method: str, field: str, prefix: str, following: Mapping[str, str]
+    ) -> Iterator[Mapping[str, Any]]:
+        base = join(self.prefix, prefix)
+        limit = "MaxKeys" if field == "Contents" else "MaxUploads"
+        parameters: Parameters = {"Prefix": base and f"{base}/", limit: PAGE_ITEMS}
+        while True:
+            page = self._request(action, method, prefix, parameters)
+            yield from page.get(field, ())
+            if not page.get("IsTruncated"):
+                return
+            marks = {name: page[source] for name, source in following.items() if page.get(source)}
+            if marks.items() <= parameters.items():
+                raise StorageError(
+                    f"{self._where(prefix)}: the store says that its listing goes on but not where; nothing "
+                    "was left out silently, try again or use another store"
+                )
+            parameters.update(marks)
+
+    def _request(self, action: Action, method: str, key: str, parameters: Parameters) -> Mapping[str, Any]:
+        return self._retried(
+            action,
+            key,
+            lambda: cast(Mapping[str, Any], self.fs.call_s3(method, parameters, Bucket=self.bucket)),
+        )
+
+    def _retried(self, action: Action, key: str, call: Callable[[], T]) -> T:
+        used: list[Any] = [None]
+
+        def attempt() -> T:
+            used[0] = self.fs.s3
+            return call()
+
+        def renew() -> None:
+            # Of many threads whose credentials ran out together, the first one connects anew for all.
+            with _RENEWING:
+                if self.fs.s3 is used[0]:
+                    self.fs.connect(refresh=True)
+
+        return retried(action, self._where(key), attempt, renew)
+
+    def _where(self, key: str) -> str:
+        return f"s3://{join(self.bucket, self.prefix, key)}"
+
+
+_NEXT_OBJECTS = {"ContinuationToken": "NextContinuationToken"}
+_NEXT_UPLOADS = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+
+
+def _in_order(entries: Iterator[Entry], where: str) -> Iterator[Entry]:
+    last = ""
+    for entry in entries:
+        if entry.key < last:
+            raise StorageError(f"{where}: the store lists {entry.key} after {last}; report this to its makers")
+        last = entry.key
+        yield entry
+
+
+async def _read_body(body: Any) -> bytes:
+    async with body:
+        return cast(bytes, await body.read())
+
+
+class _Object(io.RawIOBase):
+    """An object's bytes at any position; its end is kept, as readers of Parquet look there several times."""
+
+    def __init__(self, folder: S3Folder, entry: Entry) -> None:
+        super().__init__()
+        self._folder = folder
+        self._entry = entry
+        self._position = 0
+        self._tail: bytes | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._entry.size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        start, stop = self._position, min(self._position + len(buffer), self._entry.size)
+        if start >= stop:
+            return 0
+        buffer[: stop - start] = self._read(start, stop)
+        self._position = stop
+        return stop - start
+
+    def _read(self, start: int, stop: int) -> bytes:
+        tail_start = max(0, self._entry.size - _TAIL_BYTES)
+        if start < tail_start:
+            return self._folder.read_part(self._entry, start, stop)
+        if self._tail is None:
+            self._tail = self._folder.read_part(self._entry, tail_start, self._entry.size)
+        return self._tail[start - tail_start : stop - tail_start]

@@ -1,0 +1,97 @@
+"""doctor: one verdict a line, a fix for what is wrong, nothing left behind."""
+
+import json
+
+import pytest
+
+from eclipse_ray.cluster import doctor as room
+from eclipse_ray.config import load_config
+from eclipse_ray.results import Check
+from tests.test_help import call
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch, tmp_path):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", *room.UNSAFE_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def checks(name: str, **settings: object) -> list[Check]:
+    config = load_config(None, {key.replace("__", "."): value for key, value in settings.items()})
+    return [check for check in room.doctor(config).checks if check.name.startswith(name)]
+
+
+def test_this_machine_is_fit_and_says_so(monkeypatch, capfd, tmp_path):
+    code, _ = call(monkeypatch, capfd, "doctor", "--store", str(tmp_path / "out"))
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_has_a_verdict_and_a_fix_for_every_check(monkeypatch, capfd, tmp_path):
+    import sys
+
+    from eclipse_ray import cli
+
+    monkeypatch.setattr(sys, "argv", ["eclipse-ray", "doctor", "--store", str(tmp_path / "file" / "x"), "--json"])
+    (tmp_path / "file").write_text("a file is in the way")
+    monkeypatch.setattr(cli, "reserve_standard_output", lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    found = json.loads(capfd.readouterr().out)
+    assert caught.value.code == 1
+    assert found["ok"] is False
+    failed = [check for check in found["checks"] if check["verdict"] == "failed"]
+    assert [check["name"] for check in failed] == ["store"]
+    assert failed[0]["fix"]
+
+
+def test_an_old_library_is_named_with_the_command_that_mends_it():
+    assert room._version("pyarrow", "16.1.0", ">=17").verdict == "failed"
+    assert room._version("pyarrow", "16.1.0", ">=17").fix == "pip install 'pyarrow>=17'"
+    assert room._version("torch", "2.13.0+cpu", ">=2.6").verdict == "ok"
+
+
+def test_a_cluster_that_does_not_answer_is_found_without_waiting():
+    found = checks("ray", run__address="127.0.0.1:9")[-1]
+    assert found.verdict == "failed"
+    assert "nothing answers" in found.found
+    assert "RAY_ADDRESS" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("mode", "token", "verdict"),
+    [("", "", "warning"), ("disabled", "secret", "warning"), ("token", "", "failed"), ("token", "secret", "ok")],
+)
+def test_a_cluster_without_a_token_is_open_to_everybody(monkeypatch, mode, token, verdict):
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    found = next(iter(room._token("10.0.0.1:6379")))
+    assert found.verdict == verdict
+    assert "secret" not in found.found + found.fix
+
+
+def test_unsafe_variables_fail(monkeypatch):
+    monkeypatch.setenv(room.UNSAFE_VARIABLES[0], "1")
+    assert [check.verdict for check in checks(room.UNSAFE_VARIABLES[0])] == ["failed"]
+
+
+def test_full_disks_and_small_shared_memory_are_named(monkeypatch):
+    from shutil import _ntuple_diskusage
+
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: _ntuple_diskusage(100 * 2**30, 98 * 2**30, 2 * 2**30))
+    assert [check.verdict for check in checks("disk")] == ["failed"]
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: _ntuple_diskusage(2**26, 0, 2**26))
+    assert [check.verdict for check in checks("shared memory")] == ["warning"]
+
+
+def test_a_look_that_cannot_be_taken_does_not_hide_the_others(monkeypatch):
+    def broken():
+        raise RuntimeError("no driver")
+        yield
+
+    monkeypatch.setattr(room, "_devices", broken)
+    found = room.doctor(load_config())
+    assert not found.ok
+    assert [check.found for check in found.checks if check.name == "devices"] == ["no driver"]
+    assert any(check.name == "disk" for check in found.checks)

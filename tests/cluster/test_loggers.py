@@ -1,0 +1,78 @@
+"""Who else gets curves: TensorBoard for real, the others by what is asked of them; and nobody ends a run."""
+
+import time
+
+import pytest
+
+from eclipse_ray.cluster import loggers
+from eclipse_ray.cluster.loggers import open_curves
+from eclipse_ray.config import load_config
+from eclipse_ray.errors import ConfigError
+from eclipse_ray.experiments import evaluate, matrix
+from tests.support import DEBUG
+
+
+def test_tensorboard_gets_values_under_plain_names(tmp_path):
+    curves = open_curves(["tensorboard"], str(tmp_path))
+    curves.log({"ar, eclipse+aa, small, seed 0": 61.5}, 3)
+    (events,) = tmp_path.glob("_eclipse/tensorboard/*/events.*")
+    deadline = time.monotonic() + 60
+    while b"ar/eclipse_aa/small/seed_0" not in events.read_bytes():
+        assert time.monotonic() < deadline, events.read_bytes()
+        time.sleep(0.1)
+
+
+def test_a_logger_that_fails_is_given_up_and_said_once(tmp_path, monkeypatch, capsys):
+    told = []
+
+    def broken(values, step):
+        raise ConnectionError("server is away")
+
+    monkeypatch.setitem(loggers.MODULES, "mlflow", "json")
+    monkeypatch.setitem(loggers.OPEN, "mlflow", lambda folder, run: broken)
+    monkeypatch.setitem(loggers.OPEN, "tensorboard", lambda folder, run: lambda values, step: told.append(step))
+    curves = open_curves(["mlflow", "tensorboard"], str(tmp_path))
+    for step in (1, 2, 3):
+        curves.log({"loss": 0.5}, step)
+    assert told == [1, 2, 3]
+    assert capsys.readouterr().err.count("note: mlflow gets no more curves: ConnectionError: server is away") == 1
+
+
+def test_one_that_cannot_be_opened_is_given_up_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(loggers.MODULES, "wandb", "json")
+    open_curves(["wandb"], str(tmp_path)).log({"loss": 0.5}, 1)
+    assert "note: wandb gets no more curves" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_logger_that_is_not_installed_is_refused(name, monkeypatch):
+    monkeypatch.setitem(loggers.MODULES, name, "no_such_module")
+    with pytest.raises(ConfigError, match=f"{name} needs no_such_module, which is not installed"):
+        open_curves([name], "out")
+
+
+def test_tensorboard_needs_a_folder():
+    with pytest.raises(ConfigError, match="tensorboard writes to a folder, and memory://somewhere is none"):
+        open_curves(["tensorboard"], "memory://somewhere")
+    with pytest.raises(ConfigError, match="give one with --out"):
+        open_curves(["tensorboard"], None)
+
+
+@pytest.mark.parametrize(
+    ("module", "begin"),
+    [
+        (evaluate, evaluate.evaluate),
+        (matrix, lambda config: matrix.run(matrix.open_matrix(config), lambda: None)),
+    ],
+    ids=["evaluate", "matrix"],
+)
+def test_nothing_starts_before_a_missing_logger_is_refused(module, begin, world, tmp_path, monkeypatch):
+    def start(_):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setitem(loggers.MODULES, "mlflow", "no_such_module")
+    monkeypatch.setattr(module, "connect", start)
+    sets = {"data.source": world.rest, "data.test": world.test, "data.output": str(tmp_path)}
+    cells = {"matrix.clean": True, "matrix.defenses": ["none"], "run.loggers": ["mlflow"]}
+    with pytest.raises(ConfigError, match="no_such_module"):
+        begin(load_config(None, {**DEBUG, **sets, **cells}))

@@ -1,0 +1,131 @@
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.formats import chunk_spans, open_source, read_parts, read_tables
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.table import Part, canonical_table, table_to_parquet
+from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Store
+
+CONFIG = DataConfig()
+PNG = encode_image(np.zeros((2, 2, 3), np.uint8), "png")
+
+
+def parquet(*ids, **extras):
+    return table_to_parquet(canonical_table(list(ids), [PNG] * len(ids), [0] * len(ids), **extras))
+
+
+def test_nothing_there_says_so(tmp_path):
+    with pytest.raises(InputError, match="nothing here"):
+        open_source(str(tmp_path / "absent"), CONFIG)
+    with pytest.raises(InputError, match="no file matches"):
+        open_source(str(tmp_path / "*.parquet"), CONFIG)
+    with pytest.raises(InputError, match="found 0 files"):
+        open_source(str(tmp_path), CONFIG)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(InputError, match="found 1 files"):
+        open_source(str(tmp_path), CONFIG)
+    with pytest.raises(InputError, match="cannot open"):
+        open_source("nosuchscheme://bucket/x", CONFIG)
+
+
+def test_a_file_without_rows_is_an_empty_source(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet())
+    with pytest.raises(InputError, match="no images in it"):
+        open_source(str(tmp_path), CONFIG)
+
+
+def test_two_kinds_are_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet("a"))
+    (tmp_path / "b.png").write_bytes(PNG)
+    with pytest.raises(InputError, match=r"1 parquet \(a.parquet\), 1 folder \(b.png\)"):
+        open_source(str(tmp_path), CONFIG)
+
+
+def test_splits_are_read_one_at_a_time(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (tmp_path / f"{name}.parquet").write_bytes(parquet(name))
+    with pytest.raises(InputError, match=r"more than one split: test \(.*/test-\*\.parquet'"):
+        open_source(str(tmp_path), CONFIG)
+    assert len(open_source(f"{tmp_path}/train-*.parquet", CONFIG).parts) == 2
+    one = open_source(f"{tmp_path}/test-00000-of-00001.parquet", CONFIG)
+    assert [part.key for part in one.parts] == ["test-00000-of-00001.parquet"]
+    assert one.parts[0].version == str((tmp_path / one.parts[0].key).stat().st_mtime_ns)
+
+
+def test_cifar_splits_are_read_one_at_a_time(tmp_path):
+    content = pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0]})
+    for name in ("data_batch_1", "data_batch_2", "test_batch"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"data_batch_\*'"):
+        open_source(str(tmp_path), CONFIG)
+    assert open_source(f"{tmp_path}/data_batch_*", CONFIG).images == 2
+
+
+def test_output_of_purify_reads_as_its_data(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "_eclipse").mkdir()
+    (tmp_path / "data" / "00000-abc.parquet").write_bytes(parquet("a", "b"))
+    (tmp_path / "_eclipse" / "plan.parquet").write_bytes(b"not read")
+    (tmp_path / "_eclipse" / "manifest.parquet").write_bytes(b"not read")
+    source = open_source(str(tmp_path), CONFIG)
+    assert [part.key for part in source.parts] == ["data/00000-abc.parquet"]
+
+
+def test_a_source_works_elsewhere(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet("a", "b", classes=["cat"]))
+    source = pickle.loads(pickle.dumps(open_source(str(tmp_path), CONFIG)))
+    rows = read_parts(source.url, source.format, source.classes, [("a.parquet", 1, 2)], CONFIG)
+    assert rows["id"].to_pylist() == ["b"]
+
+
+def test_memory_filesystem():
+    store = Store("memory://formats/set")
+    store.write("data/a.parquet", parquet("a", "b"))
+    source = open_source("memory://formats/set", CONFIG)
+    assert [table["id"].to_pylist() for table in read_tables(source, CONFIG)] == [["a", "b"]]
+    assert open_source("memory://formats/set/data/a.parquet", CONFIG).parts[0].key == "a.parquet"
+    assert open_source("memory://formats/set/data/*.parquet", CONFIG).parts[0].key == "a.parquet"
+
+
+def test_files_with_other_columns_join_or_say_why(tmp_path):
+    import pyarrow as pa
+
+    (tmp_path / "a.parquet").write_bytes(parquet("a", extras=pa.table({"x": [1]})))
+    (tmp_path / "b.parquet").write_bytes(parquet("b"))
+    spans = [("a.parquet", 0, 1), ("b.parquet", 0, 1)]
+    assert read_parts(str(tmp_path), "parquet", None, spans, CONFIG)["x"].to_pylist() == [1, None]
+    (tmp_path / "b.parquet").write_bytes(parquet("b", extras=pa.table({"x": ["text"]})))
+    with pytest.raises(InputError, match="differ"):
+        read_parts(str(tmp_path), "parquet", None, spans, CONFIG)
+
+
+def test_interrupted_writes_are_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet("a"))
+    (tmp_path / "_eclipse").mkdir()
+    (tmp_path / "_eclipse" / "unfinished").touch()
+    with pytest.raises(InputError, match="interrupted"):
+        open_source(str(tmp_path), CONFIG)
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 5000)), max_size=8),
+    max_images=st.integers(1, 40),
+    max_bytes=st.integers(1, 3000),
+)
+def test_chunks_cover_every_row_once_within_bounds(rows, max_images, max_bytes):
+    parts = [Part(str(n), count, size, "") for n, (count, size) in enumerate(rows)]
+    chunks = list(chunk_spans(parts, max_images, max_bytes))
+    covered = [(key, row) for chunk in chunks for key, start, stop in chunk for row in range(start, stop)]
+    assert covered == [(part.key, row) for part in parts for row in range(part.rows)]
+    weight = {part.key: max(1.0, part.size / part.rows) for part in parts}
+    for chunk in chunks:
+        images = sum(stop - start for _, start, stop in chunk)
+        size = sum((stop - start) * weight[key] for key, start, stop in chunk)
+        assert 1 <= images <= max_images
+        assert images == 1 or size <= max_bytes * 1.001

@@ -1,0 +1,138 @@
+import zipfile
+
+import numpy as np
+import pytest
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
+from eclipse_ray.datasets.images import decode_image
+from eclipse_ray.datasets.table import image_bytes
+from eclipse_ray.errors import InputError
+
+CONFIG = DataConfig()
+IMAGES = np.random.default_rng(0).integers(0, 256, (11, 5, 4, 3), np.uint8)
+LABELS = np.arange(11) % 3
+
+
+def put(folder, name="set.npz", compress=False, **arrays):
+    folder.mkdir(exist_ok=True)
+    (np.savez_compressed if compress else np.savez)(folder / name, **arrays)
+    return str(folder)
+
+
+def read_all(url, config=CONFIG):
+    (table,) = read_tables(open_source(url, config), config)
+    return table
+
+
+def pixels(table):
+    return np.stack([decode_image(data, 10**6) for data in image_bytes(table)])
+
+
+def refused(url, config=CONFIG):
+    with pytest.raises(InputError) as caught:
+        open_source(url, config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("names", [("images", "labels"), ("x", "y"), ("x_train", "y_train"), ("data", "labels")])
+def test_the_usual_names(tmp_path, compress, names):
+    url = put(tmp_path / "s", compress=compress, **{names[0]: IMAGES, names[1]: LABELS})
+    table = read_all(url)
+    assert table["id"].to_pylist() == [f"set.npz#{row}" for row in range(11)]
+    assert table["label"].to_pylist() == LABELS.tolist()
+    assert np.array_equal(pixels(table), IMAGES)
+    rows = read_parts(url, "npz", None, [("set.npz", 4, 7)], CONFIG)
+    assert np.array_equal(pixels(rows), IMAGES[4:7])
+    assert rows["id"].to_pylist()[0] == "set.npz#4"
+
+
+def test_gray_images_and_lone_arrays(tmp_path):
+    gray = read_all(put(tmp_path / "gray", images=IMAGES[..., 0]))
+    assert np.array_equal(pixels(gray), np.repeat(IMAGES[..., :1], 3, axis=3))
+    assert gray.column_names == ["id", "image"]
+    (tmp_path / "lone").mkdir()
+    np.save(tmp_path / "lone" / "a.npy", IMAGES)
+    assert np.array_equal(pixels(read_all(str(tmp_path / "lone"))), IMAGES)
+
+
+def test_other_arrays_come_along(tmp_path):
+    extras = {
+        "coarse": LABELS.astype(">i2"),
+        "weight": np.linspace(0, 1, 11),
+        "who": np.array([f"é{n}" for n in range(11)]),
+        "good": LABELS > 0,
+        "id": np.array([f"k{n}" for n in range(11)]),
+        "classes": np.array(["a", "b", "c"]),
+    }
+    url = put(tmp_path / "s", images=IMAGES, labels=LABELS.astype(np.uint8), **extras)
+    table = read_all(url)
+    assert open_source(url, CONFIG).classes == ["a", "b", "c"]
+    assert table["id"].to_pylist() == extras["id"].tolist()
+    for name in ("coarse", "weight", "who", "good"):
+        assert table[name].to_pylist() == extras[name].tolist()
+
+
+def test_splits_of_one_file_are_chosen_by_name(tmp_path):
+    arrays = {"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES[:4], "y_test": LABELS[:4] + 5}
+    url = put(tmp_path / "s", **arrays)
+    assert "data.image_column=x_train" in refused(url)
+    test = read_all(url, DataConfig(image_column="x_test"))
+    assert test["label"].to_pylist() == [5, 6, 7, 5]
+    train = read_all(url, DataConfig(image_column="x_train", label_column="y_train"))
+    assert train.num_rows == 11
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"images": IMAGES.astype(np.float32)}, "float32 (11, 5, 4, 3)"),
+        ({"images": IMAGES.transpose(0, 3, 1, 2)}, "(N, H, W, 3)"),
+        ({"images": np.asfortranarray(IMAGES)}, "Fortran"),
+        ({"pictures": IMAGES}, "data.image_column=pictures"),
+        ({"labels": LABELS}, "data.image_column=NAME"),
+        ({"images": IMAGES, "labels": LABELS[:-1]}, "expected 11 integer labels"),
+        ({"images": IMAGES, "labels": LABELS + 0.5}, "expected 11 integer labels"),
+        ({"images": IMAGES, "labels": LABELS[:, None]}, "expected 11 integer labels"),
+        ({"images": IMAGES, "mean": np.zeros(3)}, "data.extra_columns=drop"),
+        ({"images": np.zeros((1, 7000, 7000), np.uint8)}, "data.max_pixels"),
+    ],
+)
+def test_other_arrays_are_refused_before_a_run(tmp_path, arrays, words):
+    message = refused(put(tmp_path / "s", compress=True, **arrays))
+    assert words in message
+    assert "set.npz" in message
+
+
+def test_labels_are_named_or_refused(tmp_path):
+    url = put(tmp_path / "s", images=IMAGES, fine=LABELS)
+    assert read_all(url, DataConfig(label_column="fine"))["label"].to_pylist() == LABELS.tolist()
+    assert "no array 'fin' among images, fine" in refused(url, DataConfig(label_column="fin"))
+    wide = put(tmp_path / "w", images=IMAGES, labels=np.full(11, 2**63, np.uint64))
+    with pytest.raises(InputError, match="out of range"):
+        read_all(wide)
+
+
+def test_damaged_archives_are_refused(tmp_path):
+    url = put(tmp_path / "s", images=IMAGES)
+    file = tmp_path / "s" / "set.npz"
+    whole = file.read_bytes()
+    for content in (b"", b"PK", whole[:-30], b"x" * 100):
+        file.write_bytes(content)
+        assert "not a readable NumPy file" in refused(url)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("notes.txt", "hello")
+    assert "'notes.txt' is no array" in refused(url)
+    np.save(tmp_path / "s" / "short.npy", IMAGES)
+    file.unlink()
+    short = tmp_path / "s" / "short.npy"
+    short.write_bytes(short.read_bytes()[:-10])
+    with pytest.raises(InputError, match="ends too soon"):
+        read_all(url)
+
+
+def test_train_and_test_files_are_read_one_at_a_time(tmp_path):
+    np.save(tmp_path / "x_train.npy", IMAGES)
+    np.save(tmp_path / "x_test.npy", IMAGES)
+    assert "more than one split" in refused(str(tmp_path))

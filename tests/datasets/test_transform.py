@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.formats import open_source, read_tables
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.memory import load_images, write_dataset
+from eclipse_ray.datasets.table import canonical_table, image_bytes
+from eclipse_ray.datasets.transform import choose_clean, convert, split
+from eclipse_ray.errors import InputError
+
+CONFIG = DataConfig()
+ROWS = st.lists(st.tuples(st.integers(0, 15), st.none() | st.integers(0, 2)), min_size=2, max_size=40)
+
+
+def source(url, count=30, classes=("a", "b", "c")):
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    encoded = [encode_image(p, "png") for p in pixels]
+    table = canonical_table([f"i{n}" for n in range(count)], encoded, [n % 3 for n in range(count)])
+    write_dataset(str(url), [table], classes=classes, source="test")
+    return str(url)
+
+
+@settings(max_examples=200)
+@given(rows=ROWS, clean=st.integers(1, 39), seed=st.integers(0, 5))
+def test_copies_stay_together_and_the_count_is_never_exceeded(rows, clean, seed):
+    hashes, labels = [f"h{content}" for content, _ in rows], [label for _, label in rows]
+    chosen = choose_clean(hashes, labels, clean, seed)
+    inside = {h for h, c in zip(hashes, chosen, strict=True) if c}
+    outside = {h for h, c in zip(hashes, chosen, strict=True) if not c}
+    assert not inside & outside
+    assert chosen.sum() <= clean
+    if len(set(hashes)) == len(hashes):
+        assert chosen.sum() == min(clean, len(rows))
+
+
+@given(rows=ROWS, clean=st.integers(1, 39), seed=st.integers(0, 5), data=st.data())
+def test_the_choice_does_not_depend_on_order(rows, clean, seed, data):
+    rows = [(f"h{n}", label) for n, (_, label) in enumerate(rows)]
+    shuffled = data.draw(st.permutations(rows))
+    picks = []
+    for order in (rows, shuffled):
+        chosen = choose_clean([h for h, _ in order], [label for _, label in order], clean, seed)
+        picks.append({h for (h, _), c in zip(order, chosen, strict=True) if c})
+    assert picks[0] == picks[1]
+
+
+def test_strata_get_their_share_and_seeds_differ():
+    hashes = [f"h{n}" for n in range(1000)]
+    labels = [0] * 700 + [1] * 200 + [2] * 100
+    chosen = choose_clean(hashes, labels, 55, 1)
+    assert [int(chosen[np.array(labels) == label].sum()) for label in range(3)] in ([39, 11, 5], [38, 11, 6])
+    assert not np.array_equal(chosen, choose_clean(hashes, labels, 55, 2))
+
+
+def test_damaged_images_are_never_clean():
+    assert choose_clean([None, "a", None], [0, 0, 0], 2, 0).tolist() == [False, True, False]
+
+
+def test_split_writes_two_disjoint_sets(tmp_path):
+    url = source(tmp_path / "src")
+    result = split(url, str(tmp_path / "out"), 9, 7, CONFIG)
+    assert result == {"clean": 9, "rest": 21, "output": str(tmp_path / "out")}
+    sides = [load_images(str(tmp_path / "out" / name), CONFIG) for name in ("clean", "rest")]
+    assert not set(sides[0].hashes()) & set(sides[1].hashes())
+    assert sorted(sides[0].ids + sides[1].ids) == sorted(load_images(url, CONFIG).ids)
+    assert np.bincount(sides[0].labels).tolist() == [3, 3, 3]
+    assert sides[0].classes == ["a", "b", "c"]
+    split(url, str(tmp_path / "again"), 9, 7, CONFIG)
+    assert load_images(str(tmp_path / "again" / "clean"), CONFIG).ids == sides[0].ids
+    convert(url, str(tmp_path / "folder"), CONFIG, "folder")
+    split(str(tmp_path / "folder"), str(tmp_path / "third"), 9, 7, CONFIG)
+    assert set(load_images(str(tmp_path / "third" / "clean"), CONFIG).hashes()) == set(sides[0].hashes())
+
+
+def test_splits_that_make_no_sense_are_refused(tmp_path):
+    url = source(tmp_path / "src", 6)
+    for clean in (0, -1, 6, 7):
+        with pytest.raises(InputError, match="ask for 1 to 5"):
+            split(url, str(tmp_path / "out"), clean, 0, CONFIG)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="already holds data"):
+        split(url, url, 2, 0, CONFIG)
+    same = encode_image(np.zeros((4, 4, 3), np.uint8), "png")
+    copies = str(tmp_path / "copies")
+    write_dataset(copies, [canonical_table(["a", "b"], [same, same])], classes=None, source="test")
+    with pytest.raises(InputError, match="copies of each other"):
+        split(copies, str(tmp_path / "out"), 1, 0, CONFIG)
+
+
+def test_convert_there_and_back_copies_bytes(tmp_path):
+    jpeg = encode_image(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8), "jpeg:50")
+    for key in ("cat/1.jpg", "dog/sub/2.jpg", "dog/notes.txt", "dog/bad.png"):
+        file = tmp_path / "src" / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"bad" if "bad" in key else jpeg)
+    assert convert(str(tmp_path / "src"), str(tmp_path / "table"), CONFIG) == 3
+    (rows,) = read_tables(open_source(str(tmp_path / "table"), CONFIG), CONFIG)
+    assert rows["id"].to_pylist() == ["cat/1.jpg", "dog/bad.png", "dog/sub/2.jpg"]
+    assert rows["label"].to_pylist() == [0, 1, 1]
+    assert image_bytes(rows) == [jpeg, b"bad", jpeg]
+    assert convert(str(tmp_path / "table"), str(tmp_path / "back"), CONFIG, "folder") == 3
+    assert (tmp_path / "back" / "dog" / "sub%2F2.jpg").read_bytes() == jpeg
+    assert open_source(str(tmp_path / "back"), CONFIG).classes == ["cat", "dog"]
+
+
+def test_convert_writes_over_nothing(tmp_path):
+    url = source(tmp_path / "src", 3)
+    with pytest.raises(InputError, match="already holds data"):
+        convert(url, url, CONFIG)
+
+
+def test_convert_real_cifar(shared_data, tmp_path):
+    url = str(shared_data / "cifar10" / "test-00000-of-00001.parquet")
+    assert convert(url, str(tmp_path / "out"), CONFIG) == 10_000
+    again = open_source(str(tmp_path / "out"), CONFIG)
+    assert [part.rows for part in again.parts] == [4096, 4096, 1808]
+    first, copy = (next(read_tables(open_source(each, CONFIG), CONFIG)) for each in (url, again.url))
+    assert first.equals(copy)
+
+
+def test_converting_with_another_size_resizes_every_image(tmp_path):
+    url = source(tmp_path / "src", 5)
+    assert convert(url, str(tmp_path / "out"), DataConfig(resize=16)) == 5
+    before, after = (load_images(str(tmp_path / name), CONFIG) for name in ("src", "out"))
+    assert after.images.shape == (5, 16, 16, 3)
+    assert (after.ids, after.classes) == (before.ids, before.classes)
+    assert np.array_equal(after.labels, before.labels)
+    broken = canonical_table(["bad"], [b"nothing"], [0])
+    write_dataset(str(tmp_path / "broken"), [broken], classes=["a"], source="test")
+    with pytest.raises(InputError, match="image bad: not an image"):
+        convert(str(tmp_path / "broken"), str(tmp_path / "none"), DataConfig(resize=16))

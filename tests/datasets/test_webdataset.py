@@ -1,0 +1,269 @@
+import io
+import json
+import random
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.samples import escape_key, unescape_key
+from eclipse_ray.datasets.table import image_bytes
+from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Store
+
+CONFIG = DataConfig()
+PNG = encode_image(np.zeros((2, 2, 3), np.uint8), "png")
+
+
+def tar(file, *members, format=tarfile.PAX_FORMAT, mode="w"):
+    """Write (name, bytes) members, or TarInfo objects, as a tar."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, mode, format=format) as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                archive.addfile(info, io.BytesIO(member[1]))
+    return str(file.parent)
+
+
+def sample(key, label=None, **others):
+    members = [(f"{key}.png", PNG + key.encode())]
+    members += [] if label is None else [(f"{key}.cls", str(label).encode())]
+    return members + [(f"{key}.{name}", data) for name, data in others.items()]
+
+
+def read_all(url, config=CONFIG):
+    (table,) = read_tables(open_source(url, config), config)
+    return table
+
+
+def refused(url, config=CONFIG):
+    with pytest.raises(InputError) as caught:
+        open_source(url, config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_samples_have_images_labels_and_what_came_along(tmp_path, format):
+    first = sample("cat/0001", 3, txt="a cat ü".encode(), json=b'{"n": 1}', feature=b"\x00\xff")
+    second = [("cat/0002.JPG", b"jpeg"), ("cat/0002.cls", b" 1\n")]
+    long = sample("x" * 90 + "/" + "y" * 120 if format != tarfile.USTAR_FORMAT else "x" * 90, 0)
+    url = tar(tmp_path / "src" / "a.tar", *first, *second, *long, format=format)
+    table = read_all(url)
+    assert table["id"].to_pylist() == ["cat/0001", "cat/0002", long[0][0].removesuffix(".png")]
+    assert table["label"].to_pylist() == [3, 1, 0]
+    assert image_bytes(table) == [first[0][1], b"jpeg", long[0][1]]
+    assert table["image"].to_pylist()[1]["path"] == "cat/0002.JPG"
+    assert table["txt"].to_pylist() == ["a cat ü", None, None]
+    assert table["json"].to_pylist() == ['{"n": 1}', None, None]
+    assert table["feature"].to_pylist() == [b"\x00\xff", None, None]
+
+
+def test_any_range_of_rows_reads_only_its_bytes(tmp_path, monkeypatch):
+    members = [member for n in range(50) for member in sample(f"{n:04d}", n % 3)]
+    url = tar(tmp_path / "src" / "a.tar", *members)
+    source = open_source(url, CONFIG)
+    rng = random.Random(0)
+    for _ in range(30):
+        start = rng.randrange(50)
+        stop = rng.randrange(start + 1, 51)
+        rows = read_parts(source.url, source.format, None, [("a.tar", start, stop)], CONFIG)
+        assert rows["id"].to_pylist() == [f"{n:04d}" for n in range(start, stop)]
+        assert image_bytes(rows) == [PNG + f"{n:04d}".encode() for n in range(start, stop)]
+
+
+def test_folders_hidden_files_and_leading_dots_are_passed_over(tmp_path):
+    folder = tarfile.TarInfo("./sub")
+    folder.type = tarfile.DIRTYPE
+    url = tar(
+        tmp_path / "src" / "a.tar",
+        folder,
+        ("./sub/._0.png", b"mac"),
+        *sample("./sub/0"),
+        *sample("./sub/1"),
+    )
+    assert read_all(url)["id"].to_pylist() == ["sub/0", "sub/1"]
+
+
+def test_labels_come_from_json_when_there_is_no_cls_or_when_named(tmp_path):
+    both = [("0.png", PNG), ("0.json", json.dumps({"label": 4, "fine": 7}).encode())]
+    url = tar(tmp_path / "src" / "a.tar", *both)
+    assert read_all(url)["label"].to_pylist() == [4]
+    assert read_all(url, DataConfig(label_column="fine"))["label"].to_pylist() == [7]
+    assert "no .json member has a field 'fin'" in refused(url, DataConfig(label_column="fin"))
+    url = tar(tmp_path / "two" / "a.tar", *both, ("0.cls", b"1"))
+    assert read_all(url)["label"].to_pylist() == [1]
+    named = read_all(url, DataConfig(label_column="fine"))
+    assert (named["label"].to_pylist(), named["cls"].to_pylist()) == ([7], ["1"])
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([("img.v2.jpg", PNG), ("img.v3.jpg", PNG)], ["img.v2.jpg and img.v3.jpg"]),
+        ([("a.jpg", PNG), ("a.png", PNG)], ["a.jpg and a.png"]),
+        ([("a.jpg", PNG), ("a.JPG", PNG)], ["a.jpg and a.JPG"]),
+        ([*sample("a", 1), *sample("b", 1), ("a.txt", b"")], ["two places", "a.cls and a.txt"]),
+        ([*sample("a", 1), *sample("b")], ["'a' has a label and 'b' has none"]),
+        ([("a.png", PNG), ("a.cls", b"0.5")], ["a.cls", "'0.5'", "integer"]),
+        ([("a.png", PNG), ("a.cls", b"cat")], ["a.cls", "'cat'", "integer"]),
+        ([("a.png", PNG), ("a.json", b'{"label": 1.5}')], ["a.json", "1.5", "integer"]),
+        ([("a.png", PNG), ("a.json", b"{")], ["a.json", "not readable JSON"]),
+        ([("a.png", PNG), ("a.cls", b"\xff")], ["a.cls", "UTF-8"]),
+        ([("a.png", PNG), ("README", b"x")], ["README", "no extension"]),
+        ([("a.txt", b"x")], ["none of its 1 samples has an image"]),
+        ([("a.png", PNG), ("a.label", b"1")], ["a.label", "taken"]),
+    ],
+)
+def test_what_means_nothing_is_refused_before_a_run(tmp_path, members, words):
+    message = refused(tar(tmp_path / "src" / "a.tar", *members))
+    assert all(word in message for word in words), message
+    assert "a.tar" in message or "src:" in message
+
+
+def test_labels_beyond_the_classes_are_refused(tmp_path):
+    url = tar(tmp_path / "src" / "a.tar", *sample("a", 2))
+    (tmp_path / "src" / "_eclipse").mkdir()
+    (tmp_path / "src" / "_eclipse" / "dataset.json").write_text('{"classes": ["x", "y"]}')
+    assert "label 2 is out of range, there are 2 classes" in refused(url)
+
+
+def test_keys_must_differ_between_tars_or_take_their_name_along(tmp_path):
+    tar(tmp_path / "src" / "a.tar", *sample("0"))
+    url = tar(tmp_path / "src" / "b.tar", *sample("0"))
+    assert "a.tar and b.tar both have a sample '0'" in refused(url)
+    assert read_all(url, DataConfig(tar_ids="path"))["id"].to_pylist() == ["a.tar/0", "b.tar/0"]
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.bz2", "a.tar.xz"])
+def test_compressed_tars_are_refused(tmp_path, name):
+    mode = {"gz": "w:gz", "tgz": "w:gz", "bz2": "w:bz2", "xz": "w:xz"}[name.rpartition(".")[2]]
+    assert "make it a plain .tar" in refused(tar(tmp_path / "src" / name, *sample("a"), mode=mode))
+
+
+def test_cut_and_joined_tars_are_refused(tmp_path):
+    members = [member for n in range(5) for member in sample(f"{n}", 0)]
+    url = tar(tmp_path / "src" / "a.tar", *members)
+    file = tmp_path / "src" / "a.tar"
+    whole = file.read_bytes()
+    body = whole.rstrip(b"\0")
+    body += bytes(-len(body) % 512)
+    for cut in (len(body), len(body) - 512, 512, 700):
+        file.write_bytes(whole[:cut])
+        assert "a.tar" in refused(url)
+    file.write_bytes(whole + whole)
+    assert "joined by `cat`" in refused(url)
+    file.write_bytes(b"")
+    assert "cut short" in refused(url)
+    file.write_bytes(bytes(1024))
+    assert "no images" in refused(url)
+
+
+def index_of(file):
+    lines = {}
+    with tarfile.open(file) as archive:
+        for member in archive:
+            key, _, extension = member.name.partition(".")
+            words = f"{extension} {member.offset_data} {member.size} {member.name}"
+            lines[key] = f"{lines[key]} {words}" if key in lines else words
+    return f"v1.2 {len(lines)}\n" + "\n".join(lines.values()) + "\n"
+
+
+def test_an_index_saves_the_headers_and_must_fit(tmp_path):
+    members = [member for n in range(9) for member in sample(f"{n}", n)]
+    url = tar(tmp_path / "src" / "a.tar", *members)
+    file, index = tmp_path / "src" / "a.tar", tmp_path / "src" / "a.idx"
+    plain = read_all(url)
+    index.write_text(index_of(file))
+    source = open_source(url, CONFIG)
+    assert source.images == 9
+    assert read_all(url).equals(plain)
+    rows = read_parts(url, "webdataset", None, [("a.tar", 4, 6)], CONFIG)
+    assert rows["id"].to_pylist() == ["4", "5"]
+    whole = index.read_text()
+    index.write_text(whole.replace("v1.2", "v1.1"))
+    assert read_all(url).equals(plain)
+    for damaged in ("", "v1.2 9\npng x y z", whole.replace("png 512 ", "png 0 "), "\xff"):
+        index.write_text(damaged)
+        assert "delete it or write it anew" in refused(url)
+    index.write_text("\n".join(whole.split("\n")[:-2]))
+    assert "does not describe a.tar" in refused(url)
+    # One that leaves a sample out in the middle would lose an image.
+    lines = whole.split("\n")
+    index.write_text("\n".join([*lines[:4], *lines[5:]]))
+    assert "does not describe a.tar" in refused(url)
+
+
+def test_an_index_may_leave_out_folders_and_hidden_members(tmp_path):
+    folder = tarfile.TarInfo("sub")
+    folder.type = tarfile.DIRTYPE
+    members = [folder, *sample("sub/0", 1), ("sub/._1.png", b"mac"), *sample("sub/1", 0)]
+    url = tar(tmp_path / "src" / "a.tar", *members)
+    plain = read_all(url)
+    lines = index_of(tmp_path / "src" / "a.tar").split("\n")
+    kept = [line for line in lines if line and "._1" not in line and not line.endswith(" sub")]
+    (tmp_path / "src" / "a.idx").write_text("\n".join(kept) + "\n")
+    assert "._1" not in (tmp_path / "src" / "a.idx").read_text()
+    assert read_all(url).equals(plain)
+
+
+def test_a_remote_tar_is_planned_without_reading_its_images(tmp_path):
+    big = np.random.default_rng(0).bytes(300_000)
+    members = [m for n in range(20) for m in ((f"{n:02d}.png", big), (f"{n:02d}.cls", b"1"))]
+    tar(tmp_path / "src" / "a.tar", *members)
+    store = Store(f"memory://tar-{tmp_path.name}")
+    store.write("a.tar", (tmp_path / "src" / "a.tar").read_bytes())
+    ranges = []
+    original = type(store.fs).cat_file
+
+    def counting(self, path, start=None, end=None, **options):
+        data = original(self, path, start=start, end=end, **options)
+        ranges.append(len(data) if path.endswith(".tar") else 0)
+        return data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(store.fs), "cat_file", counting)
+        source = open_source(store.url, CONFIG)
+        assert source.images == 20
+        assert sum(ranges) < 0.1 * 20 * len(big)
+        ranges.clear()
+        rows = read_parts(source.url, source.format, None, [("a.tar", 7, 9)], CONFIG)
+        assert rows["id"].to_pylist() == ["07", "08"]
+        # Once per worker the headers, then exactly the rows.
+        assert max(ranges) < 2 * len(big) + 5 * 1024
+        ranges.clear()
+        read_parts(source.url, source.format, None, [("a.tar", 3, 4)], CONFIG)
+        assert sum(ranges) < len(big) + 20_000
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_keys_hold_any_id(one, other):
+    key = escape_key(one)
+    assert unescape_key(key) == one
+    assert (key == escape_key(other)) == (one == other)
+    assert not set(key) & set(". \\\n\0")
+    assert key
+    assert not key.startswith("/")
+    assert not key.endswith("/")
+
+
+def test_a_tar_that_changed_since_it_was_listed_is_named(tmp_path):
+    url = tar(tmp_path / "src" / "a.tar", *sample("0"), *sample("1"))
+    assert open_source(url, CONFIG).images == 2
+    tar(tmp_path / "src" / "a.tar", *sample("0"))
+    with pytest.raises(InputError, match=r"a\.tar: has no 2 samples"):
+        read_parts(url, "webdataset", None, [("a.tar", 0, 2)], CONFIG)
+
+
+def test_labels_in_json_behind_an_index_are_read_with_the_rows(tmp_path):
+    url = tar(tmp_path / "src" / "a.tar", ("0.png", PNG), ("0.json", b'{"fine": 7}'))
+    (tmp_path / "src" / "a.idx").write_text(index_of(tmp_path / "src" / "a.tar"))
+    assert read_all(url, DataConfig(label_column="fine"))["label"].to_pylist() == [7]

@@ -1,0 +1,160 @@
+"""Keys of a matrix: what changes a number changes its key, and nothing else does."""
+
+from pathlib import Path
+
+import pytest
+
+from eclipse_ray.config import load_config
+from eclipse_ray.errors import ConfigError
+from eclipse_ray.experiments.grid import Facts, Grid, build_grid
+
+FACTS = Facts("source", "test", {0: "sparse", 5: "five"})
+BASE = {
+    "denoiser.preset": "debug",
+    "evaluate.seeds": 2,
+    "matrix.poisons": ["ar", "urp"],
+    "matrix.clean": True,
+    "matrix.defenses": ["none", "iss-g", "eclipse"],
+}
+
+
+def grid(facts: Facts = FACTS, **changes: object) -> Grid:
+    own = {key.replace("__", "."): value for key, value in changes.items()}
+    return build_grid(load_config(None, {**BASE, **own}), facts)
+
+
+def keys(made: Grid) -> dict[str, str]:
+    return {cell.title: cell.key for cell in made.cells}
+
+
+def changed(before: Grid, after: Grid) -> set[str]:
+    """Titles, without the seed, whose key differs."""
+    old, new = keys(before), keys(after)
+    return {title.rsplit(",", 1)[0] for title in old if old[title] != new.get(title)}
+
+
+def test_there_is_a_cell_for_each_combination_and_each_has_a_key_of_its_own():
+    made = grid()
+    assert len(made.cells) == 3 * 3 * 2
+    assert len(set(keys(made).values())) == len(made.cells)
+
+
+def test_a_grown_grid_keeps_the_keys_it_had():
+    before = grid()
+    after = grid(
+        matrix__poisons=["lsp", "ar", "urp"],
+        matrix__defenses=["cutout", "eclipse", "none", "iss-g"],
+        matrix__victims=["small", "resnet18"],
+        evaluate__seeds=3,
+    )
+    assert changed(before, after) == set()
+    assert len(after.cells) == 4 * 4 * 2 * 3
+
+
+def test_labels_limits_of_speed_and_published_names_change_no_key():
+    before = grid()
+    after = grid(
+        matrix__max_concurrent=1, matrix__published="cifar10", matrix__first_poisons=["urp"], purify__actors=1
+    )
+    assert changed(before, after) == set()
+    renamed = grid(matrix__poisons=[{"name": "ar", "label": "AR"}, "urp"])
+    assert set(keys(renamed).values()) == set(keys(before).values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "affected"),
+    [
+        ("victim.epochs", 3, {"none", "iss-g", "eclipse"}),
+        ("purify.t_star", 2, {"eclipse"}),
+        ("compensation.p", 0.1, {"eclipse"}),
+        ("denoiser.iterations", 7, {"eclipse"}),
+        ("defense.iss_jpeg_quality", 50, {"iss-g"}),
+    ],
+)
+def test_a_setting_changes_the_cells_that_it_decides(setting, value, affected):
+    titles = changed(grid(), grid(**{setting.replace(".", "__"): value}))
+    assert {title.split(", ")[1] for title in titles} == affected
+    assert {title.split(", ")[0] for title in titles} == {"clean", "ar", "urp"}
+
+
+def test_a_setting_of_a_poison_changes_its_column_only():
+    titles = changed(grid(), grid(matrix__poisons=["ar", {"name": "urp", "label": "urp", "eps_255": 4}]))
+    assert {title.split(", ")[0] for title in titles} == {"urp"}
+
+
+def test_other_images_change_every_key_and_another_sparse_set_those_that_use_it():
+    assert len(changed(grid(), grid(Facts("other", "test", {0: "sparse"})))) == 9
+    assert len(changed(grid(), grid(Facts("source", "other", {0: "sparse"})))) == 9
+    titles = changed(grid(), grid(Facts("source", "test", {0: "other"})))
+    assert {title.split(", ")[1] for title in titles} == {"eclipse"}
+
+
+def test_rows_that_train_on_the_same_images_share_one_transformed_set():
+    made = grid(matrix__defenses=["eclipse", "eclipse-a", "eclipse-ab", "eclipse-published", "eclipse-c", "none"])
+    sets = {cell.row.entry.label: cell.training for cell in made.cells if cell.column.entry.label == "ar"}
+    assert len({sets[name] for name in ("eclipse", "eclipse-a", "eclipse-ab", "eclipse-published")}) == 1
+    assert sets["none"] == sets["eclipse-c"] == next(c.key for c in made.columns if c.entry.label == "ar")
+
+
+def test_what_is_listed_first_is_done_first():
+    made = grid(matrix__first_poisons=["urp"], matrix__first_defenses=["eclipse"])
+    early = [(cell.column.entry.label, cell.row.entry.label, cell.seed) for cell in made.cells[:4]]
+    assert early == [(label, "eclipse", seed) for seed in (0, 1) for label in ("clean", "urp")]
+    with pytest.raises(ConfigError, match="first_poisons: tap is not listed"):
+        grid(matrix__first_poisons=["tap"])
+
+
+def test_a_denoiser_of_its_own_belongs_to_its_row():
+    made = grid(
+        matrix__defenses=[
+            "eclipse",
+            {"name": "eclipse", "label": "more", "denoiser.replication": 6},
+            {"name": "eclipse", "label": "fewer", "matrix.sparse_limit": 5},
+        ]
+    )
+    assert len({row.denoiser for row in made.rows}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"matrix__defenses": ["ecilpse"]}, "eclipse"),
+        ({"matrix__poisons": ["ra"]}, "poison.name"),
+        ({"matrix__poisons": [{"name": "ar", "epz_255": 4}]}, "poison.eps_255"),
+        ({"matrix__poisons": [{"name": "ar", "victim.epochs": 4}]}, "cannot set victim.epochs"),
+        ({"matrix__poisons": [{"label": "ar"}]}, "has no name"),
+        ({"matrix__poisons": ["ar", "ar"]}, "two poison entries are called ar"),
+        ({"matrix__poisons": ["clean"]}, "no poison"),
+        ({"matrix__victims": ["resnet"]}, "victim.arch"),
+        ({"matrix__defenses": []}, "no defense is listed"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_at_once(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        grid(**changes)
+
+
+def test_a_defense_that_needs_the_sparse_set_is_refused_without_one():
+    with pytest.raises(ConfigError, match=r"data\.clean"):
+        grid(Facts("source", "test", {}))
+    assert len(grid(Facts("source", "test", {}), matrix__defenses=["none", "iss-g"]).cells) == 12
+
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = sorted(file for file in FOLDER.glob("*.yaml") if not file.stem.startswith("sweep-"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_the_ready_configs_are_grids(file):
+    config = load_config(str(file))
+    counts = {0: "all", 150: "150", 1000: "1", 2000: "2", 3000: "3", 4000: "4"}
+    made = build_grid(config, Facts("source", "test", counts))
+    assert len({cell.title for cell in made.cells}) == len(made.cells)
+    assert config.data.output
+    if file.stem == "quick":
+        assert (len(made.columns), len(made.rows), config.matrix.limit) == (6, 6, 3000)
+
+
+def test_all_tables_and_the_figure_have_a_config():
+    names = {file.stem for file in CONFIGS}
+    assert {"quick", "reduced", "figure5", *(f"table{number}" for number in range(1, 8))} <= names

@@ -1,0 +1,265 @@
+"""A real matrix on Ray, at debug size: complete, resumed, grown, and honest about sets that share images."""
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Barrier
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from eclipse_ray import api
+from eclipse_ray.cluster.connect import Resources
+from eclipse_ray.config import load_config
+from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.experiments import materials
+from eclipse_ray.experiments import matrix as room
+from eclipse_ray.experiments.matrix import groups, share
+from eclipse_ray.poisoning import fits_at_once
+from eclipse_ray.results import MatrixPlan, MatrixResult
+from tests.support import DEBUG, kill_when, run_cli
+
+SETTINGS = {
+    **DEBUG,
+    "victim.epochs": 1,
+    "victim.batch_size": 32,
+    "evaluate.seeds": 2,
+    "matrix.poisons": ["ar", "urp"],
+    "matrix.defenses": ["none", "iss-g", "eclipse"],
+    "matrix.limit": 100,
+    "matrix.published": "cifar10",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A matrix that was measured once: what was planned, what came out, and when its cells were written."""
+
+    settings: dict[str, object]
+    plan: MatrixPlan
+    result: MatrixResult
+    output: Path
+
+
+def settings_for(world, output: Path, **changes: object) -> dict[str, object]:
+    places = {"data.source": world.rest, "data.test": world.test, "data.clean": world.clean}
+    own = {"data.output": str(output), "purify.denoiser": world.denoiser}
+    return {**SETTINGS, **places, **own, **{key.replace("__", "."): value for key, value in changes.items()}}
+
+
+def written(output: Path) -> dict[str, int]:
+    """When each cell and each set was written, in ns."""
+    files = [*output.glob("results/*.json"), *output.glob("cache/*/*.json"), *output.glob("cache/defended/*.npy")]
+    return {str(file.relative_to(output)): file.stat().st_mtime_ns for file in files}
+
+
+@pytest.fixture(scope="module")
+def measured(world, tmp_path_factory) -> Run:
+    output = tmp_path_factory.mktemp("matrix") / "out"
+    settings = settings_for(world, output)
+    plan = api.evaluate_plan(settings=settings)
+    result = api.evaluate(settings=settings)
+    assert isinstance(result, MatrixResult)
+    return Run(settings, plan, result, output)
+
+
+def test_the_plan_names_what_is_missing_and_writes_nothing(measured, world, tmp_path):
+    assert (measured.plan.cells, measured.plan.done, len(measured.plan.missing)) == (12, 0, 12)
+    assert measured.plan.missing[0] == "ar, none, small, seed 0"
+    assert "poison ar" in measured.plan.unknown
+    api.evaluate_plan(settings=settings_for(world, tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_cell_is_measured_and_tidy(measured):
+    assert (measured.result.cells, measured.result.done, measured.result.failed) == (12, 12, 0)
+    rows = pq.read_table(measured.output / "results.parquet").to_pylist()
+    assert {(row["poison"], row["defense"], row["seed"]) for row in rows} == {
+        (poison, defense, seed)
+        for poison in ("ar", "urp")
+        for defense in ("none", "iss-g", "eclipse")
+        for seed in (0, 1)
+    }
+    for row in rows:
+        assert (row["n"], row["sparse"], row["b_over_n"], row["test_images"]) == (100, 20, 20.0, 60)
+        assert 0 <= row["test_accuracy"] <= row["best_epoch_accuracy"] <= 100
+        assert (row["victim"], row["recipe"], row["epochs"]) == ("small", "quick", 1)
+        assert row["budget"] == {"ar": "L2 1.000", "urp": "L-inf 8/255"}[row["poison"]]
+        assert row["psnr"] > 10
+        assert 0 < row["ssim"] < 1
+        assert (row["images_per_second"] is None) == (row["defense"] == "none")
+        assert row["device"] == "CPU"
+    assert len({row["fingerprint"] for row in rows}) == 12
+
+
+def test_the_table_has_the_layout_of_the_paper(measured):
+    text = Path(measured.result.table).read_text()
+    assert "| defense | ar | urp | AVG |" in text
+    assert "[87.32]" in text
+    assert "0 of 12 are left" in text
+    assert "B/N = 20.0 %" in text
+
+
+def test_running_again_does_nothing(measured):
+    before = written(measured.output)
+    result = api.evaluate(settings=measured.settings)
+    assert isinstance(result, MatrixResult)
+    assert result.done == 12
+    assert written(measured.output) == before
+    assert api.evaluate_plan(settings=measured.settings).missing == []
+
+
+@pytest.mark.chaos
+def test_a_grown_grid_does_the_new_cells_only(measured, world):
+    before = written(measured.output)
+    defenses = ["cutout", "none", "iss-g", "eclipse"]
+    grown = settings_for(world, measured.output, matrix__clean=True, matrix__defenses=defenses, evaluate__seeds=1)
+    plan = api.evaluate_plan(settings=grown)
+    assert (plan.cells, plan.done) == (12, 6)
+    assert plan.seconds_left > 0
+    result = api.evaluate(settings=grown)
+    assert isinstance(result, MatrixResult)
+    assert result.done == 12
+    after = written(measured.output)
+    assert {name: after[name] for name in before} == before
+    assert len([name for name in after if name.startswith("results/")]) == 12 + 6
+
+
+@pytest.mark.chaos
+def test_a_failing_row_does_not_hold_up_the_others(measured, world):
+    # 100 images are too few for a depth that the denoiser was never trained at; `none` is measured already.
+    broken = {"name": "eclipse", "label": "too deep", "purify.t_star": 19}
+    settings = settings_for(world, measured.output, matrix__defenses=["none", broken], evaluate__seeds=1)
+    result = api.evaluate(settings=settings)
+    assert isinstance(result, MatrixResult)
+    assert (result.cells, result.done, result.failed) == (4, 2, 2)
+    assert list(result.failures) == [f"{poison}, too deep, small, seed 0" for poison in ("ar", "urp")]
+    assert all("t_star" in message for message in result.failures.values())
+    assert "2 of 4 are left" in (measured.output / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("sparse", "test", "words"),
+    [
+        ("rest", "test", "sparse clean set and training set share"),
+        ("test", "test", "sparse clean set and test set share 60"),
+        ("clean", "rest", "training and test set share"),
+    ],
+)
+def test_a_sparse_set_that_overlaps_is_refused_before_anything_is_written(world, tmp_path, sparse, test, words):
+    places = {"data.clean": getattr(world, sparse), "data.test": getattr(world, test)}
+    settings = {**settings_for(world, tmp_path / "out"), **places, "purify.denoiser": None}
+    with pytest.raises(InputError, match=words):
+        api.evaluate(settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_denoiser_fitted_on_the_training_images_is_refused(world, tmp_path):
+    # The poison changes every image, so it is the clean originals that are compared.
+    settings = settings_for(world, tmp_path / "out", data__source=world.clean, matrix__limit=None)
+    with pytest.raises(InputError, match="sparse clean set and training set share 20"):
+        api.evaluate(settings={**settings, "data.clean": None, "matrix.defenses": ["none"]})
+
+
+def test_only_a_matrix_can_be_planned_and_a_matrix_needs_a_folder(world, tmp_path):
+    with pytest.raises(ConfigError, match=r"matrix\.poisons"):
+        api.evaluate_plan(train=world.rest, test=world.test)
+    with pytest.raises(ConfigError, match=r"data\.output is not set"):
+        api.evaluate_plan(settings={**settings_for(world, tmp_path), "data.output": None})
+
+
+def test_dilution_needs_labels(world, tmp_path):
+    unlabelled = tmp_path / "flat"
+    api.convert(world.clean, str(unlabelled), layout="folder")
+    flat = tmp_path / "images"
+    flat.mkdir()
+    for number, file in enumerate(sorted(unlabelled.glob("*/*.png"))):
+        file.rename(flat / f"{number}.png")
+    settings = settings_for(world, tmp_path / "out", matrix__defenses=["dilution"])
+    with pytest.raises(InputError, match="dilution needs labels"):
+        api.evaluate_plan(settings={**settings, "data.clean": str(flat)})
+
+
+def test_groups_are_of_whole_columns_and_large_enough(world, tmp_path):
+    cells = room.open_matrix(load_config(None, settings_for(world, tmp_path / "out"))).grid.cells
+    assert [len(group) for group in groups(cells, 4)] == [6, 6]
+    assert [len(group) for group in groups(cells, 1)] == [3, 3, 3, 3]
+    assert [len(group) for group in groups(cells, 99)] == [12]
+
+
+def test_columns_made_at_once_are_those_made_one_by_one(measured, world, tmp_path, monkeypatch, capfd):
+    """Both poisons wait for each other, which only two threads can do; they share the part and the denoiser."""
+    together, ensure = Barrier(2, timeout=60), materials.ensure_poison
+
+    def wait_and_ensure(*arguments):
+        together.wait()
+        ensure(*arguments)
+
+    monkeypatch.setattr(room, "fits_at_once", lambda _resources: 2)
+    monkeypatch.setattr(materials, "ensure_poison", wait_and_ensure)
+    # One group holds every cell.
+    monkeypatch.setattr(room, "CELLS_AHEAD", 99)
+    settings = settings_for(world, tmp_path / "out", matrix__defenses=["none"], evaluate__seeds=1)
+    result = api.evaluate(settings=settings)
+    assert isinstance(result, MatrixResult)
+    assert (result.done, result.failed) == (2, 0)
+    before = {row["fingerprint"]: row for row in pq.read_table(measured.output / "results.parquet").to_pylist()}
+    for row in pq.read_table(tmp_path / "out" / "results.parquet").to_pylist():
+        assert row["test_accuracy"] == before[row["fingerprint"]]["test_accuracy"]
+    # Only our own lines: Ray Tune's boxes, warnings and folders that are gone afterwards help nobody.
+    said = capfd.readouterr()
+    assert said.out == ""
+    for line in said.err.splitlines():
+        assert re.match(r"(matrix|poison|fit|train|transform|fitting|note)\b", line), line
+
+
+def test_as_many_poisons_are_fitted_at_once_as_there_are_gpus_or_else_machines():
+    assert fits_at_once(Resources(cpus=32, gpus=4, cores=16, local=False)) == 4
+    assert fits_at_once(Resources(cpus=32, gpus=0, cores=8, local=False)) == 4
+    assert fits_at_once(Resources(cpus=4, gpus=0, cores=2, local=True)) == 1
+    assert fits_at_once(Resources(cpus=1, gpus=0, cores=2, local=True)) == 1
+
+
+def test_trials_share_the_machine(world):
+    two_cores = Resources(cpus=4, gpus=0, cores=2, local=True)
+    assert share(load_config(), two_cores) == (0.0, 2, 1)
+    assert share(load_config(None, {"matrix.max_concurrent": 1}), two_cores) == (0.0, 1, 2)
+    gpu = Resources(cpus=32, gpus=1, cores=16, local=True)
+    assert share(load_config(), gpu) == (0.25, 4, 1)
+    assert share(load_config(None, {"matrix.num_gpus": 0.5, "matrix.max_concurrent": 1}), gpu) == (0.5, 1, 1)
+    assert share(load_config(None, {"matrix.num_gpus": 0}), gpu) == (0.0, 16, 1)
+
+
+# Three drivers and as many clusters, one of which fits the denoiser.
+@pytest.mark.timeout(900)
+@pytest.mark.chaos
+def test_a_driver_killed_on_the_way_goes_on_with_what_is_missing(world, tmp_path):
+    output = tmp_path / "out"
+    file = tmp_path / "matrix.yaml"
+    tree: dict[str, dict[str, object]] = {}
+    for key, value in settings_for(world, output, matrix__max_concurrent=1, purify__denoiser=None).items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    file.write_text(yaml.safe_dump(tree))
+    results = output / "results"
+    kill_when(
+        ["evaluate", "--config", str(file)],
+        lambda: results.exists() and len(list(results.glob("*.json"))) >= 3,
+        tmp_path / "log",
+    )
+    # The victim in training at the kill may still have been committed by its own process.
+    time.sleep(3)
+    before = written(output)
+    kept = len([name for name in before if name.startswith("results/")])
+    assert 3 <= kept < 12
+    planned = run_cli("evaluate", "--config", str(file), "--dry-run")
+    assert planned["done"] == kept
+    result = run_cli("evaluate", "--config", str(file))
+    assert (result["cells"], result["done"]) == (12, 12)
+    after = written(output)
+    assert {name: after[name] for name in before} == before
+    assert json.loads((results / os.listdir(results)[0]).read_text())["test_accuracy"]

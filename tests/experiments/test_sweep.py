@@ -1,0 +1,327 @@
+"""A real sweep at debug size: what it measures, shares, resumes and refuses."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from eclipse_ray import api
+from eclipse_ray.config import load_config
+from eclipse_ray.datasets.memory import load_images
+from eclipse_ray.diffusion.checkpoint import read_card
+from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.experiments import sweep as room
+from eclipse_ray.experiments import sweep_sets, sweep_trial
+from eclipse_ray.experiments.sweep_trial import Setup, measure
+from eclipse_ray.results import SweepPlan, SweepResult
+from tests.support import DEBUG, kill_when, run_cli, train_denoiser
+
+SETTINGS = {
+    **DEBUG,
+    "victim.epochs": 2,
+    "victim.batch_size": 32,
+    "sweep.images": 40,
+    "sweep.space": {"purify.t_star": [2, 4], "compensation.sigma": [0.0, 0.05]},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A sweep that was run once."""
+
+    settings: dict[str, object]
+    plan: SweepPlan
+    result: SweepResult
+    output: Path
+
+
+@pytest.fixture(scope="module")
+def half(world, tmp_path_factory) -> str:
+    """A denoiser trained on half of the sparse set."""
+    folder = tmp_path_factory.mktemp("half")
+    api.split(world.clean, clean=10, output=str(folder / "sets"), settings=DEBUG)
+    train_denoiser(str(folder / "sets/clean"), str(folder / "denoiser"))
+    return str(folder / "denoiser")
+
+
+def settings_for(world, output: Path, denoiser: str | None, **changes: object) -> dict[str, object]:
+    places = {"data.source": world.poisoned, "data.clean": world.clean, "data.output": str(output)}
+    own = {"purify.denoiser": denoiser}
+    return {**SETTINGS, **places, **own, **{key.replace("__", "."): value for key, value in changes.items()}}
+
+
+def written(output: Path) -> dict[str, int]:
+    """When each result and each purified part was written, in ns."""
+    files = [*output.glob("results/*.json"), *output.glob("cache/*/*.json"), *output.glob("cache/defended/*.npy")]
+    return {str(file.relative_to(output)): file.stat().st_mtime_ns for file in files}
+
+
+def setup_of(settings: dict[str, object]) -> tuple[room.Sweep, Setup]:
+    """A sweep and what its trials get, to run them in this process."""
+    sweep = room.open_sweep(load_config(None, settings))
+    return sweep, Setup(sweep.config, sweep.facts, sweep.sets.source, sweep.sets.scored, 1)
+
+
+@pytest.fixture(scope="module")
+def swept(world, half, tmp_path_factory) -> Run:
+    output = tmp_path_factory.mktemp("sweep") / "out"
+    settings = settings_for(world, output, half)
+    plan = api.sweep_plan(settings=settings)
+    assert not output.exists()
+    return Run(settings, plan, api.sweep(settings=settings), output)
+
+
+def test_trials_find_what_was_named_by_relative_paths(world, half, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(half).parent)
+    settings = settings_for(world, Path("out"), "denoiser")
+    config = room.open_sweep(load_config(None, settings)).config
+    assert (config.data.output, config.purify.denoiser) == (str(Path(half).parent / "out"), half)
+
+
+def test_the_plan_lists_and_times_the_trials(swept):
+    plan = swept.plan
+    assert (plan.trials, plan.done, plan.purifications, plan.denoisers, plan.unknown) == (4, 0, 2, 0, [])
+    assert plan.missing[0] == "t_star 2, sigma 0.0"
+    assert plan.seconds_left > 0
+
+
+def test_every_trial_is_measured_and_the_best_is_named(swept):
+    rows = pq.read_table(swept.output / "results.parquet").to_pylist()
+    assert {(row["t_star"], row["sigma"]) for row in rows} == {(2, 0.0), (2, 0.05), (4, 0.0), (4, 0.05)}
+    for row in rows:
+        assert 0 <= row["proxy_accuracy"] <= 100
+        assert 10 < row["psnr"] < 100
+        assert row["score"] == pytest.approx(row["proxy_accuracy"] + 0.1 * row["psnr"])
+        assert row["shortcut_score"] == pytest.approx(row["removed_accuracy"] - row["clean_confidence"])
+        assert (row["images"], row["scored_images"], row["sparse"], row["epochs"]) == (40, 10, 10, 2)
+        assert not row["stopped"]
+    assert any(row["pareto"] for row in rows)
+    best = max(rows, key=lambda row: row["score"])
+    assert (swept.result.trials, swept.result.failed) == (4, 0)
+    assert swept.result.best["purify"]["t_star"] == best["t_star"]
+    assert swept.result.best["compensation"]["sigma"] == best["sigma"]
+    assert swept.result.score == pytest.approx(best["score"], abs=1e-3)
+    for picture in ("pareto.png", "heatmap.png"):
+        assert (swept.output / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_trials_that_differ_in_compensation_share_the_purified_images(swept):
+    # Two depths, each of a part of the dataset and of the clean images.
+    assert len(list(swept.output.glob("cache/defended/*.npy"))) == 4
+    psnr = {(row["t_star"], row["psnr"]) for row in pq.read_table(swept.output / "results.parquet").to_pylist()}
+    assert len(psnr) == 2
+
+
+def test_running_again_does_nothing(swept):
+    before = written(swept.output)
+    assert api.sweep(settings=swept.settings).best == swept.result.best
+    assert written(swept.output) == before
+    assert api.sweep_plan(settings=swept.settings).missing == []
+
+
+@pytest.mark.chaos
+def test_purify_takes_the_best_settings(swept, world, half, tmp_path):
+    output = tmp_path / "purified"
+    result = api.purify(world.poisoned, str(output), config=str(swept.output / "best.yaml"))
+    assert (result.planned, result.ok) == (240, 240)
+    used = yaml.safe_load((output / "_eclipse/config.yaml").read_text())
+    for section, keys in swept.result.best.items():
+        assert {key: used[section][key] for key in keys} == keys
+    assert used["purify"]["denoiser"] == half
+    assert used["data"]["source"] == world.poisoned
+
+
+def test_images_that_score_trained_no_denoiser(swept, half):
+    sets = sweep_sets.load_sets(load_config(None, swept.settings))
+    trained = set(read_card(half).sparse_hashes)
+    assert len(sets.scored.ids) == 10
+    assert trained.isdisjoint(sets.scored.hashes())
+
+
+def test_without_a_denoiser_a_part_of_the_clean_set_trains_and_the_rest_scores(world, tmp_path):
+    space = {"sweep.sparse_percent": [2.5, 4.0]}
+    config = load_config(None, settings_for(world, tmp_path, None, sweep__space=space))
+    sets = sweep_sets.load_sets(config)
+    assert {percent: len(part.ids) for percent, part in sets.parts.items()} == {None: 10, 2.5: 6, 4.0: 10}
+    for part in sets.parts.values():
+        assert set(part.hashes()).isdisjoint(sets.scored.hashes())
+    with pytest.raises(InputError, match="may train a denoiser"):
+        sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None, sweep__sparse_percent=8)))
+
+
+def test_a_clean_set_that_all_trained_the_denoiser_cannot_score_a_victim(world, tmp_path):
+    settings = settings_for(world, tmp_path / "out", world.denoiser)
+    with pytest.raises(InputError, match=r"all 20 images trained .*eclipse-ray split .* --clean 10"):
+        api.sweep(settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sparse_set_without_labels_is_judged_by_what_purification_removed(world, half, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    api.convert(world.clean, str(tmp_path / "folder"), layout="folder")
+    for number, file in enumerate(sorted((tmp_path / "folder").glob("*/*.png"))):
+        file.rename(flat / f"{number}.png")
+    changes = {"data__clean": str(flat), "sweep__space": {"purify.t_star": [2, 4]}}
+    with pytest.raises(InputError, match="labels of clean images"):
+        api.sweep_plan(settings=settings_for(world, tmp_path / "out", half, **changes))
+    changes["sweep__objective"] = "shortcut_score"
+    sweep, setup = setup_of(settings_for(world, tmp_path / "out", world.denoiser, **changes))
+    assert sweep_sets.notes(sweep.config, sweep.sets)[-1].startswith("every clean image trained the denoiser")
+    assert sweep.listed is not None
+    result = measure(setup, sweep.listed[0], lambda _: None)
+    assert (result["proxy_accuracy"], result["epochs"]) == (None, 0)
+    assert result["shortcut_score"] == result["removed_accuracy"] - result["clean_confidence"]
+
+
+def test_a_trial_sees_neither_test_images_nor_their_labels(world, half, tmp_path):
+    config = load_config(None, settings_for(world, tmp_path / "out", half, data__test=str(tmp_path / "missing")))
+    assert room.open_sweep(config).left() == 4
+
+
+def test_baked_compensation_is_written_into_the_images_that_train(world, half, tmp_path, monkeypatch):
+    seen = []
+
+    def train(images, labels, test_images, test_labels, victim, compensation, *rest):
+        seen.append((np.array(images), compensation.mode))
+        rest[-1](victim.epochs, 50.0, 0.0)
+
+    monkeypatch.setattr(sweep_trial, "train_victim", train)
+    space = {"compensation.mode": ["none", "augment", "baked"]}
+    sweep, setup = setup_of(settings_for(world, tmp_path / "out", half, sweep__space=space))
+    assert sweep.listed is not None
+    for trial in sweep.listed:
+        assert measure(setup, trial, lambda _: None)["proxy_accuracy"] == 50.0
+    assert [mode for _, mode in seen] == ["none", "augment", "none"]
+    plain, augmented, baked = (images for images, _ in seen)
+    assert np.array_equal(plain, augmented)
+    assert not np.array_equal(plain, baked)
+
+
+def test_a_sample_is_of_all_classes_and_does_not_change(world, tmp_path):
+    sets = [
+        sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None, sweep__images=count)))
+        for count in (40, 40, 20)
+    ]
+    assert sets[0].source.ids == sets[1].source.ids
+    assert set(sets[2].source.ids) < set(sets[0].source.ids)
+    whole = load_images(world.poisoned, load_config().data)
+    assert set(sets[2].source.labels) == set(whole.labels)
+    place = whole.ids.index(sets[0].source.ids[3])
+    assert np.array_equal(sets[0].source.images[3], whole.images[place])
+
+
+def test_clean_images_of_classes_that_the_sample_lacks_score_nothing(world, tmp_path):
+    sets = sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None)))
+    part = np.isin(sets.source.labels, [2, 5])
+    source = replace(sets.source, images=sets.source.images[part], labels=sets.source.labels[part])
+    scored = replace(sets.scored, labels=np.where(np.arange(len(sets.scored.ids)) == 0, -1, sets.scored.labels))
+    kept = sweep_sets._of_classes(scored, source)
+    assert set(kept.labels) <= {-1, 2, 5}
+    assert len(kept.ids) == np.isin(scored.labels, [-1, 2, 5]).sum() > 1
+    note = "the sample has images of 2 of 10 classes"
+    assert note in " ".join(sweep_sets.notes(load_config(), replace(sets, source=source)))
+
+
+def test_a_poisoned_set_that_holds_clean_images_is_refused(world, tmp_path):
+    with pytest.raises(InputError, match="sparse clean set and training set share 20"):
+        sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None, data__source=world.clean)))
+    with pytest.raises(ConfigError, match="--out DIR"):
+        sweep_sets.load_sets(load_config(None, {**SETTINGS, "data.source": world.rest}))
+
+
+def test_a_stopped_trial_is_the_best_only_if_there_is_no_other(swept):
+    sweep = room.open_sweep(load_config(None, swept.settings))
+    done = sweep.done()
+    stopped = [(trial, {**result, "stopped": True, "proxy_accuracy": 100.0}) for trial, result in done[1:]]
+    fake = replace(sweep)
+    fake.done = lambda: [done[0], *stopped]  # type: ignore[method-assign]
+    assert room.best_of(fake)[0].key == done[0][0].key
+
+
+@pytest.mark.chaos
+def test_a_failing_point_does_not_hold_up_the_others(world, half, tmp_path):
+    settings = settings_for(world, tmp_path / "out", half, sweep__space={"purify.t_star": [2, 4]})
+    sweep = room.open_sweep(load_config(None, settings))
+    assert sweep.listed is not None
+    # The cache says that the images of depth 2 are there, but they are not.
+    sweep.cache.finish("defended", sweep.listed[0].purified, {"psnr": None})
+    result = api.sweep(settings=settings)
+    assert (result.trials, result.failed) == (1, 1)
+    assert list(result.failures) == ["t_star 2"]
+    assert result.best["purify"]["t_star"] == 4
+
+
+@pytest.mark.chaos
+def test_optuna_learns_from_results_and_goes_on(world, half, tmp_path):
+    space = {"purify.t_star": [2, 3, 4], "compensation.p": {"low": 0.0, "high": 1.0}}
+    settings = settings_for(world, tmp_path / "out", half, sweep__space=space, sweep__search="optuna")
+    first = api.sweep(settings={**settings, "sweep.trials": 2})
+    assert first.trials == 2
+    kept = written(tmp_path / "out")
+    second = api.sweep(settings={**settings, "sweep.trials": 4})
+    assert second.trials == 4
+    after = written(tmp_path / "out")
+    assert {name: after[name] for name in kept} == kept
+    assert second.score >= first.score
+
+
+@pytest.mark.chaos
+def test_asha_stops_victims_and_keeps_what_they_reached(world, half, tmp_path):
+    space = {"compensation.p": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}
+    asha = {"sweep__asha": True, "sweep__grace_epochs": 1, "sweep__reduction_factor": 2, "victim__epochs": 4}
+    result = api.sweep(settings=settings_for(world, tmp_path / "out", half, sweep__space=space, **asha))
+    assert (result.trials, result.failed) == (6, 0)
+    rows = pq.read_table(tmp_path / "out/results.parquet").to_pylist()
+    assert {row["epochs"] for row in rows if not row["stopped"]} == {4}
+    assert all(row["epochs"] < 4 for row in rows if row["stopped"])
+    assert any(not row["stopped"] for row in rows)
+
+
+@pytest.mark.chaos
+def test_denoisers_are_trained_on_parts_of_the_clean_set(world, tmp_path):
+    space = {"denoiser.replication": [0, 2], "sweep.sparse_percent": [2.5]}
+    settings = settings_for(world, tmp_path / "out", None, sweep__space=space, denoiser__iterations=20)
+    assert api.sweep_plan(settings=settings).denoisers == 2
+    result = api.sweep(settings=settings)
+    assert (result.trials, result.failed) == (2, 0)
+    best = yaml.safe_load((tmp_path / "out/best.yaml").read_text())
+    card = read_card(best["purify"]["denoiser"])
+    sets = sweep_sets.load_sets(load_config(None, settings))
+    assert card.sparse_images == 6
+    assert set(card.sparse_hashes).isdisjoint(sets.scored.hashes())
+
+
+# Two drivers and as many clusters.
+@pytest.mark.timeout(900)
+@pytest.mark.chaos
+def test_a_driver_killed_on_the_way_goes_on_with_what_is_missing(world, half, tmp_path):
+    output = tmp_path / "out"
+    space = {"purify.t_star": [2, 4], "compensation.p": [0.0, 0.3, 0.6]}
+    settings = settings_for(world, output, half, sweep__space=space, sweep__max_concurrent=1, victim__epochs=6)
+    results = output / "results"
+    arguments = ["sweep", *_assignments(settings)]
+    kill_when(arguments, lambda: results.exists() and len(list(results.glob("*.json"))) >= 2, tmp_path / "log")
+    # The victim in training at the kill may still have been committed by its own process.
+    time.sleep(3)
+    before = written(output)
+    kept = len([name for name in before if name.startswith("results/")])
+    assert 2 <= kept < 6
+    assert run_cli(*arguments, "--dry-run")["done"] == kept
+    result = run_cli(*arguments)
+    assert (result["trials"], result["failed"]) == (6, 0)
+    assert set(result["best"]["purify"]) >= {"t_star", "num_inference_steps"}
+    assert set(result["best"]["compensation"]) >= {"p", "sigma"}
+    after = written(output)
+    assert {name: after[name] for name in before} == before
+    assert json.loads((results / os.listdir(results)[0]).read_text())["curves"]
+
+
+def _assignments(settings: dict[str, object]) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]

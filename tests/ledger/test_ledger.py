@@ -1,0 +1,331 @@
+"""Plan, claim, commit, manifest: nothing lost and nothing twice, whoever dies and whenever."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from eclipse_ray.errors import InputError, ResumeError, StorageError
+from eclipse_ray.ledger import (
+    ImageFailure,
+    Status,
+    commit_shard,
+    finalise,
+    named_objects,
+    open_run,
+    plan_digest,
+    plan_shards,
+    read_plan,
+    read_statuses,
+    summarise,
+    verify,
+)
+from eclipse_ray.storage.store import Store
+from tests.ledger.helpers import (
+    CONFIG,
+    CrashError,
+    CrashingStore,
+    Part,
+    commit,
+    complete,
+    make_fingerprint,
+    make_shards,
+    memory_store,
+    plan_of,
+    start,
+    table,
+    written,
+)
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    return Store(str(tmp_path / "out")) if request.param == "local" else memory_store()
+
+
+def test_plan_cuts_tables_and_groups_images():
+    parts = [
+        Part("a"),
+        Part("b"),
+        Part("t1", 5),
+        Part("empty", 0),
+        Part("t2", 2),
+        Part("c"),
+        Part("d"),
+        Part("e"),
+    ]
+    shards = plan_shards(parts, 2)
+    cut = [(s.name, [(p.key, p.start, p.stop) for p in s.spans]) for s in shards]
+    assert cut == [
+        ("000000", [("a", 0, 1), ("b", 0, 1)]),
+        ("000001", [("t1", 0, 2)]),
+        ("000002", [("t1", 2, 4)]),
+        ("000003", [("t1", 4, 5)]),
+        ("000004", [("t2", 0, 2)]),
+        ("000005", [("c", 0, 1), ("d", 0, 1)]),
+        ("000006", [("e", 0, 1)]),
+    ]
+    assert sum(shard.rows for shard in shards) == sum(part.rows for part in parts)
+
+
+def test_plan_refuses_doubled_and_unreadable_names():
+    with pytest.raises(InputError, match=r"^a.png: "):
+        plan_shards([Part("a.png"), Part("a.png")], 2)
+    with pytest.raises(InputError, match="not valid Unicode"):
+        plan_shards([Part("caf\udce9.png")], 2)
+    with pytest.raises(ValueError, match="shard_images"):
+        plan_shards([], 0)
+
+
+def test_plan_round_trips(store):
+    shards = plan_shards([Part("ä 'q\"\n%2F.png"), Part("t", 9, 77, "etag"), *map(Part, "xyz")], 2)
+    start(store, shards)
+    assert read_plan(store) == plan_of(shards)
+    assert plan_digest(read_plan(store).shards) == plan_digest(shards)
+
+
+def test_complete_run_is_proved_and_finalise_is_idempotent(store):
+    shards = make_shards()
+    manifest = complete(store, shards)
+    before = written(store)
+    assert (manifest.ok, manifest.failed) == (9, 1)
+    assert finalise(store) == manifest
+    assert complete(store, shards) == manifest
+    assert written(store) == before
+    result = verify(store)
+    assert (result.ok, result.planned, result.images, result.failed) == (True, 10, 9, 1), result
+    assert named_objects(store) == sorted(k for k in before if k.startswith("data/"))
+
+
+def test_summary_while_running(store):
+    shards = make_shards()
+    with pytest.raises(InputError, match="no purified dataset"):
+        summarise(store)
+    start(store, shards)
+    assert summarise(store).shards_done == 0
+    commit(store, shards[1])
+    now = summarise(store)
+    assert (now.planned, now.ok, now.failed, now.shards, now.shards_done) == (10, 3, 1, 3, 1)
+    with pytest.raises(InputError, match="2 of 3 shards"):
+        finalise(store)
+    result = verify(store)
+    assert not result.ok
+    assert "2 of 3 shards are not done" in result.mismatched[0]
+
+
+def test_shard_without_ok_images(store):
+    shards = plan_shards([Part("a"), Part("b")], 2)
+    start(store, shards)
+    errors = [ImageFailure(i, i, f"bad name caf\udce9 {i}") for i in "ab"]
+    commit_shard(store, shards[0], ok=None, ok_count=0, errors=errors, input_sha256="0", seconds=1)
+    finalise(store)
+    assert verify(store).ok
+    assert named_objects(store) == []
+
+
+def test_counts_must_add_up():
+    store, shards = memory_store(), make_shards()
+    start(store, shards)
+    ids = [span.key for span in shards[0].spans]
+    for ok, count in [(table(ids[1:]), 3), (table(ids[1:]), 4), (None, 4), (table([]), 0), (table(ids), 5)]:
+        with pytest.raises(ValueError, match="shard 000000"):
+            commit_shard(store, shards[0], ok=ok, ok_count=count, errors=[], input_sha256="0", seconds=1)
+    assert not [key for key in written(store) if key.startswith(("data/", "_eclipse/status"))]
+
+
+def test_status_refuses_names_that_lead_elsewhere():
+    store, shards = memory_store(), make_shards()
+    start(store, shards)
+    tree = commit(store, shards[0]).model_dump()
+    assert Status.model_validate_json(Status(**tree).model_dump_json()) == Status(**tree)
+    for change in [
+        {"object": "../../etc/passwd"},
+        {"object": None},
+        {"ok": 0},
+        {"shard": "../x"},
+        {"extra": 1},
+    ]:
+        with pytest.raises(ValueError, match="validation error"):
+            Status(**{**tree, **change})
+
+
+def test_second_generation_wins_and_the_first_is_swept_away(store):
+    shards = make_shards()
+    first = complete(store, shards)
+    second = commit(store, shards[1], salt=7, generation=10)
+    commit(store, shards[1], salt=9, generation=2)
+    assert read_statuses(store)["000001"] == second
+    assert not verify(store).ok, "the manifest is of the first generation"
+    assert finalise(store).statuses[1] == second
+    assert verify(store).ok
+    assert not store.exists(str(first.statuses[1].object))
+
+
+class Gate(Store):
+    """Lets every thread reach the status before any of them writes it."""
+
+    barrier: threading.Barrier
+
+    def create(self, key: str, data: bytes) -> bool:
+        if key.startswith("_eclipse/status"):
+            self.barrier.wait(30)
+        return super().create(key, data)
+
+
+def test_racing_committers_agree_on_one_status(store):
+    shards = make_shards()
+    start(store, shards)
+    gate, found = Gate(store.url), []
+    gate.barrier = threading.Barrier(8)
+    threads = [
+        threading.Thread(target=lambda salt=salt: found.append(commit(gate, shards[0], salt))) for salt in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert len([key for key in written(store) if key.startswith("data/")]) == 8
+    complete(store, shards)
+    assert verify(store).ok
+    assert len([key for key in written(store) if key.startswith("data/")]) == 3
+
+
+def test_committed_shard_is_not_written_again():
+    store, shards = memory_store(), make_shards()
+    start(store, shards)
+    won = commit(store, shards[0])
+    before = written(store)
+    assert commit(store, shards[0], salt=3) == won
+    assert written(store) == before
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_crash_at_every_change_then_resume(kind, after, tmp_path):
+    def fresh(number):
+        return str(tmp_path / str(number)) if kind == "local" else memory_store().url
+
+    shards = make_shards()
+    undisturbed = Store(fresh("whole"))
+    counter = CrashingStore(undisturbed.url)
+    complete(counter, shards)
+    expected = written(undisturbed)
+    assert counter.changes >= 11
+    for at in range(counter.changes):
+        store = Store(fresh(at))
+        with pytest.raises(CrashError):
+            complete(CrashingStore(store.url, at, after), shards)
+        complete(store, shards)
+        assert written(store) == expected, at
+        assert verify(store).ok, at
+
+
+def test_crash_while_sweeping_orphans():
+    shards = make_shards()
+    for at in range(3):
+        store = memory_store()
+        start(store, shards)
+        store.create("data/000000-0123456789abcdef.parquet", b"loser")
+        store.create("data/.tmp-1", b"torn")
+        for shard in shards:
+            commit(store, shard)
+        with pytest.raises(CrashError):
+            finalise(CrashingStore(store.url, at))
+        finalise(store)
+        assert verify(store).ok
+        assert not [key for key in written(store) if "0123456789abcdef" in key or ".tmp-" in key]
+
+
+def test_finalise_leaves_what_others_put_there():
+    store, shards = memory_store(), make_shards()
+    complete(store, shards)
+    store.write("data/readme.txt", b"mine")
+    finalise(store)
+    assert store.read("data/readme.txt") == b"mine"
+    assert any("readme.txt" in sentence for sentence in verify(store).mismatched)
+
+
+@pytest.mark.parametrize("key", ["photo.png", "data/x.parquet", "_eclipse/plan.parquet"])
+def test_foreign_folder_is_refused(store, key):
+    store.write(key, b"mine")
+    with pytest.raises(ResumeError, match="did not write"):
+        start(store, make_shards())
+    assert list(written(store)) == [key]
+
+
+def test_probe_left_by_a_crash_is_no_foreign_data(store):
+    store.create("_eclipse/probe-1", b"1")
+    complete(store, make_shards())
+    assert verify(store).ok
+
+
+def test_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_bytes(b"x")
+    with pytest.raises(InputError, match="this is a file"):
+        start(Store(str(tmp_path / "out")), make_shards())
+
+
+def test_changes_are_refused_with_a_readable_difference(store):
+    shards = make_shards()
+    start(store, shards)
+    before = written(store)
+    config = {"purify": {"t_star": 150, "levels": [1, 2]}, "run": {"seed": 0}}
+    for change, line in [
+        ({"config": config}, "purify.t_star: 100 -> 150"),
+        ({"weights": "w2"}, "weights: 'w1' -> 'w2'"),
+        ({"engine_version": 2}, "engine_version: 1 -> 2"),
+    ]:
+        with pytest.raises(ResumeError) as refused:
+            open_run(store, plan_of(shards), make_fingerprint(shards, **change), "")
+        assert str(refused.value).splitlines()[1:] == [f"  {line}"]
+    assert written(store) == before
+
+
+def test_changed_input_is_refused_naming_the_objects():
+    store = memory_store()
+    start(store, plan_shards([Part("a"), Part("b"), Part("c", 4)], 2))
+    changed = plan_shards([Part("a", version="v2"), Part("c", 3), Part("d")], 2)
+    with pytest.raises(ResumeError) as refused:
+        start(store, changed)
+    lines = str(refused.value).splitlines()[1:]
+    assert lines[0].startswith("  input: ")
+    assert lines[1:] == [
+        "  input a: 1 rows in 10 bytes, version v1 -> 1 rows in 10 bytes, version v2",
+        "  input b: 1 rows in 10 bytes, version v1 -> absent",
+        "  input c: 4 rows in 10 bytes, version v1 -> 3 rows in 10 bytes, version v1",
+        "  input d: absent -> 1 rows in 10 bytes, version v1",
+    ]
+
+
+def test_resume_keeps_the_first_config_and_knows_it_resumes(store):
+    shards = make_shards()
+    first = open_run(store, plan_of(shards), make_fingerprint(shards), "run: {progress_seconds: 1}\n")
+    again = open_run(store, plan_of(shards), make_fingerprint(shards, config=dict(CONFIG)), "run: {}\n")
+    assert (first.resumed, again.resumed) == (False, True)
+    assert store.read("_eclipse/config.yaml") == b"run: {progress_seconds: 1}\n"
+    assert again.fingerprint.value == first.fingerprint.value
+
+
+def test_fingerprint_must_be_of_the_plan():
+    shards = make_shards()
+    with pytest.raises(ValueError, match="plan_digest"):
+        open_run(memory_store(), plan_of(shards), make_fingerprint(shards, input="other"), "")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b'{"value": 1}', b"\xff"])
+def test_damaged_records_are_named(damage):
+    store, shards = memory_store(), make_shards()
+    complete(store, shards)
+    store.write("_eclipse/status/000001/0.json", damage)
+    with pytest.raises(StorageError, match=r"000001/0\.json: damaged"):
+        read_statuses(store)
+    store.write("_eclipse/fingerprint.json", damage)
+    with pytest.raises(InputError, match="damaged"):
+        start(store, shards)
+    store.write("_eclipse/plan.parquet", damage)
+    with pytest.raises(InputError, match="damaged"):
+        read_plan(store)
+    assert len(verify(store).mismatched) >= 3

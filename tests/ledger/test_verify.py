@@ -1,0 +1,167 @@
+"""The audit finds every damage, and says so without raising."""
+
+from __future__ import annotations
+
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eclipse_ray.ledger import ImageFailure, commit_shard, finalise, plan_shards, read_statuses, verify
+from eclipse_ray.ledger.layout import table_bytes
+from eclipse_ray.storage.store import Store
+from tests.ledger.helpers import Part, commit, complete, make_shards, memory_store, start, table
+
+_FLIPS = 200
+
+
+@pytest.fixture(scope="module")
+def finished():
+    store = memory_store()
+    complete(store, make_shards())
+    assert verify(store).ok
+    return store
+
+
+@pytest.fixture(scope="module")
+def flip_positions(finished):
+    size = len(finished.read(read_statuses(finished)["000000"].object))
+    generator = random.Random(5)
+    return [(size * n // _FLIPS, generator.randrange(8)) for n in range(_FLIPS)]
+
+
+@pytest.mark.parametrize("number", range(_FLIPS))
+def test_every_bit_flip_is_found(finished, flip_positions, number):
+    key = read_statuses(finished)["000000"].object
+    whole = finished.read(key)
+    position, bit = flip_positions[number]
+    flipped = bytearray(whole)
+    flipped[position] ^= 1 << bit
+    finished.write(key, bytes(flipped))
+    try:
+        result = verify(finished)
+    finally:
+        finished.write(key, whole)
+    assert not result.ok
+    assert result.mismatched == [sentence for sentence in result.mismatched if key in sentence]
+    assert result.images == 5
+
+
+@pytest.mark.parametrize("name", ["plan.parquet", "manifest.parquet", "fingerprint.json"])
+def test_truncated_or_missing_records_are_found(name):
+    store = memory_store()
+    complete(store, make_shards())
+    key = f"_eclipse/{name}"
+    whole = store.read(key)
+    for part in (whole[:-2], whole[: len(whole) // 2], b""):
+        store.write(key, part)
+        assert any(name in sentence for sentence in verify(store).mismatched)
+    store.delete(key)
+    assert not verify(store).ok
+
+
+def test_plan_of_another_run_is_found():
+    store, other = memory_store(), memory_store()
+    complete(store, make_shards())
+    start(other, make_shards(12))
+    store.write("_eclipse/plan.parquet", other.read("_eclipse/plan.parquet"))
+    assert any("fingerprint" in sentence for sentence in verify(store).mismatched)
+
+
+@pytest.mark.parametrize("which", ["object", "errors_object"])
+def test_missing_object_is_found_and_can_be_redone(tmp_path, which):
+    store, shards = Store(str(tmp_path)), make_shards()
+    complete(store, shards)
+    key = getattr(read_statuses(store)["000001"], which)
+    store.delete(key)
+    result = verify(store)
+    assert len(result.mismatched) == 1
+    assert f"{key}: missing" in result.mismatched[0]
+    store.delete("_eclipse/status/000001/0.json")
+    complete(store, shards)
+    assert verify(store).ok
+
+
+def test_damaged_object_is_replaced_when_redone():
+    store, shards = memory_store(), make_shards()
+    complete(store, shards)
+    store.write(str(read_statuses(store)["000001"].object), b"damaged")
+    store.delete("_eclipse/status/000001/0.json")
+    complete(store, shards)
+    assert verify(store).ok
+
+
+def test_extra_object_is_found():
+    store = memory_store()
+    complete(store, make_shards())
+    store.write("data/000000-0123456789abcdef.parquet", table(["img-0000.png"]))
+    result = verify(store)
+    assert len(result.mismatched) == 1
+    assert "no status names" in result.mismatched[0]
+    assert result.images == 9
+
+
+def test_status_of_an_unplanned_shard_is_found():
+    store, shards = memory_store(), make_shards()
+    complete(store, shards)
+    commit(store, make_shards(30)[-1])
+    assert any("no such shard" in sentence for sentence in verify(store).mismatched)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        (["a", "a"], ["c"]),  # within the object
+        (["a", "b"], ["a"]),  # both purified and failed
+        (["a", "x"], ["c"]),  # in another shard, see below
+    ],
+)
+def test_doubled_id_is_found(good, bad):
+    store = memory_store()
+    shards = plan_shards([Part(name) for name in "abcx"], 3)
+    start(store, shards)
+    for shard, ok, failed in [(shards[0], good, bad), (shards[1], ["x"], [])]:
+        errors = [ImageFailure(i, i, "no") for i in failed]
+        commit_shard(store, shard, ok=table(ok), ok_count=len(ok), errors=errors, input_sha256="0", seconds=1)
+    finalise(store)
+    result = verify(store)
+    assert (result.planned, result.images, result.failed) == (4, 3, 1)
+    assert len(result.mismatched) == 1
+    assert "1 ids occur elsewhere" in result.mismatched[0]
+
+
+def test_unreadable_table_with_the_right_hash_is_found():
+    store = memory_store()
+    shards = plan_shards([Part("a"), Part("b")], 2)
+    start(store, shards)
+    whole = table(["a", "b"])
+    damaged = bytearray(whole)
+    damaged[pq.ParquetFile(pa.BufferReader(whole)).metadata.row_group(0).column(0).data_page_offset + 40] ^= 1
+    commit_shard(store, shards[0], ok=bytes(damaged), ok_count=2, errors=[], input_sha256="0", seconds=1)
+    finalise(store)
+    assert any("not a readable table" in sentence for sentence in verify(store).mismatched)
+
+
+def test_table_without_ids_is_found():
+    store = memory_store()
+    shards = plan_shards([Part("a"), Part("b")], 2)
+    start(store, shards)
+    for generation, (ok, words) in enumerate(
+        [
+            (table_bytes(pq.read_table(pa.BufferReader(table(["a", "b"]))).drop(["id"])), "`id` column"),
+            (table_bytes(pq.read_table(pa.BufferReader(table(["a", None])))), "1 images have no id"),
+        ]
+    ):
+        commit_shard(
+            store,
+            shards[0],
+            ok=ok,
+            ok_count=2,
+            errors=[],
+            input_sha256="0",
+            seconds=1,
+            generation=generation,
+        )
+        finalise(store)
+        assert any(words in sentence for sentence in verify(store).mismatched)

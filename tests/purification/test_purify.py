@@ -1,0 +1,359 @@
+"""The main job on Ray: counts, bytes, order, resume, leakage and what it refuses."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eclipse_ray import api
+from eclipse_ray.datasets.formats import open_source
+from eclipse_ray.datasets.memory import load_images
+from eclipse_ray.errors import InputError, ResumeError
+from eclipse_ray.ledger import plan_shards, read_statuses
+from eclipse_ray.purification import plan as prepare
+from eclipse_ray.purification import shard as rows
+from eclipse_ray.purification import stages
+from eclipse_ray.purification.purifier import Purifier
+from eclipse_ray.results import StatusResult
+from eclipse_ray.storage.store import Store
+from tests.support import DEBUG, World, pixels_of, read_output, train_denoiser
+
+SHARDS = {**DEBUG, "purify.shard_images": 32, "purify.actors": 2}
+
+
+def purify(world: World, output, **settings):
+    return api.purify(world.poisoned, str(output), denoiser=world.denoiser, settings={**SHARDS, **settings})
+
+
+@pytest.fixture(scope="module")
+def purified(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("purified") / "out"
+    result = purify(world, output)
+    return output, result
+
+
+def object_names(output):
+    return {shard: status.object for shard, status in read_statuses(Store(str(output))).items()}
+
+
+def test_every_image_arrives_once_with_its_label(world, purified):
+    output, result = purified
+    assert (result.planned, result.ok, result.failed) == (240, 240, 0)
+    source = pa.concat_tables(pq.read_table(f) for f in sorted((world.root / "poisoned/data").glob("*.parquet")))
+    table = read_output(output)
+    source = source.sort_by("id")
+    assert table["id"].to_pylist() == source["id"].to_pylist()
+    assert table["label"].to_pylist() == source["label"].to_pylist()
+    changed = pixels_of(table).astype(int) - pixels_of(source).astype(int)
+    assert 0.5 < np.abs(changed).mean() < 40
+    assert api.verify(str(output)).ok
+    assert api.status(str(output)) == StatusResult(240, 240, 0, 8, 8)
+
+
+def test_order_within_a_shard_is_the_sources(world, purified):
+    output, _ = purified
+    ids = load_images(world.poisoned, api.resolve(None, None, {}).data).ids
+    for status in read_statuses(Store(str(output))).values():
+        shard_ids = pq.read_table(output / status.object)["id"].to_pylist()
+        first = ids.index(shard_ids[0])
+        assert shard_ids == ids[first : first + len(shard_ids)]
+
+
+def test_hugging_face_datasets_opens_the_output(purified):
+    from datasets import load_dataset
+
+    output, _ = purified
+    loaded = load_dataset("parquet", data_files=f"{output}/data/*.parquet", split="train")
+    assert loaded.num_rows == 240
+    assert loaded[0]["image"].size == (16, 16)
+    assert loaded.features["label"].names[0]
+
+
+def test_one_actor_gives_the_same_bytes(world, purified, tmp_path):
+    purify(world, tmp_path / "one", **{"purify.actors": 1})
+    assert object_names(tmp_path / "one") == object_names(purified[0])
+
+
+@pytest.mark.chaos
+def test_another_batch_size_changes_next_to_nothing(world, purified, tmp_path):
+    purify(world, tmp_path / "seven", **{"purify.batch_size": 7})
+    seven, whole = (pixels_of(read_output(folder)).astype(int) for folder in (tmp_path / "seven", purified[0]))
+    assert np.abs(seven - whole).max() <= 1
+    assert (seven != whole).mean() <= 0.001
+
+
+def test_running_again_does_nothing_and_says_the_same(world, purified):
+    output, _ = purified
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    again = purify(world, output)
+    assert (again.planned, again.ok, again.failed, again.images_per_second) == (240, 240, 0, 0.0)
+    after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert before == {**after, **{p: t for p, t in before.items() if p.name == "manifest.parquet"}}
+
+
+@pytest.mark.chaos
+def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
+    output = tmp_path / "partial"
+    shutil.copytree(purified[0], output)
+    names = object_names(output)
+    lost = output / names["000003"]
+    content = lost.read_bytes()
+    lost.unlink()
+    (output / "_eclipse/status/000003/0.json").unlink()
+    (output / "_eclipse/manifest.parquet").unlink()
+    with pytest.raises(InputError, match="not finished"):
+        open_source(str(output), api.resolve(None, None, {}).data)
+    purify(world, output)
+    assert lost.read_bytes() == content
+    assert api.verify(str(output)).ok
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"purify.t_star": 2}, "purify.t_star: 4 -> 2"),
+        ({"run.seed": 7}, "run.seed: 0 -> 7"),
+        ({"purify.tile": 64}, "purify.tile: 128 -> 64"),
+        ({"data.resize": 24}, "data.resize: None -> 24"),
+        ({"compensation.mode": "baked"}, "compensation.mode: 'augment' -> 'baked'"),
+    ],
+)
+def test_an_output_of_other_settings_is_refused_with_the_difference(world, purified, settings, line):
+    with pytest.raises(ResumeError) as caught:
+        purify(world, purified[0], **settings)
+    assert line in str(caught.value)
+
+
+def test_an_output_of_other_weights_is_refused(world, purified, tmp_path):
+    train_denoiser(world.clean, str(tmp_path / "other"), iterations=2)
+    with pytest.raises(ResumeError, match="weights"):
+        api.purify(world.poisoned, str(purified[0]), denoiser=str(tmp_path / "other"), settings=SHARDS)
+
+
+@pytest.mark.chaos
+def test_baked_compensation_grays_some_images(world, tmp_path):
+    purify(world, tmp_path / "baked", **{"compensation.mode": "baked", "compensation.sigma": 0.0})
+    images = pixels_of(read_output(tmp_path / "baked"))
+    gray = (images[..., 0] == images[..., 1]).all(axis=(1, 2)) & (images[..., 1] == images[..., 2]).all(
+        axis=(1, 2)
+    )
+    # p = 0.4 of 240 images; four standard deviations are 30.
+    assert abs(int(gray.sum()) - 96) < 31
+
+
+def test_undecodable_images_become_error_rows(world, tmp_path):
+    table = pq.read_table(next((world.root / "poisoned/data").glob("*.parquet"))).slice(0, 40)
+    images = table["image"].to_pylist()
+    images[3] = {"bytes": images[3]["bytes"][:50], "path": None}
+    images[7] = {"bytes": b"<html>not found</html>", "path": None}
+    images[9] = {"bytes": None, "path": None}
+    # All that the second shard of 32 has.
+    images[32:] = [{"bytes": b"", "path": None}] * 8
+    broken = table.set_column(1, "image", pa.array(images, table.schema.field("image").type))
+    broken = broken.append_column("source_url", pa.array([f"u{i}" for i in range(40)]))
+    (tmp_path / "src").mkdir()
+    pq.write_table(broken, tmp_path / "src/part.parquet")
+    result = api.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
+    assert (result.planned, result.ok, result.failed) == (40, 29, 11)
+    errors = pa.concat_tables(pq.read_table(f) for f in (tmp_path / "out/_eclipse/errors").glob("*.parquet"))
+    assert sorted(errors["id"].to_pylist()) == sorted(
+        table["id"].to_pylist()[i] for i in (3, 7, 9, *range(32, 40))
+    )
+    assert all(errors["error"].to_pylist())
+    output = read_output(tmp_path / "out")
+    urls = dict(zip(table["id"].to_pylist(), broken["source_url"].to_pylist(), strict=True))
+    assert output["source_url"].to_pylist() == [urls[name] for name in output["id"].to_pylist()]
+    assert api.verify(str(tmp_path / "out")).ok
+
+
+def test_images_of_the_sparse_set_fail_the_run(world, tmp_path):
+    with pytest.raises(InputError, match="sparse clean set"):
+        api.purify(world.clean, str(tmp_path / "leak"), denoiser=world.denoiser, settings=SHARDS)
+
+
+def make_job(source, config, world, output):
+    return rows.Job(
+        source=source.url,
+        format=source.format,
+        classes=None,
+        data=config.data,
+        output=output,
+        denoiser=world.denoiser,
+        purify=config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1}),
+        seed=0,
+        compensation=config.compensation,
+        sparse_hashes=frozenset(),
+    )
+
+
+def test_batches_hold_fewer_of_the_larger_images():
+    images = [np.zeros((side, 10, 3), np.uint8) for side in (10, 100, 10, 100, 10, 300)]
+    assert rows.same_size_batches(images, 2, 1000) == [[0, 2], [4], [1], [3], [5]]
+    assert rows.same_size_batches(images, 64, 2000) == [[0, 2, 4], [1, 3], [5]]
+
+
+def test_samples_of_large_images_are_their_middles(world, tmp_path):
+    from eclipse_ray.datasets.images import encode_image
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.png").write_bytes(encode_image(np.zeros((400, 90, 3), np.uint8), "png"))
+    config = api.resolve(None, None, {})
+    sample = prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)[0]
+    assert (sample.height, sample.width, sample.crop.shape) == (400, 90, (64, 64, 3))
+    config.data.resize = 32
+    assert prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)[0].height == 32
+
+
+def test_leakage_is_found_whatever_the_size_worked_at(world, tmp_path):
+    config = api.resolve(None, {**SHARDS, "data.resize": 24}, {})
+    source = open_source(world.clean, config.data)
+    batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
+    job = make_job(source, config, world, str(tmp_path / "out"))
+    _, images, _ = rows.unpack(stages.read_and_decode(batch, job))
+    assert {image.shape for image in images} == {(24, 24, 3)}
+    stored = load_images(world.clean, api.resolve(None, None, {}).data).hashes()
+    fatal = stages.read_and_decode(batch, replace(job, sparse_hashes=frozenset(stored)))["fatal"][0].as_py()
+    assert "is in the sparse clean set" in fatal
+
+
+def test_no_column_between_stages_is_a_python_object(world, tmp_path):
+    config = api.resolve(None, SHARDS, {})
+    source = open_source(world.poisoned, config.data)
+    job = make_job(source, config, world, str(tmp_path / "out"))
+    batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
+    decoded = stages.read_and_decode(batch, job)
+    purified = Purifier(job)(decoded)
+    for table in (batch, decoded, purified):
+        assert isinstance(table, pa.Table)
+        for field in table.schema:
+            assert not isinstance(field.type, pa.BaseExtensionType), field
+            assert pa.types.is_string(field.type) or pa.types.is_large_binary(field.type) or field.type == "double"
+    assert json.loads(purified["failures"][0].as_py()) == []
+
+
+def test_the_wrong_denoiser_is_noticed(world, tmp_path, capsys):
+    from eclipse_ray.datasets.synthetic import write_synthetic
+    from eclipse_ray.diffusion.checkpoint import load_denoiser
+
+    write_synthetic(str(tmp_path / "src"), 8, 16, 3)
+    images = load_images(str(tmp_path / "src"), api.resolve(None, None, {}).data)
+    denoiser = load_denoiser(world.denoiser)
+    prepare.warn_if_unsuitable(denoiser, list(images.images), 15.0, denoiser.t_star)
+    assert "warning" not in capsys.readouterr().err
+    noise = np.random.default_rng(0).integers(0, 256, images.images.shape, dtype=np.uint8)
+    prepare.warn_if_unsuitable(denoiser, list(noise), 30.0, denoiser.t_star)
+    assert "was this denoiser trained on images of this kind?" in capsys.readouterr().err
+
+
+def test_an_imported_denoiser_must_leave_no_more_than_the_noise(capsys):
+    import torch
+
+    from eclipse_ray.diffusion.network import build_denoiser, build_unet
+
+    config = api.resolve(None, {"denoiser.preset": "debug"}, {}).denoiser
+    denoiser = build_denoiser(build_unet(config), config).eval()
+    images = list(np.random.default_rng(0).integers(60, 200, (8, 16, 16, 3), dtype=np.uint8))
+    with torch.no_grad():
+        denoiser.unet.conv_out.weight.zero_()
+        denoiser.unet.conv_out.bias.zero_()
+    prepare.warn_if_unsuitable(denoiser, images, None, denoiser.t_star)
+    assert "warning" not in capsys.readouterr().err
+    with torch.no_grad():
+        denoiser.unet.conv_out.bias.fill_(5)
+    prepare.warn_if_unsuitable(denoiser, images, None, denoiser.t_star)
+    assert "warning" in capsys.readouterr().err
+
+
+@pytest.mark.chaos
+def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
+    from eclipse_ray.datasets.images import encode_image
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "src" / "a"
+    folder.mkdir(parents=True)
+    sizes = [(16, 17), (24, 16), (133, 150), (15, 16)]
+    for index in range(12):
+        height, width = sizes[index % 4]
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        (folder / f"{index:02d}.png").write_bytes(encode_image(image, "png"))
+    result = api.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
+    # 15 pixels are too few: those three are error rows.
+    assert (result.ok, result.failed) == (9, 3)
+    errors = pa.concat_tables(pq.read_table(f) for f in (tmp_path / "out/_eclipse/errors").glob("*.parquet"))
+    assert all("16x15 pixels; purification needs at least 16" in error for error in errors["error"].to_pylist())
+    for row in read_output(tmp_path / "out").to_pylist():
+        index = int(row["id"][-6:-4])
+        from eclipse_ray.datasets.images import decode_image
+
+        assert decode_image(row["image"]["bytes"], 10**6).shape[:2] == sizes[index % 4]
+
+
+def test_a_dry_run_writes_nothing_and_counts_what_is_left(world, purified, tmp_path):
+    plan = api.dry_run(world.poisoned, str(tmp_path / "new"), denoiser=world.denoiser, settings=SHARDS)
+    assert (plan.planned, plan.images_left, plan.shards, plan.shards_left) == (240, 240, 8, 8)
+    written = sum(file.stat().st_size for file in (purified[0] / "data").glob("*.parquet"))
+    assert plan.input_bytes == sum(f.stat().st_size for f in (world.root / "poisoned/data").glob("*.parquet"))
+    # Noise is removed, so the output is smaller than what the sample of the source says.
+    assert written / 2 < plan.output_bytes < 2 * written
+    assert plan.cpu_hours > 0
+    assert plan.device_hours > 0
+    assert not (tmp_path / "new").exists()
+    again = api.dry_run(world.poisoned, str(purified[0]), denoiser=world.denoiser, settings=SHARDS)
+    assert (again.images_left, again.shards_left, again.output_bytes) == (0, 0, 0)
+
+
+@pytest.mark.chaos
+def test_a_source_that_grew_is_extended(world, tmp_path):
+    source, output = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(world.poisoned, source)
+    settings = {**SHARDS, "purify.shard_images": 120}
+    first = api.purify(str(source), str(output), denoiser=world.denoiser, settings=settings)
+    before = object_names(output)
+    table = pq.read_table(sorted((source / "data").glob("*.parquet"))[0]).slice(0, 8)
+    ids = pa.array([f"new-{row}" for row in range(8)])
+    pq.write_table(table.set_column(table.column_names.index("id"), "id", ids), source / "data/a-new.parquet")
+    with pytest.raises(ResumeError, match="add --extend"):
+        api.purify(str(source), str(output), denoiser=world.denoiser, settings=settings)
+    grown = api.purify(str(source), str(output), denoiser=world.denoiser, extend=True, settings=settings)
+    assert (first.planned, grown.planned, grown.ok) == (240, 248, 248)
+    after = object_names(output)
+    assert {name: after[name] for name in before} == before
+    assert api.verify(str(output)).ok
+
+
+def test_two_images_of_one_id_are_refused(world, tmp_path):
+    (tmp_path / "source").mkdir()
+    table = pq.read_table(sorted((world.root / "poisoned/data").glob("*.parquet"))[0]).slice(0, 4)
+    ids = pa.array(["a", "b", "b", "c"])
+    pq.write_table(table.set_column(table.column_names.index("id"), "id", ids), tmp_path / "source/x.parquet")
+    config = api.resolve(None, SHARDS, {})
+    source = open_source(str(tmp_path / "source"), config.data)
+    task = rows.Task(plan_shards(source.parts, 16)[0])
+    job = make_job(source, config, world, str(tmp_path / "out"))
+    fatal = stages.read_and_decode(rows.task_rows([task])[0], job)["fatal"][0].as_py()
+    error = rows.fatal_error(fatal)
+    assert isinstance(error, InputError)
+    assert "two images have the id b" in str(error)
+
+
+def test_what_cannot_be_read_becomes_error_rows_of_its_own(world, tmp_path):
+    api.convert(world.test, str(tmp_path / "source"), layout="folder", settings=DEBUG)
+    config = api.resolve(None, SHARDS, {})
+    source = open_source(str(tmp_path / "source"), config.data)
+    task = rows.Task(plan_shards(source.parts, 16)[0])
+    gone = [span.key for span in task.shard.spans][3]
+    (tmp_path / "source" / gone).unlink()
+    job = make_job(source, config, world, str(tmp_path / "out"))
+    decoded = stages.read_and_decode(rows.task_rows([task])[0], job)
+    table, images, failures = rows.unpack(decoded)
+    assert (table.num_rows, len(images)) == (15, 15)
+    assert [(row["id"], row["key"]) for row in failures] == [(gone, gone)]
+    assert "is gone" in failures[0]["error"]
+    assert decoded["fatal"][0].as_py() == ""
+    strict = replace(job, data=job.data.model_copy(update={"on_error": "stop"}))
+    stopped = stages.read_and_decode(rows.task_rows([task])[0], strict)
+    assert "is gone" in str(rows.fatal_error(stopped["fatal"][0].as_py()))

@@ -1,0 +1,250 @@
+"""The page: whole, escaped, from nowhere else, and with the sections its folder calls for."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eclipse_ray import api
+from eclipse_ray.cli.reports import conclude
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.formats import open_source
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.memory import write_dataset
+from eclipse_ray.datasets.table import canonical_table
+from eclipse_ray.errors import InputError
+from eclipse_ray.reports.accuracy import _drawn
+from eclipse_ray.reports.folder import record_command
+from eclipse_ray.reports.page import write_report
+from eclipse_ray.reports.sweep import write_sweep
+from tests.reports.material import audited, purify_here, write_demo, write_evaluation, write_matrix
+from tests.reports.test_sweep import ROWS, view
+
+VOID = {"meta", "link", "img", "br", "source"}
+EVIL = "<script>alert(1)</script>\"'&.png"
+SEEN = ["pictures", "spectra", "assimilation"]
+SWEPT = view(ROWS, ["t_star", "sigma"])
+SECTIONS = {
+    "purify": ["summary", *SEEN, "training", "throughput", "failures", "provenance"],
+    "train": ["summary", "training", "provenance"],
+    "evaluate": ["summary", "accuracy", "provenance"],
+    "matrix": ["summary", "accuracy", "provenance"],
+    "demo": ["summary", "accuracy", *SEEN, "training", "throughput", "failures", "provenance"],
+    "sweep": ["summary", "sweep", "provenance"],
+    "audit": ["summary", "audit", "provenance"],
+}
+EVERY = {name for names in SECTIONS.values() for name in names}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; keeps ids, addresses and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), f"an inline handler: {name}"
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "srcset", "action", "data", "poster"):
+                self.addresses.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def folders(world, tmp_path_factory) -> dict[str, Path]:
+    """One folder of every kind."""
+    root = tmp_path_factory.mktemp("reports")
+    found = {kind: root / kind for kind in SECTIONS}
+    purify_here(world.poisoned, str(found["purify"]), world.denoiser, **{"purify.shard_images": 60})
+    shutil.copytree(world.denoiser, found["train"])
+    write_evaluation(found["evaluate"])
+    write_matrix(found["matrix"])
+    found["demo"].mkdir()
+    for name, source in (
+        ("poisoned", world.poisoned),
+        ("denoiser", world.denoiser),
+        ("purified", found["purify"]),
+    ):
+        shutil.copytree(source, found["demo"] / name)
+    shutil.copytree(world.rest, found["demo"] / "split/rest")
+    write_demo(found["demo"])
+    write_sweep(str(found["sweep"]), SWEPT)
+    audited(found["audit"])
+    return found
+
+
+def page_of(folder) -> Page:
+    return Page(Path(write_report(str(folder)).report).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+def test_every_kind_of_folder_has_its_sections_and_nothing_comes_from_elsewhere(kind, folders):
+    page = page_of(folders[kind])
+    assert [name for name in page.ids if name in EVERY] == SECTIONS[kind]
+    assert len(page.ids) == len(set(page.ids))
+    for address in page.addresses:
+        assert address.startswith(("data:", "#")), address
+        assert not address.startswith("#") or address[1:] in page.ids
+    report = folders[kind] / "report"
+    charts = {path.stem for path in report.glob("*.svg")}
+    assert charts == {path.stem for path in report.glob("*.png")}
+    assert len(charts) == page.tags.count("picture")
+    assert all(b"http-equiv" not in path.read_bytes() for path in report.glob("*.svg"))
+
+
+def test_the_purification_is_told_in_words_and_numbers(folders):
+    text = page_of(folders["purify"]).text
+    assert "240 of 240 images were purified, none failed." in text
+    assert "noised to t_star = 4 of 20" in text
+    assert re.search(r"Of the perturbation, -?\d+ % is left in 64 sampled images", text)
+    assert "But it is a bound" in text
+    assert "the command was not recorded" in text
+
+
+def test_a_sweep_and_an_audit_begin_with_what_they_found(folders):
+    swept = page_of(folders["sweep"]).text
+    assert (
+        "The best of 6 trials has t_star 100, sigma 0.1: a victim trained on what it purifies is right on" in swept
+    )
+    assert "eclipse-ray purify SRC DST --config" in swept
+    found = page_of(folders["audit"]).text
+    assert found.count("Likely poisoned: high frequency, class-wise (p = 0.0007).") == 1
+    assert "24 images of 2 classes were looked at." in found
+    assert "Purify with t_star 100, p 0.4, sigma 0.05." in found
+    assert "tells the class of 76.7 % of images by it" in found
+
+
+@pytest.mark.parametrize(("kind", "file"), [("sweep", "results.parquet"), ("audit", "audit.json")])
+def test_what_another_version_wrote_is_refused_in_one_sentence(folders, tmp_path, kind, file):
+    shutil.copytree(folders[kind], tmp_path / kind)
+    if kind == "sweep":
+        pq.write_table(pa.table({"id": ["x"]}), tmp_path / kind / file)
+    else:
+        (tmp_path / kind / file).write_text('{"verdict": "poisoned"}')
+    with pytest.raises(InputError, match=f"{file}: .*run the same {kind} command again"):
+        write_report(str(tmp_path / kind))
+
+
+def test_a_chart_leaves_out_rivals_before_our_own():
+    names = ["none", "a", "b", "c", "d", "e", "f", "eclipse", "eclipse+aa"]
+    assert _drawn(names) == ["none", "a", "b", "c", "eclipse", "eclipse+aa"]
+
+
+def test_a_moved_demo_finds_its_own_folders(folders, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(folders["demo"], moved)
+    text = page_of(moved).text
+    assert "purified ones 88.9 %: 94 % of the gap" in text
+    assert "perturbation ×10" in text
+
+
+def test_ids_and_reasons_are_escaped_and_failures_are_listed(world, tmp_path):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    images = [encode_image(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), "png") for _ in range(5)]
+    table = canonical_table([f"{i}{EVIL}" for i in range(6)], [*images, b"no image"], [0, 1, 0, 1, 0, 1])
+    write_dataset(str(tmp_path / "in"), [table], classes=["<b>cat", "$x_$"], source="<i>somewhere")
+    purify_here(str(tmp_path / "in"), str(tmp_path / "out"), world.denoiser)
+    record_command(str(tmp_path / "out"), "eclipse-ray purify s3://key:secret@host/<script>x")
+    page = page_of(tmp_path / "out")
+    assert page.tags.count("script") == 1
+    assert "b" not in page.tags
+    assert f"5{EVIL}" in page.text
+    assert "not an image in a known format" in page.text
+    assert "<b>cat" in page.text
+    assert "s3://host/<script>x" in page.text
+    assert "secret" not in page.text
+    assert "No clean copies of these images are known" in page.text
+
+
+def test_an_unfinished_run_and_a_lost_source_can_be_reported(world, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(world.poisoned, source)
+    purify_here(str(source), str(tmp_path / "out"), world.denoiser, 1, **{"purify.shard_images": 60})
+    assert "180 are still to be done" in page_of(tmp_path / "out").text
+    shutil.rmtree(source)
+    assert "cannot be shown" in page_of(tmp_path / "out").text
+
+
+def test_a_report_does_not_touch_the_dataset_it_lies_in(folders):
+    output = str(folders["purify"])
+    write_report(output)
+    assert api.verify(output).ok
+    assert open_source(output, DataConfig()).images == 240
+
+
+def test_a_folder_of_no_kind_is_refused(world):
+    with pytest.raises(InputError, match="could be reported"):
+        write_report(world.test)
+
+
+def test_a_folder_in_a_store_is_reported_there(world, tmp_path):
+    from eclipse_ray.storage.store import Store
+
+    store = Store("memory://reports/denoiser")
+    for path in Path(world.denoiser).iterdir():
+        if path.is_file():
+            store.write(path.name, path.read_bytes())
+    result = write_report(store.url)
+    assert result.report == "memory://reports/denoiser/report/index.html"
+    assert b"Training of the denoiser" in store.read("report/index.html")
+
+
+def test_a_finished_run_stays_finished_when_no_report_can_be_written(world, tmp_path, monkeypatch, capsys):
+    import builtins
+
+    real = builtins.__import__
+
+    def without_matplotlib(name, *rest):
+        if name.startswith("eclipse_ray.reports.page"):
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *rest)
+
+    folder = tmp_path / "denoiser"
+    shutil.copytree(world.denoiser, folder)
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    conclude(str(folder))
+    wanted = "a report needs matplotlib; install it with: pip install 'eclipse-ray[report]'"
+    assert wanted in capsys.readouterr().err
+    assert not (folder / "report").exists()
+    conclude(str(folder), no_report=True)
+    assert capsys.readouterr().err == ""
+    assert json.loads((folder / "_eclipse/command.json").read_text())["command"].startswith("eclipse-ray")
+
+
+def test_the_verb_is_the_package_s_whatever_was_imported_before():
+    import eclipse_ray
+
+    assert eclipse_ray.report is api.report
+
+
+def test_an_evaluation_is_not_written_over_another_run(world, folders):
+    with pytest.raises(InputError, match="already holds data"):
+        api.evaluate(train=world.rest, test=world.test, out=str(folders["purify"]))

@@ -1,0 +1,121 @@
+"""Tables of a matrix from tidy rows: layout, spread, averages, unfinished cells."""
+
+import csv
+import io
+
+import pyarrow.parquet as pq
+import pytest
+
+from eclipse_ray.reports.tables import TIDY, spread, to_markdown, write_tables
+from eclipse_ray.results import MatrixAxis, MatrixView
+
+COLUMNS = [MatrixAxis("clean", "clean"), MatrixAxis("em", "em", "L-inf 8/255"), MatrixAxis("ar", "ar", "L2 1.000")]
+ROWS = [MatrixAxis("none", "none"), MatrixAxis("eclipse", "eclipse"), MatrixAxis("mine", "")]
+
+
+def tidy(defense: str, poison: str, seed: int, accuracy: float) -> dict[str, object]:
+    row: dict[str, object] = dict.fromkeys(TIDY.names)
+    row |= {"poison": poison, "defense": defense, "victim": "small", "recipe": "quick", "epochs": 2, "seed": seed}
+    row |= {"n": 100, "sparse": 4, "b_over_n": 4.0, "test_images": 50, "test_accuracy": accuracy}
+    row |= {"best_epoch_accuracy": accuracy + 1, "best_epoch": 1, "seconds": 2.0, "device": "CPU"}
+    return row
+
+
+def view(rows: list[dict[str, object]], **changes: object) -> MatrixView:
+    settings: dict[str, object] = {
+        "columns": COLUMNS,
+        "defenses": ROWS,
+        "victims": [MatrixAxis("small", "small", "Victim small")],
+        "seeds": [0, 1],
+        "dataset": "cifar10",
+        "images": 100,
+        "sparse": 4,
+        "test_images": 50,
+        "rows": rows,
+    }
+    return MatrixView(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+FULL = [
+    tidy(defense, poison, seed, base + 2 * seed)
+    for defense, base in (("none", 20.0), ("eclipse", 60.0))
+    for poison in ("em", "ar")
+    for seed in (0, 1)
+] + [tidy("none", "clean", seed, 75.0) for seed in (0, 1)]
+
+
+def section(markdown: str, title: str) -> dict[str, list[str]]:
+    """The cells of a table by row label; the head is under "defense"."""
+    lines = markdown.split(f"### {title}")[1].split("###")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_the_mean_and_the_deviation_stand_beside_the_number_of_the_paper():
+    table = section(to_markdown(view(FULL)), "Test accuracy")
+    assert table["defense"] == ["em", "ar", "AVG"]
+    assert table["none"] == ["21.0 ± 1.4 [17.58]", "21.0 ± 1.4 [10.59]", "21.0 ± 1.4 [14.08]"]
+    assert table["eclipse"][2] == "61.0 ± 1.4 [85.06]"
+    assert table["mine"] == ["·", "·", "·"]
+
+
+def test_the_average_of_the_paper_is_over_the_columns_shown():
+    columns = [COLUMNS[1], MatrixAxis("cuda", "cuda")]
+    table = section(to_markdown(view(FULL, columns=columns)), "Test accuracy")
+    assert table["none"] == ["21.0 ± 1.4 [17.58]", "·", "·"]
+
+
+def test_the_average_varies_with_the_seed_not_with_the_column():
+    rows = [row | {"test_accuracy": 10.0 if row["poison"] == "em" else 90.0} for row in FULL]
+    assert section(to_markdown(view(rows)), "Test accuracy")["none"][2].startswith("50.0 ± 0.0")
+
+
+def test_unfinished_cells_are_marked_and_counted():
+    markdown = to_markdown(view(FULL[:3]))
+    table = section(markdown, "Test accuracy")
+    assert table["none"] == ["21.0 ± 1.4 [17.58]", "20.0 (n = 1) [10.59]", "· [14.08]"]
+    assert "15 of 18 are left" in markdown
+    assert "none yet" not in markdown
+
+
+def test_a_table_without_any_result_is_all_unfinished():
+    markdown = to_markdown(view([]))
+    assert "18 of 18 are left" in markdown
+    assert section(markdown, "Clean accuracy")["eclipse"] == ["· [90.43]", "·"]
+    assert "none yet" in markdown
+
+
+def test_gaps_are_to_undefended_clean():
+    markdown = to_markdown(view(FULL))
+    assert section(markdown, "Gap to undefended clean (75.0)")["eclipse"] == ["14.0", "14.0", "14.0"]
+    assert section(markdown, "Clean accuracy")["none"] == ["75.0 ± 0.0 [94.95]", "0.0"]
+
+
+def test_more_sparse_images_than_the_threat_model_allows_are_warned_of():
+    assert "Warning" not in to_markdown(view(FULL))
+    assert "B/N = 20.0 %" in to_markdown(view(FULL, sparse=20))
+    assert "Warning" in to_markdown(view(FULL, sparse=20))
+
+
+def test_costs_are_means_and_a_dash_where_nothing_is_transformed():
+    rows = [row | ({"defense_seconds": 4.0, "psnr": 30.0} if row["defense"] == "eclipse" else {}) for row in FULL]
+    table = section(to_markdown(view(rows)), "Cost")
+    assert table["eclipse"][0] == "4"
+    assert table["eclipse"][2] == "30.0"
+    assert table["none"][0] == "-"
+    assert table["mine"][0] == "·"
+
+
+def test_parquet_and_csv_hold_one_row_a_victim(tmp_path):
+    write_tables(str(tmp_path), view(FULL))
+    table = pq.read_table(tmp_path / "results.parquet")
+    assert table.schema.names == TIDY.names
+    assert table.num_rows == len(FULL)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    assert [float(row["test_accuracy"]) for row in rows] == table["test_accuracy"].to_pylist()
+    assert "### Test accuracy" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(("values", "text"), [([], "·"), ([50.0], "50.0"), ([49.0, 51.0], "50.0 ± 1.4")])
+def test_spread_is_the_deviation_of_a_sample(values, text):
+    assert spread(values) == text

@@ -1,0 +1,65 @@
+"""`audit` end to end on Ray: the command line, what it leaves behind, a denoiser's residual, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eclipse_ray import api
+from eclipse_ray.auditing import Crop, balanced, common_side
+from eclipse_ray.config import load_config
+from eclipse_ray.datasets.synthetic import write_synthetic
+from eclipse_ray.errors import ConfigError, InputError
+from tests.support import run_cli
+
+
+def crop(label: int, draw: float, side: int = 16) -> Crop:
+    return Crop(f"{label}-{draw}", label, draw, np.zeros((side, side, 3), np.uint8), None)
+
+
+def test_a_poisoned_dataset(world, tmp_path):
+    out = tmp_path / "audit"
+    found = run_cli("audit", world.poisoned, "--clean", world.clean, "--out", str(out))
+    assert (found["verdict"], found["frequency"], found["scope"]) == ("poisoned", "high", "sample")
+    assert found["p_value"] < 0.01
+    assert found["recommended"] == {"t_star": 400, "p": 0.4, "sigma": 0.05}
+    assert (found["images"], found["classes"], found["clean_images"]) == (240, 10, 20)
+    names = {score["name"] for score in found["evidence"]}
+    assert names >= {"predictability", "class_mean", "autocorrelation", "colour", "convolution", "band_energy"}
+    assert json.loads((out / "audit.json").read_text()) == found
+    assert (out / "audit.png").read_bytes().startswith(b"\x89PNG")
+    assert load_config(str(out / "config.yaml")).data.source == world.poisoned
+
+
+@pytest.mark.chaos
+def test_the_residual_of_a_denoiser(world):
+    clean = api.audit(world.rest, denoiser=world.denoiser)
+    assert (clean.verdict, clean.frequency, clean.scope) == ("clean", None, None)
+    assert clean.recommended == {"t_star": None, "p": None, "sigma": None}
+    poisoned = api.audit(world.poisoned, denoiser=world.denoiser)
+    assert poisoned.verdict == "poisoned"
+
+
+def test_refusals(world, tmp_path):
+    with pytest.raises(ConfigError, match="audit needs a dataset"):
+        api.audit()
+    with pytest.raises(InputError, match="share 20 images"):
+        api.audit(world.clean, clean=world.clean)
+    write_synthetic(str(tmp_path / "few"), 40, 16, 0)
+    with pytest.raises(InputError, match="40 images of 10 classes"):
+        api.audit(str(tmp_path / "few"))
+
+
+def test_the_sample_is_balanced_over_the_largest_classes():
+    crops = [crop(0, draw / 100) for draw in range(50)] + [crop(1, draw / 100) for draw in range(10)]
+    crops += [crop(2, 0.5), crop(-1, 0.001)]
+    chosen = balanced(crops, 20, 2)
+    assert [sum(each.label == label for each in chosen) for label in (-1, 0, 1, 2)] == [0, 10, 10, 0]
+    assert chosen == sorted(chosen, key=lambda each: (each.draw, each.id))
+    assert max(each.draw for each in chosen if each.label == 0) == 0.09
+    assert balanced([crop(-1, 0.1)], 10, 2) == []
+
+
+def test_a_few_small_images_do_not_set_the_side():
+    assert common_side([crop(0, 0.0, 32)] * 39 + [crop(0, 0.0, 16)]) == 32
+    assert common_side([crop(0, 0.0, 32)] * 9 + [crop(0, 0.0, 16)]) == 16

@@ -1,21 +1,28 @@
-# One .venv for everything: made from nothing, made anew whenever constraints.txt or pyproject.toml change.
+# One .venv for everything, made anew whenever constraints.txt or pyproject.toml change. `make demo` installs what a user
+# needs; every other target adds the tools of development to it.
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+DEMO := .venv/.user
+STAMP := .venv/.development
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo test check docs tutorial hooks chaos soak fuzz browser clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): constraints.txt pyproject.toml
+$(DEMO): constraints.txt pyproject.toml
 	@rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,s3]'
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[report]'
+	@touch $(DEMO)
+
+$(STAMP): $(DEMO)
+	$(PIP) --editable '.[dev,s3]'
 	@touch $(STAMP)
 
-demo: $(STAMP) ## poison, train, purify and evaluate on synthetic data; a table and one picture
+demo: $(DEMO) ## poison, train, purify and evaluate on synthetic data; a table and one picture
 	$(BIN)/eclipse-ray demo --output runs/demo
 
 # Two files at a time, for much of a Ray test is waiting; threads of two processes would fight over two cores.
@@ -35,7 +42,7 @@ tutorial: $(STAMP) ## run the tutorial notebook from its first cell to its last
 	$(BIN)/python -m pytest -m chaos tests/test_tutorial.py
 
 hooks: $(STAMP) ## the fast half of make check before every commit (needs git)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt pre-commit
+	$(PIP) pre-commit
 	$(BIN)/pre-commit install
 
 chaos: $(STAMP) ## every fault test: real processes are killed, real servers break; an hour or more
@@ -48,7 +55,7 @@ fuzz: $(STAMP) ## five minutes of damaged images, tars and tables
 	$(BIN)/python -m tests.fuzz.fuzz_decode --seconds 300
 
 browser: $(STAMP) ## reports in the system's Chromium, with axe-core from npm: layout, keyboard, accessibility
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	$(PIP) --editable '.[browser]'
 	npm install --silent --no-save --prefix .venv axe-core@4.14.1
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reports/test_browser.py
 

@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := .venv/.user
 STAMP := .venv/.development
-# Bytecode is written when a module is first imported: installing takes less than half the time.
+# Bytecode is written when a module is first imported, not by pip: installing takes less than half the time.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/pip install --no-compile --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: help demo test check docs tutorial hooks chaos soak fuzz browser clean

@@ -18,7 +18,7 @@ from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_pa
 from eclipse_ray.datasets.transform import convert
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
-from tests.ledger.helpers import Part, start
+from tests.ledger.helpers import part, start
 
 CONFIG = DataConfig()
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
@@ -56,7 +56,7 @@ def test_no_flipped_bit_of_an_input_parquet_goes_unnoticed(tmp_path):
 @pytest.mark.parametrize("encoding", ["jpeg:90", "png"])
 def test_verify_notices_every_flipped_bit_of_an_output(encoding):
     store = Store(f"memory://flips-{uuid.uuid4().hex}")
-    (shard,) = shards = ledger.plan_shards([Part(f"{n}") for n in range(6)], 6)
+    (shard,) = shards = ledger.plan_shards([part(f"{n}") for n in range(6)], 6)
     encoded = [encode_image(image, encoding) for image in NOISE[:6]]
     start(store, shards)
     status = ledger.commit_shard(

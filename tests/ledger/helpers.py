@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eclipse_ray.datasets.table import Part
 from eclipse_ray.ledger import (
     Fingerprint,
     ImageFailure,
@@ -70,12 +70,8 @@ class CrashingStore(Store):
         self.changes += 1
 
 
-@dataclass(frozen=True)
-class Part:
-    key: str
-    rows: int = 1
-    size: int = 10
-    version: str = "v1"
+def part(key: str, rows: int = 1, size: int = 10, version: str = "v1") -> Part:
+    return Part(key, rows, size, version)
 
 
 def memory_store() -> Store:
@@ -83,7 +79,7 @@ def memory_store() -> Store:
 
 
 def make_shards(images: int = 10, shard_images: int = 4) -> list[Shard]:
-    return plan_shards([Part(f"img-{i:04d}.png") for i in range(images)], shard_images)
+    return plan_shards([part(f"img-{i:04d}.png") for i in range(images)], shard_images)
 
 
 def plan_of(shards: list[Shard]) -> Plan:

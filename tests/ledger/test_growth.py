@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from eclipse_ray.datasets.table import Part
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import (
     Fingerprint,
@@ -20,13 +21,13 @@ from eclipse_ray.ledger import (
     verify,
 )
 from eclipse_ray.storage.store import Store
-from tests.ledger.helpers import Part, commit, complete, make_fingerprint, make_shards, memory_store, written
+from tests.ledger.helpers import commit, complete, make_fingerprint, make_shards, memory_store, part, written
 
 CLASSES = ("cat", "dog")
 
 
 def parts(*names: str) -> list[Part]:
-    return [Part(name) for name in names]
+    return [part(name) for name in names]
 
 
 def run(store: Store, listed: list[Part], extend: bool = False, classes=CLASSES, shard_images: int = 2) -> Plan:
@@ -82,7 +83,7 @@ def test_a_changed_object_is_refused_in_the_plan_and_in_its_extension():
     run(store, parts("a", "b"))
     run(store, parts("a", "b", "c"), extend=True)
     for changed in ("a", "c"):
-        listed = [Part(name, version="v2" if name == changed else "v1") for name in "abc"]
+        listed = [part(name, version="v2" if name == changed else "v1") for name in "abc"]
         with pytest.raises(ResumeError, match=f"input {changed}: .*v1 -> .*v2"):
             run(store, listed, extend=True)
     with pytest.raises(ResumeError, match=r"input c: .* -> absent"):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import pyarrow as pa
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.images import SUFFIXES
-from eclipse_ray.datasets.note import noted_classes
-from eclipse_ray.datasets.table import Part, canonical_table
+from eclipse_ray.datasets.images import SUFFIXES, suffix_of
+from eclipse_ray.datasets.table import (
+    Part,
+    all_labels,
+    canonical_table,
+    extra_columns,
+    image_bytes,
+    noted_classes,
+)
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
@@ -71,6 +78,28 @@ def _places(classes: tuple[str, ...]) -> dict[str, set[int]]:
     return places
 
 
+def write(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | None = None) -> int:
+    """Write the encoded bytes of every image, unchanged, into one folder a class (flat without labels).
+
+    Returns the number of images. Raises InputError for a row without a label among labelled ones, for two ids that
+    need the same file name, and for columns that came along.
+    """
+    images = 0
+    for table in tables:
+        extras = extra_columns(table).column_names
+        if extras:
+            raise InputError(
+                f"{store.url}: a folder of images cannot hold the column {extras[0]!r}; use the parquet layout, "
+                "or leave such columns out with --set data.extra_columns=drop"
+            )
+        known = all_labels(store.url, table)
+        labels: Sequence[int | None] = [None] * table.num_rows if known is None else known
+        for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):
+            _create(store, name, _file_key(name, data, label, classes), data)
+            images += 1
+    return images
+
+
 def folder_name(text: str) -> str:
     """Return `text` as one file or folder name that `Store.list` shows; different texts stay different."""
     escaped = "".join(f"%{ord(c):02X}" if c in "/\\%" or ord(c) < 32 else c for c in text)
@@ -83,3 +112,30 @@ def _noted_classes(store: Store, folders: set[str]) -> list[str] | None:
     # Sorting the folders would renumber the labels of a dataset whose classes are not in that order.
     classes = noted_classes(store)
     return classes if classes and folders and folders <= {folder_name(name) for name in classes} else None
+
+
+def _file_key(name: str, data: bytes, label: int | None, classes: Sequence[str] | None) -> str:
+    suffix = suffix_of(data)
+    named = name.lower().endswith(suffix or SUFFIXES) or (suffix == ".jpg" and name.lower().endswith(".jpeg"))
+    file = name if named else name + (suffix or ".png")
+    if label is None:
+        return folder_name(file)
+    known = classes is not None and 0 <= label < len(classes)
+    raw = classes[label] if classes is not None and known else f"{label:05d}"
+    top = folder_name(raw)
+    # An id that came from such a folder names its class already, as it is or escaped.
+    first, slash, rest = file.partition("/")
+    return f"{top}/{folder_name(rest if slash and first in (raw, top) else file)}"
+
+
+def _create(store: Store, name: str, key: str, data: bytes) -> None:
+    try:
+        created = store.create(key, data)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"{store.url}: id {name} is too long to name a file here; use the parquet layout"
+            ) from error
+        raise
+    if not created:
+        raise InputError(f"{store.url}: two images would be named like {name}; use the parquet layout")

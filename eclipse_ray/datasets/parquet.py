@@ -6,7 +6,7 @@ import base64
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, cast
 
@@ -15,7 +15,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.table import CANONICAL, METADATA_KEY, Part, canonical_table, check_label
+from eclipse_ray.datasets.table import (
+    CANONICAL,
+    FILE_BYTES,
+    FILE_IMAGES,
+    METADATA_KEY,
+    Part,
+    canonical_table,
+    check_label,
+    regroup,
+    table_to_parquet,
+    with_classes,
+)
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
@@ -77,6 +88,26 @@ def read_rows(
             "the file changed since it was listed, start again from the listing"
         )
     return _canonical(where, table, key, start, config, classes)
+
+
+def write(
+    store: Store,
+    tables: Iterable[pa.Table],
+    *,
+    classes: Sequence[str] | None = None,
+    max_images: int = FILE_IMAGES,
+    max_bytes: int = FILE_BYTES,
+) -> int:
+    """Write canonical `tables` as data/part-00000.parquet and so on; return the number of images.
+
+    A file ends before it exceeds `max_images` or about `max_bytes`.
+    """
+    images = 0
+    for number, table in enumerate(regroup(tables, max_images, max_bytes)):
+        data = table_to_parquet(with_classes(table, classes))
+        store.write(f"data/part-{number:05d}.parquet", data)
+        images += table.num_rows
+    return images
 
 
 def _metadata(where: str, file: BinaryIO) -> pq.FileMetaData:

@@ -14,8 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import write_dataset
 from eclipse_ray.datasets.table import canonical_table
+from eclipse_ray.datasets.write import write_dataset
 
 Array = NDArray[np.floating[Any]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Store
 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 CANONICAL = ("id", "image", "label")
@@ -21,6 +22,10 @@ ROW_GROUP_IMAGES = 512
 
 FILE_IMAGES = 4096
 FILE_BYTES = 128 * 2**20
+
+NOTE = "_eclipse/dataset.json"
+# The keys of its samples are ids with some characters escaped.
+ESCAPED_KEYS = "escaped_keys"
 
 Span = tuple[str, int, int]
 
@@ -134,3 +139,18 @@ def regroup(tables: Iterable[pa.Table], max_images: int, max_bytes: int) -> Iter
                 held, rows, size = [], 0, 0
     if held:
         yield pa.concat_tables(held, promote_options="default")
+
+
+def read_note(store: Store) -> dict[str, Any]:
+    """Return what is noted in `store`; empty if there is no note, or a damaged one, as it is a courtesy only."""
+    try:
+        note = json.loads(store.read(NOTE))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def noted_classes(store: Store) -> list[str] | None:
+    """Return the class names noted in `store`, or None."""
+    classes = read_note(store).get("classes")
+    return [str(name) for name in classes] if isinstance(classes, list) and classes else None

@@ -13,9 +13,9 @@ from eclipse_ray import ledger
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import load_images, write_dataset
+from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
-from eclipse_ray.datasets.transform import convert
+from eclipse_ray.datasets.write import convert, write_dataset
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 from tests.ledger.helpers import part, start

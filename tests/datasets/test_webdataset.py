@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.samples import escape_key, unescape_key
 from eclipse_ray.datasets.table import image_bytes
+from eclipse_ray.datasets.webdataset import escape_key, unescape_key
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 

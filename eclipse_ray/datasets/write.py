@@ -1,24 +1,79 @@
-"""Datasets to datasets: change the layout, or split off a sparse clean set."""
+"""Writing datasets: from tables, converted to another layout, or split into a clean set and the rest."""
 
 from __future__ import annotations
 
-import hashlib
+import itertools
+import json
 import posixpath
-from collections import defaultdict
-from collections.abc import Iterator
-from fractions import Fraction
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, Layout
-from eclipse_ray.datasets.formats import Source, open_source, read_tables
+from eclipse_ray.datasets import folder, npz, parquet, webdataset
+from eclipse_ray.datasets.formats import UNFINISHED, Source, open_source, read_tables
 from eclipse_ray.datasets.images import ImageError, check_encoding, content_hash, decode_stored, encode_image
-from eclipse_ray.datasets.memory import decode_resized, refuse_existing, write_dataset
-from eclipse_ray.datasets.table import canonical_table, extra_columns, image_bytes
+from eclipse_ray.datasets.memory import choose_clean, decode_resized
+from eclipse_ray.datasets.table import ESCAPED_KEYS, NOTE, canonical_table, extra_columns, image_bytes
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
+
+Writer = Callable[[Store, Iterable[pa.Table], Sequence[str] | None, DataConfig], int]
+
+_WRITERS: dict[Layout, Writer] = {
+    "parquet": lambda store, tables, classes, _: parquet.write(store, tables, classes=classes),
+    "folder": lambda store, tables, classes, _: folder.write(store, tables, classes=classes),
+    "webdataset": webdataset.write,
+    "npz": npz.write,
+}
+
+
+def write_dataset(
+    url: str,
+    tables: Iterable[pa.Table],
+    *,
+    classes: Sequence[str] | None,
+    source: str,
+    layout: Layout = "parquet",
+    data_config: DataConfig | None = None,
+    resume: bool = False,
+) -> int:
+    """Write canonical `tables` as a new dataset at `url` and return the number of images.
+
+    Parts come first and a note `_eclipse/dataset.json` last; until then readers refuse the dataset. With `resume`,
+    the same tables are written over what an interrupted call left of them. Raises InputError if there already is
+    something else at `url`, and for what `layout` cannot hold.
+    """
+    store = Store(url)
+    if not resume:
+        refuse_existing(store)
+    store.write(UNFINISHED, b"")
+    try:
+        images = _WRITERS[layout](store, tables, classes, data_config or DataConfig())
+    except InputError:
+        # Nothing was written yet, so nothing has to be deleted before the next attempt.
+        if next(store.list(), None) is None:
+            store.delete(UNFINISHED)
+        raise
+    note = {"images": images, "classes": None if classes is None else list(classes), "source": source}
+    if layout == "webdataset":
+        note[ESCAPED_KEYS] = True
+    store.write(NOTE, json.dumps(note, indent=2).encode())
+    store.delete(UNFINISHED)
+    return images
+
+
+def refuse_existing(store: Store) -> None:
+    """Raise InputError if there are objects in `store`, naming one of them."""
+    if store.is_file():
+        raise InputError(f"{store.url}: is a file; name a new folder to write to")
+    if store.exists(UNFINISHED):
+        raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
+    taken = next(itertools.chain(store.list(), store.list("_eclipse")), None)
+    if taken is not None:
+        raise InputError(f"{store.url}: already holds data ({taken.key}); delete it or name another folder")
 
 
 def convert(source_url: str, output_url: str, data_config: DataConfig, layout: Layout = "parquet") -> int:
@@ -86,54 +141,6 @@ def split(
             source=source_url,
         )
     return {**counts, "output": output_url}
-
-
-def choose_clean(hashes: list[str | None], labels: list[int | None], clean: int, seed: int) -> NDArray[np.bool_]:
-    """Return bool (N): at most `clean` rows, stratified by label, whole groups of equal hashes only.
-
-    A hash of None is never chosen. Rows are ranked by a hash of `seed` and their content hash, so their
-    order does not matter.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for row, content in enumerate(hashes):
-        if content is not None:
-            groups[content].append(row)
-    strata: dict[int | None, list[str]] = defaultdict(list)
-    for content, rows in groups.items():
-        strata[min((labels[row] for row in rows), key=_label_order)].append(content)
-    for contents in strata.values():
-        contents.sort(key=lambda content: hashlib.sha256(f"{seed}:{content}".encode()).digest())
-    quotas = _quotas({label: sum(len(groups[c]) for c in strata[label]) for label in strata}, clean)
-    chosen = np.zeros(len(hashes), np.bool_)
-    for label in sorted(strata, key=_label_order):
-        _take(chosen, groups, strata[label], quotas[label])
-    # Groups of copies may not fill a quota exactly; other groups make up for it where they can.
-    leftover = [content for label in sorted(strata, key=_label_order) for content in strata[label]]
-    _take(chosen, groups, leftover, clean - int(chosen.sum()))
-    return chosen
-
-
-def _take(chosen: NDArray[np.bool_], groups: dict[str, list[int]], contents: list[str], room: int) -> None:
-    for content in contents:
-        rows = groups[content]
-        if len(rows) <= room and not chosen[rows[0]]:
-            chosen[rows] = True
-            room -= len(rows)
-
-
-def _quotas(sizes: dict[int | None, int], clean: int) -> dict[int | None, int]:
-    # Largest remainders: every class gets its share rounded down, then the most cut ones get one more.
-    total = sum(sizes.values())
-    shares = {label: Fraction(clean * size, total) for label, size in sizes.items()}
-    quotas = {label: int(share) for label, share in shares.items()}
-    by_loss = sorted(shares, key=lambda label: (quotas[label] - shares[label], _label_order(label)))
-    for label in by_loss[: clean - sum(quotas.values())]:
-        quotas[label] += 1
-    return quotas
-
-
-def _label_order(label: int | None) -> tuple[bool, int]:
-    return label is None, label or 0
 
 
 def _read_contents(source: Source, data_config: DataConfig) -> tuple[list[str | None], list[int | None]]:

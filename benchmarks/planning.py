@@ -2,7 +2,7 @@
 
     python benchmarks/planning.py --work runs/planning --objects 1000 --rows 1000 --format parquet
 
-Writes copies of one tiny image below --work unless they exist, then plans them in a separate process. With `folder`
+Writes copies of one tiny image below --work unless they exist, then plans them in a second process. With `folder`
 it writes objects x rows image files.
 """
 

@@ -1,1 +1,1 @@
-"""Image datasets in every format that is read or written."""
+"""Datasets on disk: reading each format, writing, and images in memory."""

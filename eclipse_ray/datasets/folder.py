@@ -1,4 +1,4 @@
-"""Image files in class folders, or flat without labels. A part is one image."""
+"""Image files in one folder per class, or in one folder without labels. Each image is one part."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "va
 
 
 def claims(key: str) -> bool:
-    """Return whether an object of this name is read by this format."""
+    """Return whether this format reads an object of this name."""
     return key.lower().endswith(SUFFIXES)
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part an image, and the class names: the top folders, sorted, or None without folders.
+    """Return one part per image, and the class names, which are the sorted top folders, or None without folders.
 
-    Raises InputError where images lie both in class folders and beside them, or in train and test folders.
+    Raises InputError if images lie both in class folders and beside them, or in train and test folders.
     """
     parts = [Part(entry.key, 1, entry.size, entry.version) for entry in entries]
     beside = [part.key for part in parts if "/" not in part.key]
@@ -53,7 +53,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 def read_rows(
     store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
 ) -> pa.Table:
-    """Return the image `key` as one canonical row; its label is the place of its top folder in `classes`."""
+    """Return the image `key` as one canonical row; its label is the index of its top folder in `classes`."""
     top, separator, _ = key.partition("/")
     labels = None
     if classes is not None and separator:
@@ -70,7 +70,7 @@ def read_rows(
 
 @lru_cache(maxsize=8)
 def _places(classes: tuple[str, ...]) -> dict[str, set[int]]:
-    # Folders that were written here are named by folder_name; those of others as their class is.
+    # Folders written by this package are named by folder_name, other folders like their class.
     places: dict[str, set[int]] = {}
     for place, name in enumerate(classes):
         for folder in (name, folder_name(name)):
@@ -79,10 +79,10 @@ def _places(classes: tuple[str, ...]) -> dict[str, set[int]]:
 
 
 def write(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | None = None) -> int:
-    """Write the encoded bytes of every image, unchanged, into one folder a class (flat without labels).
+    """Write the unchanged bytes of each image into one folder per class, or one folder if there are no labels.
 
-    Returns the number of images. Raises InputError for a row without a label among labelled ones, for two ids that
-    need the same file name, and for columns that came along.
+    Returns the number of images. Raises InputError if only some rows have labels, for two ids that give the
+    same file name, and for extra columns.
     """
     images = 0
     for table in tables:
@@ -101,7 +101,7 @@ def write(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | 
 
 
 def folder_name(text: str) -> str:
-    """Return `text` as one file or folder name that `Store.list` shows; different texts stay different."""
+    """Return `text` as one file or folder name that is not hidden; different texts give different names."""
     escaped = "".join(f"%{ord(c):02X}" if c in "/\\%" or ord(c) < 32 else c for c in text)
     if escaped.startswith((".", "_")) or not escaped:
         return f"%{ord(escaped[0]):02X}{escaped[1:]}" if escaped else "%"
@@ -109,7 +109,7 @@ def folder_name(text: str) -> str:
 
 
 def _noted_classes(store: Store, folders: set[str]) -> list[str] | None:
-    # Sorting the folders would renumber the labels of a dataset whose classes are not in that order.
+    # Without the note, classes that are not in sorted order would get other labels.
     classes = noted_classes(store)
     return classes if classes and folders and folders <= {folder_name(name) for name in classes} else None
 
@@ -123,7 +123,7 @@ def _file_key(name: str, data: bytes, label: int | None, classes: Sequence[str] 
     known = classes is not None and 0 <= label < len(classes)
     raw = classes[label] if classes is not None and known else f"{label:05d}"
     top = folder_name(raw)
-    # An id that came from such a folder names its class already, as it is or escaped.
+    # An id that came from a class folder already begins with the class name, escaped or not.
     first, slash, rest = file.partition("/")
     return f"{top}/{folder_name(rest if slash and first in (raw, top) else file)}"
 

@@ -1,4 +1,4 @@
-"""What a source is made of: its format, its parts, its classes; and reading rows of it anywhere."""
+"""Opening a dataset of any format: its parts and classes are listed first, and workers read rows of it later."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
 UNFINISHED = "_eclipse/unfinished"
-# A purification's plan comes first and its manifest last; only then does data/ hold each image once.
+# A purification writes its plan first and its manifest last. Only then data/ holds each image exactly once.
 RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
 _READING_THREADS = 8
 _SPLIT_NAME = re.compile(r"(?:x_)?(train|test|validation|valid|val|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
 
 
 class Format(NamedTuple):
-    """The functions that one format offers."""
+    """The functions of one format."""
 
     claims: Callable[[str], bool]
     list_parts: Callable[[Store, Sequence[Entry], DataConfig], tuple[list[Part], list[str] | None]]
@@ -45,7 +45,7 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A listed dataset: keys of `parts` are relative to `url`; labels are places in `classes`, if known."""
+    """A listed dataset; keys of `parts` are relative to `url`, and labels are indices into `classes`, if known."""
 
     url: str
     format: str
@@ -59,10 +59,10 @@ class Source:
 
 
 def open_source(url: str, data_config: DataConfig) -> Source:
-    """List the dataset at `url` without reading its images (CIFAR batches and labels in tars are read).
+    """List the dataset at `url` without reading its images, except that CIFAR batches and labels in tars are read.
 
     `url` is a folder, one file, or a folder and a pattern of file names (`DIR/train-*.parquet`). Raises
-    InputError if there is nothing there that can be read as one dataset.
+    InputError if it cannot be read as one dataset.
     """
     store, entries = _look(url)
     found = {
@@ -93,8 +93,8 @@ def read_parts(
 ) -> pa.Table:
     """Return the rows of `spans` (key, start, stop), in that order, as one canonical table.
 
-    `url`, `format` and `classes` are those of the Source, which need not be listed again. Raises InputError
-    for an object that is gone, damaged or does not fit the others.
+    `url`, `format` and `classes` are those of the Source, so that the source need not be listed again. Raises
+    InputError for an object that is missing, damaged or has other columns than the others.
     """
     store = Store(url)
     read = partial(_read_span, store, FORMATS[format], classes, data_config)
@@ -122,7 +122,7 @@ def read_tables(
 
 
 def chunk_spans(parts: Sequence[Part], max_images: int, max_bytes: int) -> Iterator[list[Span]]:
-    """Yield spans covering all rows in order, each list at most `max_images` and about `max_bytes` stored."""
+    """Yield lists of spans that cover all rows in order, each of at most `max_images` and about `max_bytes`."""
     spans: list[Span] = []
     images, size = 0, 0.0
     for part in parts:
@@ -162,7 +162,7 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
             raise InputError(f"{url}: writing this dataset was interrupted; delete it and write it again")
         if store.exists(RUN_PLAN) and not store.exists(RUN_MANIFEST):
             raise InputError(f"{url}: this purification is not finished; run its command again to finish it")
-        # Beside its data a purification may hold a report, whose pictures are no part of the dataset.
+        # A purification may hold a report beside its data. Its pictures are not part of the dataset.
         return store, list(store.list("data" if store.exists(RUN_PLAN) else ""))
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):
@@ -175,7 +175,7 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
 
 
 def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
-    # Read as one, a test set would slip into training unseen.
+    # If both splits were read as one dataset, training would silently include the test set.
     splits: dict[str, str] = {}
     for entry in entries:
         found = (_SPLIT_NAME.match(part) for part in entry.key.split("/"))

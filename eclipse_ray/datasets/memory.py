@@ -18,9 +18,10 @@ from eclipse_ray.datasets.images import ImageError, content_hash, decode_require
 from eclipse_ray.datasets.table import Part, Span, image_bytes
 from eclipse_ray.errors import InputError
 
+# Largest number of images and of stored bytes in one chunk.
 CHUNK_IMAGES, CHUNK_BYTES = 1024, 64 * 2**20
+# Rows that are read per image of the sample. More rows meet more classes; the cost is the same for any dataset.
 CANDIDATES = 20
-"""What is read holds so many times the sample: more classes are met, at a bounded cost for a set of any size."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,17 @@ class ImageSet:
     classes: list[str] | None
 
     def hashes(self) -> list[str]:
-        """Return the content hash of every image, 32 hex digits each."""
+        """Return the content hash of each image, 32 hex digits."""
         return [content_hash(image) for image in self.images]
 
 
 def load_images(
     url: str, data_config: DataConfig, *, require_labels: bool = False, limit: int | None = None
 ) -> ImageSet:
-    """Return all images at `url` (or the first `limit`), decoded (and resized); they must share one size.
+    """Return all images at `url`, or the first `limit`, decoded and, if data.resize is set, resized.
 
-    A missing label is -1. Raises InputError for an image that cannot be decoded, for two sizes, for an id
-    that occurs twice, and with `require_labels` for missing labels.
+    A missing label is -1. Raises InputError for an image that cannot be decoded, for images of two sizes, for an
+    id that occurs twice, and with `require_labels` for missing labels.
     """
     source = open_source(url, data_config)
     count = source.images if limit is None else min(limit, source.images)
@@ -81,7 +82,7 @@ def load_images(
 class MixedSet:
     """Decoded images of any sizes: ids (N), pixels uint8 (total,) in order, sizes int64 (N, 2), hashes (N).
 
-    A size is (height, width); a hash is of the image as it is stored, before data.resize.
+    A size is (height, width). A hash is that of the image as stored, before data.resize.
     """
 
     ids: list[str]
@@ -91,7 +92,7 @@ class MixedSet:
 
 
 def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
-    """Return all images at `url`, decoded (and resized), in one buffer. Raises InputError as load_images does."""
+    """Return all images at `url` in one buffer, decoded and resized. Raises InputError as load_images does."""
     source = open_source(url, data_config)
     ids: list[str] = []
     hashes: list[str] = []
@@ -110,7 +111,7 @@ def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
 
 
 def random_chunks(parts: Sequence[Part], count: int, seed: int) -> list[list[Span]]:
-    """Return chunks of rows in stored order, chosen by `seed`, that hold CANDIDATES times `count` rows, or all."""
+    """Return randomly chosen chunks of rows, in stored order, that hold at least CANDIDATES times `count` rows."""
     chunks = list(chunk_spans(parts, CHUNK_IMAGES, CHUNK_BYTES))
     found, chosen = 0, []
     for number in np.random.default_rng(seed).permutation(len(chunks)).tolist():
@@ -122,16 +123,16 @@ def random_chunks(parts: Sequence[Part], count: int, seed: int) -> list[list[Spa
 
 
 def rows_in(spans: Iterable[Span]) -> int:
-    """Return the number of rows of some spans."""
+    """Return the total number of rows in `spans`."""
     return sum(stop - start for _, start, stop in spans)
 
 
 def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> ImageSet:
     """Return at most `count` images of `url`, stratified by label, chosen by `seed` and id, in stored order.
 
-    They come from `random_chunks`: of a large dataset sorted by label, not from every class. What cannot be
-    decoded is left out. Raises InputError for a missing label, an id that occurs twice, two sizes, or no readable
-    image.
+    They come from `random_chunks`, so that a large dataset that is sorted by label does not give images of all
+    classes. Images that cannot be decoded are left out. Raises InputError for a missing label, an id that occurs
+    twice, images of two sizes, or no readable image.
     """
     source = open_source(url, data_config)
     chunks = random_chunks(source.parts, count, seed)
@@ -162,10 +163,10 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
 
 
 def choose_clean(hashes: list[str | None], labels: list[int | None], clean: int, seed: int) -> NDArray[np.bool_]:
-    """Return bool (N): at most `clean` rows, stratified by label, whole groups of equal hashes only.
+    """Return bool (N) with at most `clean` chosen rows, stratified by label; rows of equal hash stay together.
 
-    A hash of None is never chosen. Rows are ranked by a hash of `seed` and their content hash, so their
-    order does not matter.
+    A row whose hash is None is never chosen. Rows are ranked by a hash of `seed` and their content hash, so the
+    choice does not depend on their order.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for row, content in enumerate(hashes):
@@ -180,7 +181,7 @@ def choose_clean(hashes: list[str | None], labels: list[int | None], clean: int,
     chosen = np.zeros(len(hashes), np.bool_)
     for label in sorted(strata, key=_label_order):
         _take(chosen, groups, strata[label], quotas[label])
-    # Groups of copies may not fill a quota exactly; other groups make up for it where they can.
+    # Groups of copies may not fill a quota exactly. Other groups then fill the rest if they fit.
     leftover = [content for label in sorted(strata, key=_label_order) for content in strata[label]]
     _take(chosen, groups, leftover, clean - int(chosen.sum()))
     return chosen
@@ -195,7 +196,7 @@ def _take(chosen: NDArray[np.bool_], groups: dict[str, list[int]], contents: lis
 
 
 def _quotas(sizes: dict[int | None, int], clean: int) -> dict[int | None, int]:
-    # Largest remainders: every class gets its share rounded down, then the most cut ones get one more.
+    # Method of largest remainders: each class gets its share rounded down, and those that lost most get one more.
     total = sum(sizes.values())
     shares = {label: Fraction(clean * size, total) for label, size in sizes.items()}
     quotas = {label: int(share) for label, share in shares.items()}
@@ -210,7 +211,7 @@ def _label_order(label: int | None) -> tuple[bool, int]:
 
 
 def decode_resized(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArray[np.uint8]:
-    """Return an image, uint8 (H, W, 3), in the size of data.resize. Raises InputError if it cannot be decoded."""
+    """Return an image as uint8 (H, W, 3), resized to data.resize. Raises InputError if it cannot be decoded."""
     return resize_image(decode_required(f"{url}: image {name}", data, data_config), data_config.resize)
 
 

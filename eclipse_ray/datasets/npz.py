@@ -1,6 +1,6 @@
-"""NumPy archives: arrays of images and labels in an .npz, or images alone in an .npy. A part is a file.
+"""NumPy files: arrays of images and labels in an .npz, or only images in an .npy. Each file is one part.
 
-Headers are parsed, rows are read; nothing is ever unpickled.
+NumPy parses the headers of the arrays, and rows are read from the bytes behind them. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ IMAGES = ("images", "image", "x", "x_train", "data")
 LABELS = ("labels", "label", "y", "y_train")
 IDS, CLASSES = "id", "classes"
 _ADVICE = "expected uint8 images as (N, H, W, 3) or (N, H, W), rows first; convert them and save the file again"
-# What zipfile and NumPy's header parser raise on garbage; there is no common base class short of Exception.
+# The exceptions that zipfile and NumPy raise for damaged files; their only common base class is Exception.
 _GARBAGE = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
@@ -67,7 +67,7 @@ _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 
 
 class Array(NamedTuple):
-    """An array by its header alone: name in the archive ("" for an .npy), shape, dtype, bytes before its data."""
+    """The header of one array: name in the archive ("" for an .npy), shape, dtype, bytes before the values."""
 
     name: str
     shape: tuple[int, ...]
@@ -76,7 +76,7 @@ class Array(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What the arrays of a file are for."""
+    """The arrays of a file by their role."""
 
     images: Array
     labels: Array | None
@@ -84,14 +84,15 @@ class Chosen(NamedTuple):
 
 
 def claims(key: str) -> bool:
-    """Return whether an object of this name is read by this format."""
+    """Return whether this format reads an object of this name."""
     return key.lower().endswith((".npz", ".npy"))
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part a file, from the headers of its arrays alone, and the class names if they are noted.
+    """Return one part per file, from the array headers only, and the class names if the file or a note has them.
 
-    Raises InputError for pickled arrays, and for a file without uint8 images or with labels of another number.
+    Raises InputError for object arrays, for a file without uint8 images, and if the labels do not match the
+    images.
     """
     parts = []
     for entry in entries:
@@ -105,9 +106,9 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 def read_rows(
     store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
 ) -> pa.Table:
-    """Return rows `start` to `stop` of one file with canonical columns; pixels become PNG, losslessly.
+    """Return rows `start` to `stop` of one file as a canonical table; pixels are encoded as PNG, losslessly.
 
-    Raises InputError for a damaged file, or one that changed since it was listed.
+    Raises InputError for a file that is damaged or changed since it was listed.
     """
     where = f"{store.url}/{key}"
     with store.open(key) as file:
@@ -138,10 +139,10 @@ def read_rows(
 
 
 def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | None, config: DataConfig) -> int:
-    """Write canonical `tables` as part-00000.npz and so on (images, labels, id, extra columns); return the count.
+    """Write canonical `tables` as part-00000.npz and so on; return the number of images.
 
-    Raises InputError for what an array cannot hold: images of two sizes, undecodable ones, missing values, columns
-    that are neither numbers nor text.
+    Each file holds images, labels, id, classes and the extra columns. Raises InputError for images of two sizes,
+    images that cannot be decoded, missing values, and columns that are neither numbers nor text.
     """
     images = 0
     for number, table in enumerate(regroup(tables, FILE_IMAGES, FILE_BYTES)):
@@ -248,7 +249,7 @@ def _label_array(where: str, arrays: dict[str, Array], images: Array, config: Da
                 "name one with --set data.label_column=NAME"
             )
         return arrays[config.label_column]
-    # Of x_test and y_test, of x and y: the labels that go with these images.
+    # Images x_test go with labels y_test, and x with y.
     names = [f"y{images.name[1:]}", *LABELS] if images.name.startswith("x") else list(LABELS)
     return next((arrays[name] for name in names if name in arrays), None)
 
@@ -258,7 +259,7 @@ def _extra_arrays(
 ) -> list[Array]:
     extras = []
     for array in arrays.values():
-        # Where the images are named, other images and their labels are another split.
+        # If data.image_column names the images, other images and their labels belong to another split.
         split = config.image_column != _DEFAULT_IMAGES and (_is_like_images(array) or array.name.startswith("y"))
         if array in (images, labels) or array.name == CLASSES or split:
             continue
@@ -342,7 +343,7 @@ def _own_classes(store: Store, key: str) -> list[str] | None:
 
 
 def _stack_images(url: str, table: pa.Table, config: DataConfig) -> Pixels:
-    """Return a canonical table's images, uint8 (N, H, W, 3). Raises InputError unless all decode to one size."""
+    """Return the images of a canonical table, uint8 (N, H, W, 3). Raises InputError unless they have one size."""
     stacked: Pixels | None = None
     names = table["id"].to_pylist()
     for row, (name, data) in enumerate(zip(names, image_bytes(table), strict=True)):
@@ -384,7 +385,7 @@ def _archive(arrays: dict[str, NDArray[np.generic]]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
-            # A fixed date, so that the same arrays are the same bytes.
+            # ZipInfo has a fixed date, so that the same arrays give the same bytes.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 npy.write_array(member, array, allow_pickle=False)
     return buffer.getvalue()

@@ -42,9 +42,9 @@ def write_dataset(
 ) -> int:
     """Write canonical `tables` as a new dataset at `url` and return the number of images.
 
-    Parts come first and a note `_eclipse/dataset.json` last; until then readers refuse the dataset. With `resume`,
-    the same tables are written over what an interrupted call left of them. Raises InputError if there already is
-    something else at `url`, and for what `layout` cannot hold.
+    The parts are written first and the note `_eclipse/dataset.json` last; until then readers refuse the dataset.
+    With `resume`, the same tables overwrite the parts that an interrupted call left. Raises InputError if `url`
+    already holds other data, and for data that `layout` cannot hold.
     """
     store = Store(url)
     if not resume:
@@ -53,7 +53,7 @@ def write_dataset(
     try:
         images = _WRITERS[layout](store, tables, classes, data_config or DataConfig())
     except InputError:
-        # Nothing was written yet, so nothing has to be deleted before the next attempt.
+        # If nothing was written, the mark goes too, so that the same output can be used again.
         if next(store.list(), None) is None:
             store.delete(UNFINISHED)
         raise
@@ -66,7 +66,7 @@ def write_dataset(
 
 
 def refuse_existing(store: Store) -> None:
-    """Raise InputError if there are objects in `store`, naming one of them."""
+    """Raise InputError that names one object if `store` is not empty."""
     if store.is_file():
         raise InputError(f"{store.url}: is a file; name a new folder to write to")
     if store.exists(UNFINISHED):
@@ -79,9 +79,10 @@ def refuse_existing(store: Store) -> None:
 def convert(source_url: str, output_url: str, data_config: DataConfig, layout: Layout = "parquet") -> int:
     """Write the dataset at `source_url` in another layout and return the number of images.
 
-    Encoded images are copied byte for byte (arrays become PNG and back), unless `data.resize` asks for another
-    size: then they are written anew as `data.encoding`. Raises InputError for an unreadable source, for an output
-    that already holds data, for what `layout` cannot hold, and for an image that has to be decoded and cannot be.
+    Encoded images are copied byte for byte; arrays become PNG, and images become arrays for npz. If `data.resize`
+    is set, all images are resized and encoded as `data.encoding`. Raises InputError for an unreadable source, for
+    an output that already holds data, for data that `layout` cannot hold, and for an image that must be decoded
+    but cannot be.
     """
     check_encoding(data_config.encoding, data_config.allow_lossy)
     refuse_existing(Store(output_url))
@@ -114,9 +115,9 @@ def split(
 ) -> dict[str, int | str]:
     """Write `clean` images to OUT/clean and the others to OUT/rest; return {clean, rest, output}.
 
-    The choice is stratified by label and depends on `seed` and the pixels alone. Images with equal pixels
-    stay together, so there can be a few less than `clean`, never more; what cannot be decoded goes to rest.
-    Raises InputError unless 1 <= clean < images, and for an output that already holds data.
+    The choice is stratified by label and depends only on `seed` and the pixels. Images with equal pixels stay
+    together, so OUT/clean may hold slightly fewer than `clean` images, never more. Images that cannot be decoded
+    go to OUT/rest. Raises InputError unless 1 <= clean < images, and for an output that already holds data.
     """
     refuse_existing(Store(output_url))
     source = open_source(source_url, data_config)

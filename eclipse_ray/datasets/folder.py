@@ -21,7 +21,12 @@ from eclipse_ray.datasets.table import (
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
-_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
+# The split that each word in the name of a folder or file stands for.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 def claims(key: str) -> bool:
@@ -30,9 +35,9 @@ def claims(key: str) -> bool:
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part per image, and the class names, which are the sorted top folders, or None without folders.
+    """Return one part per image, and the class names, which are the sorted top folders if there are several.
 
-    Raises InputError if images lie both in class folders and beside them, or in train and test folders.
+    Raises InputError if images lie both in class folders and beside them, or in folders named after splits.
     """
     parts = [Part(entry.key, 1, entry.size, entry.version) for entry in entries]
     beside = [part.key for part in parts if "/" not in part.key]
@@ -42,12 +47,14 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             f"{store.url}: images lie in class folders ({min(inside)}/) and beside them ({beside[0]}); "
             "move those into a class folder"
         )
-    if len(inside) > 1 and all(name.lower() in _SPLITS for name in inside):
+    noted = _noted_classes(store, inside)
+    if inside and noted is None and all(name.lower() in SPLITS for name in inside):
         raise InputError(
-            f"{store.url}: holds the splits {', '.join(sorted(inside))}, not classes; "
+            f"{store.url}: holds the split{'s' * (len(inside) > 1)} {', '.join(sorted(inside))}, not classes; "
             f"name one of them, for example {store.url}/{max(inside)}"
         )
-    return parts, _noted_classes(store, inside) or sorted(inside) or None
+    # One folder is no set of classes. It is more likely named images or data than after its only class.
+    return parts, noted or (sorted(inside) if len(inside) > 1 else None)
 
 
 def read_rows(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +17,14 @@ from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.datasets import cifar, folder, npz, parquet, webdataset
 from eclipse_ray.datasets.table import Part, Span, extra_columns, with_classes
 from eclipse_ray.errors import InputError
+from eclipse_ray.storage import is_hidden
 from eclipse_ray.storage.store import Entry, Store
 
 UNFINISHED = "_eclipse/unfinished"
 # A purification writes its plan first and its manifest last. Only then data/ holds each image exactly once.
 RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
 _READING_THREADS = 8
-_SPLIT_NAME = re.compile(r"(?:x_)?(train|test|validation|valid|val|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
+_SPLIT_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(folder.SPLITS)}|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
 
 
 class Format(NamedTuple):
@@ -82,7 +83,10 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     ((name, claimed),) = found.items()
     if name != "folder":
         _refuse_mixed_splits(url, claimed)
-    parts, classes = FORMATS[name].list_parts(store, claimed, data_config)
+    try:
+        parts, classes = FORMATS[name].list_parts(store, claimed, data_config)
+    except FileNotFoundError as error:
+        raise InputError(f"{url}: a file of it is missing or a link to a missing file: {error}") from error
     if not parts:
         raise InputError(f"{url}: has no images in it; name a dataset with at least one")
     return Source(store.url, name, parts, classes)
@@ -163,25 +167,36 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
         if store.exists(RUN_PLAN) and not store.exists(RUN_MANIFEST):
             raise InputError(f"{url}: this purification is not finished; run its command again to finish it")
         # A purification may hold a report beside its data. Its pictures are not part of the dataset.
-        return store, list(store.list("data" if store.exists(RUN_PLAN) else ""))
+        return store, _visible(store.list("data" if store.exists(RUN_PLAN) else "", hidden=True))
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):
         parent = Store(base or "/")
-        entries = [e for e in parent.list() if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
+        listed = _visible(parent.list(hidden=True))
+        entries = [e for e in listed if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
         if entries:
             return parent, entries
         raise InputError(f"{url}: no file matches this pattern; check it")
     raise InputError(f"{url}: there is nothing here{did_you_mean(url) or '; check the path or URL'}")
 
 
+def _visible(entries: Iterable[Entry]) -> list[Entry]:
+    # Cameras name images _MG_0001.JPG and people name classes _other. Other names with _ are private to a tool.
+    return [
+        entry
+        for entry in entries
+        if not is_hidden(entry.key)
+        or (folder.claims(entry.key) and not any(n[:1] == "." or n == "_eclipse" for n in entry.key.split("/")))
+    ]
+
+
 def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
     # If both splits were read as one dataset, training would silently include the test set.
     splits: dict[str, str] = {}
     for entry in entries:
-        found = (_SPLIT_NAME.match(part) for part in entry.key.split("/"))
-        name = next((match[1].lower() for match in found if match), None)
-        if name is not None:
-            splits.setdefault("train" if name == "data_batch" else name, entry.key)
+        found = (_SPLIT_NAME.search(part) for part in entry.key.split("/"))
+        word = next((match[1].lower() for match in found if match), None)
+        if word is not None:
+            splits.setdefault(folder.SPLITS.get(word, "train"), entry.key)
     if len(splits) > 1:
         some = ", ".join(f"{name} ({key})" for name, key in splits.items())
         first = next(iter(splits.values()))
@@ -193,6 +208,6 @@ def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
 
 def _pattern(key: str) -> str:
     top, separator, _ = key.partition("/")
-    if separator and _SPLIT_NAME.match(top):
+    if separator and _SPLIT_NAME.search(top):
         return top
     return re.sub(r"\d.*?(?=\.[a-z]+$|$)", "*", key)

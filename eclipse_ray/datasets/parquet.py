@@ -59,7 +59,14 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
-    classes = next((names for _, names, _ in found if names is not None), None)
+    named = [(part.key, names) for part, names, _ in found if names is not None]
+    classes = named[0][1] if named else None
+    for key, names in named:
+        if names != classes:
+            raise InputError(
+                f"{store.url}: {named[0][0]} and {key} name different classes ({', '.join(classes or [])} and "
+                f"{', '.join(names)}), so a label would mean two things; write them with the same classes"
+            )
     for part, _, labels in found:
         for label in labels:
             check_label(f"{store.url}/{part.key}", label, classes)

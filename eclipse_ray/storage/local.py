@@ -149,11 +149,18 @@ def _walk(folder: str, prefix: str, hidden: bool, above: tuple[str, ...]) -> Ite
             if real not in above and not os.path.join(above[-1], "").startswith(os.path.join(real, "")):
                 yield from _walk(path[:-1], join(prefix, name[:-1]), hidden, (*above, real))
             continue
-        try:
-            info = os.stat(path)
-        except FileNotFoundError:
-            continue
-        yield Entry(join(prefix, name), info.st_size, str(info.st_mtime_ns))
+        info = _info(path)
+        if info is not None:
+            yield Entry(join(prefix, name), info.st_size, str(info.st_mtime_ns))
+
+
+def _info(path: str) -> os.stat_result | None:
+    with suppress(FileNotFoundError):
+        return os.stat(path)
+    # A link to a missing file is listed too, so that it becomes an error and does not silently vanish.
+    with suppress(FileNotFoundError):
+        return os.lstat(path)
+    return None
 
 
 def _names(folder: str, hidden: bool) -> list[str]:

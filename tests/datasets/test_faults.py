@@ -110,6 +110,8 @@ def named(tmp_path):
     folder.mkdir(parents=True)
     for number, name in enumerate(NAMES):
         (folder / name).write_bytes(encode_image(NOISE[number], "png"))
+    (tmp_path / "src" / "z").mkdir()
+    (tmp_path / "src" / "z" / "0.png").write_bytes(encode_image(NOISE[len(NAMES)], "png"))
     return str(tmp_path / "src")
 
 
@@ -119,8 +121,8 @@ def test_odd_names_keep_their_images(named, tmp_path):
         return dict(zip(loaded.ids, loaded.hashes(), strict=True))
 
     expected = contents(named)
-    assert sorted(expected) == sorted(f"k l'%/{name}" for name in NAMES)
-    assert len(set(expected.values())) == len(NAMES)
+    assert sorted(expected) == sorted([*(f"k l'%/{name}" for name in NAMES), "z/0.png"])
+    assert len(set(expected.values())) == len(NAMES) + 1
     for layout in ("parquet", "webdataset", "npz"):
         convert(named, str(tmp_path / layout), CONFIG, layout)
         assert contents(str(tmp_path / layout)) == expected

@@ -209,13 +209,15 @@ def test_links_in_folders_are_followed_but_never_round_and_round(tmp_path):
     started = time.monotonic()
     opened = open_source(str(source), CONFIG)
     assert time.monotonic() - started < 5
-    assert [part.key for part in opened.parts] == ["cat/linked.png", "cat/near.png", "dog/far.png"]
+    assert [part.key for part in opened.parts] == ["cat/gone.png", "cat/linked.png", "cat/near.png", "dog/far.png"]
     assert opened.classes == ["cat", "dog"]
+    refused(source, "cat/gone.png")
 
 
 def test_a_note_beside_a_dataset_is_data(tmp_path, canary):
-    (tmp_path / "src" / "cat").mkdir(parents=True)
-    (tmp_path / "src" / "cat" / "0.png").write_bytes(PNG)
+    for name in ("cat", "dog"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "0.png").write_bytes(PNG)
     (tmp_path / "src" / "_eclipse").mkdir()
     (tmp_path / "src" / "_eclipse" / "dataset.json").write_bytes(pickle.dumps(Touch(canary)))
-    assert open_source(str(tmp_path / "src"), CONFIG).classes == ["cat"]
+    assert open_source(str(tmp_path / "src"), CONFIG).classes == ["cat", "dog"]

@@ -7,7 +7,6 @@ import math
 import pickle
 import pickletools
 import re
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import PARSER_ERRORS
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import Part, canonical_table, check_label
 from eclipse_ray.errors import InputError
@@ -24,20 +24,6 @@ from eclipse_ray.storage.store import Entry, Store
 _BATCH_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test|.*\.pkl|.*\.pickle)", re.IGNORECASE)
 _META = (("batches.meta", "label_names"), ("meta", "fine_label_names"))
 _LABELS = ("labels", "fine_labels")
-# The exceptions that the unpickler raises for damaged files; their only common base class is Exception.
-_GARBAGE = (
-    pickle.UnpicklingError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    ImportError,
-    RecursionError,
-    struct.error,
-)
 
 
 def claims(key: str) -> bool:
@@ -167,7 +153,7 @@ def _load(where: str, data: bytes) -> dict[str, Any]:
         batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except InputError as error:
         raise InputError(f"{where}: {error}, which can run code; {advice}") from None
-    except _GARBAGE as error:
+    except PARSER_ERRORS as error:
         raise InputError(f"{where}: not a readable pickle: {error}; {advice}") from error
     if not isinstance(batch, dict):
         raise InputError(f"{where}: holds {type(batch).__name__}; {advice}")

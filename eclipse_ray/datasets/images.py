@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import struct
 import sys
-import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +12,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from eclipse_ray.config import Alpha, Animated, DataConfig
+from eclipse_ray.datasets import PARSER_ERRORS
 from eclipse_ray.errors import ConfigError, InputError
 
 Pixels = NDArray[np.uint8]
@@ -22,20 +21,10 @@ Pixels = NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-# The exceptions that Pillow raises for damaged images; their only common base class is Exception.
-_DAMAGE = (
+# The exceptions that Pillow raises for damaged images.
+_DAMAGE: tuple[type[Exception], ...] = (
     OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
+    *PARSER_ERRORS,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )

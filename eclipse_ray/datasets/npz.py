@@ -9,9 +9,7 @@ import errno
 import io
 import math
 import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple, cast
@@ -22,6 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import PARSER_ERRORS
 from eclipse_ray.datasets.images import Pixels, decode_required, encode_image
 from eclipse_ray.datasets.table import (
     FILE_BYTES,
@@ -44,25 +43,6 @@ IMAGES = ("images", "image", "x", "x_train", "data")
 LABELS = ("labels", "label", "y", "y_train")
 IDS, CLASSES = "id", "classes"
 _ADVICE = "expected uint8 images as (N, H, W, 3) or (N, H, W), rows first; convert them and save the file again"
-# The exceptions that zipfile and NumPy raise for damaged files; their only common base class is Exception.
-_GARBAGE = (
-    zipfile.BadZipFile,
-    zipfile.LargeZipFile,
-    zlib.error,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    MemoryError,
-    RecursionError,
-    struct.error,
-    tokenize.TokenError,
-)
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -179,7 +159,7 @@ def _arrays(store: Store, key: str, file: BinaryIO) -> dict[str, Array]:
                 with archive.open(info) as member:
                     found[name] = _header(name, cast(BinaryIO, member))
             return found
-    except _GARBAGE as error:
+    except PARSER_ERRORS as error:
         raise InputError(f"{where}: not a readable NumPy file: {error}; {_ADVICE}") from error
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):  # A failing disk or network, which may heal.
@@ -301,7 +281,7 @@ def _rows(where: str, file: BinaryIO, array: Array, start: int, stop: int) -> ND
         with _values_of(file, array) as stream:
             stream.seek(row * start, io.SEEK_CUR)
             data = stream.read(row * (stop - start))
-    except _GARBAGE as error:
+    except PARSER_ERRORS as error:
         raise InputError(f"{where}: the NumPy file is damaged: {error}; copy it again") from error
     if len(data) != row * (stop - start):
         raise InputError(f"{where}: array {array.name!r} ends too soon; copy the file again")

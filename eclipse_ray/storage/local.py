@@ -26,34 +26,27 @@ class LocalFolder:
         self.root = root
 
     def path(self, key: str) -> str:
-        """Return the path of `key`."""
         return os.path.join(self.root, key) if key else self.root
 
     def exists(self, key: str) -> bool:
-        """Return whether the file or folder exists."""
         return os.path.exists(self.path(key))
 
     def is_file(self) -> bool:
-        """Return whether `root` is a file."""
         return os.path.isfile(self.root)
 
     def read(self, key: str) -> bytes:
-        """Return the content of a file. Raises FileNotFoundError if it does not exist."""
         with open(self.path(key), "rb") as file:
             return file.read()
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop`, fewer at the end. Raises FileNotFoundError if there is no file."""
         with self.open(key) as file:
             file.seek(start)
             return file.read(stop - start)
 
     def open(self, key: str) -> BinaryIO:
-        """Open a file for reading. Raises FileNotFoundError if it does not exist."""
         return open(self.path(key), "rb")
 
     def entry(self, key: str) -> Entry:
-        """Return the size and mtime_ns of a file. Raises FileNotFoundError if it does not exist."""
         info = os.stat(self.path(key))
         return Entry(key, info.st_size, str(info.st_mtime_ns))
 
@@ -64,11 +57,9 @@ class LocalFolder:
             yield from _walk(base, prefix, hidden, (os.path.realpath(base),))
 
     def write(self, key: str, data: bytes) -> None:
-        """Write a file atomically, replacing an existing one. Raises StorageError for a full or read-only disk."""
         self._place(key, data, os.replace)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a file unless it exists; return whether this call wrote it. Raises what `write` raises."""
         try:
             self._place(key, data, _link)
         except FileExistsError:
@@ -76,7 +67,6 @@ class LocalFolder:
         return True
 
     def delete(self, key: str) -> None:
-        """Delete a file; a file that does not exist is no error."""
         try:
             os.unlink(self.path(key))
         except FileNotFoundError:
@@ -85,7 +75,6 @@ class LocalFolder:
             raise _explained(self.path(key), "remove", error) from error
 
     def abort_uploads(self, prefix: str) -> int:
-        """Return 0, because a disk has no unfinished uploads."""
         return 0
 
     def _place(self, key: str, data: bytes, move: Callable[[str, str], None]) -> None:

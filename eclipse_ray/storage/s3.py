@@ -54,7 +54,6 @@ class S3Folder:
         self.bucket, self.prefix, _ = fs.split_path(root)
 
     def exists(self, key: str) -> bool:
-        """Return whether an object `key` or an object below the folder `key` exists; a bucket always exists."""
         full = join(self.prefix, key)
         if full and self._head(key) is not None:
             return True
@@ -62,20 +61,16 @@ class S3Folder:
         return bool(page.get("Contents")) or not full
 
     def is_file(self) -> bool:
-        """Return whether the root itself is an object."""
         return bool(self.prefix) and self._head("") is not None
 
     def read(self, key: str) -> bytes:
-        """Return a complete object. Raises FileNotFoundError if it does not exist."""
         return self._get(key, {})
 
     def open(self, key: str) -> BinaryIO:
-        """Open an object for random access. Raises FileNotFoundError if it does not exist."""
         entry = self.entry(key)
         return cast(BinaryIO, io.BufferedReader(_Object(self, entry), _BUFFER_BYTES))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop`, fewer at the end. Raises FileNotFoundError if there is no object."""
         return self._get(key, {"Range": f"bytes={start}-{stop - 1}"})
 
     def read_part(self, entry: Entry, start: int, stop: int) -> bytes:
@@ -90,7 +85,6 @@ class S3Folder:
         return data
 
     def entry(self, key: str) -> Entry:
-        """Return the size and ETag of an object. Raises FileNotFoundError if it does not exist."""
         head = self._head(key)
         if head is None:
             raise FileNotFoundError(f"{self._where(key)}: there is no such object")
@@ -126,7 +120,6 @@ class S3Folder:
         return host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not self.bucket.endswith("--x-s3")
 
     def write(self, key: str, data: bytes) -> None:
-        """Write an object atomically, replacing an existing one."""
         self._store(key, data, {})
 
     def create(self, key: str, data: bytes) -> bool:
@@ -138,12 +131,10 @@ class S3Folder:
         return self._store(key, data, _IF_ABSENT)
 
     def delete(self, key: str) -> None:
-        """Delete an object; an object that does not exist is no error."""
         with suppress(FileNotFoundError):
             self._request(DELETE, "delete_object", key, {"Key": join(self.prefix, key)})
 
     def abort_uploads(self, prefix: str) -> int:
-        """Abort every unfinished upload below a folder; return how many there were."""
         count = 0
         for upload in self._pages(LIST_UPLOADS, "list_multipart_uploads", "Uploads", prefix, _NEXT_UPLOADS):
             # An upload that was just completed or aborted by somebody else no longer exists.

@@ -28,7 +28,7 @@ _CONNECTIONS = 32
 
 
 class Backend(Protocol):
-    """The operations of each kind of store; keys are relative to its root."""
+    """The operations of each kind of store. Each does what the method of `Store` with the same name documents."""
 
     def exists(self, key: str) -> bool: ...
     def is_file(self) -> bool: ...
@@ -158,20 +158,15 @@ class AnyFolder:
         self.root = root
 
     def path(self, key: str) -> str:
-        """Return the path of `key` in the filesystem."""
         return f"{self.root}/{key}" if key else self.root
 
     def exists(self, key: str) -> bool:
-        """Return whether the object or folder exists."""
         return retried(READ, self.path(key), lambda: bool(self.fs.exists(self.path(key))))
 
     def is_file(self) -> bool:
-        """Return whether the root is a file."""
         return retried(READ, self.root, lambda: bool(self.fs.isfile(self.root)))
 
     def read(self, key: str) -> bytes:
-        """Return a complete object. Raises FileNotFoundError if it does not exist."""
-
         def call() -> bytes:
             data = cast(bytes, self.fs.cat_file(self.path(key)))
             size = self.fs.info(self.path(key)).get("size")
@@ -182,16 +177,13 @@ class AnyFolder:
         return retried(READ, self.path(key), call)
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop`, fewer at the end. Raises FileNotFoundError if there is no object."""
         path = self.path(key)
         return retried(READ, path, lambda: cast(bytes, self.fs.cat_file(path, start=start, end=stop)))
 
     def open(self, key: str) -> BinaryIO:
-        """Open an object for reading. Raises FileNotFoundError if it does not exist."""
         return retried(READ, self.path(key), lambda: cast(BinaryIO, self.fs.open(self.path(key), "rb")))
 
     def entry(self, key: str) -> Entry:
-        """Return the size and version of an object. Raises FileNotFoundError if it does not exist."""
         info = retried(READ, self.path(key), lambda: self.fs.info(self.path(key)))
         return Entry(key, int(info["size"]), _version(info))
 
@@ -205,11 +197,9 @@ class AnyFolder:
                 yield Entry(join(prefix, relative), int(info["size"]), _version(info))
 
     def write(self, key: str, data: bytes) -> None:
-        """Write an object, replacing an existing one."""
         retried(WRITE, self.path(key), lambda: self.fs.pipe_file(self.path(key), data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write an object unless it exists; return whether this call wrote it."""
         if isinstance(self.fs, MemoryFileSystem):
             with _MEMORY_LOCK:
                 if self.exists(key):
@@ -223,14 +213,12 @@ class AnyFolder:
         return True
 
     def delete(self, key: str) -> None:
-        """Delete an object; an object that does not exist is no error."""
         try:
             retried(DELETE, self.path(key), lambda: self.fs.rm_file(self.path(key)))
         except FileNotFoundError:
             return
 
     def abort_uploads(self, prefix: str) -> int:
-        """Return 0, because fsspec does not show unfinished uploads."""
         return 0
 
     def _find(self, base: str) -> dict[str, dict[str, Any]]:

@@ -50,7 +50,7 @@ def test_batches_of_every_protocol(tmp_path, protocol):
 
 
 def test_python_2_batches(tmp_path):
-    # As Python 2 wrote them: text is bytes, numpy has its old path.
+    # Python 2 wrote text as bytes, and numpy under its old module path.
     data = (
         b"\x80\x02}(U\x04dataq\x01cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
         b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xff"
@@ -76,7 +76,7 @@ def test_cifar_100_keeps_coarse_labels(tmp_path):
 
 
 class Run:
-    """Pickles to a call of `function`."""
+    """Becomes a call of `function` when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)

@@ -159,7 +159,7 @@ def test_images_of_several_sizes_load_into_one_buffer(tmp_path):
     assert loaded.hashes == [content_hash(image) for image in pixels]
     resized = load_mixed(str(tmp_path), DataConfig(resize=16))
     assert resized.sizes.tolist() == [[16, 16]] * 3
-    # The stored image is what leakage is about, whatever size it is trained at.
+    # Leakage is checked on the images as stored, whatever size is used for training.
     assert resized.hashes == loaded.hashes
 
 

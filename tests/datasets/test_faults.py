@@ -1,4 +1,4 @@
-"""Damage, odd names and wrong labels: noticed before or while reading, never passed over."""
+"""Damage, odd names and wrong labels are noticed before or during reading, never silently ignored."""
 
 import unicodedata
 import uuid
@@ -76,7 +76,7 @@ def test_verify_notices_every_flipped_bit_of_an_output(encoding):
     missed = 0
     for _ in range(1000):
         image = encoded[rng.integers(6)]
-        # Noise does not compress, so the encoded bytes stand in the file as they are: a piece marks the place.
+        # Noise does not compress, so the file contains the encoded bytes unchanged, and a piece of them is found.
         place = whole.find(image[-200:-100])
         low, high = (place, place + 100) if place >= 0 else (4, len(whole))
         store.write(status.object, flipped(whole, rng, low, high))
@@ -188,7 +188,7 @@ def test_missing_labels_are_named_by_whoever_needs_them(tmp_path):
 
 
 def test_page_checksums_are_what_notices(tmp_path):
-    # Without them most flips in pixels stored as they are pass in silence; the test above would be worth nothing.
+    # Without checksums most flips in uncompressed pixels go unnoticed. So it is they that the first test checks.
     encoded = [NOISE[n].tobytes() for n in range(8)]
     table = canonical_table([f"{n}" for n in range(8)], encoded)
     pq.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False)

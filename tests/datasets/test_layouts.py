@@ -1,4 +1,4 @@
-"""What one layout holds, it gives back; what it cannot hold, it refuses."""
+"""A layout gives back everything that it can hold and refuses everything else."""
 
 import tarfile
 

@@ -1,4 +1,4 @@
-"""Every odd image has one documented outcome, and a row of its own in a run."""
+"""Every unusual image has one documented outcome and one row in a run."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def test_every_specimen_has_its_documented_outcome(name):
         decoded = decode_stored(specimen.data, CONFIG)
         assert decoded.dtype == np.uint8
         assert decoded.shape == specimen.pixels.shape
-        # Only a JPEG of one flat colour may be off by one.
+        # Only a JPEG may differ by one.
         assert np.abs(decoded.astype(int) - specimen.pixels).max() <= ("CMYK JPEG" in name)
 
 

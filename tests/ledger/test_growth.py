@@ -1,4 +1,4 @@
-"""An output after its first run: extended, retried, cleaned up; and by two drivers at once."""
+"""An output that is extended, retried and cleaned up after its first run, also by two drivers at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def parts(*names: str) -> list[Part]:
 
 
 def run(store: Store, listed: list[Part], extend: bool = False, classes=CLASSES, shard_images: int = 2) -> Plan:
-    """What a driver does with a listing, to the end."""
+    """Do what a driver does with a listing, from the plan to the manifest."""
     plan = plan_source(store, listed, shard_images, classes, extend)
     fingerprint: Fingerprint = make_fingerprint(list(plan.base))
     open_run(store, plan, fingerprint, "run: {}\n")

@@ -1,4 +1,4 @@
-"""Plan, claim, commit, manifest: nothing lost and nothing twice, whoever dies and whenever."""
+"""Plan, claim, commit and manifest lose nothing and do nothing twice, whichever process dies at any time."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_second_generation_wins_and_the_first_is_swept_away(store):
 
 
 class Gate(Store):
-    """Lets every thread reach the status before any of them writes it."""
+    """Makes every thread wait before it writes the status until all threads have arrived."""
 
     barrier: threading.Barrier
 

@@ -1,4 +1,4 @@
-"""The audit finds every damage, and says so without raising."""
+"""`verify` finds every kind of damage and reports it without raising."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile files: an armed pickle, tag or path in every place one could enter; nothing of it ever runs."""
+"""Hostile files: a harmful pickle, tag or path in each place where one could enter. None of it ever runs."""
 
 import io
 import os
@@ -27,7 +27,7 @@ IMAGES = np.zeros((2, 32, 32, 3), np.uint8)
 
 
 class Touch:
-    """Unpickles to a call that creates the file `canary`."""
+    """Creates the file `canary` when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -38,7 +38,7 @@ class Touch:
 
 @pytest.fixture
 def canary(tmp_path):
-    """A path that an armed pickle creates, as is proven here, and that must be absent when a test ends."""
+    """A path that a harmful pickle creates, as is checked here; it must not exist when the test ends."""
     path = tmp_path / "canary"
     pickle.loads(pickle.dumps(Touch(path)))
     assert path.exists()
@@ -178,7 +178,7 @@ def test_checkpoint(tmp_path, canary, monkeypatch, capfd, suffix, form):
         torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
     code, err = call(monkeypatch, capfd, "import-checkpoint", str(file), "--out", str(tmp_path / "out"))
     assert code == 2
-    # torch may warn of a plain pickle first; what we say is one sentence.
+    # torch may print a warning first. Our own message is one sentence.
     one_sentence(err[err.index("error: ") :], file.name)
 
 

@@ -210,4 +210,8 @@ def _pattern(key: str) -> str:
     top, separator, _ = key.partition("/")
     if separator and _SPLIT_NAME.search(top):
         return top
-    return re.sub(r"\d.*?(?=\.[a-z]+$|$)", "*", key)
+    # Only numbers behind the word may vary, so that imagenet1k-train-0.tar does not become imagenet*.tar.
+    base = key.rfind("/") + 1
+    match = _SPLIT_NAME.search(key[base:])
+    fixed = base + match.end() if match else base
+    return key[:fixed] + re.sub(r"\d.*?(?=\.[a-z]+$|$)", "*", key[fixed:])

@@ -20,10 +20,13 @@ from eclipse_ray.errors import InputError
 from eclipse_ray.storage import is_hidden
 from eclipse_ray.storage.store import Entry, Store
 
+# Exists while a dataset is being written; readers refuse the dataset.
 UNFINISHED = "_eclipse/unfinished"
 # A purification writes its plan first and its manifest last. Only then data/ holds each image exactly once.
 RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
+# Threads that read the spans of one table.
 _READING_THREADS = 8
+# A word in a file or folder name that names a split, between separators.
 _SPLIT_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(folder.SPLITS)}|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
 
 

@@ -39,6 +39,7 @@ from eclipse_ray.storage.store import Entry, Store
 
 _DEFAULT_IMAGES = DataConfig.model_fields["image_column"].default
 _DEFAULT_LABELS = DataConfig.model_fields["label_column"].default
+# Names of arrays that hold the images, the labels, the ids and the class names.
 IMAGES = ("images", "image", "x", "x_train", "data")
 LABELS = ("labels", "label", "y", "y_train")
 IDS, CLASSES = "id", "classes"
@@ -292,7 +293,7 @@ def _rows(where: str, file: BinaryIO, array: Array, start: int, stop: int) -> ND
 
 @contextmanager
 def _values_of(file: BinaryIO, array: Array) -> Iterator[BinaryIO]:
-    # Yields a stream that stands at the first value of an array.
+    # Yields a stream positioned at the first value of an array.
     if array.name == "":
         file.seek(array.header)
         yield file

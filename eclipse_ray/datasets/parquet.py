@@ -30,6 +30,7 @@ from eclipse_ray.datasets.table import (
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
+# Files whose footers are read at the same time.
 _LISTING_THREADS = 16
 _MAGIC = b"PAR1"
 # The exceptions that pyarrow raises for damaged files; a damaged column name is a UnicodeDecodeError.

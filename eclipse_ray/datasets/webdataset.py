@@ -50,6 +50,7 @@ from eclipse_ray.storage.store import Entry, Store
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
+# Tars whose headers are read at the same time.
 _LISTING_THREADS = 16
 # Bytes that are read at once from a remote tar: a few small members with headers, and little of an image.
 _BLOCK_BYTES = 16 * 1024

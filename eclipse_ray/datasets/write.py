@@ -53,7 +53,7 @@ def write_dataset(
     try:
         images = _WRITERS[layout](store, tables, classes, data_config or DataConfig())
     except InputError:
-        # If nothing was written, the mark goes too, so that the same output can be used again.
+        # If nothing was written, the mark is removed too, so that the same output can be used again.
         if next(store.list(), None) is None:
             store.delete(UNFINISHED)
         raise

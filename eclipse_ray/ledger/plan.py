@@ -297,7 +297,7 @@ def open_run(store: Store, plan: Plan, fingerprint: Fingerprint, config_yaml: st
     for number, piece in enumerate(plan.later, 1):
         key = layout.extension_key(number)
         if piece and not store.exists(key):
-            # The manifest goes before the plan grows, so that no reader takes the folder for finished meanwhile.
+            # The manifest is deleted before the plan grows, so that no reader believes the folder is finished.
             store.delete(layout.MANIFEST)
             store.create(key, plan_bytes(piece, plan.shard_images, plan.classes))
     if plan.later and read_plan(store).later != plan.later:

@@ -1,4 +1,4 @@
-"""Folders on a disk, on S3 or on any fsspec filesystem, and what all of them share: entries of a listing, keys."""
+"""Storage on a disk, on S3 or on any fsspec filesystem; this module holds the types and functions they share."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def _walk(folder: str, prefix: str, hidden: bool, above: tuple[str, ...]) -> Ite
 def _info(path: str) -> os.stat_result | None:
     with suppress(FileNotFoundError):
         return os.stat(path)
-    # A link to a missing file is listed too, so that it becomes an error and does not silently vanish.
+    # A link to a missing file is listed too, so that it becomes an error instead of vanishing.
     with suppress(FileNotFoundError):
         return os.lstat(path)
     return None

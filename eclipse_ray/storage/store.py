@@ -28,7 +28,7 @@ _CONNECTIONS = 32
 
 
 class Backend(Protocol):
-    """The operations of each kind of store. Each does what the method of `Store` with the same name documents."""
+    """The operations of each kind of store. `Store` documents the methods of the same names."""
 
     def exists(self, key: str) -> bool: ...
     def is_file(self) -> bool: ...

@@ -1,9 +1,9 @@
-"""One large photograph through a denoiser on the CPU: seconds and peak memory, everything imported included.
+"""Seconds and peak memory of purifying one large photograph on the CPU; the memory includes all imports.
 
     python benchmarks/large_image.py                             4000 x 3000, one step
     python benchmarks/large_image.py --steps 2 --preset small
 
-The weights are random: neither time nor memory depends on them.
+The weights are random, because neither time nor memory depends on them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eclipse_ray.diffusion.sampling import purify_images
 
 
 def main() -> None:
-    """Parse, run once, print one JSON object."""
+    """Parse the arguments, run once, and print one JSON object."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--width", type=int, default=4000)
     parser.add_argument("--height", type=int, default=3000)

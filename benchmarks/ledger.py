@@ -1,11 +1,11 @@
-"""What exactly-once costs: the ledger's share of a shard's time, and a long run's memory and listings.
+"""The cost of the ledger: its share of the time of a shard, and the memory and listings of a long run.
 
-    python benchmarks/ledger.py --out runs/ledger                       both parts, on local disk
-    python benchmarks/ledger.py --out s3://bucket/run --parts overhead  the ledger alone, on any store
+    python benchmarks/ledger.py --out runs/ledger                       both parts, on a local disk
+    python benchmarks/ledger.py --out s3://bucket/run --parts overhead  only the ledger, on any store
     python benchmarks/ledger.py --out runs/ledger --parts soak --rows 200000 --shards 1000
 
-`overhead` does for 200 shards what workers do to the ledger, and compares it with shards of 10 s. `soak` purifies
-with a tiny denoiser through Ray. Both fail where a bound is broken: 3 % of a shard; 50 MB of growth, 20 listings.
+`overhead` makes the ledger calls of workers for 200 shards and compares their time with shards of 10 s; it fails
+above 3 %. `soak` purifies with a tiny denoiser on Ray; it fails above 50 MB of memory growth or 20 listings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from eclipse_ray import api, ledger
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.table import canonical_table, table_to_parquet
+from eclipse_ray.datasets.table import Part, canonical_table, table_to_parquet
 from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
 from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.storage.store import Entry, Store
@@ -41,9 +41,9 @@ SIDE = 16
 
 
 def overhead(url: str, rows: int, shards: int) -> dict[str, Any]:
-    """Time plan, attempts, commits and the end of a run of 200 shards of 4 MiB, one worker after another."""
+    """Measure plan, attempts, commits and end of a run of 200 shards of 4 MiB, one shard after another."""
     store = Store(f"{url}/overhead")
-    parts = [Part(f"{index:05d}.parquet", 512) for index in range(SHARDS)]
+    parts = [Part(f"{index:05d}.parquet", 512, 1, "v1") for index in range(SHARDS)]
     data = _object(512)
     started = time.perf_counter()
     plan = ledger.plan_source(store, parts, 512, None)
@@ -70,22 +70,15 @@ def overhead(url: str, rows: int, shards: int) -> dict[str, Any]:
     }
 
 
-class Part:
-    """A source object that is never read."""
-
-    def __init__(self, key: str, rows: int) -> None:
-        self.key, self.rows, self.size, self.version = key, rows, 1, "v1"
-
-
 def _object(rows: int) -> bytes:
-    # Every image of its own: equal ones would be stored once.
+    # All images differ, because Parquet would store equal ones once.
     generator = np.random.default_rng(0)
     images = [generator.bytes(SHARD_BYTES // rows) for _ in range(rows)]
     return table_to_parquet(canonical_table([str(row) for row in range(rows)], images))
 
 
 def soak(url: str, rows: int, shards: int) -> dict[str, Any]:
-    """Purify `rows` tiny images in `shards` shards; the driver's memory and its listing calls are watched."""
+    """Purify `rows` tiny images in `shards` shards and measure the driver's memory and listing calls."""
     listings = _count_listings()
     with tempfile.TemporaryDirectory() as folder:
         source, denoiser = str(Path(folder) / "source"), str(Path(folder) / "denoiser")
@@ -114,7 +107,7 @@ def soak(url: str, rows: int, shards: int) -> dict[str, Any]:
 
 
 class Memory:
-    """Watches this process: how much more it holds at most than in the first seconds of the run."""
+    """Samples the memory of this process once per second."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
@@ -128,7 +121,7 @@ class Memory:
             self.seen.append(pages * resource.getpagesize())
 
     def stop(self) -> int:
-        """Return the growth in bytes, from the end of the first tenth of the run to its largest."""
+        """Return the growth in bytes from the end of the first tenth of the run to the largest sample."""
         self.done.set()
         self.thread.join()
         first = len(self.seen) // 10
@@ -180,7 +173,7 @@ PARTS: dict[str, Callable[[str, int, int], dict[str, Any]]] = {"overhead": overh
 
 
 def main() -> None:
-    """Run the chosen parts, print one JSON object each, and fail where a bound is broken."""
+    """Run the chosen parts, print one JSON object per part, and fail if a bound is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/ledger", help="folder or URL that may be overwritten")
     parser.add_argument("--parts", default=",".join(PARTS))
@@ -196,7 +189,7 @@ def main() -> None:
         sys.exit("the ledger takes more than 3 % of a shard of 10 s")
     if "soak" in found:
         soaked = found["soak"]
-        # Plan, resume, clean-up, manifest and its check, status and verify; each lists a fixed number of folders.
+        # Plan, resume, clean-up, manifest, its check, status and verify each list a fixed number of folders.
         if soaked["driver_growth_bytes"] > MAX_GROWTH or soaked["listing_calls"] > 20 or not soaked["verified"]:
             sys.exit("the soak broke a bound: see driver_growth_bytes, listing_calls and verified")
 

@@ -1,9 +1,9 @@
-"""Seconds and memory of planning a large dataset without reading an image: open_source, then plan_shards.
+"""Seconds and memory of planning a large dataset, which is open_source and then plan_shards.
 
     python benchmarks/planning.py --work runs/planning --objects 1000 --rows 1000 --format parquet
 
-Writes stub data (one tiny image, copied) below --work unless it is there, then plans it in a process of its own.
-`folder` writes objects x rows files of one image each.
+Writes copies of one tiny image below --work unless they exist, then plans them in a second process. With `folder`
+it writes objects x rows image files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def write_parquet(folder: Path, number: int, rows: int) -> None:
 
 
 def write_tar(folder: Path, number: int, rows: int) -> None:
-    """Write one tar of `rows` samples, an image and a label each, without an index."""
+    """Write one tar without an index; each of its `rows` samples has an image and a label."""
     buffer = io.BytesIO()
     for row in range(rows):
         for extension, data in (("png", IMAGE), ("cls", b"1")):
@@ -67,7 +67,7 @@ WRITERS: dict[str, Callable[[Path, int, int], None]] = {
 
 
 def plan(folder: str) -> dict[str, float]:
-    """Plan `folder` in this process and return its figures."""
+    """Plan `folder` in this process and return the measurements."""
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     started = time.monotonic()
     source = open_source(folder, DataConfig())
@@ -85,13 +85,13 @@ def plan(folder: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Write stub data, plan it in a child, print one line."""
+    """Write the data, plan it in a child process, and print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/planning"))
     parser.add_argument("--objects", type=int, default=1000)
-    parser.add_argument("--rows", type=int, default=1000, help="in each object")
+    parser.add_argument("--rows", type=int, default=1000, help="rows per object")
     parser.add_argument("--format", choices=list(WRITERS), default="parquet")
-    parser.add_argument("--plan", metavar="DIR", help="only plan DIR and print its figures as JSON")
+    parser.add_argument("--plan", metavar="DIR", help="only plan DIR and print the measurements as JSON")
     options = parser.parse_args()
     if options.plan:
         print(json.dumps(plan(options.plan)))

@@ -1,8 +1,8 @@
-"""What one shard costs an object store, and what a run costs beside its shards: requests counted as they are sent.
+"""Number of requests to an object store per shard, and per run in addition to its shards.
 
     python benchmarks/shard_requests.py
 
-Stages and ledger as workers and driver call them, without Ray, against moto (an S3 server in this process).
+Calls the stages and the ledger as workers and driver do, without Ray, against moto (an S3 server in this process).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROWS, SIDE = 512, 32
 
 @contextmanager
 def counted() -> Iterator[collections.Counter[str]]:
-    """Count the requests of every client of this process by their name."""
+    """Count the requests of all clients of this process by name."""
     found: collections.Counter[str] = collections.Counter()
     genuine = AioBaseClient._make_api_call
 
@@ -50,7 +50,7 @@ def counted() -> Iterator[collections.Counter[str]]:
 
 
 def purify_one(job: Job, task: Task) -> None:
-    """Do to a shard what three workers do, with a denoiser that changes nothing."""
+    """Run the three stages of a shard with a denoiser that changes nothing."""
     decoded = read_and_decode(task_rows([task])[0], job)
     ledger.begin(job.store(), task.shard.name, 0, job.stage("purify"))
     table, images, failures = unpack(decoded)
@@ -79,7 +79,7 @@ def job_for(source: str, output: str) -> Job:
 
 
 def main() -> None:
-    """Purify some shards and print the requests of the plan, of each shard, of a resume and of the end."""
+    """Purify some shards and print the requests of the plan, one shard, a resume and the end of the run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, default=8)
     shards = parser.parse_args().shards
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def store_bytes(store: Store) -> int:
-    """Return the size of plan and manifest."""
+    """Return the size of plan and manifest in bytes."""
     return sum(len(store.read(f"_eclipse/{name}.parquet")) for name in ("plan", "manifest"))
 
 

@@ -18,7 +18,7 @@ from eclipse_ray.cluster.fetch import local_denoiser, open_denoiser
 from eclipse_ray.config import Config, DataConfig, PurifyConfig
 from eclipse_ray.datasets.formats import open_source, read_parts
 from eclipse_ray.datasets.images import ImageError, centre_crop, content_hash, decode_stored, resize_image
-from eclipse_ray.datasets.sampling import random_chunks, rows_in
+from eclipse_ray.datasets.memory import random_chunks, rows_in
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.detection import Finding, Images, Score, judge, score_images
 from eclipse_ray.detection.views import GRID

@@ -28,9 +28,9 @@ from eclipse_ray.cluster.fetch import local_denoiser
 from eclipse_ray.config import Config, DataConfig, PoisonConfig, digest, to_yaml
 from eclipse_ray.datasets.formats import UNFINISHED, Source, chunk_spans, open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import decode_resized, load_images, refuse_existing, write_dataset
-from eclipse_ray.datasets.note import NOTE
+from eclipse_ray.datasets.memory import decode_resized, load_images
 from eclipse_ray.datasets.table import (
+    NOTE,
     Span,
     canonical_table,
     extra_columns,
@@ -38,6 +38,7 @@ from eclipse_ray.datasets.table import (
     table_to_parquet,
     with_classes,
 )
+from eclipse_ray.datasets.write import refuse_existing, write_dataset
 from eclipse_ray.diffusion.checkpoint import load_denoiser, weights_digest
 from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.errors import ConfigError, EclipseError, InputError

@@ -26,11 +26,11 @@ def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
 
 
 def folder_of_images(folder, size: int, count: int = 3, labelled: bool = True) -> str:
-    target = folder / "a" if labelled else folder
-    target.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for index in range(count):
         image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        target = folder / "ab"[index % 2] if labelled else folder
+        target.mkdir(parents=True, exist_ok=True)
         (target / f"{index}.png").write_bytes(encode_image(image, "png"))
     return str(folder)
 

@@ -1,4 +1,4 @@
-"""Images of every odd kind, each with what becomes of it; docs/formats.md has a row for each name."""
+"""Unusual images, each with its expected outcome; docs/formats.md has one row per name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BITS, _PHOTOMETRIC, _STRIPS, _SAMPLES, _COUNTS, _PLANES = 258, 262, 273, 277, 2
 
 @dataclass(frozen=True)
 class Specimen:
-    """Encoded bytes, and either the RGB pixels they decode to or words of the reason why they do not."""
+    """Encoded bytes, and either the expected RGB pixels or a part of the expected error message."""
 
     data: bytes
     pixels: np.ndarray | None = None
@@ -42,7 +42,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png(
     width: int, height: int, depth: int, colour: int, data: bytes, extra: bytes = b"", interlaced: bool = False
 ) -> bytes:
-    """Return a PNG of already compressed `data`, whatever its header says."""
+    """Return a PNG of already compressed `data`, which need not match the header."""
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(interlaced))
     chunks = chunk(b"IHDR", head) + extra + chunk(b"IDAT", data) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
@@ -100,7 +100,7 @@ def flat(colour: Sequence[int], width: int = 4, height: int = 4) -> np.ndarray:
 
 
 def compressed_zeros(count: int) -> bytes:
-    """Return `count` zero bytes, deflated in pieces, so that a bomb costs its maker no memory."""
+    """Return `count` zero bytes, deflated in pieces, so that making a bomb needs little memory."""
     deflate = zlib.compressobj(1)
     pieces = [deflate.compress(bytes(min(2**20, count - start))) for start in range(0, count, 2**20)]
     return b"".join([*pieces, deflate.flush()])
@@ -114,7 +114,7 @@ def _turned(format: str) -> bytes:
 
 
 def _turned_pixels(format: str) -> np.ndarray:
-    # The same bytes without being turned, then turned by hand: 90 degrees clockwise.
+    # The expected image is the unrotated one, rotated by hand by 90 degrees clockwise.
     with Image.open(io.BytesIO(_turned(format))) as image:
         if format == "TIFF":  # Pillow itself turns these.
             return np.rot90(NOISE, -1)
@@ -127,7 +127,7 @@ def _frames(format: str, **options: object) -> bytes:
 
 
 def _with_alpha(mode: str, format: str, **options: object) -> bytes:
-    # Left half clear, right half opaque black.
+    # The left half is transparent, the right half opaque black.
     image = Image.new(mode, (4, 4), (0,) * (len(mode) - 1) + (0,))
     image.paste((0,) * (len(mode) - 1) + (255,), (2, 0, 4, 4))
     return saved(image, format, **options)
@@ -170,7 +170,7 @@ def _gif_claiming(side: int) -> bytes:
 
 @cache
 def specimens() -> dict[str, Specimen]:
-    """Return every specimen by the name that docs/formats.md gives it."""
+    """Return every specimen by its name in docs/formats.md."""
     rgb = Image.fromarray(NOISE)
     gray = np.repeat(np.asarray(rgb.convert("L"))[..., None], 3, axis=2)
     noise_png, noise_jpeg = saved(rgb, "PNG"), saved(rgb, "JPEG", quality=90)
@@ -230,7 +230,7 @@ def specimens() -> dict[str, Specimen]:
 
 
 def bombs() -> dict[str, Specimen]:
-    """Return images that are small files and far more pixels than data.max_pixels permits."""
+    """Return small files with far more pixels than data.max_pixels permits."""
     many = r"more than data\.max_pixels|can be decoded safely"
     return {
         "13,500 x 13,500 PNG": Specimen(png(13500, 13500, 1, 0, compressed_zeros(13500 * 1689)), reason=many),

@@ -24,7 +24,7 @@ def convert(
     settings: Settings | None = None,
 ) -> DatasetResult:
     """Rewrite a dataset as canonical Parquet or in another layout; only `resize` touches pixels."""
-    from eclipse_ray.datasets import transform as room
+    from eclipse_ray.datasets import write as room
 
     named = {"data.source": source, "data.output": output, "data.resize": resize}
     resolved = resolve(config, settings, named)
@@ -41,7 +41,7 @@ def split(
     settings: Settings | None = None,
 ) -> DatasetResult:
     """Divide a dataset into output/clean and output/rest, disjoint by content, stratified by label."""
-    from eclipse_ray.datasets import transform as room
+    from eclipse_ray.datasets import write as room
 
     resolved = resolve(config, settings, {"data.source": source, "data.output": output})
     counts = room.split(source, output, clean, resolved.run.seed, resolved.data)

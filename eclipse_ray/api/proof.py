@@ -101,7 +101,7 @@ def _measure(config: Config) -> MatrixResult:
 
 def _refuse_others(output: str) -> None:
     """Raise InputError if a folder holds anything but an earlier evaluation, whose settings would be lost."""
-    from eclipse_ray.datasets.memory import refuse_existing
+    from eclipse_ray.datasets.write import refuse_existing
     from eclipse_ray.storage.store import Store
 
     store = Store(output)

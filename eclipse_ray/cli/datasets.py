@@ -31,7 +31,7 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Any readable dataset.")],
     output: Annotated[str, typer.Argument(metavar="DST", help="New folder.")],
     layout: Annotated[
-        Layout, typer.Option(help="folder: one a class; cifar: 32 x 32 only.", rich_help_panel=DATA)
+        Layout, typer.Option(help="`folder` makes one folder per class.", rich_help_panel=DATA)
     ] = "parquet",
     resize: Resize = None,
     config: ConfigFile = None,

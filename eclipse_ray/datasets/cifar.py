@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 python batches, through an unpickler that can build nothing but such batches."""
+"""CIFAR-10 and CIFAR-100 Python batches, read by an unpickler that builds only numbers, text, lists and arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import pickle
 import pickletools
 import re
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import PARSER_ERRORS
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import Part, canonical_table, check_label
 from eclipse_ray.errors import InputError
@@ -24,31 +24,17 @@ from eclipse_ray.storage.store import Entry, Store
 _BATCH_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test|.*\.pkl|.*\.pickle)", re.IGNORECASE)
 _META = (("batches.meta", "label_names"), ("meta", "fine_label_names"))
 _LABELS = ("labels", "fine_labels")
-# What the pickle machine raises on garbage; there is no common base class short of Exception.
-_GARBAGE = (
-    pickle.UnpicklingError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    ImportError,
-    RecursionError,
-    struct.error,
-)
 
 
 def claims(key: str) -> bool:
-    """Return whether an object of this name is read by this format."""
+    """Return whether this format reads an object of this name."""
     return _BATCH_NAME.fullmatch(key.rpartition("/")[2]) is not None
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part a batch, and the class names of the meta file beside it; reads every batch.
+    """Return one part per batch, and the class names of the meta file beside the batches. Reads all batches.
 
-    Raises InputError for a pickle that holds anything but a CIFAR batch with a label for every image, or for none.
+    Raises InputError for a pickle that is not a CIFAR batch, or whose labels do not match its images.
     """
     parts = []
     classes = _class_names(store, entries[0].key)
@@ -64,7 +50,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 def read_rows(
     store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
 ) -> pa.Table:
-    """Return rows `start` to `stop` of one batch with canonical columns; pixels become PNG, losslessly."""
+    """Return rows `start` to `stop` of one batch as a canonical table; pixels are encoded as PNG, losslessly."""
     where = f"{store.url}/{key}"
     batch = _load(where, store.read(key))
     pixels = _pixels(where, batch)
@@ -84,7 +70,7 @@ def read_rows(
 
 
 class _Dtype:
-    """Stands in for numpy.dtype in a pickle: plain numbers only."""
+    """Replaces numpy.dtype in a pickle; allows only plain numbers."""
 
     def __init__(self, name: object, *_: object) -> None:
         self.value = np.dtype(_text(name))
@@ -97,7 +83,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for numpy.ndarray in a pickle: filled from raw bytes, checked by Python code."""
+    """Replaces numpy.ndarray in a pickle; its values are made from raw bytes after checks."""
 
     def __init__(self) -> None:
         self.value: NDArray[Any] = np.empty(0)
@@ -120,7 +106,7 @@ def _from_buffer(raw: object, dtype: object, shape: object, order: object) -> _A
 
 
 def _encode(text: object, encoding: object = "latin1") -> bytes:
-    # How protocol 2 writes bytes; any other codec has no business here.
+    # Protocol 2 writes bytes as text in latin-1. No other codec is needed.
     if not isinstance(text, str) or _text(encoding) not in ("latin1", "latin-1"):
         raise ValueError("only latin-1 bytes are allowed")
     return text.encode("latin-1")
@@ -139,7 +125,7 @@ _ALLOWED: dict[tuple[str, str], Callable[..., object]] = {
     ("__builtin__", "bytes"): _empty_bytes,
     ("builtins", "bytes"): _empty_bytes,
     ("numpy", "dtype"): _Dtype,
-    # Only ever an argument of _reconstruct, which ignores it.
+    # Occurs only as an argument of _reconstruct, which ignores it.
     ("numpy", "ndarray"): _reconstruct,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
@@ -149,14 +135,14 @@ _ALLOWED: dict[tuple[str, str], Callable[..., object]] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Resolves no name of the pickle but those of `_ALLOWED`, and those to stand-ins of this module."""
+    """Resolves only the names in `_ALLOWED`, to replacements in this module."""
 
     def find_class(self, module: str, name: str) -> Callable[..., object]:
-        """Return the stand-in for `module.name`. Raises InputError for any other name."""
+        """Return the replacement of `module.name`. Raises InputError for any other name."""
         stand_in = _ALLOWED.get((module, name))
         if stand_in is None:
             raise InputError(f"the pickle asks for {module}.{name}")
-        # A fresh function each time: a pickle may set attributes on what it is given.
+        # A new function each time, because a pickle may set attributes on the object that it gets.
         return lambda *arguments: stand_in(*arguments)
 
 
@@ -167,7 +153,7 @@ def _load(where: str, data: bytes) -> dict[str, Any]:
         batch = _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except InputError as error:
         raise InputError(f"{where}: {error}, which can run code; {advice}") from None
-    except _GARBAGE as error:
+    except PARSER_ERRORS as error:
         raise InputError(f"{where}: not a readable pickle: {error}; {advice}") from error
     if not isinstance(batch, dict):
         raise InputError(f"{where}: holds {type(batch).__name__}; {advice}")
@@ -179,7 +165,7 @@ def _load(where: str, data: bytes) -> dict[str, Any]:
 
 
 def _check_sizes(data: bytes) -> None:
-    # The C unpickler allocates what a few bytes ask for: a memo of two billion places, a bytearray of any length.
+    # A few bytes can make the C unpickler allocate a memo of two billion places or a bytearray of any length.
     for opcode, argument, place in pickletools.genops(data):
         if "PUT" in opcode.name and isinstance(argument, int) and not 0 <= argument <= (place or 0):
             raise ValueError(f"it asks for a memo of {argument} places")

@@ -1,10 +1,10 @@
-"""What a source is made of: its format, its parts, its classes; and reading rows of it anywhere."""
+"""Opening a dataset of any format: its parts and classes are listed first, and workers read rows of it later."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +17,21 @@ from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.datasets import cifar, folder, npz, parquet, webdataset
 from eclipse_ray.datasets.table import Part, Span, extra_columns, with_classes
 from eclipse_ray.errors import InputError
+from eclipse_ray.storage import is_hidden
 from eclipse_ray.storage.store import Entry, Store
 
+# Exists while a dataset is being written; readers refuse the dataset.
 UNFINISHED = "_eclipse/unfinished"
-# A purification's plan comes first and its manifest last; only then does data/ hold each image once.
+# A purification writes its plan first and its manifest last. Only then data/ holds each image exactly once.
 RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
+# Threads that read the spans of one table.
 _READING_THREADS = 8
-_SPLIT_NAME = re.compile(r"(?:x_)?(train|test|validation|valid|val|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
+# A word in a file or folder name that names a split, between separators.
+_SPLIT_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(folder.SPLITS)}|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
 
 
 class Format(NamedTuple):
-    """The functions that one format offers."""
+    """The functions of one format."""
 
     claims: Callable[[str], bool]
     list_parts: Callable[[Store, Sequence[Entry], DataConfig], tuple[list[Part], list[str] | None]]
@@ -45,7 +49,7 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A listed dataset: keys of `parts` are relative to `url`; labels are places in `classes`, if known."""
+    """A listed dataset; keys of `parts` are relative to `url`, and labels are indices into `classes`, if known."""
 
     url: str
     format: str
@@ -59,10 +63,10 @@ class Source:
 
 
 def open_source(url: str, data_config: DataConfig) -> Source:
-    """List the dataset at `url` without reading its images (CIFAR batches and labels in tars are read).
+    """List the dataset at `url` without reading its images, except that CIFAR batches and labels in tars are read.
 
     `url` is a folder, one file, or a folder and a pattern of file names (`DIR/train-*.parquet`). Raises
-    InputError if there is nothing there that can be read as one dataset.
+    InputError if it cannot be read as one dataset.
     """
     store, entries = _look(url)
     found = {
@@ -82,7 +86,10 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     ((name, claimed),) = found.items()
     if name != "folder":
         _refuse_mixed_splits(url, claimed)
-    parts, classes = FORMATS[name].list_parts(store, claimed, data_config)
+    try:
+        parts, classes = FORMATS[name].list_parts(store, claimed, data_config)
+    except FileNotFoundError as error:
+        raise InputError(f"{url}: a file of it is missing or a link to a missing file: {error}") from error
     if not parts:
         raise InputError(f"{url}: has no images in it; name a dataset with at least one")
     return Source(store.url, name, parts, classes)
@@ -93,8 +100,8 @@ def read_parts(
 ) -> pa.Table:
     """Return the rows of `spans` (key, start, stop), in that order, as one canonical table.
 
-    `url`, `format` and `classes` are those of the Source, which need not be listed again. Raises InputError
-    for an object that is gone, damaged or does not fit the others.
+    `url`, `format` and `classes` are those of the Source, so that the source need not be listed again. Raises
+    InputError for an object that is missing, damaged or has other columns than the others.
     """
     store = Store(url)
     read = partial(_read_span, store, FORMATS[format], classes, data_config)
@@ -122,7 +129,7 @@ def read_tables(
 
 
 def chunk_spans(parts: Sequence[Part], max_images: int, max_bytes: int) -> Iterator[list[Span]]:
-    """Yield spans covering all rows in order, each list at most `max_images` and about `max_bytes` stored."""
+    """Yield lists of spans that cover all rows in order, each of at most `max_images` and about `max_bytes`."""
     spans: list[Span] = []
     images, size = 0, 0.0
     for part in parts:
@@ -162,26 +169,37 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
             raise InputError(f"{url}: writing this dataset was interrupted; delete it and write it again")
         if store.exists(RUN_PLAN) and not store.exists(RUN_MANIFEST):
             raise InputError(f"{url}: this purification is not finished; run its command again to finish it")
-        # Beside its data a purification may hold a report, whose pictures are no part of the dataset.
-        return store, list(store.list("data" if store.exists(RUN_PLAN) else ""))
+        # A purification may hold a report beside its data. Its pictures are not part of the dataset.
+        return store, _visible(store.list("data" if store.exists(RUN_PLAN) else "", hidden=True))
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):
         parent = Store(base or "/")
-        entries = [e for e in parent.list() if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
+        listed = _visible(parent.list(hidden=True))
+        entries = [e for e in listed if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
         if entries:
             return parent, entries
         raise InputError(f"{url}: no file matches this pattern; check it")
     raise InputError(f"{url}: there is nothing here{did_you_mean(url) or '; check the path or URL'}")
 
 
+def _visible(entries: Iterable[Entry]) -> list[Entry]:
+    # Cameras name images _MG_0001.JPG and people name classes _other. Other names with _ are private to a tool.
+    return [
+        entry
+        for entry in entries
+        if not is_hidden(entry.key)
+        or (folder.claims(entry.key) and not any(n[:1] == "." or n == "_eclipse" for n in entry.key.split("/")))
+    ]
+
+
 def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
-    # Read as one, a test set would slip into training unseen.
+    # If both splits were read as one dataset, training would silently include the test set.
     splits: dict[str, str] = {}
     for entry in entries:
-        found = (_SPLIT_NAME.match(part) for part in entry.key.split("/"))
-        name = next((match[1].lower() for match in found if match), None)
-        if name is not None:
-            splits.setdefault("train" if name == "data_batch" else name, entry.key)
+        found = (_SPLIT_NAME.search(part) for part in entry.key.split("/"))
+        word = next((match[1].lower() for match in found if match), None)
+        if word is not None:
+            splits.setdefault(folder.SPLITS.get(word, "train"), entry.key)
     if len(splits) > 1:
         some = ", ".join(f"{name} ({key})" for name, key in splits.items())
         first = next(iter(splits.values()))
@@ -193,6 +211,10 @@ def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
 
 def _pattern(key: str) -> str:
     top, separator, _ = key.partition("/")
-    if separator and _SPLIT_NAME.match(top):
+    if separator and _SPLIT_NAME.search(top):
         return top
-    return re.sub(r"\d.*?(?=\.[a-z]+$|$)", "*", key)
+    # Only numbers behind the word may vary, so that imagenet1k-train-0.tar does not become imagenet*.tar.
+    base = key.rfind("/") + 1
+    match = _SPLIT_NAME.search(key[base:])
+    fixed = base + match.end() if match else base
+    return key[:fixed] + re.sub(r"\d.*?(?=\.[a-z]+$|$)", "*", key[fixed:])

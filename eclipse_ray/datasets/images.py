@@ -1,12 +1,10 @@
-"""Encoded images to uint8 pixels and back; the only module that knows Pillow."""
+"""Decoding images to uint8 pixels and encoding them; the only module that uses Pillow."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import struct
 import sys
-import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,32 +12,23 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from eclipse_ray.config import Alpha, Animated, DataConfig
+from eclipse_ray.datasets import PARSER_ERRORS
 from eclipse_ray.errors import ConfigError, InputError
 
 Pixels = NDArray[np.uint8]
 
-# Pillow knows dozens of formats; some of them start other programs. Nothing else is ever tried.
+# The only formats that are decoded. Pillow has dozens more, some of which start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-# What Pillow's parsers raise on damaged bytes; there is no common base class short of Exception.
-_DAMAGE = (
+# The exceptions that Pillow raises for damaged images.
+_DAMAGE: tuple[type[Exception], ...] = (
     OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
+    *PARSER_ERRORS,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-# Raw modes end in their byte order; N is this machine's.
+# The opposite of the byte order at the end of a raw mode; N is the byte order of this machine.
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _ORIENTATION_TAG = 0x0112
 _TIFF_BITS, _TIFF_PLANES = 258, 284
@@ -60,22 +49,22 @@ _MAGIC = (
     (b"II*\x00", ".tif"),
     (b"MM\x00*", ".tif"),
 )
-# Measured: within 0.2 % of level 9 in size, on 32 px and on large photographs, at two thirds of its time on
-# large ones; below level 4 large ones grow by 7 %.
+# Measured on 32 px images and large photographs: sizes are within 0.2 % of level 9, and large photographs take two
+# thirds of its time. Below level 4 large photographs grow by 7 %.
 _PNG_LEVEL = 4
 
 
 class ImageError(ValueError):
-    """One image cannot be decoded or encoded; the message says why in one sentence."""
+    """One image cannot be decoded or encoded; the message gives the reason in one sentence."""
 
 
 def decode_stored(data: bytes, policy: DataConfig) -> Pixels:
-    """Return encoded `data` as RGB uint8 (H, W, 3) by data.max_pixels, alpha and animated. Raises ImageError."""
+    """Return encoded `data` as RGB uint8 (H, W, 3) under the limits of `policy`. Raises ImageError."""
     return decode_image(data, policy.max_pixels, alpha=policy.alpha, animated=policy.animated)
 
 
 def decode_required(where: str, data: bytes, policy: DataConfig) -> Pixels:
-    """Return encoded `data` as decode_stored does. Raises InputError naming `where` if it cannot be decoded."""
+    """Return what decode_stored returns. Raises InputError that names `where` if the image cannot be decoded."""
     try:
         return decode_stored(data, policy)
     except ImageError as error:
@@ -85,10 +74,11 @@ def decode_required(where: str, data: bytes, policy: DataConfig) -> Pixels:
 def decode_image(
     data: bytes, max_pixels: int, *, alpha: Alpha = "composite", animated: Animated = "first"
 ) -> Pixels:
-    """Return the upright first frame of encoded `data` as RGB uint8 (H, W, 3), alpha laid on white.
+    """Return the first frame of encoded `data` as RGB uint8 (H, W, 3), upright and composited on white.
 
-    16 bits are scaled to 8, rounded. Raises ImageError for anything that is not a whole image in one of FORMATS
-    of at most `max_pixels` pixels (checked before they are decoded), and for what `alpha` and `animated` refuse.
+    16-bit channels are scaled to 8 bits and rounded. Raises ImageError unless `data` is a complete image in one of
+    FORMATS with at most `max_pixels` pixels, which is checked before decoding. Also raises ImageError if `alpha`
+    or `animated` is "refuse" and the image is transparent or animated.
     """
     if not data:
         raise ImageError("the image is empty (0 bytes)")
@@ -109,7 +99,7 @@ def decode_image(
 
 
 def encode_image(pixels: Pixels, encoding: str) -> bytes:
-    """Return uint8 (H, W, 3) `pixels` as `png`, `webp-lossless` or `jpeg:Q`, the same bytes every time.
+    """Return uint8 (H, W, 3) `pixels` as `png`, `webp-lossless` or `jpeg:Q`; equal pixels give equal bytes.
 
     Raises ConfigError for an unknown encoding and ImageError for a size that the encoding cannot hold.
     """
@@ -121,7 +111,7 @@ def encode_image(pixels: Pixels, encoding: str) -> bytes:
         elif encoding == "webp-lossless":
             image.save(buffer, "WEBP", lossless=True, quality=50, method=2, exact=True)
         else:
-            # Without chroma subsampling: on small images it costs more than the coefficients do.
+            # No chroma subsampling, because on small images it damages more than the quantisation does.
             image.save(buffer, "JPEG", quality=_jpeg_quality(encoding), subsampling=0)
     except (OSError, ValueError) as error:
         height, width = pixels.shape[:2]
@@ -130,9 +120,9 @@ def encode_image(pixels: Pixels, encoding: str) -> bytes:
 
 
 def jpeg_roundtrip(images: Pixels, quality: int) -> Pixels:
-    """Return uint8 (N, H, W, 3) `images`, each stored as JPEG of `quality` (1..100) and read again.
+    """Return uint8 (N, H, W, 3) `images` after encoding each as JPEG of `quality` (1..100) and decoding it.
 
-    With Pillow's own settings, so with 4:2:0 chroma, as image shortcut squeezing used it (arXiv 2301.13838).
+    Uses Pillow's default settings with 4:2:0 chroma, like image shortcut squeezing (arXiv 2301.13838).
     """
     result = np.empty_like(images)
     for index, pixels in enumerate(images):
@@ -144,9 +134,9 @@ def jpeg_roundtrip(images: Pixels, quality: int) -> Pixels:
 
 
 def resize_image(pixels: Pixels, side: int | None) -> Pixels:
-    """Return the central square of uint8 (H, W, 3) `pixels` resized to (side, side, 3); None leaves them alone.
+    """Return the central square of uint8 (H, W, 3) `pixels` resized to (side, side, 3), unchanged for None.
 
-    The usual "resize the short side, crop the centre", in one antialiased bicubic pass; it enlarges too.
+    This is "resize the short side, crop the centre" in one antialiased bicubic pass. Small images are enlarged.
     """
     height, width = pixels.shape[:2]
     if side is None or (height, width) == (side, side):
@@ -159,13 +149,13 @@ def resize_image(pixels: Pixels, side: int | None) -> Pixels:
 
 
 def centre_crop(pixels: Pixels, side: int) -> Pixels:
-    """Return the middle of uint8 (H, W, 3) `pixels`, at most `side` pixels a side, as a copy."""
+    """Return a copy of the centre of uint8 (H, W, 3) `pixels`, at most `side` pixels high and wide."""
     top, left = (max(0, (length - side) // 2) for length in pixels.shape[:2])
     return pixels[top : top + side, left : left + side].copy()
 
 
 def check_encoding(encoding: str, allow_lossy: bool) -> None:
-    """Raise ConfigError unless `encoding` is known and, if it changes pixels, permitted."""
+    """Raise ConfigError if `encoding` is unknown, or if it changes pixels and `allow_lossy` is false."""
     if encoding in ("png", "webp-lossless"):
         return
     quality = _jpeg_quality(encoding)
@@ -176,35 +166,35 @@ def check_encoding(encoding: str, allow_lossy: bool) -> None:
 
 
 def content_hash(pixels: Pixels) -> str:
-    """Return 32 hex digits of SHA-256 over the shape and the uint8 pixels, whatever their encoding was."""
+    """Return 32 hex digits of SHA-256 over shape and uint8 pixels, which do not depend on the encoding."""
     shape = "x".join(str(side) for side in pixels.shape)
     return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:32]
 
 
 def suffix_of(data: bytes) -> str | None:
-    """Return the usual file suffix for encoded `data` by its first bytes, None if they are unknown."""
+    """Return the usual file suffix of encoded `data`, found by its first bytes, or None if they are unknown."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return ".webp"
     return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), None)
 
 
 def _is_animated(image: Image.Image) -> bool:
-    # A camera's JPEG may hold a second picture (MPO); that is a thumbnail or the other eye, not an animation.
+    # A JPEG of a camera may hold a second picture (MPO), a thumbnail or stereo view, which is no animation.
     return image.format in ("GIF", "PNG", "WEBP", "TIFF") and bool(getattr(image, "is_animated", False))
 
 
 def _upright(image: Image.Image, rgb: Image.Image) -> Image.Image:
-    # `rgb` turned as the note in `image` says; Pillow has turned a TIFF, and deleted the note, while loading it.
+    # Rotates `rgb` by the EXIF orientation of `image`. Pillow rotates a TIFF itself and deletes the tag.
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except _DAMAGE:
-        return rgb  # A damaged note about the camera is no reason to lose the picture.
+        return rgb  # Damaged EXIF is ignored, because the picture itself is intact.
     method = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
     return rgb if method is None else rgb.transpose(method)
 
 
 def _to_8_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """Return `image`, loaded; 16-bit channels are scaled to 8 bits and rounded."""
+    """Load `image` and return it with 16-bit channels scaled to 8 bits and rounded."""
     raw_mode = _raw_mode(image)
     _refuse_wide_planes(image)
     image.load()
@@ -214,17 +204,17 @@ def _to_8_bits(image: Image.Image, data: bytes) -> Image.Image:
         wide = np.asarray(image)
         return _narrow(wide[..., None] // 256, wide[..., None] % 256, "L", image.info.get("transparency"))
     if ";16" in raw_mode and raw_mode.partition(";")[0] in ("RGB", "RGBA", "RGBX", "CMYK"):
-        # Pillow cuts the low bytes off. Read in the other byte order, they are what it keeps.
+        # Pillow keeps only the high bytes. Decoded in the other byte order, it keeps the low bytes.
         low = _decode_as(data, raw_mode[:-1] + _OTHER_ORDER[raw_mode[-1]])
         return _narrow(np.asarray(image), np.asarray(low), image.mode, image.info.get("transparency"))
     if raw_mode == "LA;16B":
-        four = np.asarray(_decode_as(data, "RGBA"))  # Gray and alpha as they lie there: high, low, high, low.
+        four = np.asarray(_decode_as(data, "RGBA"))  # Gray high, gray low, alpha high, alpha low.
         return _narrow(four[..., 0::2], four[..., 1::2], "LA", None)
     return image
 
 
 def _refuse_wide_planes(image: Image.Image) -> None:
-    # Pillow reads the bytes of such planes as if they were 8-bit pixels, without a word.
+    # Pillow silently reads the bytes of 16-bit planes as if they were 8-bit pixels.
     if isinstance(image, TiffImageFile) and image.tag_v2.get(_TIFF_PLANES) == 2:
         bits = image.tag_v2.get(_TIFF_BITS, (1,))
         if max(bits if isinstance(bits, tuple) else (bits,)) > 8:
@@ -232,7 +222,7 @@ def _refuse_wide_planes(image: Image.Image) -> None:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    # How the file stores a pixel, which Pillow forgets when it loads them.
+    # The raw mode says how the file stores a pixel. Pillow forgets it when it loads the pixels.
     tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
     arguments = tiles[0].args if tiles else None
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -252,7 +242,7 @@ def _decode_as(data: bytes, raw_mode: str) -> Image.Image:
 
 
 def _narrow(high: NDArray[np.uint8], low: NDArray[np.uint8], mode: str, transparent: object) -> Image.Image:
-    # Bytes of 16-bit values, each (H, W, C), to an 8-bit image; rows apart, so that wide copies stay small.
+    # Makes an 8-bit image of the high and low bytes (H, W, C) of 16-bit values, row by row to save memory.
     narrow = np.empty(high.shape, np.uint8)
     clear = np.zeros(high.shape[:2], np.bool_)
     for row in range(len(high)):

@@ -1,38 +1,27 @@
-"""Whole datasets: load one into memory, or write one so that an interrupted write cannot pass for done."""
+"""Decoded images in memory: a whole dataset, or a stratified sample of one."""
 
 from __future__ import annotations
 
-import errno
-import itertools
-import json
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from eclipse_ray.config import DataConfig, Layout
-from eclipse_ray.datasets import cifar_writer, npz_writer
-from eclipse_ray.datasets import webdataset as webdataset_writer
-from eclipse_ray.datasets.folder import folder_name
-from eclipse_ray.datasets.formats import UNFINISHED, open_source, read_tables
-from eclipse_ray.datasets.images import SUFFIXES, content_hash, decode_required, resize_image, suffix_of
-from eclipse_ray.datasets.note import ESCAPED_KEYS, NOTE
-from eclipse_ray.datasets.table import (
-    FILE_BYTES,
-    FILE_IMAGES,
-    all_labels,
-    extra_columns,
-    image_bytes,
-    regroup,
-    table_to_parquet,
-    with_classes,
-)
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.formats import Source, chunk_spans, open_source, read_parts, read_tables
+from eclipse_ray.datasets.images import ImageError, content_hash, decode_required, decode_stored, resize_image
+from eclipse_ray.datasets.table import Part, Span, image_bytes
 from eclipse_ray.errors import InputError
-from eclipse_ray.storage.store import Store
 
-Writer = Callable[[Store, Iterable[pa.Table], Sequence[str] | None, DataConfig], int]
+# Largest number of images and of stored bytes in one chunk.
+CHUNK_IMAGES, CHUNK_BYTES = 1024, 64 * 2**20
+# Rows that are read per image of the sample. More rows meet more classes; the cost is the same for any dataset.
+CANDIDATES = 20
 
 
 @dataclass(frozen=True)
@@ -45,17 +34,17 @@ class ImageSet:
     classes: list[str] | None
 
     def hashes(self) -> list[str]:
-        """Return the content hash of every image, 32 hex digits each."""
+        """Return the content hash of each image, 32 hex digits."""
         return [content_hash(image) for image in self.images]
 
 
 def load_images(
     url: str, data_config: DataConfig, *, require_labels: bool = False, limit: int | None = None
 ) -> ImageSet:
-    """Return all images at `url` (or the first `limit`), decoded (and resized); they must share one size.
+    """Return all images at `url`, or the first `limit`, decoded and, if data.resize is set, resized.
 
-    A missing label is -1. Raises InputError for an image that cannot be decoded, for two sizes, for an id
-    that occurs twice, and with `require_labels` for missing labels.
+    A missing label is -1. Raises InputError for an image that cannot be decoded, for images of two sizes, for an
+    id that occurs twice, and with `require_labels` for missing labels.
     """
     source = open_source(url, data_config)
     count = source.images if limit is None else min(limit, source.images)
@@ -93,7 +82,7 @@ def load_images(
 class MixedSet:
     """Decoded images of any sizes: ids (N), pixels uint8 (total,) in order, sizes int64 (N, 2), hashes (N).
 
-    A size is (height, width); a hash is of the image as it is stored, before data.resize.
+    A size is (height, width). A hash is that of the image as stored, before data.resize.
     """
 
     ids: list[str]
@@ -103,7 +92,7 @@ class MixedSet:
 
 
 def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
-    """Return all images at `url`, decoded (and resized), in one buffer. Raises InputError as load_images does."""
+    """Return all images at `url` in one buffer, decoded and resized. Raises InputError as load_images does."""
     source = open_source(url, data_config)
     ids: list[str] = []
     hashes: list[str] = []
@@ -121,132 +110,108 @@ def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
     return MixedSet(ids, np.frombuffer(pixels, np.uint8), np.array(sizes, np.int64).reshape(-1, 2), hashes)
 
 
-def write_dataset(
-    url: str,
-    tables: Iterable[pa.Table],
-    *,
-    classes: Sequence[str] | None,
-    source: str,
-    layout: Layout = "parquet",
-    data_config: DataConfig | None = None,
-    resume: bool = False,
-) -> int:
-    """Write canonical `tables` as a new dataset at `url` and return the number of images.
+def random_chunks(parts: Sequence[Part], count: int, seed: int) -> list[list[Span]]:
+    """Return randomly chosen chunks of rows, in stored order, that hold at least CANDIDATES times `count` rows."""
+    chunks = list(chunk_spans(parts, CHUNK_IMAGES, CHUNK_BYTES))
+    found, chosen = 0, []
+    for number in np.random.default_rng(seed).permutation(len(chunks)).tolist():
+        if found >= CANDIDATES * count:
+            break
+        chosen.append(number)
+        found += rows_in(chunks[number])
+    return [chunks[number] for number in sorted(chosen)]
 
-    Parts come first and a note `_eclipse/dataset.json` last; until then readers refuse the dataset. With `resume`,
-    the same tables are written over what an interrupted call left of them. Raises InputError if there already is
-    something else at `url`, and for what `layout` cannot hold.
+
+def rows_in(spans: Iterable[Span]) -> int:
+    """Return the total number of rows in `spans`."""
+    return sum(stop - start for _, start, stop in spans)
+
+
+def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> ImageSet:
+    """Return at most `count` images of `url`, stratified by label, chosen by `seed` and id, in stored order.
+
+    They come from `random_chunks`, so that a large dataset that is sorted by label does not give images of all
+    classes. Images that cannot be decoded are left out. Raises InputError for a missing label, an id that occurs
+    twice, images of two sizes, or no readable image.
     """
-    store = Store(url)
-    if not resume:
-        refuse_existing(store)
-    store.write(UNFINISHED, b"")
-    try:
-        images = _WRITERS[layout](store, tables, classes, data_config or DataConfig())
-    except InputError:
-        # Nothing was written yet, so nothing has to be deleted before the next attempt.
-        if next(store.list(), None) is None:
-            store.delete(UNFINISHED)
-        raise
-    note = {"images": images, "classes": None if classes is None else list(classes), "source": source}
-    if layout == "webdataset":
-        note[ESCAPED_KEYS] = True
-    store.write(NOTE, json.dumps(note, indent=2).encode())
-    store.delete(UNFINISHED)
-    return images
+    source = open_source(url, data_config)
+    chunks = random_chunks(source.parts, count, seed)
+    ids, labels = _read_names(source, _tables(source, chunks, data_config))
+    chosen = np.ones(len(ids), np.bool_)
+    if count < len(ids):
+        chosen = choose_clean(list(ids), list(labels), count, seed)
+    wanted = {name: label for name, label, take in zip(ids, labels, chosen, strict=True) if take}
+    found: dict[str, np.ndarray] = {}
+    for table in _tables(source, chunks, data_config):
+        for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
+            if name not in wanted:
+                continue
+            try:
+                found[name] = resize_image(decode_stored(data, data_config), data_config.resize)
+            except ImageError:
+                continue
+    sizes = sorted({image.shape[:2] for image in found.values()})
+    if len(sizes) != 1:
+        raise InputError(f"{url}: expected readable images of one size, found {sizes}; set data.resize")
+    kept = list(found)
+    return ImageSet(
+        kept,
+        np.stack(list(found.values())),
+        np.array([wanted[name] for name in kept], np.int64),
+        source.classes,
+    )
 
 
-def refuse_existing(store: Store) -> None:
-    """Raise InputError if there are objects in `store`, naming one of them."""
-    if store.is_file():
-        raise InputError(f"{store.url}: is a file; name a new folder to write to")
-    if store.exists(UNFINISHED):
-        raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
-    taken = next(itertools.chain(store.list(), store.list("_eclipse")), None)
-    if taken is not None:
-        raise InputError(f"{store.url}: already holds data ({taken.key}); delete it or name another folder")
+def choose_clean(hashes: list[str | None], labels: list[int | None], clean: int, seed: int) -> NDArray[np.bool_]:
+    """Return bool (N) with at most `clean` chosen rows, stratified by label; rows of equal hash stay together.
 
-
-def write_parquet(
-    store: Store,
-    tables: Iterable[pa.Table],
-    *,
-    classes: Sequence[str] | None = None,
-    max_images: int = FILE_IMAGES,
-    max_bytes: int = FILE_BYTES,
-) -> int:
-    """Write canonical `tables` as data/part-00000.parquet and so on; return the number of images.
-
-    A file ends before it exceeds `max_images` or about `max_bytes`.
+    A row whose hash is None is never chosen. Rows are ranked by a hash of `seed` and their content hash, so the
+    choice does not depend on their order.
     """
-    images = 0
-    for number, table in enumerate(regroup(tables, max_images, max_bytes)):
-        data = table_to_parquet(with_classes(table, classes))
-        store.write(f"data/part-{number:05d}.parquet", data)
-        images += table.num_rows
-    return images
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row, content in enumerate(hashes):
+        if content is not None:
+            groups[content].append(row)
+    strata: dict[int | None, list[str]] = defaultdict(list)
+    for content, rows in groups.items():
+        strata[min((labels[row] for row in rows), key=_label_order)].append(content)
+    for contents in strata.values():
+        contents.sort(key=lambda content: hashlib.sha256(f"{seed}:{content}".encode()).digest())
+    quotas = _quotas({label: sum(len(groups[c]) for c in strata[label]) for label in strata}, clean)
+    chosen = np.zeros(len(hashes), np.bool_)
+    for label in sorted(strata, key=_label_order):
+        _take(chosen, groups, strata[label], quotas[label])
+    # Groups of copies may not fill a quota exactly. Other groups then fill the rest if they fit.
+    leftover = [content for label in sorted(strata, key=_label_order) for content in strata[label]]
+    _take(chosen, groups, leftover, clean - int(chosen.sum()))
+    return chosen
 
 
-def write_folder(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | None = None) -> int:
-    """Write the encoded bytes of every image, unchanged, into one folder a class (flat without labels).
-
-    Returns the number of images. Raises InputError for a row without a label among labelled ones, for two ids that
-    need the same file name, and for columns that came along.
-    """
-    images = 0
-    for table in tables:
-        extras = extra_columns(table).column_names
-        if extras:
-            raise InputError(
-                f"{store.url}: a folder of images cannot hold the column {extras[0]!r}; use the parquet layout, "
-                "or leave such columns out with --set data.extra_columns=drop"
-            )
-        known = all_labels(store.url, table)
-        labels: Sequence[int | None] = [None] * table.num_rows if known is None else known
-        for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):
-            _create(store, name, _file_key(name, data, label, classes), data)
-            images += 1
-    return images
+def _take(chosen: NDArray[np.bool_], groups: dict[str, list[int]], contents: list[str], room: int) -> None:
+    for content in contents:
+        rows = groups[content]
+        if len(rows) <= room and not chosen[rows[0]]:
+            chosen[rows] = True
+            room -= len(rows)
 
 
-_WRITERS: dict[Layout, Writer] = {
-    "parquet": lambda store, tables, classes, _: write_parquet(store, tables, classes=classes),
-    "folder": lambda store, tables, classes, _: write_folder(store, tables, classes=classes),
-    "webdataset": webdataset_writer.write,
-    "npz": npz_writer.write,
-    "cifar": cifar_writer.write,
-}
+def _quotas(sizes: dict[int | None, int], clean: int) -> dict[int | None, int]:
+    # Method of largest remainders: each class gets its share rounded down, and those that lost most get one more.
+    total = sum(sizes.values())
+    shares = {label: Fraction(clean * size, total) for label, size in sizes.items()}
+    quotas = {label: int(share) for label, share in shares.items()}
+    by_loss = sorted(shares, key=lambda label: (quotas[label] - shares[label], _label_order(label)))
+    for label in by_loss[: clean - sum(quotas.values())]:
+        quotas[label] += 1
+    return quotas
 
 
-def _file_key(name: str, data: bytes, label: int | None, classes: Sequence[str] | None) -> str:
-    suffix = suffix_of(data)
-    named = name.lower().endswith(suffix or SUFFIXES) or (suffix == ".jpg" and name.lower().endswith(".jpeg"))
-    file = name if named else name + (suffix or ".png")
-    if label is None:
-        return folder_name(file)
-    known = classes is not None and 0 <= label < len(classes)
-    raw = classes[label] if classes is not None and known else f"{label:05d}"
-    top = folder_name(raw)
-    # An id that came from such a folder names its class already, as it is or escaped.
-    first, slash, rest = file.partition("/")
-    return f"{top}/{folder_name(rest if slash and first in (raw, top) else file)}"
-
-
-def _create(store: Store, name: str, key: str, data: bytes) -> None:
-    try:
-        created = store.create(key, data)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise InputError(
-                f"{store.url}: id {name} is too long to name a file here; use the parquet layout"
-            ) from error
-        raise
-    if not created:
-        raise InputError(f"{store.url}: two images would be named like {name}; use the parquet layout")
+def _label_order(label: int | None) -> tuple[bool, int]:
+    return label is None, label or 0
 
 
 def decode_resized(url: str, name: str, data: bytes, data_config: DataConfig) -> NDArray[np.uint8]:
-    """Return an image, uint8 (H, W, 3), in the size of data.resize. Raises InputError if it cannot be decoded."""
+    """Return an image as uint8 (H, W, 3), resized to data.resize. Raises InputError if it cannot be decoded."""
     return resize_image(decode_required(f"{url}: image {name}", data, data_config), data_config.resize)
 
 
@@ -279,3 +244,22 @@ def _require_labels(
             raise InputError(f"{url}: image {name} has no label; label it or leave it out")
         if top is not None and label >= top:
             raise InputError(f"{url}: image {name} has label {label}, but there are {top} classes; mend it")
+
+
+def _tables(source: Source, chunks: list[list[Span]], data_config: DataConfig) -> Iterator[pa.Table]:
+    for spans in chunks:
+        yield read_parts(source.url, source.format, source.classes, spans, data_config)
+
+
+def _read_names(source: Source, tables: Iterable[pa.Table]) -> tuple[list[str], list[int]]:
+    ids: list[str] = []
+    labels: list[int] = []
+    for table in tables:
+        known = table["label"].fill_null(-1).to_pylist() if "label" in table.column_names else [-1] * len(table)
+        ids += table["id"].to_pylist()
+        labels += known
+    if not ids or min(labels) < 0:
+        raise InputError(f"{source.url}: an image without a label; a sweep needs all labels of its dataset")
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{source.url}: an id occurs more than once; give every image its own id")
+    return ids, labels

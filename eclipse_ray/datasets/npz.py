@@ -1,6 +1,6 @@
-"""NumPy archives: arrays of images and labels in an .npz, or images alone in an .npy. A part is a file.
+"""NumPy files: arrays of images and labels in an .npz, or only images in an .npy. Each file is one part.
 
-Headers are parsed, rows are read; nothing is ever unpickled.
+NumPy parses the headers of the arrays, and rows are read from the bytes behind them. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ import errno
 import io
 import math
 import struct
-import tokenize
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple, cast
 
@@ -22,42 +20,35 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.note import noted_classes
-from eclipse_ray.datasets.table import Part, canonical_table, check_label
+from eclipse_ray.datasets import PARSER_ERRORS
+from eclipse_ray.datasets.images import Pixels, decode_required, encode_image
+from eclipse_ray.datasets.table import (
+    FILE_BYTES,
+    FILE_IMAGES,
+    Part,
+    all_labels,
+    canonical_table,
+    check_label,
+    extra_columns,
+    image_bytes,
+    noted_classes,
+    regroup,
+)
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
 _DEFAULT_IMAGES = DataConfig.model_fields["image_column"].default
 _DEFAULT_LABELS = DataConfig.model_fields["label_column"].default
+# Names of arrays that hold the images, the labels, the ids and the class names.
 IMAGES = ("images", "image", "x", "x_train", "data")
 LABELS = ("labels", "label", "y", "y_train")
 IDS, CLASSES = "id", "classes"
 _ADVICE = "expected uint8 images as (N, H, W, 3) or (N, H, W), rows first; convert them and save the file again"
-# What zipfile and NumPy's header parser raise on garbage; there is no common base class short of Exception.
-_GARBAGE = (
-    zipfile.BadZipFile,
-    zipfile.LargeZipFile,
-    zlib.error,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    MemoryError,
-    RecursionError,
-    struct.error,
-    tokenize.TokenError,
-)
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 class Array(NamedTuple):
-    """An array by its header alone: name in the archive ("" for an .npy), shape, dtype, bytes before its data."""
+    """The header of one array: name in the archive ("" for an .npy), shape, dtype, bytes before the values."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,7 +57,7 @@ class Array(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What the arrays of a file are for."""
+    """The arrays of a file by their role."""
 
     images: Array
     labels: Array | None
@@ -74,14 +65,15 @@ class Chosen(NamedTuple):
 
 
 def claims(key: str) -> bool:
-    """Return whether an object of this name is read by this format."""
+    """Return whether this format reads an object of this name."""
     return key.lower().endswith((".npz", ".npy"))
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part a file, from the headers of its arrays alone, and the class names if they are noted.
+    """Return one part per file, from the array headers only, and the class names if the file or a note has them.
 
-    Raises InputError for pickled arrays, and for a file without uint8 images or with labels of another number.
+    Raises InputError for object arrays, for a file without uint8 images, and if the labels do not match the
+    images.
     """
     parts = []
     for entry in entries:
@@ -95,9 +87,9 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 def read_rows(
     store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
 ) -> pa.Table:
-    """Return rows `start` to `stop` of one file with canonical columns; pixels become PNG, losslessly.
+    """Return rows `start` to `stop` of one file as a canonical table; pixels are encoded as PNG, losslessly.
 
-    Raises InputError for a damaged file, or one that changed since it was listed.
+    Raises InputError for a file that is damaged or changed since it was listed.
     """
     where = f"{store.url}/{key}"
     with store.open(key) as file:
@@ -127,6 +119,33 @@ def read_rows(
     )
 
 
+def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | None, config: DataConfig) -> int:
+    """Write canonical `tables` as part-00000.npz and so on; return the number of images.
+
+    Each file holds images, labels, id, classes and the extra columns. Raises InputError for images of two sizes,
+    images that cannot be decoded, missing values, and columns that are neither numbers nor text.
+    """
+    images = 0
+    for number, table in enumerate(regroup(tables, FILE_IMAGES, FILE_BYTES)):
+        arrays: dict[str, NDArray[np.generic]] = {"images": _stack_images(store.url, table, config)}
+        labels = all_labels(store.url, table)
+        if labels is not None:
+            arrays["labels"] = np.array(labels, np.int64)
+        arrays[IDS] = _text_array(store.url, "id", table["id"].to_pylist())
+        if classes is not None:
+            arrays[CLASSES] = _text_array(store.url, CLASSES, list(classes))
+        extras = extra_columns(table)
+        for name, column in zip(extras.column_names, extras.columns, strict=True):
+            if name in arrays or name in (*IMAGES, *LABELS, CLASSES):
+                raise InputError(
+                    f"{store.url}: column {name!r} has a name with another meaning in an npz; rename it"
+                )
+            arrays[name] = _column_array(store.url, name, column)
+        store.write(f"part-{number:05d}.npz", _archive(arrays))
+        images += table.num_rows
+    return images
+
+
 def _arrays(store: Store, key: str, file: BinaryIO) -> dict[str, Array]:
     where = f"{store.url}/{key}"
     try:
@@ -136,12 +155,12 @@ def _arrays(store: Store, key: str, file: BinaryIO) -> dict[str, Array]:
             found: dict[str, Array] = {}
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
-                if name in found or name == info.filename:
+                if not name or name in found or name == info.filename:
                     raise ValueError(f"member {info.filename!r} is no array of its own")
                 with archive.open(info) as member:
                     found[name] = _header(name, cast(BinaryIO, member))
             return found
-    except _GARBAGE as error:
+    except PARSER_ERRORS as error:
         raise InputError(f"{where}: not a readable NumPy file: {error}; {_ADVICE}") from error
     except OSError as error:
         if error.errno not in (None, errno.EINVAL):  # A failing disk or network, which may heal.
@@ -211,7 +230,7 @@ def _label_array(where: str, arrays: dict[str, Array], images: Array, config: Da
                 "name one with --set data.label_column=NAME"
             )
         return arrays[config.label_column]
-    # Of x_test and y_test, of x and y: the labels that go with these images.
+    # Images x_test go with labels y_test, and x with y.
     names = [f"y{images.name[1:]}", *LABELS] if images.name.startswith("x") else list(LABELS)
     return next((arrays[name] for name in names if name in arrays), None)
 
@@ -221,7 +240,7 @@ def _extra_arrays(
 ) -> list[Array]:
     extras = []
     for array in arrays.values():
-        # Where the images are named, other images and their labels are another split.
+        # If data.image_column names the images, other images and their labels belong to another split.
         split = config.image_column != _DEFAULT_IMAGES and (_is_like_images(array) or array.name.startswith("y"))
         if array in (images, labels) or array.name == CLASSES or split:
             continue
@@ -257,52 +276,40 @@ def _texts(where: str, values: NDArray[np.generic]) -> list[str]:
     return texts
 
 
+def _rows(where: str, file: BinaryIO, array: Array, start: int, stop: int) -> NDArray[np.generic]:
+    row = array.dtype.itemsize * math.prod(array.shape[1:])
+    try:
+        with _values_of(file, array) as stream:
+            stream.seek(row * start, io.SEEK_CUR)
+            data = stream.read(row * (stop - start))
+    except PARSER_ERRORS as error:
+        raise InputError(f"{where}: the NumPy file is damaged: {error}; copy it again") from error
+    if len(data) != row * (stop - start):
+        raise InputError(f"{where}: array {array.name!r} ends too soon; copy the file again")
+    values = np.frombuffer(data, array.dtype) if array.dtype.itemsize else np.zeros(stop - start, array.dtype)
+    native = values.astype(array.dtype.newbyteorder("="), copy=False)
+    return native.reshape(stop - start, *array.shape[1:])
+
+
 @contextmanager
-def _data_of(file: BinaryIO, array: Array) -> Iterator[BinaryIO]:
-    # The bytes of an array's values, in a stream that can be read forwards.
-    if array.name == "" and array.header:
+def _values_of(file: BinaryIO, array: Array) -> Iterator[BinaryIO]:
+    # Yields a stream positioned at the first value of an array.
+    if array.name == "":
         file.seek(array.header)
         yield file
         return
     with zipfile.ZipFile(file) as archive:
         info = archive.getinfo(f"{array.name}.npy")
         if info.compress_type == zipfile.ZIP_STORED:
-            # Stored as it is, so that any row can be reached without reading those before it.
+            # A seek of zipfile reads all bytes that it skips. In the file itself a seek is free.
             file.seek(info.header_offset + 26)
             name, extra = struct.unpack("<HH", file.read(4))
             file.seek(info.header_offset + 30 + name + extra + array.header)
             yield file
         else:
             with archive.open(info) as member:
-                _skip(cast(BinaryIO, member), array.header)
+                member.seek(array.header)
                 yield cast(BinaryIO, member)
-
-
-def _skip(file: BinaryIO, count: int) -> None:
-    if file.seekable() and not isinstance(file, zipfile.ZipExtFile):
-        file.seek(count, io.SEEK_CUR)
-        return
-    while count:
-        passed = len(file.read(min(count, 2**20)))
-        if not passed:
-            raise EOFError("the data ends too soon")
-        count -= passed
-
-
-def _rows(where: str, file: BinaryIO, array: Array, start: int, stop: int) -> NDArray[np.generic]:
-    row = array.dtype.itemsize * math.prod(array.shape[1:])
-    size = row * (stop - start)
-    try:
-        with _data_of(file, array) as stream:
-            _skip(stream, row * start)
-            data = stream.read(size)
-    except _GARBAGE as error:
-        raise InputError(f"{where}: the NumPy file is damaged: {error}; copy it again") from error
-    if len(data) != size:
-        raise InputError(f"{where}: array {array.name!r} ends too soon; copy the file again")
-    values = np.frombuffer(data, array.dtype) if array.dtype.itemsize else np.zeros(stop - start, array.dtype)
-    native = values.astype(array.dtype.newbyteorder("="), copy=False)
-    return native.reshape(stop - start, *array.shape[1:])
 
 
 def _own_classes(store: Store, key: str) -> list[str] | None:
@@ -314,3 +321,52 @@ def _own_classes(store: Store, key: str) -> list[str] | None:
             return None
         where = f"{store.url}/{key}"
         return _texts(where, _rows(where, file, array, 0, array.shape[0]))
+
+
+def _stack_images(url: str, table: pa.Table, config: DataConfig) -> Pixels:
+    """Return the images of a canonical table, uint8 (N, H, W, 3). Raises InputError unless they have one size."""
+    stacked: Pixels | None = None
+    names = table["id"].to_pylist()
+    for row, (name, data) in enumerate(zip(names, image_bytes(table), strict=True)):
+        pixels = decode_required(f"{url}: image {name}", data, config)
+        if stacked is None:
+            stacked = np.empty((table.num_rows, *pixels.shape), np.uint8)
+        elif pixels.shape != stacked.shape[1:]:
+            raise InputError(
+                f"{url}: images differ in size: {names[0]} is {stacked.shape[2]}x{stacked.shape[1]} and {name} is "
+                f"{pixels.shape[1]}x{pixels.shape[0]} pixels; bring them to one size with --resize"
+            )
+        stacked[row] = pixels
+    assert stacked is not None
+    return stacked
+
+
+def _text_array(url: str, name: str, values: list[str]) -> NDArray[np.str_]:
+    array = np.array(values, np.str_)
+    if array.tolist() != values:  # NumPy drops zeros at the end of a text.
+        raise InputError(f"{url}: a text in {name!r} ends in a zero character, which an npz cannot hold")
+    return array
+
+
+def _column_array(url: str, name: str, column: pa.ChunkedArray) -> NDArray[np.generic]:
+    kind = column.type
+    if column.null_count == 0 and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return _text_array(url, name, column.to_pylist())
+    if column.null_count == 0 and (
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    ):
+        return cast(NDArray[np.generic], column.to_numpy())
+    raise InputError(
+        f"{url}: column {name!r} ({kind}, {column.null_count} empty) cannot be an array of an npz; use the "
+        "parquet layout, or leave such columns out with --set data.extra_columns=drop"
+    )
+
+
+def _archive(arrays: dict[str, NDArray[np.generic]]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            # ZipInfo has a fixed date, so that the same arrays give the same bytes.
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                npy.write_array(member, array, allow_pickle=False)
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Parquet files: the canonical layout and what Hugging Face writes. A part is a file."""
+"""Parquet files in the canonical layout, which is that of Hugging Face. Each file is one part."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, cast
 
@@ -15,24 +15,36 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.table import CANONICAL, METADATA_KEY, Part, canonical_table, check_label
+from eclipse_ray.datasets.table import (
+    CANONICAL,
+    FILE_BYTES,
+    FILE_IMAGES,
+    METADATA_KEY,
+    Part,
+    canonical_table,
+    check_label,
+    regroup,
+    table_to_parquet,
+    with_classes,
+)
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
+# Files whose footers are read at the same time.
 _LISTING_THREADS = 16
 _MAGIC = b"PAR1"
-# A damaged name of a column is no text; Arrow has no error of its own for that.
+# The exceptions that pyarrow raises for damaged files; a damaged column name is a UnicodeDecodeError.
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
 
 
 def claims(key: str) -> bool:
-    """Return whether an object of this name is read by this format."""
+    """Return whether this format reads an object of this name."""
     return key.lower().endswith(".parquet")
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part a file with rows, from the footers alone, and the class names if a footer has them.
+    """Return one part per file that has rows, from the footers only, and the class names if a footer has them.
 
     Raises InputError for a damaged file, an extension type, or a missing image or label column.
     """
@@ -48,7 +60,14 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
-    classes = next((names for _, names, _ in found if names is not None), None)
+    named = [(part.key, names) for part, names, _ in found if names is not None]
+    classes = named[0][1] if named else None
+    for key, names in named:
+        if names != classes:
+            raise InputError(
+                f"{store.url}: {named[0][0]} and {key} name different classes ({', '.join(classes or [])} and "
+                f"{', '.join(names)}), so a label would mean two things; write them with the same classes"
+            )
     for part, _, labels in found:
         for label in labels:
             check_label(f"{store.url}/{part.key}", label, classes)
@@ -58,9 +77,9 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 def read_rows(
     store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
 ) -> pa.Table:
-    """Return rows `start` to `stop` of one file with canonical columns; page checksums are verified.
+    """Return rows `start` to `stop` of one file as a canonical table; page checksums are verified.
 
-    Raises InputError for a damaged file or columns that cannot be understood.
+    Raises InputError for a damaged file and for columns of a wrong type.
     """
     where = f"{store.url}/{key}"
     with store.open(key) as file:
@@ -79,8 +98,28 @@ def read_rows(
     return _canonical(where, table, key, start, config, classes)
 
 
+def write(
+    store: Store,
+    tables: Iterable[pa.Table],
+    *,
+    classes: Sequence[str] | None = None,
+    max_images: int = FILE_IMAGES,
+    max_bytes: int = FILE_BYTES,
+) -> int:
+    """Write canonical `tables` as data/part-00000.parquet and so on; return the number of images.
+
+    A file ends before it exceeds `max_images` or about `max_bytes`.
+    """
+    images = 0
+    for number, table in enumerate(regroup(tables, max_images, max_bytes)):
+        data = table_to_parquet(with_classes(table, classes))
+        store.write(f"data/part-{number:05d}.parquet", data)
+        images += table.num_rows
+    return images
+
+
 def _metadata(where: str, file: BinaryIO) -> pq.FileMetaData:
-    # From the footer's own bytes: Arrow would read 64 KiB from the end, image bytes among them.
+    # Only the bytes of the footer are read. Arrow would read 64 KiB from the end, which include image bytes.
     footer = _footer(where, file)
     try:
         return pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
@@ -96,10 +135,10 @@ def _schema(where: str, metadata: pq.FileMetaData) -> pa.Schema:
 
 
 def _footer(where: str, file: BinaryIO) -> bytes:
-    """Return the footer. Raises InputError for what is no whole file, and for extension types.
+    """Return the footer. Raises InputError for an incomplete file and for extension types.
 
-    Opening a reader already builds the types, and a type that somebody registered in this process may unpickle its
-    metadata while being built. So the footer is searched before Arrow sees it.
+    Arrow builds the types when it opens a file, and a type that is registered in this process may unpickle its
+    metadata while being built. So the footer is searched before Arrow reads it.
     """
     size = file.seek(0, 2)
     file.seek(max(0, size - 8))
@@ -118,7 +157,7 @@ def _footer(where: str, file: BinaryIO) -> bytes:
 
 
 def _base64_forms(text: bytes) -> list[bytes]:
-    # How `text` looks inside base64, at each of the three ways it can fall on the groups of three bytes.
+    # Returns `text` in base64 for each of its three possible offsets in the groups of three bytes.
     forms = []
     for shift in range(3):
         encoded = base64.b64encode(bytes(shift) + text)
@@ -131,7 +170,7 @@ _EXTENSION_MARKS = [_EXTENSION_NAME, *_base64_forms(_EXTENSION_NAME)]
 
 
 def _groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
-    # The row groups that overlap the range, and the number of rows before the first of them.
+    # Returns the row groups that overlap the range, and the number of rows before the first of them.
     groups: list[int] = []
     first = skipped = 0
     for index in range(metadata.num_row_groups):
@@ -161,7 +200,7 @@ def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
 
 
 def _extreme_labels(metadata: pq.FileMetaData, config: DataConfig) -> list[int]:
-    # From the footer, whose statistics nearly every writer fills in; the rows themselves are checked when read.
+    # Nearly every writer stores statistics in the footer. The rows themselves are checked when they are read.
     name = config.label_column
     place = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == name), None)
     labels: list[int] = []
@@ -211,13 +250,13 @@ def _canonical(
     images = table[config.image_column].combine_chunks()
     encoded, paths = images, None
     if pa.types.is_struct(images.type):
-        # flatten, unlike field, carries the nulls of the struct down to its children.
+        # Unlike `field`, `flatten` passes the nulls of the struct on to its children.
         children = {images.type.field(i).name: child for i, child in enumerate(images.flatten())}
         encoded = children["bytes"]
         paths = children.get("path")
         if paths is not None and not pa.types.is_string(paths.type):
             paths = paths.cast(pa.string())
-    # An image without bytes is decoded like any other and fails with its id, so no row is lost here.
+    # A missing image becomes empty bytes. It fails later in decoding, with its id, so that no row is lost.
     encoded = pc.fill_null(encoded.cast(pa.binary()), b"")
     try:
         ids = _ids(where, table, key, start)
@@ -258,12 +297,12 @@ def _classes(schema: pa.Schema, config: DataConfig) -> list[str] | None:
         feature = foreign.get("info", {}).get("features", {}).get(config.label_column, {})
         names = own.get("classes") or feature.get("names")
     except (ValueError, AttributeError):
-        return None  # Names are a courtesy; a footer that garbles them still has its labels.
+        return None  # Class names are optional, and labels are valid without them.
     return [str(name) for name in names] if isinstance(names, list) and names else None
 
 
 def _damaged(where: str, error: Exception) -> Exception:
-    # Arrow's own complaints about content carry no errno; a failing disk or network does, and may heal.
+    # Errors of Arrow about content have no errno. Errors of a disk or network have one and may be transient.
     if isinstance(error, OSError) and error.errno is not None:
         return error
     reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")

@@ -1,7 +1,7 @@
 """A procedurally drawn colour dataset of ten shapes, so that everything can be tried without a download.
 
-Colours, gradients, textures, place, size, angle, light and noise vary at random within every class: only the
-shape tells the class.
+Colours, gradients, textures, position, size, angle, light and noise vary at random within each class. Only the
+shape identifies the class.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import write_dataset
 from eclipse_ray.datasets.table import canonical_table
+from eclipse_ray.datasets.write import write_dataset
 
 Array = NDArray[np.floating[Any]]
 
 CLASSES = ("bars", "crescent", "cross", "disc", "dots", "frame", "ring", "square", "star", "triangle")
 
-# Random numbers are drawn a block at a time, always whole, so that image i does not depend on the count.
+# Images per block. Random numbers are drawn for whole blocks, so that image i does not depend on the count.
 _BLOCK = 250
 
-# Muted colours make shapes as hard to learn as things in photographs: in full contrast a classifier learns them
-# before it can be misled by a poison within its published bound.
+# Contrast of the images. In full contrast a classifier learns the shapes before a poison within its published
+# bound can mislead it. Muted colours make the shapes as hard to learn as objects in photographs.
 CONTRAST = 0.4
 
 
 def draw_synthetic(count: int, size: int = 32, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return images uint8 (count, size, size, 3) and labels int64 (count), balanced over CLASSES.
 
-    Image i depends on `seed`, `size` and i alone.
+    Image i depends only on `seed`, `size` and i.
     """
     images = np.empty((count, size, size, 3), np.uint8)
     labels = np.empty(count, np.int64)
@@ -47,8 +47,8 @@ def draw_synthetic(count: int, size: int = 32, seed: int = 0) -> tuple[NDArray[n
 def write_synthetic(url: str, count: int, size: int = 32, seed: int = 0, first: int = 0) -> int:
     """Write images `first` to `first + count` as a new canonical dataset with ids like synthetic-000001.
 
-    Datasets with disjoint ranges share no image. Returns the number of images; raises InputError if there
-    already is something at `url`.
+    Datasets with disjoint ranges have no image in common. Returns the number of images; raises InputError if `url`
+    already holds data.
     """
     images, labels = draw_synthetic(first + count, size, seed)
 
@@ -68,7 +68,7 @@ def write_synthetic(url: str, count: int, size: int = 32, seed: int = 0, first: 
 def _draw_block(block: int, size: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     rng = np.random.Generator(np.random.Philox(key=[seed, block]))
     labels = rng.permutation(np.arange(_BLOCK, dtype=np.int64) % len(CLASSES))
-    # Channels lie before rows and columns until the end: numpy is several times faster that way.
+    # Channels come before rows and columns until the end, which makes numpy several times faster.
     ys, xs = np.mgrid[0:size, 0:size].astype(np.float32) * (2 / size) + (1 / size - 1)
     x, y = np.broadcast_to(xs, (_BLOCK, size, size)), np.broadcast_to(ys, (_BLOCK, size, size))
 
@@ -96,7 +96,7 @@ def _uniform(rng: np.random.Generator, low: float, high: float) -> Array:
 
 
 def _place(rng: np.random.Generator, x: Array, y: Array, scale: Array) -> tuple[Array, Array]:
-    # Move, turn and stretch the plane, so that shapes may always be drawn upright around the origin.
+    # The plane is moved, turned and stretched, so that shapes can always be drawn upright around the origin.
     room = np.maximum(0.95 - scale, 0.05)
     x, y = x - _uniform(rng, -1, 1) * room, y - _uniform(rng, -1, 1) * room
     angle, stretch = _uniform(rng, 0, 2 * np.pi), _uniform(rng, 0.85, 1.18)
@@ -106,12 +106,12 @@ def _place(rng: np.random.Generator, x: Array, y: Array, scale: Array) -> tuple[
 
 
 def _colours(rng: np.random.Generator) -> tuple[Array, Array]:
-    # Two colours at least 0.45 apart in RGB, so that a shape can be seen; either may be the brighter one.
+    # Returns two colours with an RGB distance of at least 0.45, so that the shape is visible.
     back = rng.random((_BLOCK, 3, 1, 1), np.float32) * 0.8 + 0.1
     front = rng.random((_BLOCK, 3, 1, 1), np.float32) * 0.9 + 0.05
     offset = front - back
     gap = np.sqrt((offset**2).sum(1, keepdims=True))
-    # Away from the nearer end of every channel there is always room.
+    # Each channel moves away from its nearer end, where there is always room.
     away = np.where(back > 0.5, back - 0.45, back + 0.45)
     return back, np.where(gap < 0.45, away + 0.2 * offset, front).astype(np.float32)
 
@@ -124,7 +124,7 @@ def _gradient(rng: np.random.Generator, x: Array, y: Array, strength: float) -> 
 
 
 def _texture(rng: np.random.Generator, x: Array, y: Array, strength: float) -> Array:
-    # Waves, or their product with waves across, on about half of the images.
+    # About half of the images get waves, or waves multiplied by perpendicular waves.
     angle, frequency = _uniform(rng, 0, np.pi), _uniform(rng, 5, 16)
     along, across = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
     wave = np.sin(along * frequency + _uniform(rng, 0, 6.3))
@@ -136,7 +136,7 @@ def _texture(rng: np.random.Generator, x: Array, y: Array, strength: float) -> A
 
 
 def _clouds(rng: np.random.Generator, size: int, strength: float) -> Array:
-    # Coarse random values, stretched smoothly to the whole image.
+    # Coarse random values are interpolated smoothly over the whole image.
     coarse = rng.standard_normal((_BLOCK, 3, 5, 5), np.float32) * strength
     position = np.linspace(0, 4, size, dtype=np.float32)
     low = np.minimum(position.astype(np.int64), 3)
@@ -150,7 +150,7 @@ def _clouds(rng: np.random.Generator, size: int, strength: float) -> Array:
 
 
 def _specks(rng: np.random.Generator, x: Array, y: Array, softness: float) -> Array:
-    # A few small blots that are no shape of any class, to be overlooked.
+    # A few small blots, which belong to no class.
     blots = np.zeros((len(x), 1, *x.shape[1:]), np.float32)
     for _ in range(3):
         radius = _uniform(rng, 0.04, 0.14)
@@ -166,7 +166,7 @@ def _shadow(rng: np.random.Generator, labels: NDArray[np.int64], x: Array, y: Ar
 
 
 def _distance(labels: NDArray[np.int64], x: Array, y: Array) -> Array:
-    # Signed distance (negative inside) from the outline of each image's own shape, about 0.8 in radius.
+    # Signed distance, negative inside, from the outline of the shape of each image; the radius is about 0.8.
     distance = np.empty_like(x)
     for label, name in enumerate(CLASSES):
         rows = labels == label
@@ -213,7 +213,7 @@ def _square(x: Array, y: Array) -> Array:
 
 
 def _star(x: Array, y: Array) -> Array:
-    # One edge of one tip, with the five tips and their two sides folded onto it.
+    # The five tips with their two sides are folded onto one edge of one tip.
     turn = np.arctan2(x, y)
     folded = np.abs(turn - np.round(turn / (0.4 * np.pi)) * (0.4 * np.pi))
     radius = np.hypot(x, y)

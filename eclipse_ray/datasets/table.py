@@ -1,10 +1,10 @@
-"""The canonical table: columns id, image, label and whatever came along, and its Parquet form."""
+"""The canonical table of id, image, label and extra columns, its Parquet form, and the note of a dataset."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,21 +12,28 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Store
 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 CANONICAL = ("id", "image", "label")
 METADATA_KEY = b"eclipse_ray"
-# A row group is what a reader has to fetch for one image, so it stays small.
+# Images per row group. A reader must fetch a whole row group for one image, so it is small.
 ROW_GROUP_IMAGES = 512
 
+# Largest number of images and of bytes in one file that is written.
 FILE_IMAGES = 4096
 FILE_BYTES = 128 * 2**20
+
+# The note that is written last into a new dataset: its class names, its number of images and its origin.
+NOTE = "_eclipse/dataset.json"
+# Entry of the note of a WebDataset which says that keys are ids with some characters escaped.
+ESCAPED_KEYS = "escaped_keys"
 
 Span = tuple[str, int, int]
 
 
 class Part(NamedTuple):
-    """A piece of a source that is read by row range: key, rows, bytes stored, version of those bytes."""
+    """A source object, of which ranges of rows are read: key, number of rows, size in bytes, version."""
 
     key: str
     rows: int
@@ -42,9 +49,9 @@ def canonical_table(
     classes: Sequence[str] | None = None,
     paths: Sequence[str | None] | None = None,
 ) -> pa.Table:
-    """Return N rows (id string, image struct<bytes, path>, label int64 unless None, columns of `extras`).
+    """Return N rows: id string, image struct<bytes, path>, label int64 if `labels` is given, columns of `extras`.
 
-    `labels` and `extras` may be Arrow columns. Raises InputError if an extra column has a canonical name.
+    `labels` may be an Arrow column. Raises InputError if an extra column has a canonical name.
     """
     paths = [None] * len(ids) if paths is None else paths
     images = pa.StructArray.from_arrays(
@@ -61,7 +68,7 @@ def canonical_table(
 
 
 def with_classes(table: pa.Table, classes: Sequence[str] | None) -> pa.Table:
-    """Return `table` with schema metadata naming the classes, for this package and for Hugging Face."""
+    """Return `table` with schema metadata that names the classes, for this package and for Hugging Face."""
     features: dict[str, object] = {"image": {"_type": "Image"}}
     if "label" in table.column_names and classes is not None:
         features["label"] = {"names": list(classes), "_type": "ClassLabel"}
@@ -74,7 +81,7 @@ def with_classes(table: pa.Table, classes: Sequence[str] | None) -> pa.Table:
 
 
 def table_to_parquet(table: pa.Table) -> bytes:
-    """Return `table` as one Parquet file with page checksums, the same bytes for the same table."""
+    """Return `table` as one Parquet file with page checksums; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.combine_chunks(),
@@ -82,7 +89,7 @@ def table_to_parquet(table: pa.Table) -> bytes:
         row_group_size=ROW_GROUP_IMAGES,
         compression="zstd",
         compression_level=1,
-        # Every image is another value, and nobody searches images by their first bytes.
+        # A dictionary and statistics of image bytes would be useless, because each image differs.
         use_dictionary=False,
         write_statistics=[name for name in ("id", "label") if name in table.column_names],
         write_page_checksum=True,
@@ -91,18 +98,18 @@ def table_to_parquet(table: pa.Table) -> bytes:
 
 
 def image_bytes(table: pa.Table) -> list[bytes]:
-    """Return the encoded images of a canonical table, one bytes object a row."""
+    """Return the encoded images of a canonical table, one bytes object per row."""
     encoded: list[bytes] = table["image"].combine_chunks().field("bytes").to_pylist()
     return encoded
 
 
 def extra_columns(table: pa.Table) -> pa.Table:
-    """Return the columns of a canonical table that merely came along."""
+    """Return the extra columns of a canonical table, which are all but id, image and label."""
     return table.drop_columns([name for name in CANONICAL if name in table.column_names])
 
 
 def all_labels(url: str, table: pa.Table) -> list[int] | None:
-    """Return the labels of a canonical table, None if it has none. Raises InputError if some rows have none."""
+    """Return the labels of a canonical table, None if it has none. Raises InputError if only some have one."""
     if "label" not in table.column_names:
         return None
     labels: list[int | None] = table["label"].to_pylist()
@@ -113,13 +120,13 @@ def all_labels(url: str, table: pa.Table) -> list[int] | None:
 
 
 def check_label(where: str, label: int, classes: Sequence[str] | None) -> None:
-    """Raise InputError unless `label` is the place of a class or -1, which stands for none."""
+    """Raise InputError unless `label` is an index into `classes` or -1, which means no label."""
     if classes is not None and not -1 <= label < len(classes):
         raise InputError(f"{where}: label {label} is out of range, there are {len(classes)} classes; mend it")
 
 
 def regroup(tables: Iterable[pa.Table], max_images: int, max_bytes: int) -> Iterator[pa.Table]:
-    """Yield the rows of `tables` in order, as tables of at most `max_images` rows and about `max_bytes`."""
+    """Yield the rows of `tables` in order as tables of at most `max_images` rows and about `max_bytes`."""
     held: list[pa.Table] = []
     rows = size = 0
     for table in tables:
@@ -134,3 +141,18 @@ def regroup(tables: Iterable[pa.Table], max_images: int, max_bytes: int) -> Iter
                 held, rows, size = [], 0, 0
     if held:
         yield pa.concat_tables(held, promote_options="default")
+
+
+def read_note(store: Store) -> dict[str, Any]:
+    """Return the note of the dataset in `store`, or {} if it is missing or damaged; readers do not need it."""
+    try:
+        note = json.loads(store.read(NOTE))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
+
+
+def noted_classes(store: Store) -> list[str] | None:
+    """Return the class names in the note of the dataset in `store`, or None."""
+    classes = read_note(store).get("classes")
+    return [str(name) for name in classes] if isinstance(classes, list) and classes else None

@@ -1,4 +1,4 @@
-"""Plain tar archives by their headers alone: names, places and sizes of the files in them, nothing unpacked."""
+"""Headers of plain tar archives: names, offsets and sizes of the files in them. Nothing is unpacked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from eclipse_ray.errors import InputError
 
 BLOCK = 512
-# After its end mark a tar is padded to its record size, 10 KiB by default.
+# Most zero bytes after the end mark. A tar is padded to its record size, which is 10 KiB by default.
 _MOST_PADDING = 2**20
 _LONGEST_NOTE = 2**20
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -27,7 +27,7 @@ Read = Callable[[int, int], bytes]
 
 
 class Member(NamedTuple):
-    """A file in a tar: its name, where its records begin, where its bytes begin, and how many there are."""
+    """One file in a tar: its name, offset of its first header, offset of its bytes, and number of bytes."""
 
     name: str
     begin: int
@@ -36,12 +36,12 @@ class Member(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the next member begins."""
+        """Offset of the next member."""
         return _padded(self.offset + self.size)
 
 
 class _Header(NamedTuple):
-    """What one header block says."""
+    """The content of one header block."""
 
     name: str
     size: int
@@ -52,7 +52,7 @@ class _Header(NamedTuple):
 def members(where: str, read: Read, begin: int, end: int) -> Iterator[Member]:
     """Yield the files whose records fill bytes `begin` to `end` exactly; `read` returns bytes start to stop.
 
-    Raises InputError for a damaged or cut archive, links, devices, and names that lead out of the archive.
+    Raises InputError for a damaged or truncated archive, links, devices, and names that lead out of the archive.
     """
     place = begin
     while place < end:
@@ -65,7 +65,7 @@ def members(where: str, read: Read, begin: int, end: int) -> Iterator[Member]:
 
 
 def all_members(where: str, read: Read, size: int) -> Iterator[Member]:
-    """Yield the files of a tar of `size` bytes. Raises InputError as `members` does, and without an end mark."""
+    """Yield the files of a tar of `size` bytes. Raises InputError as `members` does, or without an end mark."""
     place = 0
     while not is_end(where, read, place, size):
         member = next_member(where, read, place, size)
@@ -75,9 +75,9 @@ def all_members(where: str, read: Read, size: int) -> Iterator[Member]:
 
 
 def is_end(where: str, read: Read, place: int, size: int) -> bool:
-    """Return whether the end mark of a tar of `size` bytes lies at `place`, followed by zeros alone.
+    """Return whether the end mark of a tar of `size` bytes is at `place`.
 
-    Raises InputError if the file ends without one, or if something follows it.
+    Raises InputError if the file ends without an end mark, or if anything but zeros follows it.
     """
     if place + BLOCK > size:
         raise InputError(f"{where}: has no end mark, so it was cut short; copy the archive again or write it anew")
@@ -91,7 +91,7 @@ def is_end(where: str, read: Read, place: int, size: int) -> bool:
 
 
 def next_member(where: str, read: Read, begin: int, end: int) -> Member:
-    """Return the member whose records begin at `begin`, extension headers first; a folder's name ends in a slash.
+    """Return the member whose first header is at `begin`; the name of a folder ends in a slash.
 
     Raises InputError as `members` does.
     """
@@ -112,14 +112,14 @@ def next_member(where: str, read: Read, begin: int, end: int) -> Member:
 
 
 def header_block(name: str, size: int) -> bytes:
-    """Return the records that come before the `size` bytes of a file called `name`, always the same ones."""
+    """Return the header records of a file `name` of `size` bytes; equal arguments give equal bytes."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
 
 
 def padding(size: int) -> bytes:
-    """Return the zeros that fill up the last block of a file of `size` bytes."""
+    """Return the zeros that pad a file of `size` bytes to whole blocks."""
     return bytes(_padded(size) - size)
 
 
@@ -128,7 +128,7 @@ def _padded(size: int) -> int:
 
 
 def _header(where: str, read: Read, place: int, end: int) -> _Header:
-    # tarfile's own parser looks at all thirteen fields, which makes a million headers minutes instead of seconds.
+    # The parser of tarfile reads all thirteen fields and takes minutes instead of seconds for a million headers.
     block = read(place, place + BLOCK) if place + BLOCK <= end else b""
     try:
         if len(block) != BLOCK or sum(block) - sum(block[148:156]) + 256 != _number(block[148:156]):
@@ -149,7 +149,7 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    # Octal digits, or where those do not suffice a set bit and then the number itself.
+    # A number is octal digits or, if it is too large for them, a set bit followed by the binary number.
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
@@ -165,7 +165,7 @@ def _note_size(where: str, header: _Header) -> int:
 
 
 def _note(where: str, header: _Header, data: bytes) -> dict[str, str]:
-    """Return what a pax or GNU extension header says about the next member (path, size, link)."""
+    """Return the path, size and link of the next member that a pax or GNU extension header sets."""
     if header.kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     if header.kind == tarfile.GNUTYPE_LONGLINK:

@@ -1,7 +1,7 @@
-"""WebDataset tars: members of one key are one sample. A part is a tar.
+"""WebDataset tars, in which the members with the same key form one sample. Each tar is one part.
 
-Rows are counted from the headers, or from an index beside the tar (NAME.idx, as NVIDIA DALI's wds2idx writes it).
-A range of rows is then one range of bytes, which is read alone.
+Rows are counted from the headers of the tar or from an index beside it (NAME.idx, in the format of NVIDIA DALI's
+wds2idx). A range of rows is then one range of bytes, and only these bytes are read.
 """
 
 from __future__ import annotations
@@ -19,17 +19,9 @@ import pyarrow as pa
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.images import SUFFIXES, suffix_of
-from eclipse_ray.datasets.note import ESCAPED_KEYS, noted_classes, read_note
-from eclipse_ray.datasets.samples import (
-    PICKLED,
-    Sample,
-    escape_key,
-    group_members,
-    is_image,
-    is_text,
-    unescape_key,
-)
 from eclipse_ray.datasets.table import (
+    CANONICAL,
+    ESCAPED_KEYS,
     FILE_BYTES,
     FILE_IMAGES,
     Part,
@@ -38,6 +30,8 @@ from eclipse_ray.datasets.table import (
     check_label,
     extra_columns,
     image_bytes,
+    noted_classes,
+    read_note,
     regroup,
 )
 from eclipse_ray.datasets.tar import (
@@ -56,14 +50,25 @@ from eclipse_ray.storage.store import Entry, Store
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
+# Tars whose headers are read at the same time.
 _LISTING_THREADS = 16
-# Of a remote tar; holds a few small members and their headers, and little of an image.
+# Bytes that are read at once from a remote tar: a few small members with headers, and little of an image.
 _BLOCK_BYTES = 16 * 1024
+# Largest .cls member and .json member in bytes.
 _LONGEST_LABEL, _LONGEST_JSON = 64, 16 * 2**20
+
+# Extensions of members that may hold a pickle and are refused.
+PICKLED = frozenset({"pkl", "pickle", "pt", "pth", "npy", "npz", "pyd", "ten", "joblib"})
+_TEXT = frozenset(
+    {"txt", "text", "json", "jsonl", "csv", "tsv", "xml", "html", "md", "yaml", "yml", "caption", "cls", "url"}
+)
+_ESCAPED = re.compile(r"[%.\\\x00-\x20\x7f]|^/|(?<=/)/|/\Z")
+
+Sample = dict[str, Member]
 
 
 class _Index(NamedTuple):
-    """The samples of one tar: their keys, where each begins (and the last one ends), and all extensions."""
+    """The samples of one tar: keys, offset of each sample and of the end of the last one, all extensions."""
 
     keys: list[str]
     begins: list[int]
@@ -71,7 +76,7 @@ class _Index(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """What planning learns of a tar: its keys, one with and one without a label, and whether some may have one."""
+    """Result of planning one tar: its keys, a key with a label, a key without, whether any label is unknown."""
 
     keys: list[str]
     labelled: str | None
@@ -80,14 +85,15 @@ class _Look(NamedTuple):
 
 
 def claims(key: str) -> bool:
-    """Return whether an object of this name is read by this format, if only to say that it cannot be."""
+    """Return whether this format reads an object of this name; compressed tars count, in order to be refused."""
     return key.lower().endswith(".tar") or _COMPRESSED.search(key) is not None
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part a tar and the noted class names; reads headers and labels, or indices, but no image.
+    """Return one part per tar and the class names in the note; reads headers and labels, or indexes, but no image.
 
-    Raises InputError for anything but plain tars of samples with unique keys, all of them labelled or none.
+    Raises InputError for compressed or damaged tars, for keys that are not unique, and if only some samples are
+    labelled.
     """
     for entry in entries:
         if not entry.key.lower().endswith(".tar"):
@@ -112,9 +118,9 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 def read_rows(
     store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
 ) -> pa.Table:
-    """Return samples `start` to `stop` of one tar with canonical columns; one sample without an image has b"".
+    """Return samples `start` to `stop` of one tar as a canonical table; a sample without an image has b"".
 
-    Raises InputError for a damaged tar, or one that changed since it was listed.
+    Raises InputError for a tar that is damaged or changed since it was listed.
     """
     where = f"{store.url}/{key}"
     entry = store.entry(key)
@@ -152,7 +158,7 @@ def _reader(store: Store, key: str) -> Iterator[Read]:
 
 
 def _block_reader(store: Store, key: str) -> Read:
-    # A file object of fsspec would read ahead by megabytes, and with them every image.
+    # A file object of fsspec would read megabytes ahead, and so every image.
     held, place = b"", 0
 
     def read(start: int, stop: int) -> bytes:
@@ -192,7 +198,7 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
 def _has_label(
     where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None, indexed: bool
 ) -> bool | None:
-    # With an index, planning opens no member, so only the worker that reads it knows a label in a .json.
+    # With an index, planning opens no member, so a label in a .json is known only to the worker that reads it.
     if indexed:
         named = config.label_column != _DEFAULT_LABEL_COLUMN
         return None if "json" in sample and (named or "cls" not in sample) else "cls" in sample
@@ -221,7 +227,7 @@ def _refuse_repeated_keys(store: Store, entries: Sequence[Entry], looks: Sequenc
 
 @lru_cache(maxsize=8)
 def _index(url: str, key: str, size: int, version: str) -> _Index:
-    # Size and version are there to be looked up with: a tar that changed is scanned again.
+    # Size and version are part of the cache key, so that a changed tar is scanned again.
     store, where = Store(url), f"{url}/{key}"
     keys: list[str] = []
     begins: list[int] = []
@@ -238,7 +244,7 @@ def _index(url: str, key: str, size: int, version: str) -> _Index:
 
 
 def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | None:
-    """Return the members that the index beside a tar names, None without one.
+    """Return the members that the index beside a tar lists, or None if there is no index.
 
     Raises InputError for an index that does not fit the tar.
     """
@@ -252,7 +258,7 @@ def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | No
     where = f"{store.url}/{key}"
     misfit = InputError(f"{store.url}/{name}: does not describe {key}; delete it or write it anew")
     if version.startswith("v1.1 "):
-        return None  # Names no members.
+        return None  # This version lists no members.
     words = [word for line in lines if line for word in line.split(" ")]
     if not version.startswith("v1.2 ") or len(words) % 4:
         raise misfit
@@ -262,7 +268,7 @@ def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | No
         if not (offset.isdigit() and length.isdigit() and place < int(offset) <= size):
             raise misfit
         member = Member(path.removeprefix("./"), place, int(offset), int(length))
-        # One block holds the member's own header. In more there may be a member that the index leaves out.
+        # One block is the header of the member. Further blocks may hold a member that the index leaves out.
         if member.offset - place > BLOCK and _visible(where, read, place, size)[1:] != member[2:]:
             raise misfit
         found.append(member)
@@ -273,7 +279,7 @@ def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | No
 
 
 def _visible(where: str, read: Read, place: int, size: int) -> tuple[str, int, int]:
-    """Return name, place and size of the next member that is neither a folder nor hidden."""
+    """Return name, offset and size of the next member that is neither a folder nor hidden."""
     member = next_member(where, read, place, size)
     while member.name.endswith("/") or member.name.rpartition("/")[2].startswith("."):
         member = next_member(where, read, member.end, size)
@@ -332,7 +338,10 @@ def _text(where: str, member: Member, data: bytes) -> str:
 def _label(
     where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None
 ) -> int | None:
-    """Return the label of one sample: of its .cls member, else (or if data.label_column is set) a .json field."""
+    """Return the label of one sample, from its .cls member or a field of its .json member.
+
+    The .json member is read if there is no .cls member, or if data.label_column is set.
+    """
     named = config.label_column != _DEFAULT_LABEL_COLUMN
     value: object = None
     member = sample.get("json") if named else sample.get("cls", sample.get("json"))
@@ -371,10 +380,10 @@ def _short(where: str, member: Member, read: Read, limit: int) -> str:
 
 
 def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | None, config: DataConfig) -> int:
-    """Write canonical `tables` as part-00000.tar and so on, each with its index; return the number of images.
+    """Write canonical `tables` as part-00000.tar and so on, each with an index; return the number of images.
 
-    Keys are ids with dots and the like escaped; the note of the dataset says so. Raises InputError for what a tar
-    cannot hold: repeated ids, missing labels, columns that are neither text nor bytes.
+    Keys are ids with dots and similar characters escaped, which the note of the dataset records. Raises InputError
+    for repeated ids, missing labels, and columns that are neither text nor bytes.
     """
     seen: set[str] = set()
     for number, table in enumerate(regroup(tables, FILE_IMAGES, FILE_BYTES)):
@@ -392,7 +401,7 @@ def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | Non
 
 
 def _append(tar: io.BytesIO, key: str, members: dict[str, bytes]) -> str:
-    # Returns the sample's line of the index: extension, offset, size and name of every member.
+    # Returns the line of the index for this sample: extension, offset, size and name of each member.
     words: list[str] = []
     for extension, data in members.items():
         name = f"{key}.{extension}"
@@ -435,3 +444,78 @@ def _check_columns(store: Store, table: pa.Table) -> None:
                 "under names such as txt and json, and bytes; use the parquet layout, or leave such columns out "
                 "with --set data.extra_columns=drop"
             )
+
+
+def group_members(where: str, found: Iterable[Member]) -> Iterator[tuple[str, Sample]]:
+    """Yield (key, members by extension) per sample. Raises InputError if members of a sample are apart."""
+    last: dict[str, str] = {}
+    current: str | None = None
+    sample: Sample = {}
+    for member in found:
+        split = _split_name(where, member.name)
+        if split is None:
+            continue
+        key, extension = split
+        if key != current:
+            if current is not None:
+                yield current, sample
+            if key in last:
+                raise InputError(
+                    f"{where}: sample {key!r} lies in two places, {last[key]} and {member.name}; "
+                    "write the members of a sample one after another"
+                )
+            current, sample = key, {}
+        _refuse_second(where, sample, extension, member)
+        sample[extension] = member
+        last[key] = member.name
+    if current is not None:
+        yield current, sample
+
+
+def _split_name(where: str, name: str) -> tuple[str, str] | None:
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    extension = extension.lower()
+    if not stem:
+        return None  # A hidden file, for example one that macOS adds to archives.
+    if not extension:
+        raise InputError(f"{where}: member {name!r} has no extension, so it belongs to no sample; leave it out")
+    if not PICKLED.isdisjoint(extension.split(".")):
+        raise InputError(
+            f"{where}: member {name!r} may hold a pickle, which can run code when it is opened; "
+            "leave it out or store it as text"
+        )
+    if extension in CANONICAL:
+        raise InputError(f"{where}: member {name!r} would be a column {extension!r}, which is taken; rename it")
+    return folder + slash + stem, extension
+
+
+def _refuse_second(where: str, sample: Sample, extension: str, member: Member) -> None:
+    same = sample.get(extension)
+    if same is None and is_image(extension):
+        same = next((other for name, other in sample.items() if is_image(name)), None)
+    if same is not None:
+        raise InputError(
+            f"{where}: {same.name} and {member.name} belong to one sample, as a key ends at the first dot; "
+            "rename one of them or leave it out"
+        )
+
+
+def is_image(extension: str) -> bool:
+    """Return whether a member with this extension is the image of the sample."""
+    return f".{extension}".endswith(SUFFIXES)
+
+
+def is_text(extension: str) -> bool:
+    """Return whether a member with this extension is text; other members are bytes."""
+    return extension.rpartition(".")[2] in _TEXT
+
+
+def escape_key(name: str) -> str:
+    """Return `name` as the key of a sample; `unescape_key` reverses it."""
+    return _ESCAPED.sub(lambda match: f"%{ord(match[0]):02X}", name) or "%"
+
+
+def unescape_key(key: str) -> str:
+    """Return the name from which `escape_key` made `key`."""
+    return "" if key == "%" else re.sub("%([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), key)

@@ -20,9 +20,9 @@ from eclipse_ray.cluster.fetch import local_denoiser, open_denoiser
 from eclipse_ray.config import Config, DataConfig, Settings, with_overrides
 from eclipse_ray.datasets.formats import UNFINISHED, Source, open_source, read_tables
 from eclipse_ray.datasets.images import jpeg_roundtrip
-from eclipse_ray.datasets.memory import load_images, write_dataset
-from eclipse_ray.datasets.note import NOTE
-from eclipse_ray.datasets.table import CANONICAL
+from eclipse_ray.datasets.memory import load_images
+from eclipse_ray.datasets.table import CANONICAL, NOTE
+from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.defenses import Material, combine
 from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.errors import InputError

@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 from eclipse_ray.cluster.fetch import local_denoiser
 from eclipse_ray.config import Config
 from eclipse_ray.datasets.formats import open_source
-from eclipse_ray.datasets.memory import ImageSet, load_images, load_mixed
-from eclipse_ray.datasets.sampling import load_sample
-from eclipse_ray.datasets.transform import choose_clean
+from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images, load_mixed, load_sample
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.experiments.evaluate import refuse_shared_images

@@ -1,22 +1,26 @@
-"""The exactly-once bookkeeping of an output folder: plan, claim, commit, manifest, verification.
+"""The ledger of an output folder, which makes sure that every image is done exactly once.
 
-A shard is done once its status exists; statuses are created by put-if-absent and never change, so any
-number of drivers may work on one folder and die at any moment without losing or doubling an image.
+A shard is done when its status exists. A status is created by put-if-absent and never changes. So any number of
+drivers may work on one folder and die at any moment, and no image is lost or done twice.
 """
 
 from eclipse_ray.ledger.attempts import Care, begin, hand_over, hopeless, session, try_alone
-from eclipse_ray.ledger.manifest import Manifest, collect, finalise
+from eclipse_ray.ledger.manifest import Manifest, collect, finalise, verify
 from eclipse_ray.ledger.plan import (
-    PartLike,
+    Fingerprint,
     Plan,
+    Run,
     Shard,
     Span,
+    claim,
+    open_run,
     plan_digest,
     plan_shards,
     plan_source,
+    read_fingerprint,
     read_plan,
+    recorded_settings,
 )
-from eclipse_ray.ledger.run import Fingerprint, Run, claim, open_run, read_fingerprint, recorded_settings
 from eclipse_ray.ledger.status import (
     ImageFailure,
     Status,
@@ -30,14 +34,12 @@ from eclipse_ray.ledger.status import (
     retriable,
     summarise,
 )
-from eclipse_ray.ledger.verify import verify
 
 __all__ = [
     "Care",
     "Fingerprint",
     "ImageFailure",
     "Manifest",
-    "PartLike",
     "Plan",
     "Run",
     "Shard",

@@ -1,12 +1,13 @@
-"""Word left before work that may kill its worker, so that the image which does it is found and recorded.
+"""Notes that workers write before each attempt, so that an image that kills its worker is found and recorded.
 
-Ray starts a dead worker's shard again for ever. So each start is counted, and after a few of them every image is
-tried alone, its row written down first: the row that stands there when a worker has died is the one it died of.
-A row is blamed after the second such death, since machines also disappear on their own. Trying images one by one
-costs two deaths for each killer; halving the shard would cost one for each halving.
+Ray restarts the shard of a dead worker without limit. So every start of a shard is counted. After `PATIENCE`
+starts the images are tried one by one, and before each image its row number is written down. If the worker dies,
+that row is the suspect. A row is blamed after its second death, because machines also disappear for other reasons.
+Trying one by one costs two deaths per harmful image; bisecting the shard would cost one death per bisection.
 
-Starts are counted for each driver anew: one that is killed ten times takes the same innocent shards with it each
-time. Only after a driver that a hanging worker stopped does the next one count on, or it would hang as well.
+Each driver counts under a session name of its own, because a driver that is killed kills all shards in flight,
+which are innocent. Only if a driver stopped because a worker hung does the next driver continue its count, because
+it would otherwise hang at the same image again.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from enum import IntEnum
 from eclipse_ray.ledger import layout
 from eclipse_ray.storage.store import Store
 
-# Starts of a shard before its images are tried one by one, and again before the next remedy.
+# Number of starts of a shard after which its images are tried one by one, and again after which it is given up.
 PATIENCE = 3
+# Number of deaths at one row after which the row is blamed.
 DEATHS_TO_BLAME = 2
 _SESSION = re.compile(rb"[0-9a-f]{8}")
 
 
 class Care(IntEnum):
-    """How a shard that has killed its workers is to be treated."""
+    """How to process a shard whose workers have died."""
 
     USUAL = 0
     ONE_BY_ONE = 1
@@ -37,7 +39,11 @@ class Care(IntEnum):
 
 @dataclass
 class Trial:
-    """How far the images of a shard were tried alone: the row in hand, rows tried, deaths by row, last start."""
+    """Progress of trying the images of a shard one by one.
+
+    `row` is the row being tried, `tried` the number of rows already tried, `deaths` the number of deaths by row,
+    and `finished_at` the attempt in which the last row was tried.
+    """
 
     row: int | None = None
     tried: int = 0
@@ -46,12 +52,12 @@ class Trial:
 
     @property
     def blamed(self) -> frozenset[int]:
-        """Rows that killed their workers."""
+        """The rows that are blamed for the death of their workers."""
         return frozenset(int(row) for row, deaths in self.deaths.items() if deaths >= DEATHS_TO_BLAME)
 
 
 def session(store: Store) -> str:
-    """Return the name under which a driver counts starts: that of one which `hand_over` left, else a new one."""
+    """Return the session name under which a driver counts starts: the one that `hand_over` left, or a new one."""
     left = layout.read_optional(store, layout.HUNG)
     if left is not None:
         store.delete(layout.HUNG)
@@ -61,12 +67,12 @@ def session(store: Store) -> str:
 
 
 def hand_over(store: Store, name: str) -> None:
-    """Leave the name of a session that a hanging worker ended to the next driver."""
+    """Leave the session name to the next driver, because this one stops at a hanging worker."""
     store.write(layout.HUNG, name.encode())
 
 
 def begin(store: Store, shard: str, generation: int, stage: str) -> int:
-    """Write down that `stage` of a shard starts; return how often it has, this start included."""
+    """Record that `stage` of a shard starts and return the number of its starts, including this one."""
     attempt = 1
     while not store.create(layout.attempt_key(shard, generation, stage, str(attempt)), b""):
         attempt += 1
@@ -76,9 +82,10 @@ def begin(store: Store, shard: str, generation: int, stage: str) -> int:
 def try_alone(
     store: Store, shard: str, generation: int, stage: str, attempt: int, rows: int, work: Callable[[int], object]
 ) -> tuple[frozenset[int], Care]:
-    """Return the rows that kill their worker, and how to treat the others; nothing is done up to PATIENCE starts.
+    """Return the rows that kill their worker, and how to process the others.
 
-    `work` is called with each row number from 0 that has not been tried yet, and may kill this process.
+    Up to PATIENCE starts nothing is tried. Later, `work` is called with the number of each row that has not been
+    tried yet, counted from 0; it may kill this process.
     """
     if attempt <= PATIENCE:
         return frozenset(), Care.USUAL
@@ -99,7 +106,7 @@ def try_alone(
 
 
 def hopeless(store: Store, shard: str, generation: int, stage: str, attempt: int) -> bool:
-    """Return whether workers die before images can be tried alone, so that the shard has to be given up."""
+    """Return whether workers die before any image can be tried alone, so that the shard must be given up."""
     return (
         attempt > 2 * PATIENCE and _read(store, layout.attempt_key(shard, generation, stage, "trial")) == Trial()
     )
@@ -110,7 +117,7 @@ def _read(store: Store, key: str) -> Trial:
     try:
         return Trial(**json.loads(data)) if data else Trial()
     except (ValueError, TypeError):
-        # Torn by a crash, or by two drivers at once: the images are tried again from the first.
+        # A crash or two concurrent drivers damaged the note, so the images are tried again from the first.
         return Trial()
 
 

@@ -1,4 +1,4 @@
-"""Where everything lies in an output folder, and the ledger's own Parquet tables as bytes."""
+"""The keys of all files in an output folder, and helpers that read and write the ledger's Parquet tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DATA = "data"
 PRIVATE = "_eclipse"
 STATUS = f"{PRIVATE}/status"
 ERRORS = f"{PRIVATE}/errors"
-# Left by a run that died while it tried out the store.
+# Prefix of the objects by which a run tests the store; a run that died during the test leaves one.
 PROBES = f"{PRIVATE}/probe-"
 ATTEMPTS = f"{PRIVATE}/attempts"
 HUNG = f"{ATTEMPTS}/hung"
@@ -28,40 +28,40 @@ MANIFEST = f"{PRIVATE}/manifest.parquet"
 OBJECT_KEY = re.compile(rf"(?:{DATA}|{ERRORS})/([0-9]{{6,}})(?:-([0-9]+))?-[0-9a-f]{{16}}\.parquet")
 STATUS_KEY = re.compile(rf"{STATUS}/([0-9]{{6,}})/([0-9]+)\.json")
 
-# What pyarrow raises for bytes that are not the table they should be; ArrowInvalid is a ValueError.
+# The exceptions that pyarrow raises for damaged tables; ArrowInvalid is a ValueError.
 DAMAGE: tuple[type[Exception], ...] = (pa.ArrowException, OSError, ValueError, KeyError)
 
 
 def extension_key(number: int) -> str:
-    """Return the key of the plan's extension `number`, counted from 1."""
+    """Return the key of extension `number` of the plan, counted from 1."""
     return f"{PRIVATE}/plan-{number:06d}.parquet"
 
 
 def object_key(folder: str, shard: str, generation: int, sha256: str) -> str:
-    """Return the key of a data or errors object: shard, generation unless it is the first, content."""
-    # With the generation in the name, an object whose generation has its status can never be named any more.
+    """Return the key of a data or errors object: shard, generation if it is not the first, hash of the content."""
+    # Once a generation has its status, no later status can name another object of that generation.
     later = f"-{generation}" if generation else ""
     return f"{folder}/{shard}{later}-{sha256[:16]}.parquet"
 
 
 def status_key(shard: str, generation: int) -> str:
-    """Return the key of a shard's status."""
+    """Return the key of the status of a shard."""
     return f"{STATUS}/{shard}/{generation}.json"
 
 
 def attempt_key(shard: str, generation: int, stage: str, what: str) -> str:
-    """Return the key of word left by a worker before it starts a stage of a shard."""
+    """Return the key of a note that a worker writes before it starts a stage of a shard."""
     return f"{ATTEMPTS}/{shard}/{generation}-{stage}-{what}"
 
 
 def hash_of(data: bytes) -> str:
-    """Return SHA-256 of `data` in hex."""
+    """Return the SHA-256 of `data` in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def read_optional(store: Store, key: str) -> bytes | None:
-    """Return an object, or None if it is not there."""
-    # Asking first could be answered from a listing that a filesystem keeps; reading cannot.
+    """Return an object, or None if it does not exist."""
+    # `exists` could be answered from a cached listing, so the object is simply read.
     try:
         return store.read(key)
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def read_optional(store: Store, key: str) -> bytes | None:
 
 
 def require_run(store: Store) -> None:
-    """Raise InputError unless the store holds a run, finished or not."""
+    """Raise InputError unless the store holds a finished or unfinished run."""
     if not (store.exists(FINGERPRINT) or store.exists(PLAN)):
         raise InputError(f"{store.url}: no purified dataset here ({PRIVATE}/ is missing); check the location")
 
@@ -82,7 +82,7 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(data: bytes, schema: pa.Schema) -> pa.Table:
-    """Return the table in `data`; raises one of `DAMAGE` unless its columns are those of `schema`."""
+    """Return the table in `data`. Raises one of `DAMAGE` unless its columns are those of `schema`."""
     table = open_parquet(data).read()
     if not table.schema.equals(schema, check_metadata=False):
         raise ValueError(f"expected columns {', '.join(schema.names)}, found {', '.join(table.schema.names)}")
@@ -90,5 +90,5 @@ def read_table(data: bytes, schema: pa.Schema) -> pa.Table:
 
 
 def open_parquet(data: bytes) -> Any:
-    """Return a ParquetFile over `data` that checks every page it reads; raises one of `DAMAGE`."""
+    """Return a ParquetFile over `data` that verifies the checksum of each page. Raises one of `DAMAGE`."""
     return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)

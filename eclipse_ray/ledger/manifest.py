@@ -1,7 +1,8 @@
-"""The end of a run: what no status names is removed, then the manifest is written."""
+"""The end of a run, which removes leftovers and writes the manifest, and `verify`, which checks a whole folder."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,12 +10,12 @@ import pyarrow as pa
 
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.ledger import layout
-from eclipse_ray.ledger.plan import Shard, read_plan
-from eclipse_ray.ledger.run import read_fingerprint
-from eclipse_ray.ledger.status import Status, newest_generations, pending, read_statuses
+from eclipse_ray.ledger.plan import Plan, Shard, plan_digest, read_fingerprint, read_plan
+from eclipse_ray.ledger.status import Status, newest_generations, pending, read_statuses, scan_statuses
+from eclipse_ray.results import VerifyResult
 from eclipse_ray.storage.store import Entry, Store
 
-# Without `seconds`: two runs that did the same work write the same manifest.
+# `seconds` is left out, so that two runs that did the same work write the same manifest.
 SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -30,31 +31,33 @@ SCHEMA = pa.schema(
     ]
 )
 _FINGERPRINT = b"fingerprint"
+# Rows of a data object that `verify` decodes at a time.
+_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished run: its fingerprint and every shard's status, in plan order."""
+    """A finished run: its fingerprint and the status of each shard, in plan order."""
 
     fingerprint: str
     statuses: tuple[Status, ...]
 
     @property
     def ok(self) -> int:
-        """Purified images."""
+        """Number of purified images."""
         return sum(status.ok for status in self.statuses)
 
     @property
     def failed(self) -> int:
-        """Images that became an error row."""
+        """Number of images that became an error row."""
         return sum(status.failed for status in self.statuses)
 
 
 def finalise(store: Store) -> Manifest:
-    """Remove what no status names, then write the manifest; calling it again changes nothing.
+    """Remove leftovers, then write the manifest. Calling it again changes nothing.
 
-    Raises InputError if there is no run or shards are missing, StorageError if a status is damaged or
-    contradicts the plan.
+    Raises InputError if there is no run or a shard is missing, StorageError if a status is damaged or contradicts
+    the plan.
     """
     fingerprint = read_fingerprint(store).value
     while True:
@@ -66,7 +69,7 @@ def finalise(store: Store) -> Manifest:
         data = layout.table_bytes(manifest_table(manifest))
         if layout.read_optional(store, layout.MANIFEST) != data:
             store.write(layout.MANIFEST, data)
-        # Another driver may have retried or extended the run and written its manifest just before this one's.
+        # Another driver may have retried or extended the run and written its manifest just before this one.
         settled = newest_generations(store) == {s.shard: s.generation for s in statuses.values()}
         if settled and len(read_plan(store).shards) == len(shards):
             return manifest
@@ -74,14 +77,15 @@ def finalise(store: Store) -> Manifest:
 
 
 def collect(store: Store, idle: bool = False) -> int:
-    """Delete leftovers of workers that died or lost a race; return how many objects that were.
+    """Delete the leftovers of workers that died or lost a race; return the number of deleted objects.
 
-    While others may be writing, only objects go that can never be named any more, because their generation of
-    their shard is committed. `idle` says that nobody is writing: then whatever no status names goes. Raises
-    InputError where there is no run, whose files would all be leftovers, and StorageError if a status is damaged.
+    While other drivers may be writing, an object is deleted only if its generation of its shard is committed, so
+    that no status can name it later. `idle` states that nobody is writing; then every object that no status names
+    is deleted. Raises InputError if there is no run, because all files would then be leftovers. Raises
+    StorageError if a status is damaged.
     """
     layout.require_run(store)
-    # Listed before the statuses are read: an object that a status names by now is never taken for an orphan.
+    # The listing comes before the statuses, so that an object named by a newer status is not taken for a leftover.
     entries = [*store.list(layout.DATA, hidden=True), *store.list(layout.PRIVATE, hidden=True)]
     statuses = read_statuses(store)
     removed = 0
@@ -92,14 +96,14 @@ def collect(store: Store, idle: bool = False) -> int:
 
 
 def manifest_table(manifest: Manifest) -> pa.Table:
-    """Return the manifest as a table, one row a shard, the fingerprint in its metadata."""
+    """Return the manifest as a table, one row per shard, with the fingerprint in its metadata."""
     rows = [status.model_dump(include=set(SCHEMA.names)) for status in manifest.statuses]
     schema = SCHEMA.with_metadata({_FINGERPRINT: manifest.fingerprint.encode()})
     return pa.Table.from_pylist(rows, schema=schema)
 
 
 def manifest_problem(store: Store, manifest: Manifest) -> str | None:
-    """Return what is wrong with the stored manifest, given what it should say, or None."""
+    """Return one sentence on how the stored manifest differs from `manifest`, or None if it does not."""
     path = store.path(layout.MANIFEST)
     data = layout.read_optional(store, layout.MANIFEST)
     if data is None:
@@ -135,7 +139,7 @@ def _orphans(entries: Sequence[Entry], statuses: Mapping[str, Status], idle: boo
 
 
 def _is_leftover(key: str, statuses: Mapping[str, Status], idle: bool) -> bool:
-    # Only names of our own making: what somebody else put here is for verify to report, not ours to delete.
+    # Only names that this package makes are deleted. `verify` reports all other files.
     if key.rpartition("/")[2].startswith(".tmp-"):
         return True
     if key.startswith((f"{layout.ATTEMPTS}/", layout.PROBES)):
@@ -144,5 +148,143 @@ def _is_leftover(key: str, statuses: Mapping[str, Status], idle: bool) -> bool:
     if match is None:
         return False
     status = statuses.get(match[1])
-    # Its generation has a status, and there is never another one.
+    # The generation of the object has its status, and a generation gets no second one.
     return idle or (status is not None and int(match[2] or 0) <= status.generation)
+
+
+def verify(store: Store) -> VerifyResult:
+    """Read and hash every object, count every id, and report each problem in one sentence.
+
+    Raises InputError only if the store holds no run. Damage is reported, not raised.
+    """
+    layout.require_run(store)
+    shards, fingerprint, problems = _read_claim(store)
+    statuses, damaged = scan_statuses(store)
+    problems += damaged
+    seen: set[bytes] = set()
+    images = failed = 0
+    for shard in shards:
+        if shard.name in statuses:
+            good, bad = _check_shard(store, shard, statuses[shard.name], seen, problems)
+            images, failed = images + good, failed + bad
+    problems += _check_folder(store, shards, statuses)
+    if fingerprint and not pending(shards, statuses):
+        manifest = Manifest(fingerprint, tuple(statuses[shard.name] for shard in shards))
+        problem = manifest_problem(store, manifest)
+        problems += [problem] if problem else []
+    planned = sum(shard.rows for shard in shards)
+    return VerifyResult(not problems, planned, images, failed, problems)
+
+
+def _read_claim(store: Store) -> tuple[list[Shard], str | None, list[str]]:
+    plan: Plan | None = None
+    problems: list[str] = []
+    try:
+        plan = read_plan(store)
+    except InputError as error:
+        problems.append(str(error))
+    try:
+        fingerprint = read_fingerprint(store)
+    except InputError as error:
+        return plan.shards if plan else [], None, [*problems, str(error)]
+    if plan and fingerprint.input != plan_digest(plan.base):
+        path = store.path(layout.PLAN)
+        problems.append(f"{path}: not the plan that the fingerprint names; delete it and run again")
+    return plan.shards if plan else [], fingerprint.value, problems
+
+
+def _check_shard(
+    store: Store, shard: Shard, status: Status, seen: set[bytes], problems: list[str]
+) -> tuple[int, int]:
+    if status.ok + status.failed != shard.rows:
+        problems.append(
+            f"{store.path(layout.status_key(shard.name, status.generation))}: counts {status.ok} ok + "
+            f"{status.failed} failed, but {shard.rows} images were planned"
+        )
+    good = _check_object(store, status.object, status.sha256, status.ok, seen, problems)
+    bad = _check_object(store, status.errors_object, status.errors_sha256, status.failed, seen, problems)
+    return good, bad
+
+
+def _check_object(
+    store: Store,
+    key: str | None,
+    sha256: str | None,
+    rows: int,
+    seen: set[bytes],
+    problems: list[str],
+) -> int:
+    """Check one object, append its problems to `problems`, and return its number of images."""
+    if key is None:
+        return 0
+    path = store.path(key)
+    try:
+        data = store.read(key)
+    except FileNotFoundError:
+        problems.append(f"{path}: missing; {_redo(key)}")
+        return 0
+    except (OSError, StorageError) as error:
+        problems.append(f"{path}: cannot be read: {error}")
+        return 0
+    if layout.hash_of(data) != sha256:
+        problems.append(f"{path}: its bytes have changed since it was written; {_redo(key)}")
+        return 0
+    try:
+        ids = _read_ids(data)
+    except layout.DAMAGE as error:
+        problems.append(f"{path}: not a readable table with an `id` column ({error}); {_redo(key)}")
+        return 0
+    if len(ids) != rows:
+        problems.append(f"{path}: holds {len(ids)} images, its status says {rows}")
+    _check_ids(path, ids, seen, problems)
+    return len(ids)
+
+
+def _redo(key: str) -> str:
+    shard = key.rpartition("/")[2].partition("-")[0]
+    return f"delete {layout.STATUS}/{shard} and run the same command again to redo the shard"
+
+
+def _read_ids(data: bytes) -> list[object]:
+    ids: list[object] = []
+    # All columns are read, so that the checksum of every page is verified.
+    for batch in layout.open_parquet(data).iter_batches(batch_size=_BATCH):
+        ids += batch.column("id").to_pylist()
+    return ids
+
+
+def _check_ids(path: str, ids: Sequence[object], seen: set[bytes], problems: list[str]) -> None:
+    nulls, doubled = 0, []
+    for value in ids:
+        if value is None:
+            nulls += 1
+            continue
+        # A hash of 16 bytes per id, so that a million ids of any length fit in memory.
+        short = hashlib.blake2b(str(value).encode(), digest_size=16).digest()
+        if short in seen:
+            doubled.append(value)
+        seen.add(short)
+    if nulls:
+        problems.append(f"{path}: {nulls} images have no id")
+    if doubled:
+        problems.append(f"{path}: {len(doubled)} ids occur elsewhere in the output too, such as {doubled[0]!r}")
+
+
+def _check_folder(store: Store, shards: Sequence[Shard], statuses: Mapping[str, Status]) -> list[str]:
+    problems = []
+    missing = pending(shards, statuses)
+    if missing:
+        problems.append(
+            f"{store.url}: {len(missing)} of {len(shards)} shards are not done, the first of them "
+            f"{missing[0].name}; run the same command again"
+        )
+    for name in sorted(statuses.keys() - {shard.name for shard in shards}):
+        problems.append(f"{store.path(layout.STATUS)}/{name}: the plan has no such shard")
+    named = {status.object for status in statuses.values()}
+    for entry in store.list(layout.DATA):
+        if entry.key not in named:
+            problems.append(
+                f"{store.path(entry.key)}: no status names this object; have leftovers removed with "
+                f"`eclipse-ray gc --idle {store.url}`, or move it elsewhere if it is yours"
+            )
+    return problems

@@ -1,4 +1,4 @@
-"""The plan: which rows of which source objects make up each shard."""
+"""The plan of a run, which says which rows each shard holds, and the claim of the run on its output folder."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
+import yaml
 
 from eclipse_ray import __version__
-from eclipse_ray.config import digest
+from eclipse_ray.config import difference, digest
+from eclipse_ray.datasets.table import Part
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import layout
 from eclipse_ray.storage.store import Store
@@ -28,26 +30,8 @@ SCHEMA = pa.schema(
 )
 _NOTE = b"eclipse_ray"
 _NOTE_KEYS = {"shard_images", "classes"}
-
-
-class PartLike(Protocol):
-    """A source object: an image file (one row) or a table (many rows)."""
-
-    @property
-    def key(self) -> str:
-        """Name within the source."""
-
-    @property
-    def rows(self) -> int:
-        """How many images it holds."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-
-    @property
-    def version(self) -> str:
-        """What changes when its content does."""
+# Most changed source objects that an error message lists.
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,7 @@ class Span:
     version: str
 
     def row(self) -> tuple[str, int, int, int, str]:
-        """Return the fields in order; dataclasses.astuple copies deeply: seconds on a large plan."""
+        """Return the fields in order; dataclasses.astuple would copy deeply, which is slow on large plans."""
         return self.key, self.start, self.stop, self.size, self.version
 
 
@@ -74,16 +58,16 @@ class Shard:
 
     @property
     def rows(self) -> int:
-        """How many images the shard holds."""
+        """Number of images in the shard."""
         return sum(span.stop - span.start for span in self.spans)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run has to do: the shards it began with, and those of each later extension.
+    """The work of a run: the shards of the first plan, and those of each later extension.
 
-    `shard_images` is the size at which they were cut and `classes` what their labels count through, so that
-    an extension of the source is cut and labelled alike.
+    `shard_images` is the largest number of images per shard, and `classes` are the class names that labels index.
+    Both are stored so that an extension is cut and labelled in the same way.
     """
 
     base: tuple[Shard, ...]
@@ -93,14 +77,14 @@ class Plan:
 
     @property
     def shards(self) -> list[Shard]:
-        """All shards, in order."""
+        """All shards, in plan order."""
         return [*self.base, *itertools.chain.from_iterable(self.later)]
 
 
-def plan_shards(parts: Sequence[PartLike], shard_images: int, first: int = 0) -> list[Shard]:
+def plan_shards(parts: Sequence[Part], shard_images: int, first: int = 0) -> list[Shard]:
     """Cut `parts`, in their order, into shards of at most `shard_images` rows, numbered from `first`.
 
-    Raises InputError if two parts have one key, or a key is not valid Unicode.
+    Raises InputError if two parts have the same key, or a key is not valid Unicode.
     """
     if shard_images < 1:
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
@@ -109,12 +93,13 @@ def plan_shards(parts: Sequence[PartLike], shard_images: int, first: int = 0) ->
 
 
 def plan_source(
-    store: Store, parts: Sequence[PartLike], shard_images: int, classes: Sequence[str] | None, extend: bool = False
+    store: Store, parts: Sequence[Part], shard_images: int, classes: Sequence[str] | None, extend: bool = False
 ) -> Plan:
-    """Return the plan for a listed source: new, or cut as the plan in `store` was, which it may extend.
+    """Return the plan for a listed source: a new one, or the source cut in the same way as the plan in `store`.
 
-    Raises InputError as `plan_shards` does and for a damaged plan, ResumeError if the source has objects that
-    the stored plan lacks, unless `extend`, or other classes than it.
+    With `extend`, new objects of the source become an extension of the plan. Raises InputError as `plan_shards`
+    does and for a damaged plan. Raises ResumeError if the source has new objects and `extend` is not set, or if
+    they have other classes than the plan.
     """
     stored = read_plan_if_any(store)
     if stored is None:
@@ -126,7 +111,7 @@ def plan_source(
     count = 0
     for piece in (stored.base, *stored.later):
         keys = {span.key for shard in piece for span in shard.spans}
-        # In the order of the listing: a stored plan that was cut otherwise then differs, and is refused.
+        # In the order of the listing. A stored plan that was cut in another way then differs and is refused.
         kept = [part for part in parts if part.key in keys]
         for part in kept:
             fresh.pop(part.key, None)
@@ -139,12 +124,12 @@ def plan_source(
 
 
 def plan_digest(shards: Sequence[Shard]) -> str:
-    """Return 16 hex digits that identify the plan, and with it the input."""
+    """Return 16 hex digits that identify the plan and so the input."""
     return digest([digest([shard.name, *(span.row() for span in shard.spans)]) for shard in shards])
 
 
 def plan_bytes(shards: Sequence[Shard], shard_images: int, classes: Sequence[str] | None = None) -> bytes:
-    """Return the plan as Parquet, one row a span; the rest is metadata."""
+    """Return the plan as Parquet, one row per span; everything else is metadata."""
     rows = [(shard.name, *span.row()) for shard in shards for span in shard.spans]
     columns = zip(*rows, strict=True) if rows else ([] for _ in SCHEMA.names)
     made = {"shard_images": shard_images, "classes": classes and list(classes), "made_by": __version__}
@@ -156,7 +141,7 @@ def plan_bytes(shards: Sequence[Shard], shard_images: int, classes: Sequence[str
 
 
 def read_plan(store: Store) -> Plan:
-    """Return the plan of the run in `store`. Raises InputError if it has none or a damaged one."""
+    """Return the plan of the run in `store`. Raises InputError if the plan is missing or damaged."""
     plan = read_plan_if_any(store)
     if plan is None:
         layout.require_run(store)
@@ -165,7 +150,7 @@ def read_plan(store: Store) -> Plan:
 
 
 def read_plan_if_any(store: Store) -> Plan | None:
-    """Return the plan in `store`, None if there is none yet. Raises InputError if it is damaged."""
+    """Return the plan in `store`, or None if there is none yet. Raises InputError if the plan is damaged."""
     base = _read_piece(store, layout.PLAN)
     if base is None:
         return None
@@ -223,7 +208,7 @@ def _refuse_growth(
         )
 
 
-def _check_keys(parts: Sequence[PartLike]) -> None:
+def _check_keys(parts: Sequence[Part]) -> None:
     seen: set[str] = set()
     for part in parts:
         if part.key in seen:
@@ -235,7 +220,7 @@ def _check_keys(parts: Sequence[PartLike]) -> None:
             raise InputError(f"{part.key!a}: the name is not valid Unicode; rename the file") from error
 
 
-def _groups(parts: Sequence[PartLike], shard_images: int) -> Iterator[tuple[Span, ...]]:
+def _groups(parts: Sequence[Part], shard_images: int) -> Iterator[tuple[Span, ...]]:
     singles: list[Span] = []
     for part in parts:
         if part.rows == 1:
@@ -250,5 +235,173 @@ def _groups(parts: Sequence[PartLike], shard_images: int) -> Iterator[tuple[Span
         yield tuple(singles)
 
 
-def _span(part: PartLike, start: int, stop: int) -> Span:
+def _span(part: Part, start: int, stop: int) -> Span:
     return Span(part.key, start, stop, part.size, part.version)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All that decides the output pixels: settings, weights, input (see `plan_digest`), engine version."""
+
+    config: dict[str, Any]
+    weights: str
+    input: str
+    engine_version: int
+
+    @property
+    def value(self) -> str:
+        """Hash over all fields, 16 hex digits."""
+        return digest(self._tree())
+
+    def to_json(self) -> str:
+        """Return the fingerprint as JSON, which `parse_fingerprint` reads back."""
+        return json.dumps({**self._tree(), "value": self.value}, indent=2, sort_keys=True) + "\n"
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Return one line "a.b: old -> new" per setting in which `other` differs from this fingerprint."""
+        old, new = self._tree(), other._tree()
+        return [*difference(old.pop("config"), new.pop("config")), *difference(old, new)]
+
+    def _tree(self) -> dict[str, Any]:
+        tree = {
+            "config": self.config,
+            "weights": self.weights,
+            "input": self.input,
+            "engine_version": self.engine_version,
+        }
+        # Converted to JSON and back, because a tuple becomes a list in JSON and must not count as a difference.
+        loaded: dict[str, Any] = json.loads(json.dumps(tree))
+        return loaded
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that owns its output folder; `fingerprint` is the one that the first driver wrote."""
+
+    store: Store
+    plan: Plan
+    fingerprint: Fingerprint
+    resumed: bool
+
+
+def open_run(store: Store, plan: Plan, fingerprint: Fingerprint, config_yaml: str) -> Run:
+    """Claim the output folder for a plan, or resume the run that owns it. Raises what `claim` raises.
+
+    Also raises ResumeError if an extension of the stored plan differs from that of `plan`.
+    """
+    if fingerprint.input != plan_digest(plan.base):
+        raise ValueError("fingerprint.input must be plan_digest(plan.base)")
+    claimed, resumed = claim(store, fingerprint, config_yaml, plan.shards)
+    if not store.exists(layout.PLAN):
+        store.create(layout.PLAN, plan_bytes(plan.base, plan.shard_images, plan.classes))
+    for number, piece in enumerate(plan.later, 1):
+        key = layout.extension_key(number)
+        if piece and not store.exists(key):
+            # The manifest is deleted before the plan grows, so that no reader believes the folder is finished.
+            store.delete(layout.MANIFEST)
+            store.create(key, plan_bytes(piece, plan.shard_images, plan.classes))
+    if plan.later and read_plan(store).later != plan.later:
+        raise ResumeError(
+            f"{store.url}: the source no longer holds what was planned; undo the changes below to resume it, or "
+            "choose another output:\n" + "\n".join(f"  {line}" for line in _input_changes(store, plan.shards))
+        )
+    return Run(store, plan, claimed, resumed)
+
+
+def claim(
+    store: Store, fingerprint: Fingerprint, config_yaml: str, shards: Sequence[Shard] = ()
+) -> tuple[Fingerprint, bool]:
+    """Claim the folder for this run; return the stored fingerprint and whether it existed before.
+
+    Raises ResumeError if the folder holds other data or belongs to a run with another fingerprint (the message
+    names the source objects in which `shards` differ). Raises InputError if it is a file or its fingerprint is
+    damaged, and StorageError if the store does not support put-if-absent.
+    """
+    if store.is_file():
+        raise InputError(f"{store.url}: this is a file; choose a folder as output")
+    found = layout.read_optional(store, layout.FINGERPRINT)
+    if found is None:
+        _refuse_foreign(store)
+        store.probe()
+        if not store.create(layout.FINGERPRINT, fingerprint.to_json().encode()):
+            found = store.read(layout.FINGERPRINT)
+    claimed = fingerprint if found is None else parse_fingerprint(store, found)
+    _refuse_difference(store, claimed, fingerprint, shards)
+    if not store.exists(layout.CONFIG):
+        store.create(layout.CONFIG, config_yaml.encode())
+    return claimed, found is not None
+
+
+def read_fingerprint(store: Store) -> Fingerprint:
+    """Return the fingerprint of the run in `store`. Raises InputError if it is missing or damaged."""
+    data = layout.read_optional(store, layout.FINGERPRINT)
+    if data is None:
+        raise InputError(f"{store.path(layout.FINGERPRINT)}: missing; the folder does not say what made it")
+    return parse_fingerprint(store, data)
+
+
+def recorded_settings(store: Store) -> dict[str, Any]:
+    """Return the settings of the finished run in the folder, or {} if there is no finished run."""
+    if store.is_file() or not store.exists(layout.MANIFEST):
+        return {}
+    tree = yaml.safe_load(store.read(layout.CONFIG))
+    return tree if isinstance(tree, dict) else {}
+
+
+def parse_fingerprint(store: Store, data: bytes) -> Fingerprint:
+    """Return the fingerprint in `data`. Raises InputError if it is damaged."""
+    try:
+        tree = json.loads(data)
+        value = tree.pop("value")
+        fingerprint = Fingerprint(**tree)
+        intact = bool(fingerprint.value == value) and isinstance(fingerprint.config, dict)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise InputError(
+            f"{store.path(layout.FINGERPRINT)}: damaged; restore it from a copy or choose another output"
+        )
+    return fingerprint
+
+
+def _refuse_foreign(store: Store) -> None:
+    found = [*store.list(), *(e for e in store.list(layout.PRIVATE) if not e.key.startswith(layout.PROBES))]
+    # A run that claimed the folder during the listing is not foreign. Its fingerprint is compared next.
+    if found and layout.read_optional(store, layout.FINGERPRINT) is None:
+        raise ResumeError(
+            f"{store.url}: holds data that this command did not write ({found[0].key} and "
+            f"{len(found) - 1} more objects); choose an empty folder as output"
+        )
+
+
+def _refuse_difference(store: Store, old: Fingerprint, new: Fingerprint, shards: Sequence[Shard]) -> None:
+    lines = old.differences(new)
+    if not lines:
+        return
+    if old.input != new.input:
+        lines += _input_changes(store, shards)
+    raise ResumeError(
+        f"{store.url}: belongs to a run with other settings, weights or input; undo the changes below to "
+        "resume it, or choose another output:\n" + "\n".join(f"  {line}" for line in lines)
+    )
+
+
+def _input_changes(store: Store, shards: Sequence[Shard]) -> list[str]:
+    try:
+        old, new = _objects(read_plan(store).shards), _objects(shards)
+    except InputError:
+        return []
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    lines = [f"input {key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in changed[:_EXAMPLES]]
+    more = len(changed) - len(lines)
+    return [*lines, f"and {more} more source objects"] if more > 0 else lines
+
+
+def _objects(shards: Sequence[Shard]) -> dict[str, str]:
+    rows: dict[str, int] = {}
+    text: dict[str, str] = {}
+    for shard in shards:
+        for span in shard.spans:
+            rows[span.key] = rows.get(span.key, 0) + span.stop - span.start
+            text[span.key] = f"{rows[span.key]} rows in {span.size} bytes, version {span.version}"
+    return text

@@ -1,4 +1,4 @@
-"""Statuses: the only commit point. A shard is done once its status exists, and a status never changes."""
+"""Statuses, the only commit point. A shard is done when its status exists, and a status never changes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
 
 ERRORS_SCHEMA = pa.schema([("id", pa.string()), ("key", pa.string()), ("error", pa.string())])
+# Threads that read statuses.
 _READERS = 16
 
 
 @dataclass(frozen=True)
 class ImageFailure:
-    """An image that could not be purified: its id, the source object it came from, and why."""
+    """One image that could not be purified: its id, the key of its source object, and the reason."""
 
     id: str
     key: str
@@ -29,7 +30,7 @@ class ImageFailure:
 
 
 class Status(BaseModel):
-    """The outcome of one shard: its objects, their hashes, and how many images went where."""
+    """The outcome of one shard: its objects, their hashes, and the numbers of purified and failed images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,7 +48,7 @@ class Status(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Status:
-        # Objects are opened by these names, so a forged or damaged one must not lead out of the folder.
+        # Objects are opened by these names, so a forged or damaged name must not lead out of the folder.
         expected = (
             self.sha256 and layout.object_key(layout.DATA, self.shard, self.generation, self.sha256),
             self.errors_sha256
@@ -71,10 +72,10 @@ def commit_shard(
     seconds: float,
     generation: int = 0,
 ) -> Status:
-    """Write a shard's objects, then its status; return the status that won, ours or another driver's.
+    """Write the objects of a shard, then its status; return the status that won, ours or that of another driver.
 
-    `ok` is Parquet with `ok_count` rows, None for none. Raises ValueError if the rows do not add up to the
-    plan's, StorageError if the winner's status is damaged.
+    `ok` is Parquet with `ok_count` rows, None if there are none. Raises ValueError if the numbers of rows do not
+    add up to the plan, StorageError if the winning status is damaged.
     """
     _check_counts(shard, ok, ok_count, len(errors))
     failed = errors_bytes(errors) if errors else None
@@ -108,14 +109,14 @@ def commit_shard(
 
 def errors_bytes(errors: Sequence[ImageFailure]) -> bytes:
     """Return error rows as Parquet."""
-    # A file name that is not Unicode may be quoted in an error's text; losing that row would be worse.
+    # An error may quote a file name that is not Unicode. It is escaped, because the row must not be lost.
     rows = [[_unicode(e.id), _unicode(e.key), _unicode(e.error)] for e in errors]
     columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
     return layout.table_bytes(pa.table(columns, ERRORS_SCHEMA))
 
 
 def read_statuses(store: Store) -> dict[str, Status]:
-    """Return each shard's status of the highest generation. Raises StorageError for a damaged one."""
+    """Return the newest status of each shard. Raises StorageError if one is damaged."""
     statuses, problems = scan_statuses(store)
     if problems:
         raise StorageError(problems[0])
@@ -123,7 +124,7 @@ def read_statuses(store: Store) -> dict[str, Status]:
 
 
 def newest_generations(store: Store) -> dict[str, int]:
-    """Return the highest generation of each shard that has a status, from the listing alone."""
+    """Return the highest generation of each shard that has a status, from the listing only."""
     newest: dict[str, int] = {}
     for entry in store.list(layout.STATUS):
         match = layout.STATUS_KEY.fullmatch(entry.key)
@@ -133,7 +134,7 @@ def newest_generations(store: Store) -> dict[str, int]:
 
 
 def scan_statuses(store: Store) -> tuple[dict[str, Status], list[str]]:
-    """Return each shard's status of the highest generation, and a sentence for every unreadable one."""
+    """Return the newest status of each shard, and one sentence per unreadable status."""
     newest = newest_generations(store)
     with ThreadPoolExecutor(min(_READERS, len(newest) or 1)) as pool:
         found = list(pool.map(lambda item: _read(store, *item), newest.items()))
@@ -142,7 +143,7 @@ def scan_statuses(store: Store) -> tuple[dict[str, Status], list[str]]:
 
 
 def read_status(store: Store, shard: str, generation: int) -> Status | None:
-    """Return one status, None if it is not there. Raises StorageError if it is damaged."""
+    """Return one status, or None if it does not exist. Raises StorageError if it is damaged."""
     data = layout.read_optional(store, layout.status_key(shard, generation))
     parsed = None if data is None else _parse(store, shard, generation, data)
     if isinstance(parsed, str):
@@ -156,12 +157,12 @@ def pending(shards: Iterable[Shard], statuses: Mapping[str, Status]) -> list[Sha
 
 
 def retriable(shards: Iterable[Shard], statuses: Mapping[str, Status]) -> list[Shard]:
-    """Return the shards that are done but for images that failed, in plan order."""
+    """Return the shards that are done but have failed images, in plan order."""
     return [shard for shard in shards if shard.name in statuses and statuses[shard.name].failed]
 
 
 def read_object(store: Store, status: Status) -> pa.Table | None:
-    """Return a shard's purified images, None if it has none. Raises StorageError if they are not as written."""
+    """Return the purified images of a shard, None if it has none. Raises StorageError if the object is damaged."""
     if status.object is None:
         return None
     try:
@@ -177,7 +178,7 @@ def read_object(store: Store, status: Status) -> pa.Table | None:
 
 
 def read_failures(store: Store, status: Status) -> list[ImageFailure]:
-    """Return the images of a shard that failed, and why. Raises StorageError if they are not as written."""
+    """Return the failed images of a shard with their reasons. Raises StorageError if the object is damaged."""
     if status.errors_object is None:
         return []
     try:
@@ -191,7 +192,7 @@ def read_failures(store: Store, status: Status) -> list[ImageFailure]:
 
 
 def summarise(store: Store) -> StatusResult:
-    """Return how far the run in `store` is. Raises InputError if there is none or it has no plan yet."""
+    """Return the progress of the run in `store`. Raises InputError if there is no run or no plan yet."""
     shards = read_plan(store).shards
     statuses = read_statuses(store)
     done = [statuses[shard.name] for shard in shards if shard.name in statuses]
@@ -205,7 +206,7 @@ def summarise(store: Store) -> StatusResult:
 
 
 def named_objects(store: Store) -> list[str]:
-    """Return the keys of the data objects that statuses name, in plan order; others are not to be read.
+    """Return the keys of the data objects that statuses name, in plan order; readers must read no others.
 
     Raises InputError if the store holds no run, StorageError if a status is damaged.
     """
@@ -225,7 +226,7 @@ def _check_counts(shard: Shard, ok: bytes | None, ok_count: int, failed: int) ->
 def _write_object(store: Store, key: str | None, data: bytes | None) -> None:
     if key is None or data is None or store.create(key, data):
         return
-    # Left by a driver that died or lost the race: the same bytes, unless the disk has damaged them since.
+    # The object was left by a driver that died or lost the race. It is rewritten only if it was damaged since.
     if layout.read_optional(store, key) != data:
         store.write(key, data)
 

@@ -14,8 +14,7 @@ from eclipse_ray.config import Config, DataConfig
 from eclipse_ray.datasets.formats import FORMATS, Source, open_source, read_parts
 from eclipse_ray.datasets.images import decode_required
 from eclipse_ray.datasets.memory import decode_resized
-from eclipse_ray.datasets.note import read_note
-from eclipse_ray.datasets.table import Span, image_bytes
+from eclipse_ray.datasets.table import Span, image_bytes, read_note
 from eclipse_ray.errors import EclipseError, InputError
 from eclipse_ray.storage.store import Store
 

@@ -1,4 +1,4 @@
-"""A folder on a disk: whole files or none, put-if-absent by hard link, listings in order as they are walked."""
+"""A folder on a local disk: atomic writes, put-if-absent by hard link, listings sorted by key."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from contextlib import suppress
 from typing import BinaryIO
 
 from eclipse_ray.errors import StorageError
-from eclipse_ray.storage.entry import Entry, is_hidden, join
+from eclipse_ray.storage import Entry, is_hidden, join
 
+# Attempts to write one file whose temporary file vanishes.
 _TRIES = 5
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -19,55 +20,46 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 
 
 class LocalFolder:
-    """One folder or one file; keys are paths below `root`, with forward slashes."""
+    """One folder or one file; keys are paths relative to `root`, with forward slashes."""
 
     def __init__(self, root: str) -> None:
         self.root = root
 
     def path(self, key: str) -> str:
-        """Return the path of `key`."""
         return os.path.join(self.root, key) if key else self.root
 
     def exists(self, key: str) -> bool:
-        """Return whether a file or folder is there."""
         return os.path.exists(self.path(key))
 
     def is_file(self) -> bool:
-        """Return whether `root` is a file."""
         return os.path.isfile(self.root)
 
     def read(self, key: str) -> bytes:
-        """Return a file's content. Raises FileNotFoundError if it is not there."""
         with open(self.path(key), "rb") as file:
             return file.read()
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop`, or to the end. Raises FileNotFoundError if it is not there."""
         with self.open(key) as file:
             file.seek(start)
             return file.read(stop - start)
 
     def open(self, key: str) -> BinaryIO:
-        """Open a file. Raises FileNotFoundError if it is not there."""
         return open(self.path(key), "rb")
 
     def entry(self, key: str) -> Entry:
-        """Return a file's size and mtime_ns. Raises FileNotFoundError if it is not there."""
         info = os.stat(self.path(key))
         return Entry(key, info.st_size, str(info.st_mtime_ns))
 
     def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]:
-        """Yield the files below a folder in order of their keys; memory holds one folder's names a level."""
+        """Yield the files below a folder, sorted by key; memory holds the names of one folder per level."""
         base = self.path(prefix)
         if os.path.isdir(base):
             yield from _walk(base, prefix, hidden, (os.path.realpath(base),))
 
     def write(self, key: str, data: bytes) -> None:
-        """Store a file whole, replacing any other. Raises StorageError if the disk is full or read-only."""
         self._place(key, data, os.replace)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Store a file unless there is one; return whether this call did; raises what `write` raises."""
         try:
             self._place(key, data, _link)
         except FileExistsError:
@@ -75,7 +67,6 @@ class LocalFolder:
         return True
 
     def delete(self, key: str) -> None:
-        """Remove a file; one that is gone is no error."""
         try:
             os.unlink(self.path(key))
         except FileNotFoundError:
@@ -84,12 +75,11 @@ class LocalFolder:
             raise _explained(self.path(key), "remove", error) from error
 
     def abort_uploads(self, prefix: str) -> int:
-        """Return 0: a disk has no unfinished uploads."""
         return 0
 
     def _place(self, key: str, data: bytes, move: Callable[[str, str], None]) -> None:
         path = self.path(key)
-        # Another run that has just finished may sweep away our temporary, taking it for a leftover.
+        # Another run that has just finished may delete our temporary file as a leftover.
         for _ in range(_TRIES):
             temporary = ""
             try:
@@ -140,7 +130,7 @@ def _link(temporary: str, path: str) -> None:
 
 
 def _walk(folder: str, prefix: str, hidden: bool, above: tuple[str, ...]) -> Iterator[Entry]:
-    # A folder sorts as its files' keys do: "a-b" comes before "a/x", since "-" comes before "/".
+    # Folder names are sorted with their slash, as the keys of their files are: "a-b" comes before "a/x".
     for name in sorted(_names(folder, hidden)):
         path = os.path.join(folder, name)
         if name.endswith("/"):
@@ -148,11 +138,18 @@ def _walk(folder: str, prefix: str, hidden: bool, above: tuple[str, ...]) -> Ite
             if real not in above and not os.path.join(above[-1], "").startswith(os.path.join(real, "")):
                 yield from _walk(path[:-1], join(prefix, name[:-1]), hidden, (*above, real))
             continue
-        try:
-            info = os.stat(path)
-        except FileNotFoundError:
-            continue
-        yield Entry(join(prefix, name), info.st_size, str(info.st_mtime_ns))
+        info = _info(path)
+        if info is not None:
+            yield Entry(join(prefix, name), info.st_size, str(info.st_mtime_ns))
+
+
+def _info(path: str) -> os.stat_result | None:
+    with suppress(FileNotFoundError):
+        return os.stat(path)
+    # A link to a missing file is listed too, so that it becomes an error instead of vanishing.
+    with suppress(FileNotFoundError):
+        return os.lstat(path)
+    return None
 
 
 def _names(folder: str, hidden: bool) -> list[str]:
@@ -180,7 +177,7 @@ def _explained(path: str, verb: str, error: OSError) -> Exception:
 
 
 def _sync_folder(folder: str) -> None:
-    # A new name survives a power cut only once its folder is on disk.
+    # A new name survives a power cut only after its folder has been synced too.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Errors of remote stores: those that pass are waited out, the others become one sentence that says what to do."""
+"""Errors of remote stores: transient ones are retried, the others become one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Kind = Literal["transient", "conflict", "expired", "missing", "lost", "permanent
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a failing request is repeated: tries, seconds in all, and the waits between tries in seconds."""
+    """How long a failing request is retried.
+
+    `tries` requests at most, `seconds` in total; the wait before the first retry and the longest wait, in seconds;
+    `renewals` is how often fresh credentials are fetched.
+    """
 
     tries: int = 8
     seconds: float = 120.0
@@ -29,7 +33,7 @@ class Patience:
 
 @dataclass(frozen=True)
 class Action:
-    """What is done to an object, in words, and the permission it takes."""
+    """A request in words, for error messages: the verb and the S3 permission that it needs."""
 
     verb: str
     permission: str
@@ -52,7 +56,7 @@ _PASSING_CODES = {
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
 }
-# Fresh credentials help against these: the old ones ran out, or were rotated while we ran.
+# Error codes of credentials that expired or were rotated during the run. Fresh credentials help.
 _STALE_CREDENTIALS = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -60,7 +64,7 @@ _STALE_CREDENTIALS = {
     "InvalidToken",
     "TokenRefreshRequired",
 }
-# By name, since neither botocore nor aiohttp need be installed; subclasses are found through the MRO.
+# Exceptions by class name, because botocore and aiohttp may not be installed; the MRO finds subclasses.
 _PASSING_NAMES = {
     "ChecksumError",
     "ClientConnectionError",
@@ -91,15 +95,15 @@ _SETTINGS = "check AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DE
 
 
 class ShortReadError(OSError):
-    """A store sent another number of bytes than the object has."""
+    """A store sent fewer or more bytes than the object has."""
 
 
 def retried(action: Action, where: str, call: Callable[[], T], renew: Callable[[], None] | None = None) -> T:
-    """Return `call()`, repeated with growing random waits while it fails for a reason that passes.
+    """Return `call()`, retried after growing random waits while it fails with a transient error.
 
-    `renew` fetches fresh credentials. Raises FileNotFoundError for what is not there, FileExistsError for a
-    failed condition (HTTP 412), StorageError for what lasts or outlasts `PATIENCE`; errors that are not the
-    store's are raised as they are.
+    `renew` fetches fresh credentials. Raises FileNotFoundError if the object does not exist, FileExistsError if a
+    condition failed (HTTP 412), StorageError if the error is permanent or outlasts `PATIENCE`. Errors that
+    do not come from the store are raised unchanged.
     """
     started, renewals, wait, stale = time.monotonic(), 0, PATIENCE.first_wait, False
     for tries in itertools.count(1):
@@ -121,14 +125,14 @@ def retried(action: Action, where: str, call: Callable[[], T], renew: Callable[[
                     f"{where}: could not {action.verb} it: {tries} tries in {elapsed:.0f} s failed, the last "
                     f"with {_cause(error)}; check the network and the store, then run the same command again"
                 ) from error
-        # Many workers that were turned away together must not come back together.
+        # The wait is random so that many workers that failed together do not retry together.
         time.sleep(wait * _JITTER.uniform(0.5, 1.0))
         wait = min(2 * wait, PATIENCE.longest_wait)
     raise AssertionError("unreachable: the loop has no end")
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Return what an error means, from the HTTP answer in its cause chain or else from its type."""
+    """Return the kind of an error, from the HTTP answer in its cause chain or, without one, from its type."""
     answer = http_answer(error)
     if answer is not None:
         return _kind_of_answer(*answer)
@@ -145,7 +149,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def http_answer(error: BaseException) -> tuple[int, str] | None:
-    """Return (status, code) of the HTTP answer that caused an error; None if there was no answer."""
+    """Return (status, code) of the HTTP answer that caused an error, None if there was no answer."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         if isinstance(response, Mapping):

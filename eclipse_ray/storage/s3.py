@@ -1,4 +1,4 @@
-"""S3 by its own requests: put-if-absent, uploads in parts, whole reads only, listings page by page."""
+"""S3 through its own requests: put-if-absent, multipart uploads, checked reads, listings page by page."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from eclipse_ray.errors import StorageError
-from eclipse_ray.storage.entry import Entry, is_hidden, join
+from eclipse_ray.storage import Entry, is_hidden, join
 from eclipse_ray.storage.retries import Action, ShortReadError, http_answer, retried
 
 T = TypeVar("T")
 Parameters = dict[str, Any]
 
-# Up to this many bytes go in one request, more in parts of this size.
+# An object of up to this many bytes is written by one request, a larger one in parts of this size.
 PART_BYTES = 32 * 2**20
-# The most that S3 puts on one page.
+# Most keys on one page of a listing; the limit is set by S3.
 PAGE_ITEMS = 1000
+# Parts of one object that are uploaded at the same time.
 _PARTS_AT_ONCE = 4
+# Attempts to upload one object before giving up because its uploads vanish.
 _UPLOAD_TRIES = 3
-# A Parquet footer is read with the first look at the end of an object.
+# Bytes at the end of an object that are read at once and kept, so that a Parquet footer takes one request.
 _TAIL_BYTES = 64 * 2**10
+# Read-ahead of an opened object.
 _BUFFER_BYTES = 256 * 2**10
-# Says whose object it is when the answer to a write was lost and the repeated write finds one there.
+# Metadata key that identifies the writer. If the answer to a write is lost, the retry recognises its own object.
 _WRITER = "eclipse-writer"
 _IF_ABSENT: Parameters = {"IfNoneMatch": "*"}
 _RENEWING = threading.Lock()
@@ -43,7 +46,7 @@ ABORT = Action("abort an unfinished upload of", "s3:AbortMultipartUpload")
 
 
 class S3Folder:
-    """The objects below one prefix of a bucket, or a single one, through a connected s3fs filesystem."""
+    """The objects below one prefix of a bucket, or one object, through a connected s3fs filesystem."""
 
     def __init__(self, fs: Any, root: str) -> None:
         self.fs = fs
@@ -51,7 +54,6 @@ class S3Folder:
         self.bucket, self.prefix, _ = fs.split_path(root)
 
     def exists(self, key: str) -> bool:
-        """Return whether an object or anything below it as a folder is there; a bucket always is."""
         full = join(self.prefix, key)
         if full and self._head(key) is not None:
             return True
@@ -59,24 +61,20 @@ class S3Folder:
         return bool(page.get("Contents")) or not full
 
     def is_file(self) -> bool:
-        """Return whether the root itself is an object."""
         return bool(self.prefix) and self._head("") is not None
 
     def read(self, key: str) -> bytes:
-        """Return a whole object. Raises FileNotFoundError if it is not there."""
         return self._get(key, {})
 
     def open(self, key: str) -> BinaryIO:
-        """Open an object for random access. Raises FileNotFoundError if it is not there."""
         entry = self.entry(key)
         return cast(BinaryIO, io.BufferedReader(_Object(self, entry), _BUFFER_BYTES))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop`, or to the end. Raises FileNotFoundError if it is not there."""
         return self._get(key, {"Range": f"bytes={start}-{stop - 1}"})
 
     def read_part(self, entry: Entry, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop`; raises StorageError if the object is no longer that of `entry`."""
+        """Return bytes `start` to `stop`. Raises StorageError if the object changed since `entry` was listed."""
         condition = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": f'"{entry.version}"'}
         try:
             data = self._get(entry.key, condition, stop - start)
@@ -87,15 +85,15 @@ class S3Folder:
         return data
 
     def entry(self, key: str) -> Entry:
-        """Return an object's size and ETag. Raises FileNotFoundError if it is not there."""
         head = self._head(key)
         if head is None:
             raise FileNotFoundError(f"{self._where(key)}: there is no such object")
         return Entry(key, int(head["ContentLength"]), str(head["ETag"]).strip('"'))
 
     def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]:
-        """Yield the objects below a folder, sorted by key: from Amazon page by page, from others all at once.
+        """Yield the objects below a folder, sorted by key.
 
+        Amazon's listing is yielded page by page; the listing of another store is first read completely and sorted.
         Raises StorageError if Amazon's listing is out of order.
         """
         entries = self._entries(prefix, hidden)
@@ -112,37 +110,34 @@ class S3Folder:
         base = join(self.prefix, prefix)
         for item in self._pages(LIST, "list_objects_v2", "Contents", prefix, _NEXT_OBJECTS):
             relative = item["Key"][len(base) + 1 if base else 0 :]
-            # A name that ends in a slash is the empty object by which some tools mark a folder.
+            # Some tools mark a folder by an empty object whose name ends in a slash.
             if relative and not relative.endswith("/") and (hidden or not is_hidden(relative)):
                 yield Entry(join(prefix, relative), int(item["Size"]), str(item["ETag"]).strip('"'))
 
     def _lists_in_order(self) -> bool:
-        # Others need not: SeaweedFS lists "a/x" before "a-b", and S3 Express in no order at all.
+        # SeaweedFS lists "a/x" before "a-b", and S3 Express has no order.
         host = urlsplit(self.fs.s3.meta.endpoint_url).hostname or ""
         return host.endswith((".amazonaws.com", ".amazonaws.com.cn")) and not self.bucket.endswith("--x-s3")
 
     def write(self, key: str, data: bytes) -> None:
-        """Store an object whole, replacing any other."""
         self._store(key, data, {})
 
     def create(self, key: str, data: bytes) -> bool:
-        """Store an object unless there is one; return whether this call did.
+        """Write an object unless it exists; return whether this call wrote it.
 
-        Some servers decide a race exactly for up to `PART_BYTES` only (SeaweedFS 4.48 and moto 5.2 may let
-        several uploads in parts win at once; the last of them stays, whole). Commits are far below that.
+        Above `PART_BYTES` some servers do not decide a race exactly: SeaweedFS 4.48 and moto 5.2 may tell several
+        multipart uploads that they won, and keep the last one complete. Statuses are far smaller than that.
         """
         return self._store(key, data, _IF_ABSENT)
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is gone is no error."""
         with suppress(FileNotFoundError):
             self._request(DELETE, "delete_object", key, {"Key": join(self.prefix, key)})
 
     def abort_uploads(self, prefix: str) -> int:
-        """Abort every unfinished upload below a folder; return how many there were."""
         count = 0
         for upload in self._pages(LIST_UPLOADS, "list_multipart_uploads", "Uploads", prefix, _NEXT_UPLOADS):
-            # One that has just been completed, or aborted by somebody else, is not there any more.
+            # An upload that was just completed or aborted by somebody else no longer exists.
             with suppress(FileNotFoundError):
                 target = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
                 self._request(ABORT, "abort_multipart_upload", prefix, target)
@@ -157,7 +152,7 @@ class S3Folder:
                 upload(key, data, {"Key": join(self.prefix, key), "Metadata": {_WRITER: writer}}, condition)
                 return True
             except (FileExistsError, FileNotFoundError) as error:
-                # Either another writer was first, or the answer to our own success was lost.
+                # Either another writer was first, or our write succeeded and its answer was lost.
                 head = self._head(key)
                 if head is not None and head.get("Metadata", {}).get(_WRITER) == writer:
                     return True
@@ -183,11 +178,11 @@ class S3Folder:
         try:
             with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
                 parts = list(pool.map(put, range(-(-len(data) // PART_BYTES))))
-            # The object appears with this request or not at all, so the condition is checked here.
+            # This request creates the object, so it carries the condition.
             whole = {**place, "MultipartUpload": {"Parts": parts}, **condition}
             self._request(WRITE, "complete_multipart_upload", key, whole)
         except Exception:
-            # One that cannot be aborted now is aborted by the next clean-up.
+            # If the upload cannot be aborted now, the next clean-up aborts it.
             with suppress(FileNotFoundError, StorageError):
                 self._request(ABORT, "abort_multipart_upload", key, place)
             raise
@@ -200,7 +195,7 @@ class S3Folder:
                 return cast(Mapping[str, Any], self.fs.call_s3("head_object", **parameters))
             except OSError as error:
                 if (http_answer(error) or (0,))[0] in (400, 403):
-                    # An answer to HEAD has no body, hence no reason; the same question as a GET is told why.
+                    # The answer to HEAD has no body and so no reason. The answer to GET has one.
                     self.fs.call_s3("get_object", **parameters, Range="bytes=0-0")["Body"].close()
                 raise
 
@@ -257,7 +252,7 @@ class S3Folder:
             return call()
 
         def renew() -> None:
-            # Of many threads whose credentials ran out together, the first one connects anew for all.
+            # If the credentials of many threads expire together, the first thread reconnects for all of them.
             with _RENEWING:
                 if self.fs.s3 is used[0]:
                     self.fs.connect(refresh=True)
@@ -287,7 +282,7 @@ async def _read_body(body: Any) -> bytes:
 
 
 class _Object(io.RawIOBase):
-    """An object's bytes at any position; its end is kept, as readers of Parquet look there several times."""
+    """Random access to the bytes of an object; its tail is kept, because Parquet readers read it several times."""
 
     def __init__(self, folder: S3Folder, entry: Entry) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A folder on any filesystem, with the one operation that commits rest on: put-if-absent. The only fsspec."""
+"""A folder on any filesystem, with put-if-absent, on which every commit relies. The only user of fsspec."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from eclipse_ray.errors import InputError, StorageError
-from eclipse_ray.storage.entry import Entry, is_hidden, join
+from eclipse_ray.storage import Entry, is_hidden, join
 from eclipse_ray.storage.local import LocalFolder
 from eclipse_ray.storage.retries import ShortReadError, retried
 from eclipse_ray.storage.s3 import DELETE, LIST, READ, WRITE, S3Folder
@@ -23,11 +23,12 @@ from eclipse_ray.storage.s3 import DELETE, LIST, READ, WRITE, S3Folder
 __all__ = ["Entry", "Store"]
 
 _MEMORY_LOCK = threading.Lock()
+# Most HTTP connections per process.
 _CONNECTIONS = 32
 
 
 class Backend(Protocol):
-    """What a kind of store must do; keys are relative to its root."""
+    """The operations of each kind of store. `Store` documents the methods of the same names."""
 
     def exists(self, key: str) -> bool: ...
     def is_file(self) -> bool: ...
@@ -45,8 +46,9 @@ class Backend(Protocol):
 class Store:
     """One folder or one file at a path or fsspec URL; keys are relative, with forward slashes.
 
-    `single_writer` writes without put-if-absent, for stores that have none: two drivers on one output may then
-    both believe that they committed a shard. Every method raises StorageError when a store refuses or stays away.
+    With `single_writer`, writes do without put-if-absent, for stores that do not support it. Two drivers on one
+    output may then both believe that they committed a shard. Every method raises StorageError when the store
+    refuses a request or does not answer.
     """
 
     def __init__(self, url: str, single_writer: bool = False) -> None:
@@ -61,20 +63,20 @@ class Store:
         self.backend = _backend(self.fs, self.root)
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, bool]]:
-        # A store crosses process borders as its URL: connections and locks are made anew there.
+        # Only the URL is pickled. The other process makes its own connections and locks.
         return Store, (self.url, self.single_writer)
 
     @property
     def in_this_process_only(self) -> bool:
-        """Whether other processes cannot see what is stored here (memory://)."""
+        """Whether only this process can see what is stored here (memory://)."""
         return isinstance(self.fs, MemoryFileSystem)
 
     def path(self, key: str) -> str:
-        """Return the filesystem's own path of `key`."""
+        """Return the path of `key` in the filesystem."""
         return f"{self.root.rstrip('/')}/{key}" if key else self.root
 
     def exists(self, key: str = "") -> bool:
-        """Return whether an object or folder `key` is there now."""
+        """Return whether an object or folder `key` exists now."""
         return self.backend.exists(key)
 
     def is_file(self) -> bool:
@@ -82,37 +84,36 @@ class Store:
         return self.backend.is_file()
 
     def read(self, key: str = "") -> bytes:
-        """Return the whole object, never less. Raises FileNotFoundError if it is not there."""
+        """Return a complete object. Raises FileNotFoundError if it does not exist."""
         return self.backend.read(key)
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop`, or to the end. Raises FileNotFoundError if it is not there."""
+        """Return bytes `start` to `stop`, fewer at the end. Raises FileNotFoundError if there is no object."""
         return self.backend.read_range(key, start, stop)
 
     def open(self, key: str = "") -> BinaryIO:
-        """Open an object for random access. Raises FileNotFoundError if it is not there."""
+        """Open an object for random access. Raises FileNotFoundError if it does not exist."""
         return self.backend.open(key)
 
     def entry(self, key: str) -> Entry:
-        """Return size and version of one object. Raises FileNotFoundError if it is not there."""
+        """Return the size and version of one object. Raises FileNotFoundError if it does not exist."""
         return self.backend.entry(key)
 
     def list(self, prefix: str = "", hidden: bool = False) -> Iterator[Entry]:
         """Yield every object below the folder `prefix`, sorted by key; nothing if there is no such folder.
 
-        Names that start with `_` or `.` are the business of whoever wrote them and are passed over, below
-        `prefix` only, unless `hidden`. Memory holds a page of 1,000 keys on Amazon S3, the names of one folder
-        on a disk, every entry on other stores, since those list in an order of their own. Raises OSError for
-        a local folder that cannot be read.
+        Unless `hidden`, objects are skipped if a name below `prefix` starts with `_` or `.`. Memory holds one page
+        of 1,000 keys on Amazon S3, the names of one folder per level on a disk, and every entry on other stores,
+        which do not list in sorted order. Raises OSError for a local folder that cannot be read.
         """
         return self.backend.walk(prefix, hidden)
 
     def write(self, key: str, data: bytes) -> None:
-        """Store an object whole, replacing any other; a reader never sees half of it."""
+        """Write an object atomically, replacing an existing one."""
         self.backend.write(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Store an object unless `key` is taken; return whether this call stored it (put-if-absent)."""
+        """Write an object unless `key` exists (put-if-absent); return whether this call wrote it."""
         if not self.single_writer:
             return self.backend.create(key, data)
         if self.backend.exists(key):
@@ -121,18 +122,19 @@ class Store:
         return True
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is already gone is no error."""
+        """Delete an object; an object that does not exist is no error."""
         self.backend.delete(key)
 
     def abort_uploads(self, prefix: str = "") -> int:
-        """Abort all unfinished uploads below `prefix`, also those of a live run, which then begins them anew.
+        """Abort all unfinished uploads below `prefix` and return how many there were.
 
-        Returns how many there were: invisible leftovers that cost storage; always 0 where there is no such thing.
+        Unfinished uploads are invisible but cost storage. A live run starts an aborted upload again. Stores
+        without unfinished uploads return 0.
         """
         return self.backend.abort_uploads(prefix)
 
     def probe(self) -> None:
-        """Prove that put-if-absent works here. Raises StorageError, as without it two runs could mix."""
+        """Check that put-if-absent works here. Raises StorageError if not, because two runs could then mix."""
         key = f"_eclipse/probe-{uuid.uuid4().hex}"
         try:
             first, second = self.create(key, b"1"), self.create(key, b"2")
@@ -149,27 +151,22 @@ class Store:
 
 
 class AnyFolder:
-    """A folder of any fsspec filesystem, memory:// among them."""
+    """A folder on any other fsspec filesystem, for example memory://."""
 
     def __init__(self, fs: Any, root: str) -> None:
         self.fs = fs
         self.root = root
 
     def path(self, key: str) -> str:
-        """Return the filesystem's own path of `key`."""
         return f"{self.root}/{key}" if key else self.root
 
     def exists(self, key: str) -> bool:
-        """Return whether an object or folder is there."""
         return retried(READ, self.path(key), lambda: bool(self.fs.exists(self.path(key))))
 
     def is_file(self) -> bool:
-        """Return whether the root is a file."""
         return retried(READ, self.root, lambda: bool(self.fs.isfile(self.root)))
 
     def read(self, key: str) -> bytes:
-        """Return the whole object. Raises FileNotFoundError if it is not there."""
-
         def call() -> bytes:
             data = cast(bytes, self.fs.cat_file(self.path(key)))
             size = self.fs.info(self.path(key)).get("size")
@@ -180,21 +177,18 @@ class AnyFolder:
         return retried(READ, self.path(key), call)
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop`, or to the end. Raises FileNotFoundError if it is not there."""
         path = self.path(key)
         return retried(READ, path, lambda: cast(bytes, self.fs.cat_file(path, start=start, end=stop)))
 
     def open(self, key: str) -> BinaryIO:
-        """Open an object. Raises FileNotFoundError if it is not there."""
         return retried(READ, self.path(key), lambda: cast(BinaryIO, self.fs.open(self.path(key), "rb")))
 
     def entry(self, key: str) -> Entry:
-        """Return size and version. Raises FileNotFoundError if it is not there."""
         info = retried(READ, self.path(key), lambda: self.fs.info(self.path(key)))
         return Entry(key, int(info["size"]), _version(info))
 
     def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]:
-        """Yield the objects below a folder, sorted by key; the listing is held in memory."""
+        """Yield the objects below a folder, sorted by key; memory holds the whole listing."""
         base = self.path(prefix)
         self.fs.invalidate_cache()
         for path, info in sorted(retried(LIST, base, lambda: self._find(base)).items()):
@@ -203,11 +197,9 @@ class AnyFolder:
                 yield Entry(join(prefix, relative), int(info["size"]), _version(info))
 
     def write(self, key: str, data: bytes) -> None:
-        """Store an object whole, replacing any other."""
         retried(WRITE, self.path(key), lambda: self.fs.pipe_file(self.path(key), data))
 
     def create(self, key: str, data: bytes) -> bool:
-        """Store an object unless there is one; return whether this call did."""
         if isinstance(self.fs, MemoryFileSystem):
             with _MEMORY_LOCK:
                 if self.exists(key):
@@ -221,14 +213,12 @@ class AnyFolder:
         return True
 
     def delete(self, key: str) -> None:
-        """Remove an object; one that is gone is no error."""
         try:
             retried(DELETE, self.path(key), lambda: self.fs.rm_file(self.path(key)))
         except FileNotFoundError:
             return
 
     def abort_uploads(self, prefix: str) -> int:
-        """Return 0: fsspec knows no unfinished uploads."""
         return 0
 
     def _find(self, base: str) -> dict[str, dict[str, Any]]:
@@ -247,10 +237,13 @@ def _open(url: str) -> tuple[Any, str]:
 
 @lru_cache(maxsize=8)
 def _connect_s3(settings: tuple[tuple[str, str], ...], process: int) -> Any:
-    """Return the S3 filesystem of this environment: fsspec keeps one a thread, whatever AWS_* says by now."""
+    """Return the S3 filesystem for these AWS_* variables, made once per process.
+
+    The cache of fsspec keeps one filesystem per thread and ignores later changes of the variables.
+    """
     environment = dict(settings)
     options: dict[str, Any] = {}
-    # Other SDKs read AWS_REGION, and people set it; botocore reads AWS_DEFAULT_REGION alone.
+    # People set AWS_REGION because other SDKs read it. botocore reads only AWS_DEFAULT_REGION.
     if "AWS_REGION" in environment and "AWS_DEFAULT_REGION" not in environment:
         options["client_kwargs"] = {"region_name": environment["AWS_REGION"]}
     configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
@@ -258,7 +251,7 @@ def _connect_s3(settings: tuple[tuple[str, str], ...], process: int) -> Any:
     fs = fsspec.filesystem(
         "s3", config_kwargs={**configured, **once}, use_listings_cache=False, skip_instance_cache=True, **options
     )
-    # Three layers would each retry the others' retries, for minutes and without a word: ours is the only one.
+    # Retries of three layers would multiply and last for minutes without a message. Only retries.py retries.
     fs.retries = 1
     return fs
 
@@ -276,5 +269,5 @@ def _version(info: dict[str, Any]) -> str:
     if "mtime_ns" in info:
         return str(info["mtime_ns"])
     created = info.get("created", info.get("mtime", ""))
-    # Some filesystems give a date for one object and seconds in a listing.
+    # Some filesystems return a date for one object but seconds in a listing.
     return str(created.timestamp() if isinstance(created, datetime) else created)

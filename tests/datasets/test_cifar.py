@@ -1,6 +1,5 @@
 import os
 import pickle
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -51,7 +50,7 @@ def test_batches_of_every_protocol(tmp_path, protocol):
 
 
 def test_python_2_batches(tmp_path):
-    # As Python 2 wrote them: text is bytes, numpy has its old path.
+    # Python 2 wrote text as bytes, and numpy under its old module path.
     data = (
         b"\x80\x02}(U\x04dataq\x01cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
         b"(K\x01K\x01M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xff"
@@ -77,7 +76,7 @@ def test_cifar_100_keeps_coarse_labels(tmp_path):
 
 
 class Run:
-    """Pickles to a call of `function`."""
+    """Becomes a call of `function` when it is unpickled."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -124,13 +123,39 @@ def test_wrong_labels_are_refused(tmp_path, labels):
         read_all(dump(tmp_path, batch(labels=labels)))
 
 
-def test_garbage_is_read_or_refused_and_nothing_else(tmp_path):
+def test_garbage_is_refused_or_read_as_whole_rows(tmp_path):
     whole = pickle.dumps(batch(), 2)
     rng = np.random.default_rng(1)
+    read = refused = 0
     for _ in range(200):
         damaged = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.3 else whole)
-        for place in rng.integers(0, min(400, len(damaged)), 3):
+        for place in rng.integers(0, min(400, len(damaged)), rng.choice([1, 3])):
             damaged[place] = rng.integers(256)
         (tmp_path / "data_batch_1").write_bytes(damaged)
-        with suppress(InputError):
-            read_all(str(tmp_path))
+        try:
+            source, rows = read_all(str(tmp_path))
+        except InputError:
+            refused += 1
+            continue
+        read += 1
+        assert rows["id"].to_pylist() == [f"data_batch_1#{row}" for row in range(source.images)]
+        assert all(decode_image(data, 10**6).shape[2] == 3 for data in image_bytes(rows))
+        labels = rows["label"].to_pylist() if "label" in rows.column_names else []
+        assert all(isinstance(label, int) for label in labels)
+    assert read > 10
+    assert refused > 20
+
+
+def test_damaged_pixels_change_those_pixels_and_nothing_else(tmp_path):
+    whole = pickle.dumps(batch(), 4)
+    start = whole.index(PIXELS.tobytes())
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        pixels = PIXELS.copy()
+        pixels.reshape(-1)[rng.integers(0, PIXELS.size, 3)] ^= 255
+        damaged = whole[:start] + pixels.tobytes() + whole[start + PIXELS.size :]
+        (tmp_path / "data_batch_1").write_bytes(damaged)
+        _, rows = read_all(str(tmp_path))
+        assert rows["label"].to_pylist() == [3, 1, 4, 1, 5, 9]
+        found = np.stack([decode_image(data, 2000) for data in image_bytes(rows)])
+        assert np.array_equal(found, pixels.transpose(0, 2, 3, 1))

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import folder, parquet
 from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import content_hash, encode_image
-from eclipse_ray.datasets.memory import load_images, load_mixed, write_dataset, write_folder, write_parquet
+from eclipse_ray.datasets.memory import load_images, load_mixed
 from eclipse_ray.datasets.table import canonical_table
+from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 
@@ -43,9 +45,15 @@ def test_what_is_written_loads_again(tmp_path_factory, labels, cuts, layout):
     assert loaded.classes == CLASSES
     written = sorted((content_hash(p), label) for p, label in zip(pixels, labels, strict=True))
     assert sorted(zip(loaded.hashes(), loaded.labels.tolist(), strict=True)) == written
-    if layout == "parquet":
-        assert loaded.ids == whole["id"].to_pylist()
-        assert np.array_equal(loaded.images, pixels)
+
+
+def test_parquet_keeps_the_order(tmp_path):
+    pixels = images(9)
+    whole = table(pixels, [2, 0, 1] * 3)
+    write_dataset(str(tmp_path), [whole.slice(0, 4), whole.slice(4)], classes=CLASSES, source="test")
+    loaded = load_images(str(tmp_path), CONFIG)
+    assert loaded.ids == whole["id"].to_pylist()
+    assert np.array_equal(loaded.images, pixels)
 
 
 def test_limit_takes_the_first(tmp_path):
@@ -86,12 +94,12 @@ def test_a_missing_label_is_minus_one(tmp_path):
 def test_files_are_bounded(tmp_path):
     store = Store(str(tmp_path))
     whole = table(images(10), [0] * 10)
-    assert write_parquet(store, [whole.slice(0, 7), whole.slice(7)], max_images=4) == 10
+    assert parquet.write(store, [whole.slice(0, 7), whole.slice(7)], max_images=4) == 10
     files = [entry.key for entry in store.list()]
     assert files == [f"data/part-{n:05d}.parquet" for n in range(3)]
     assert [pq.read_metadata(tmp_path / file).num_rows for file in files] == [4, 4, 2]
     other = Store(str(tmp_path / "other"))
-    write_parquet(other, [whole.slice(n, 1) for n in range(10)], max_bytes=1)
+    parquet.write(other, [whole.slice(n, 1) for n in range(10)], max_bytes=1)
     assert len(list(other.list())) == 10
 
 
@@ -124,16 +132,16 @@ def test_folder_keeps_bytes_and_names(tmp_path):
     jpeg = encode_image(images(1, size=16)[0], "jpeg:80")
     ids = ["zebra/x.JPG", "data#1", "a/b/y.png"]
     rows = canonical_table(ids, [jpeg, jpeg, b"broken"], [0, 2, 1])
-    assert write_folder(Store(str(tmp_path)), [rows], classes=CLASSES) == 3
+    assert folder.write(Store(str(tmp_path)), [rows], classes=CLASSES) == 3
     files = {str(f.relative_to(tmp_path)): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     assert files == {"zebra/x.JPG": jpeg, "%2Edot/data#1.jpg": jpeg, "a%2Fb/a%2Fb%2Fy.png": b"broken"}
 
 
 def test_folder_refuses_what_it_cannot_hold(tmp_path):
     with pytest.raises(InputError, match="named like"):
-        write_folder(Store(str(tmp_path / "a")), [table(images(2), ids=["x", "x.png"])])
+        folder.write(Store(str(tmp_path / "a")), [table(images(2), ids=["x", "x.png"])])
     with pytest.raises(InputError, match="has no label"):
-        write_folder(Store(str(tmp_path / "b")), [table(images(2), [0, None])])
+        folder.write(Store(str(tmp_path / "b")), [table(images(2), [0, None])])
 
 
 def test_unnamed_labels_keep_their_order(tmp_path):
@@ -151,13 +159,13 @@ def test_images_of_several_sizes_load_into_one_buffer(tmp_path):
     assert loaded.hashes == [content_hash(image) for image in pixels]
     resized = load_mixed(str(tmp_path), DataConfig(resize=16))
     assert resized.sizes.tolist() == [[16, 16]] * 3
-    # The stored image is what leakage is about, whatever size it is trained at.
+    # Leakage is checked on the images as stored, whatever size is used for training.
     assert resized.hashes == loaded.hashes
 
 
 def test_ids_too_long_for_a_file_are_refused(tmp_path):
     with pytest.raises(InputError, match="too long to name a file"):
-        write_folder(Store(str(tmp_path)), [table(images(1), ids=["x" * 300])])
+        folder.write(Store(str(tmp_path)), [table(images(1), ids=["x" * 300])])
 
 
 def test_folders_written_by_others_may_look_escaped(tmp_path):

@@ -1,4 +1,4 @@
-"""Damage, odd names and wrong labels: noticed before or while reading, never passed over."""
+"""Damage, odd names and wrong labels are noticed before or during reading, never silently ignored."""
 
 import unicodedata
 import uuid
@@ -13,12 +13,12 @@ from eclipse_ray import ledger
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import load_images, write_dataset
+from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
-from eclipse_ray.datasets.transform import convert
+from eclipse_ray.datasets.write import convert, write_dataset
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
-from tests.ledger.helpers import Part, start
+from tests.ledger.helpers import part, start
 
 CONFIG = DataConfig()
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
@@ -56,7 +56,7 @@ def test_no_flipped_bit_of_an_input_parquet_goes_unnoticed(tmp_path):
 @pytest.mark.parametrize("encoding", ["jpeg:90", "png"])
 def test_verify_notices_every_flipped_bit_of_an_output(encoding):
     store = Store(f"memory://flips-{uuid.uuid4().hex}")
-    (shard,) = shards = ledger.plan_shards([Part(f"{n}") for n in range(6)], 6)
+    (shard,) = shards = ledger.plan_shards([part(f"{n}") for n in range(6)], 6)
     encoded = [encode_image(image, encoding) for image in NOISE[:6]]
     start(store, shards)
     status = ledger.commit_shard(
@@ -76,7 +76,7 @@ def test_verify_notices_every_flipped_bit_of_an_output(encoding):
     missed = 0
     for _ in range(1000):
         image = encoded[rng.integers(6)]
-        # Noise does not compress, so the encoded bytes stand in the file as they are: a piece marks the place.
+        # Noise does not compress, so the file contains the encoded bytes unchanged, and a piece of them is found.
         place = whole.find(image[-200:-100])
         low, high = (place, place + 100) if place >= 0 else (4, len(whole))
         store.write(status.object, flipped(whole, rng, low, high))
@@ -110,6 +110,8 @@ def named(tmp_path):
     folder.mkdir(parents=True)
     for number, name in enumerate(NAMES):
         (folder / name).write_bytes(encode_image(NOISE[number], "png"))
+    (tmp_path / "src" / "z").mkdir()
+    (tmp_path / "src" / "z" / "0.png").write_bytes(encode_image(NOISE[len(NAMES)], "png"))
     return str(tmp_path / "src")
 
 
@@ -119,8 +121,8 @@ def test_odd_names_keep_their_images(named, tmp_path):
         return dict(zip(loaded.ids, loaded.hashes(), strict=True))
 
     expected = contents(named)
-    assert sorted(expected) == sorted(f"k l'%/{name}" for name in NAMES)
-    assert len(set(expected.values())) == len(NAMES)
+    assert sorted(expected) == sorted([*(f"k l'%/{name}" for name in NAMES), "z/0.png"])
+    assert len(set(expected.values())) == len(NAMES) + 1
     for layout in ("parquet", "webdataset", "npz"):
         convert(named, str(tmp_path / layout), CONFIG, layout)
         assert contents(str(tmp_path / layout)) == expected
@@ -186,7 +188,7 @@ def test_missing_labels_are_named_by_whoever_needs_them(tmp_path):
 
 
 def test_page_checksums_are_what_notices(tmp_path):
-    # Without them most flips in pixels stored as they are pass in silence; the test above would be worth nothing.
+    # Without checksums most flips in uncompressed pixels go unnoticed. So it is they that the first test checks.
     encoded = [NOISE[n].tobytes() for n in range(8)]
     table = canonical_table([f"{n}" for n in range(8)], encoded)
     pq.write_table(table, tmp_path / "x.parquet", compression="none", use_dictionary=False)

@@ -43,6 +43,40 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     assert rows.column_names == ["id", "image"]
 
 
+def test_one_folder_is_no_set_of_classes(tmp_path):
+    source = open_source(fill(tmp_path, "data/0.png", "data/1.png"), CONFIG)
+    assert (source.classes, source.images) == (None, 2)
+
+
+@pytest.mark.parametrize("name", ["train", "dev", "Evaluation"])
+def test_a_folder_named_after_a_split_is_no_class(tmp_path, name):
+    url = fill(tmp_path, f"{name}/cat/a.png", f"{name}/dog/b.png")
+    with pytest.raises(InputError, match=rf"the split {name}, .* {url}/{name}"):
+        open_source(url, CONFIG)
+    assert open_source(f"{url}/{name}", CONFIG).classes == ["cat", "dog"]
+
+
+def test_images_and_classes_may_begin_with_an_underscore(tmp_path):
+    url = fill(
+        tmp_path, "cat/_MG_1.JPG", "_other/a.png", "dog/b.png", "_eclipse/x/c.png", "dog/._b.png", ".d/e.png"
+    )
+    source = open_source(url, CONFIG)
+    assert [part.key for part in source.parts] == ["_other/a.png", "cat/_MG_1.JPG", "dog/b.png"]
+    assert source.classes == ["_other", "cat", "dog"]
+
+
+def test_a_link_to_nowhere_keeps_its_class_and_is_named(tmp_path):
+    url = fill(tmp_path, "dog/b.png")
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").symlink_to(tmp_path / "nowhere")
+    source = open_source(url, CONFIG)
+    assert source.classes == ["cat", "dog"]
+    rows = read_parts(source.url, source.format, source.classes, [("dog/b.png", 0, 1)], CONFIG)
+    assert rows["label"].to_pylist() == [1]
+    with pytest.raises(InputError, match=r"cat/a\.png"):
+        read_parts(source.url, source.format, source.classes, [("cat/a.png", 0, 1)], CONFIG)
+
+
 def test_layouts_that_mean_nothing_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"beside them \(b.png\)"):
         open_source(fill(tmp_path / "mixed", "cat/a.png", "b.png"), CONFIG)

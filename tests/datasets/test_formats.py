@@ -58,6 +58,29 @@ def test_splits_are_read_one_at_a_time(tmp_path):
     assert one.parts[0].version == str((tmp_path / one.parts[0].key).stat().st_mtime_ns)
 
 
+@pytest.mark.parametrize("word", ["validation", "dev", "test", "eval"])
+def test_a_split_is_recognised_anywhere_in_a_name(tmp_path, word):
+    for name in ("imagenet1k-train-000000", f"imagenet1k-{word}-000000"):
+        (tmp_path / f"{name}.parquet").write_bytes(parquet(name))
+    first = min("train", word)
+    with pytest.raises(InputError, match=rf"more than one split: .*/imagenet1k-{first}-\*\.parquet'"):
+        open_source(str(tmp_path), CONFIG)
+    assert open_source(f"{tmp_path}/imagenet1k-{first}-*.parquet", CONFIG).images == 1
+
+
+def test_files_that_name_different_classes_are_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet("a", classes=["cat", "dog"]))
+    (tmp_path / "b.parquet").write_bytes(parquet("b", classes=["dog", "cat"]))
+    with pytest.raises(InputError, match=r"a\.parquet and b\.parquet name different classes \(cat, dog and"):
+        open_source(str(tmp_path), CONFIG)
+
+
+def test_a_link_to_a_missing_file_is_named(tmp_path):
+    (tmp_path / "a.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"link to a missing file: .*a\.parquet"):
+        open_source(str(tmp_path), CONFIG)
+
+
 def test_cifar_splits_are_read_one_at_a_time(tmp_path):
     content = pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0]})
     for name in ("data_batch_1", "data_batch_2", "test_batch"):

@@ -1,7 +1,6 @@
 import io
 import struct
 import zlib
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -159,13 +158,19 @@ def test_truncated_images_are_refused_never_filled(format):
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=8),
 )
 def test_damage_is_an_image_error_or_an_image(format, flips):
-    data = bytearray(saved(Image.new("RGB", (9, 7), "teal"), format))
+    whole = saved(Image.new("RGB", (9, 7), "teal"), format)
+    assert decode_image(whole, 10_000).shape == (7, 9, 3)
+    data = bytearray(whole)
     for place, mask in flips:
         data[place % len(data)] ^= mask
-    with suppress(ImageError):
+    try:
         decoded = decode_image(bytes(data), 10_000)
-        assert decoded.ndim == 3
-        assert decoded.shape[2] == 3
+    except ImageError:
+        return
+    assert decoded.dtype == np.uint8
+    assert decoded.ndim == 3
+    assert decoded.shape[2] == 3
+    assert decoded.shape[0] * decoded.shape[1] <= 10_000
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ def test_labels_are_named_or_refused(tmp_path):
 
 def test_damaged_archives_are_refused(tmp_path):
     url = put(tmp_path / "s", images=IMAGES)
+    np.save(tmp_path / "whole.npy", IMAGES)
     file = tmp_path / "s" / "set.npz"
     whole = file.read_bytes()
     for content in (b"", b"PK", whole[:-30], b"x" * 100):
@@ -124,6 +125,9 @@ def test_damaged_archives_are_refused(tmp_path):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("notes.txt", "hello")
     assert "'notes.txt' is no array" in refused(url)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(".npy", (tmp_path / "whole.npy").read_bytes())
+    assert "'.npy' is no array" in refused(url)
     np.save(tmp_path / "s" / "short.npy", IMAGES)
     file.unlink()
     short = tmp_path / "s" / "short.npy"

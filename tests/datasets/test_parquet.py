@@ -134,7 +134,7 @@ class Canary(pa.ExtensionType):
 def test_extension_types_are_refused_before_they_are_built(tmp_path, padding):
     extension = Canary()
     column = pa.ExtensionArray.from_storage(extension, pa.array([b"x"], pa.binary()))
-    # Every padding moves the mark to another place in its base64 form.
+    # Each padding shifts the mark to another offset in its base64 form.
     url = put(tmp_path / "ext", "x.parquet", pa.table({"image": [PNG], "p" * (padding + 1): column}))
     pa.register_extension_type(extension)
     before = Canary.built

@@ -20,7 +20,7 @@ NOISE = np.random.default_rng(0).bytes(1_000 * 700)
 
 
 class CountingStore(Store):
-    """Remembers which bytes of which object were read."""
+    """Records the byte ranges that are read from each object."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)

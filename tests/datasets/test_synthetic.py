@@ -12,7 +12,7 @@ def drawn():
 
 
 def linear_accuracy(features, labels):
-    # Ridge regression onto one-hot labels, first half to fit, second half to judge.
+    # Ridge regression onto one-hot labels, fitted on the first half and tested on the second.
     half = len(features) // 2
     x = (features - features[:half].mean(0)) / (features[:half].std(0) + 1e-6)
     x = np.c_[x, np.ones(len(x))]

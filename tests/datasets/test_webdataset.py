@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.samples import escape_key, unescape_key
 from eclipse_ray.datasets.table import image_bytes
+from eclipse_ray.datasets.webdataset import escape_key, unescape_key
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 
@@ -196,7 +196,7 @@ def test_an_index_saves_the_headers_and_must_fit(tmp_path):
         assert "delete it or write it anew" in refused(url)
     index.write_text("\n".join(whole.split("\n")[:-2]))
     assert "does not describe a.tar" in refused(url)
-    # One that leaves a sample out in the middle would lose an image.
+    # An index that leaves out a sample in the middle would lose an image.
     lines = whole.split("\n")
     index.write_text("\n".join([*lines[:4], *lines[5:]]))
     assert "does not describe a.tar" in refused(url)
@@ -237,7 +237,7 @@ def test_a_remote_tar_is_planned_without_reading_its_images(tmp_path):
         ranges.clear()
         rows = read_parts(source.url, source.format, None, [("a.tar", 7, 9)], CONFIG)
         assert rows["id"].to_pylist() == ["07", "08"]
-        # Once per worker the headers, then exactly the rows.
+        # A worker reads the headers once, and then exactly the bytes of its rows.
         assert max(ranges) < 2 * len(big) + 5 * 1024
         ranges.clear()
         read_parts(source.url, source.format, None, [("a.tar", 3, 4)], CONFIG)

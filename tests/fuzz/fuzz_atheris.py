@@ -1,4 +1,4 @@
-"""The readers of fuzz_decode under Atheris, which keeps whatever reaches new code (pip install atheris).
+"""The readers of fuzz_decode under Atheris, which keeps inputs that reach new code (pip install atheris).
 
     python -m tests.fuzz.fuzz_atheris --seconds 300 --work runs/atheris
 
@@ -24,7 +24,7 @@ READERS = list(TARGETS)
 
 
 def one_input(data: bytes) -> None:
-    """Feed `data` to the reader that its first byte names; only the readers' own errors are fine."""
+    """Pass `data` to the reader chosen by its first byte; only ImageError and InputError are allowed."""
     if not data:
         return
     try:
@@ -34,7 +34,7 @@ def one_input(data: bytes) -> None:
 
 
 def main() -> None:
-    """Write the seeds as a corpus and hand over to libFuzzer, which ends the process."""
+    """Write the seeds as a corpus and start libFuzzer, which ends the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--work", type=Path, default=Path("runs/atheris"))

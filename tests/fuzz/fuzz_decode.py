@@ -1,4 +1,4 @@
-"""Mutates valid images, tars, NumPy archives, Parquet files and CIFAR batches and feeds them to their readers.
+"""Mutates valid images, tars, NumPy archives, Parquet files and CIFAR batches and passes them to their readers.
 
     python -m tests.fuzz.fuzz_decode --seconds 300 --seed 0
 
@@ -41,13 +41,13 @@ POLICIES = [
 ]
 WORDS = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\x01", b"\x80", b"../", b"9" * 11, b"IDAT"]
 KEPT_CRASHES = 20
-# What asks for more than this is kept too, to be looked at.
+# An input that needs more memory or seconds than this is kept too.
 MUCH_MB, LONG_SECONDS = 100, 5
 
 
 @dataclass
 class Tally:
-    """What happened to one reader."""
+    """Counts for one reader."""
 
     executions: int = 0
     accepted: int = 0
@@ -102,7 +102,7 @@ def mutate(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
     changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
         place = rng.randrange(len(changed) + 1)
-        # Headers say more than pixels, so every other change is near the start.
+        # Half of the changes are near the start, because headers matter more than pixels.
         place = min(place, rng.randrange(600)) if rng.random() < 0.5 else place
         kind = rng.randrange(7)
         if kind == 0 and place < len(changed):
@@ -169,7 +169,7 @@ def fuzz(seconds: float, seed: int, keep: Path | None = None) -> dict[str, objec
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         while time.monotonic() < end:
-            # Pictures are most of the code that untrusted bytes reach.
+            # Every second input is an image, because most of the code that reads untrusted bytes is Pillow.
             name = names[0] if executions % 2 else rng.choice(names)
             _execute(name, mutate(rng.choice(corpus[name]), corpus[name], rng), rng, tallies[name], keep)
             executions += 1

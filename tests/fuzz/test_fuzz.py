@@ -1,4 +1,4 @@
-"""Five seconds of what `python -m tests.fuzz.fuzz_decode` does for minutes."""
+"""Five seconds of the fuzzer `python -m tests.fuzz.fuzz_decode`."""
 
 import random
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eclipse_ray.datasets.table import Part
 from eclipse_ray.ledger import (
     Fingerprint,
     ImageFailure,
@@ -29,11 +29,11 @@ CONFIG = {"purify": {"t_star": 100, "levels": (1, 2)}, "run": {"seed": 0}}
 
 
 class CrashError(Exception):
-    """Stands for a process that dies."""
+    """Replaces the death of a process."""
 
 
 class CrashingStore(Store):
-    """Dies at the n-th change, counted from 0, before or after the change takes effect."""
+    """Raises CrashError at the n-th change, counted from 0, before or after the change takes effect."""
 
     def __init__(self, url: str, at: int | None = None, after: bool = False) -> None:
         super().__init__(url)
@@ -70,12 +70,8 @@ class CrashingStore(Store):
         self.changes += 1
 
 
-@dataclass(frozen=True)
-class Part:
-    key: str
-    rows: int = 1
-    size: int = 10
-    version: str = "v1"
+def part(key: str, rows: int = 1, size: int = 10, version: str = "v1") -> Part:
+    return Part(key, rows, size, version)
 
 
 def memory_store() -> Store:
@@ -83,7 +79,7 @@ def memory_store() -> Store:
 
 
 def make_shards(images: int = 10, shard_images: int = 4) -> list[Shard]:
-    return plan_shards([Part(f"img-{i:04d}.png") for i in range(images)], shard_images)
+    return plan_shards([part(f"img-{i:04d}.png") for i in range(images)], shard_images)
 
 
 def plan_of(shards: list[Shard]) -> Plan:
@@ -124,7 +120,7 @@ def commit(store: Store, shard: Shard, salt: int = 0, generation: int = 0, mende
 
 
 def complete(store: Store, shards: list[Shard]) -> Manifest:
-    """What a driver does: open or resume, commit what is missing, finalise."""
+    """Do what a driver does: open or resume, commit the missing shards, finalise."""
     start(store, shards)
     for shard in pending(shards, read_statuses(store)):
         commit(store, shard)
@@ -132,6 +128,6 @@ def complete(store: Store, shards: list[Shard]) -> Manifest:
 
 
 def written(store: Store) -> dict[str, bytes]:
-    """Every object of the output, leftovers included, but for those of trying out the store."""
+    """Return every object of the output, with leftovers, except the probes of the store."""
     keys = [entry.key for entry in store.list(hidden=True) if "/probe-" not in entry.key]
     return {key: store.read(key) for key in keys}

@@ -1,4 +1,4 @@
-"""Images that kill their worker are found, whatever else kills workers meanwhile."""
+"""Images that kill their worker are found, even if workers also die for other reasons."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ROWS = 12
 
 
 class Died(Exception):
-    """Stands for the death of a worker process."""
+    """Replaces the death of a worker process."""
 
 
 def attempt(store: Store, killers: set[int], strike: int = -1) -> tuple[frozenset[int], Care]:
-    """One life of a worker on a shard: killers die when touched, and lightning strikes at the n-th image."""
+    """Run one worker on a shard; it dies at `killers`, and once at image `strike` for another reason."""
     number = begin(store, "000000", 0, "decode")
     touched = 0
 
@@ -68,7 +68,7 @@ def test_two_killers_cost_three_deaths_and_two_each():
     strikes=st.lists(st.integers(0, 2 * ROWS), max_size=8, unique=True),
 )
 def test_killers_are_blamed_and_nobody_struck_once_is(killers, strikes):
-    # Different places, so that lightning does not strike one image twice when it is alone in hand.
+    # The places differ, so that no image is blamed for two deaths that have other reasons.
     store = memory_store()
     blamed, care, _ = live(store, killers, list(strikes))
     assert care is not Care.GIVE_UP or strikes

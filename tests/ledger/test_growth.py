@@ -1,9 +1,10 @@
-"""An output after its first run: extended, retried, cleaned up; and by two drivers at once."""
+"""An output that is extended, retried and cleaned up after its first run, also by two drivers at once."""
 
 from __future__ import annotations
 
 import pytest
 
+from eclipse_ray.datasets.table import Part
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import (
     Fingerprint,
@@ -20,17 +21,17 @@ from eclipse_ray.ledger import (
     verify,
 )
 from eclipse_ray.storage.store import Store
-from tests.ledger.helpers import Part, commit, complete, make_fingerprint, make_shards, memory_store, written
+from tests.ledger.helpers import commit, complete, make_fingerprint, make_shards, memory_store, part, written
 
 CLASSES = ("cat", "dog")
 
 
 def parts(*names: str) -> list[Part]:
-    return [Part(name) for name in names]
+    return [part(name) for name in names]
 
 
 def run(store: Store, listed: list[Part], extend: bool = False, classes=CLASSES, shard_images: int = 2) -> Plan:
-    """What a driver does with a listing, to the end."""
+    """Do what a driver does with a listing, from the plan to the manifest."""
     plan = plan_source(store, listed, shard_images, classes, extend)
     fingerprint: Fingerprint = make_fingerprint(list(plan.base))
     open_run(store, plan, fingerprint, "run: {}\n")
@@ -82,7 +83,7 @@ def test_a_changed_object_is_refused_in_the_plan_and_in_its_extension():
     run(store, parts("a", "b"))
     run(store, parts("a", "b", "c"), extend=True)
     for changed in ("a", "c"):
-        listed = [Part(name, version="v2" if name == changed else "v1") for name in "abc"]
+        listed = [part(name, version="v2" if name == changed else "v1") for name in "abc"]
         with pytest.raises(ResumeError, match=f"input {changed}: .*v1 -> .*v2"):
             run(store, listed, extend=True)
     with pytest.raises(ResumeError, match=r"input c: .* -> absent"):

@@ -1,4 +1,4 @@
-"""Plan, claim, commit, manifest: nothing lost and nothing twice, whoever dies and whenever."""
+"""Plan, claim, commit and manifest lose nothing and do nothing twice, whichever process dies at any time."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.ledger.helpers import (
     CONFIG,
     CrashError,
     CrashingStore,
-    Part,
     commit,
     complete,
     make_fingerprint,
     make_shards,
     memory_store,
+    part,
     plan_of,
     start,
     table,
@@ -46,14 +46,14 @@ def store(request, tmp_path):
 
 def test_plan_cuts_tables_and_groups_images():
     parts = [
-        Part("a"),
-        Part("b"),
-        Part("t1", 5),
-        Part("empty", 0),
-        Part("t2", 2),
-        Part("c"),
-        Part("d"),
-        Part("e"),
+        part("a"),
+        part("b"),
+        part("t1", 5),
+        part("empty", 0),
+        part("t2", 2),
+        part("c"),
+        part("d"),
+        part("e"),
     ]
     shards = plan_shards(parts, 2)
     cut = [(s.name, [(p.key, p.start, p.stop) for p in s.spans]) for s in shards]
@@ -71,15 +71,15 @@ def test_plan_cuts_tables_and_groups_images():
 
 def test_plan_refuses_doubled_and_unreadable_names():
     with pytest.raises(InputError, match=r"^a.png: "):
-        plan_shards([Part("a.png"), Part("a.png")], 2)
+        plan_shards([part("a.png"), part("a.png")], 2)
     with pytest.raises(InputError, match="not valid Unicode"):
-        plan_shards([Part("caf\udce9.png")], 2)
+        plan_shards([part("caf\udce9.png")], 2)
     with pytest.raises(ValueError, match="shard_images"):
         plan_shards([], 0)
 
 
 def test_plan_round_trips(store):
-    shards = plan_shards([Part("ä 'q\"\n%2F.png"), Part("t", 9, 77, "etag"), *map(Part, "xyz")], 2)
+    shards = plan_shards([part("ä 'q\"\n%2F.png"), part("t", 9, 77, "etag"), *map(part, "xyz")], 2)
     start(store, shards)
     assert read_plan(store) == plan_of(shards)
     assert plan_digest(read_plan(store).shards) == plan_digest(shards)
@@ -115,7 +115,7 @@ def test_summary_while_running(store):
 
 
 def test_shard_without_ok_images(store):
-    shards = plan_shards([Part("a"), Part("b")], 2)
+    shards = plan_shards([part("a"), part("b")], 2)
     start(store, shards)
     errors = [ImageFailure(i, i, f"bad name caf\udce9 {i}") for i in "ab"]
     commit_shard(store, shards[0], ok=None, ok_count=0, errors=errors, input_sha256="0", seconds=1)
@@ -163,7 +163,7 @@ def test_second_generation_wins_and_the_first_is_swept_away(store):
 
 
 class Gate(Store):
-    """Lets every thread reach the status before any of them writes it."""
+    """Makes every thread wait before it writes the status until all threads have arrived."""
 
     barrier: threading.Barrier
 
@@ -286,8 +286,8 @@ def test_changes_are_refused_with_a_readable_difference(store):
 
 def test_changed_input_is_refused_naming_the_objects():
     store = memory_store()
-    start(store, plan_shards([Part("a"), Part("b"), Part("c", 4)], 2))
-    changed = plan_shards([Part("a", version="v2"), Part("c", 3), Part("d")], 2)
+    start(store, plan_shards([part("a"), part("b"), part("c", 4)], 2))
+    changed = plan_shards([part("a", version="v2"), part("c", 3), part("d")], 2)
     with pytest.raises(ResumeError) as refused:
         start(store, changed)
     lines = str(refused.value).splitlines()[1:]

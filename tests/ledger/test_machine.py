@@ -35,7 +35,7 @@ crash_points = st.integers(0, 5)
 
 
 class Drivers(RuleBasedStateMachine):
-    """Two drivers on one output folder; a salt stands for a retry that gives other bytes."""
+    """Two drivers on one output folder; another salt is a retry that gives other bytes."""
 
     @initialize()
     def claim(self) -> None:

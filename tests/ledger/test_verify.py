@@ -1,4 +1,4 @@
-"""The audit finds every damage, and says so without raising."""
+"""`verify` finds every kind of damage and reports it without raising."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from eclipse_ray.ledger import ImageFailure, commit_shard, finalise, plan_shards, read_statuses, verify
 from eclipse_ray.ledger.layout import table_bytes
 from eclipse_ray.storage.store import Store
-from tests.ledger.helpers import Part, commit, complete, make_shards, memory_store, start, table
+from tests.ledger.helpers import commit, complete, make_shards, memory_store, part, start, table
 
 _FLIPS = 200
 
@@ -54,8 +54,8 @@ def test_truncated_or_missing_records_are_found(name):
     complete(store, make_shards())
     key = f"_eclipse/{name}"
     whole = store.read(key)
-    for part in (whole[:-2], whole[: len(whole) // 2], b""):
-        store.write(key, part)
+    for torn in (whole[:-2], whole[: len(whole) // 2], b""):
+        store.write(key, torn)
         assert any(name in sentence for sentence in verify(store).mismatched)
     store.delete(key)
     assert not verify(store).ok
@@ -119,7 +119,7 @@ def test_status_of_an_unplanned_shard_is_found():
 )
 def test_doubled_id_is_found(good, bad):
     store = memory_store()
-    shards = plan_shards([Part(name) for name in "abcx"], 3)
+    shards = plan_shards([part(name) for name in "abcx"], 3)
     start(store, shards)
     for shard, ok, failed in [(shards[0], good, bad), (shards[1], ["x"], [])]:
         errors = [ImageFailure(i, i, "no") for i in failed]
@@ -133,7 +133,7 @@ def test_doubled_id_is_found(good, bad):
 
 def test_unreadable_table_with_the_right_hash_is_found():
     store = memory_store()
-    shards = plan_shards([Part("a"), Part("b")], 2)
+    shards = plan_shards([part("a"), part("b")], 2)
     start(store, shards)
     whole = table(["a", "b"])
     damaged = bytearray(whole)
@@ -145,7 +145,7 @@ def test_unreadable_table_with_the_right_hash_is_found():
 
 def test_table_without_ids_is_found():
     store = memory_store()
-    shards = plan_shards([Part("a"), Part("b")], 2)
+    shards = plan_shards([part("a"), part("b")], 2)
     start(store, shards)
     for generation, (ok, words) in enumerate(
         [

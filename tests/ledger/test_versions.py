@@ -1,4 +1,4 @@
-"""Output folders of other versions: named as such, with what to do, never called damaged."""
+"""An output folder of another version is reported as such, with advice, and never called damaged."""
 
 import json
 

@@ -17,8 +17,8 @@ from eclipse_ray.cli.reports import conclude
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import write_dataset
 from eclipse_ray.datasets.table import canonical_table
+from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.errors import InputError
 from eclipse_ray.reports.accuracy import _drawn
 from eclipse_ray.reports.folder import record_command

@@ -1,4 +1,4 @@
-"""Hostile files: an armed pickle, tag or path in every place one could enter; nothing of it ever runs."""
+"""Hostile files: a harmful pickle, tag or path in each place where one could enter. None of it ever runs."""
 
 import io
 import os
@@ -27,7 +27,7 @@ IMAGES = np.zeros((2, 32, 32, 3), np.uint8)
 
 
 class Touch:
-    """Unpickles to a call that creates the file `canary`."""
+    """Creates the file `canary` when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -38,7 +38,7 @@ class Touch:
 
 @pytest.fixture
 def canary(tmp_path):
-    """A path that an armed pickle creates, as is proven here, and that must be absent when a test ends."""
+    """A path that a harmful pickle creates, as is checked here; it must not exist when the test ends."""
     path = tmp_path / "canary"
     pickle.loads(pickle.dumps(Touch(path)))
     assert path.exists()
@@ -178,7 +178,7 @@ def test_checkpoint(tmp_path, canary, monkeypatch, capfd, suffix, form):
         torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
     code, err = call(monkeypatch, capfd, "import-checkpoint", str(file), "--out", str(tmp_path / "out"))
     assert code == 2
-    # torch may warn of a plain pickle first; what we say is one sentence.
+    # torch may print a warning first. Our own message is one sentence.
     one_sentence(err[err.index("error: ") :], file.name)
 
 
@@ -209,13 +209,15 @@ def test_links_in_folders_are_followed_but_never_round_and_round(tmp_path):
     started = time.monotonic()
     opened = open_source(str(source), CONFIG)
     assert time.monotonic() - started < 5
-    assert [part.key for part in opened.parts] == ["cat/linked.png", "cat/near.png", "dog/far.png"]
+    assert [part.key for part in opened.parts] == ["cat/gone.png", "cat/linked.png", "cat/near.png", "dog/far.png"]
     assert opened.classes == ["cat", "dog"]
+    refused(source, "cat/gone.png")
 
 
 def test_a_note_beside_a_dataset_is_data(tmp_path, canary):
-    (tmp_path / "src" / "cat").mkdir(parents=True)
-    (tmp_path / "src" / "cat" / "0.png").write_bytes(PNG)
+    for name in ("cat", "dog"):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        (tmp_path / "src" / name / "0.png").write_bytes(PNG)
     (tmp_path / "src" / "_eclipse").mkdir()
     (tmp_path / "src" / "_eclipse" / "dataset.json").write_bytes(pickle.dumps(Touch(canary)))
-    assert open_source(str(tmp_path / "src"), CONFIG).classes == ["cat"]
+    assert open_source(str(tmp_path / "src"), CONFIG).classes == ["cat", "dog"]

@@ -1,4 +1,4 @@
-"""A server that lives as long as the test session, an environment that leads to it, and faults in between."""
+"""An S3 server for the whole test session, an environment that points to it, and a proxy that makes faults."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def seaweed(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture
 def s3_url(seaweed, monkeypatch) -> str:
-    """A folder of its own on SeaweedFS."""
+    """A new folder on SeaweedFS."""
     point_at(monkeypatch, seaweed.port)
     return f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture
 def proxy(seaweed, monkeypatch) -> Iterator[FaultProxy]:
-    """A proxy before SeaweedFS, to which the environment leads."""
+    """A proxy in front of SeaweedFS; the environment points to it."""
     with FaultProxy(seaweed.port) as proxy:
         point_at(monkeypatch, proxy.server_address[1])
         yield proxy
@@ -36,5 +36,5 @@ def proxy(seaweed, monkeypatch) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def faulty_url(proxy) -> str:
-    """A folder of its own on SeaweedFS, through the proxy."""
+    """A new folder on SeaweedFS, reached through the proxy."""
     return f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 server that breaks answers on command, and counts what it broke."""
+"""An HTTP proxy in front of an S3 server that breaks answers on command and counts the faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("cut", "reset", "lose", "stall", "error")
 
 @dataclass
 class Fault:
-    """Happens to the next `times` requests whose head (request line and headers) matches `pattern`."""
+    """A fault for the next `times` requests whose head (request line and headers) matches `pattern`."""
 
     kind: str
     pattern: str = ""
@@ -30,7 +30,7 @@ class Fault:
 
 
 class FaultProxy(socketserver.ThreadingTCPServer):
-    """Listens on loopback; `faults` are to come, `fired` counts those that did, `seen` holds request lines."""
+    """Listens on loopback; `faults` are pending, `fired` counts past ones by kind, `seen` holds request lines."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -63,7 +63,7 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         return sum(1 for line in self.seen if re.search(pattern, line))
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that gives up in the middle is part of the game."""
+        """Ignore clients that close the connection early, which the faults cause."""
 
 
 class _Handler(socketserver.BaseRequestHandler):
@@ -123,7 +123,7 @@ def _read_request(connection: socket.socket) -> tuple[bytes, bytes]:
 
 
 def _forward(port: int, head: bytes, body: bytes) -> bytes:
-    """Send the request as it came, its signature with it, and return the whole answer."""
+    """Forward the unchanged request with its signature and return the complete answer."""
     head = re.sub(rb"(?im)^(connection|expect):[^\n]*\n", b"", head + b"\r\n")
     with socket.create_connection(("127.0.0.1", port), timeout=60) as upstream:
         upstream.sendall(head + b"Connection: close\r\n\r\n" + body)

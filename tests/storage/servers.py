@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) in a process of its own, and moto's in a thread."""
+"""A real S3 server (SeaweedFS) in a child process, and moto's server in a thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Server:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def client(self, key: str = "admin"):
-        """Return a synchronous client that is none of the code under test."""
+        """Return a synchronous client that does not use the code under test."""
         session = botocore.session.Session()
         return session.create_client(
             "s3",
@@ -58,12 +58,12 @@ def environment(port: int, key: str = "admin") -> dict[str, str]:
 
 
 def point_at(monkeypatch, port: int, key: str = "admin") -> None:
-    """Make this process's environment, and that of its children, lead to a server on loopback."""
+    """Point the environment of this process and its children to a server on loopback."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment(port, key).items():
         monkeypatch.setenv(name, value)
-    # Seconds until a silent server counts as gone; 15 by default.
+    # Seconds after which a silent server counts as lost; 15 by default.
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 3}})
 
 
@@ -156,7 +156,7 @@ def _answers(server: Server) -> bool:
 
 
 def _free_ports(count: int) -> list[int]:
-    # SeaweedFS takes the port 10,000 above each of its ports for gRPC.
+    # For gRPC, SeaweedFS also uses each of its ports plus 10,000.
     found: list[int] = []
     while len(found) < count:
         port = random.randint(20000, 50000)

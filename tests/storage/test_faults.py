@@ -1,4 +1,4 @@
-"""Connections that break: three faults in a row are waited out, more are an error, and no read is ever short."""
+"""Broken connections: three faults in a row are retried, more are an error, and no read is ever short."""
 
 from __future__ import annotations
 
@@ -98,5 +98,5 @@ def test_with_default_patience_a_missing_server_is_an_error_within_bounds(proxy,
     proxy.faults.append(Fault("reset", times=99))
     with pytest.raises(StorageError, match=f"{transient.PATIENCE.tries} tries"):
         store.read("data/x")
-    # aiohttp repeats a request once by itself when its connection is reset, a PUT too.
+    # aiohttp itself repeats a request once if its connection is reset, also a PUT.
     assert proxy.fired["reset"] in (transient.PATIENCE.tries, 2 * transient.PATIENCE.tries)

@@ -1,4 +1,4 @@
-"""Listings of any length: a page in memory, one request a page, and never an end that the store did not say."""
+"""Listings of any length use one request per page, hold one page in memory, and end only where the store ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eclipse_ray.storage.s3 import S3Folder
 
 
 class Pages:
-    """Stands for a connected s3fs filesystem whose bucket has `count` objects."""
+    """Replaces a connected s3fs filesystem whose bucket has `count` objects."""
 
     def __init__(self, count: int, host: str = "s3.eu-north-1.amazonaws.com", **last_word: object) -> None:
         self.count = count
@@ -59,7 +59,7 @@ def test_a_listing_that_does_not_say_how_it_goes_on_is_an_error(token):
 
 
 class Backwards(Pages):
-    """A store that lists in an order of its own."""
+    """A store that does not list in sorted order."""
 
     def call_s3(self, method: str, parameters: dict[str, str], Bucket: str) -> dict[str, object]:
         page = super().call_s3(method, parameters, Bucket)

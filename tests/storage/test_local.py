@@ -1,4 +1,4 @@
-"""Put-if-absent between processes, another run's clean-up, full disks, and honest listings on a local disk."""
+"""Put-if-absent between processes, clean-up by another run, full disks, and complete listings on a local disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_put_if_absent_between_processes_has_one_winner(tmp_path):
 
 @pytest.mark.parametrize("operation", ["create", "write"])
 def test_write_survives_another_runs_clean_up(tmp_path, operation, monkeypatch):
-    """Another run's clean-up takes the first temporary away."""
+    """The clean-up of another run deletes the first temporary file."""
     swept = []
     original = LocalFolder._write_temporary
 
@@ -68,7 +68,9 @@ def test_listing_follows_links_but_not_in_circles(tmp_path):
     (tmp_path / "src" / "a" / "up").symlink_to(tmp_path)
     (tmp_path / "src" / "a" / "gone.png").symlink_to(tmp_path / "nothing")
     found = list(Store(str(tmp_path / "src")).list())
-    assert [(entry.key, entry.size) for entry in found] == [("linked/1.png", 2)]
+    # The link to a missing file is listed, so that reading it fails and it does not silently vanish.
+    assert [entry.key for entry in found] == ["a/gone.png", "linked/1.png"]
+    assert found[1].size == 2
 
 
 def test_listing_is_in_the_order_of_keys_and_streams(tmp_path):
@@ -129,7 +131,7 @@ def test_a_file_that_may_not_grow_leaves_nothing_behind(tmp_path, operation):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A tmpfs of 8 MB, where this process may mount one."""
+    """A tmpfs of 8 MB; the test is skipped if this process may not mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -142,7 +144,7 @@ def small_disk(tmp_path):
 
 
 def fill(store: Store, most: int) -> tuple[int, str]:
-    """Create objects of 1 MiB until the store refuses; return how many, and what it said."""
+    """Create objects of 1 MiB until the store refuses; return their number and the error message."""
     for number in range(most):
         try:
             store.create(f"data/{number}", bytes(1 << 20))

@@ -1,4 +1,4 @@
-"""What lasts stops within a minute in one sentence: permissions, credentials, clocks, full servers."""
+"""Permanent errors stop within a minute with one sentence: permissions, credentials, clocks, full servers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def impatient(monkeypatch):
 
 @pytest.fixture
 def hurry():
-    """Fails a test whose error took longer than the promised minute."""
+    """Fail a test whose error took longer than the promised minute."""
     started = time.monotonic()
     yield
     assert time.monotonic() - started < 60
@@ -80,7 +80,7 @@ def test_wrong_and_missing_credentials(seaweed, s3_url, monkeypatch, impatient, 
 
 @pytest.fixture
 def profile(proxy, monkeypatch, tmp_path):
-    """Credentials in a profile's file, as tools that renew them write it; the proxy refuses the old ones."""
+    """Credentials in a profile file, as renewing tools write it; the proxy refuses the old ones."""
     file = tmp_path / "credentials"
 
     def write(key: str) -> None:
@@ -139,7 +139,7 @@ def test_credentials_that_expire_for_good_stop_the_run(proxy, faulty_url, profil
 
 @pytest.mark.parametrize("minutes", [-20, 20])
 def test_a_clock_that_is_wrong_is_one_clear_sentence(s3_url, monkeypatch, minutes, hurry):
-    """The requests are signed with a time that is off; a real server refuses them."""
+    """The requests are signed with a wrong time, so a real server refuses them."""
     store = Store(s3_url)
     assert store.create("before", b"1")
     fired = shift_clock(monkeypatch, minutes)
@@ -184,7 +184,7 @@ def test_with_default_patience_unknown_credentials_stop_within_a_minute(seaweed,
 
 @pytest.mark.chaos
 def test_a_full_server_is_named_and_nothing_half_is_left(tmp_path, monkeypatch):
-    """SeaweedFS out of volumes answers 500 InternalError, as a store that is ill does."""
+    """SeaweedFS without free volumes answers 500 InternalError, like any failing store."""
     with seaweedfs(tmp_path / "full", volumes=7, volume_mb=1) as server:
         point_at(monkeypatch, server.port)
         store = Store(f"s3://{BUCKET}/out")

@@ -45,7 +45,7 @@ print(json.dumps(won))
 
 
 def test_two_drivers_at_once_have_one_winner_a_shard(s3_url):
-    """Two drivers meet at every shard and commit it, with bytes of their own so that the winner can be told."""
+    """Two drivers commit every shard at once with different bytes, so that the winner can be recognised."""
     drivers = {}
     try:
         for salt in (1, 2):
@@ -76,7 +76,7 @@ complete(Store(sys.argv[1]), make_shards(24, 2))
 
 
 def test_a_driver_killed_in_the_middle_is_resumed_exactly(proxy, faulty_url):
-    # The sixth status is never answered; by then five shards are committed.
+    # The write of the sixth status is never answered. Five shards are committed before it.
     proxy.faults.append(Fault("stall", "^PUT .*/status/000005/", seconds=60))
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, faulty_url])
     while not proxy.fired["stall"]:
@@ -108,7 +108,7 @@ def test_a_run_through_faults_gives_the_bytes_of_one_without(proxy, faulty_url, 
 
 @pytest.fixture
 def poisoned_on_s3(world, s3_url) -> str:
-    """The world's poisoned set, copied to S3."""
+    """The poisoned set of `world`, copied to S3."""
     source, target = Store(world.poisoned), Store(f"{s3_url}/poisoned")
     for entry in source.list(hidden=True):
         target.write(entry.key, source.read(entry.key))
@@ -119,7 +119,7 @@ def poisoned_on_s3(world, s3_url) -> str:
 def test_purify_from_s3_to_s3_through_faults_gives_the_bytes_of_a_run_on_disk(
     world, poisoned_on_s3, proxy, tmp_path, monkeypatch
 ):
-    """The environment leads through the proxy by now; every third request is broken for a while."""
+    """The environment points to the proxy, which breaks every third request for a while."""
     settings = [f"--set={key}={value}" for key, value in {**DEBUG, "purify.shard_images": 60}.items()]
     output = poisoned_on_s3 + "-purified"
     for number in range(3):

@@ -29,7 +29,7 @@ def prefix_of(url: str) -> str:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Parts of 5 MiB, the least that S3 takes."""
+    """Parts of 5 MiB, the smallest size that S3 allows."""
     monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
 
 
@@ -39,7 +39,7 @@ def test_a_real_server_passes_the_probe(s3_url):
 
 
 def contend(store: Store, size: int) -> list[bool]:
-    """Let 16 threads create one key, each with bytes of its own; return who won."""
+    """Let 16 threads create one key with different bytes; return the winners."""
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(lambda number: store.create("claim", bytes([number]) * size), range(16)))
 
@@ -54,7 +54,7 @@ def test_one_of_sixteen_threads_creates_a_key(s3_url, small_parts, size):
 
 @pytest.mark.chaos
 def test_objects_in_parts_are_never_mixed_in_a_race(s3_url, small_parts):
-    """SeaweedFS (4.48) checks the condition of an upload in parts and completes it in two steps."""
+    """SeaweedFS 4.48 checks the condition of a multipart upload first and completes it in a second step."""
     store = Store(s3_url)
     won = contend(store, 6 * MIB)
     data = store.read("claim")
@@ -166,7 +166,7 @@ def test_a_listing_takes_one_request_a_page(proxy, faulty_url, monkeypatch):
     proxy.seen.clear()
     assert [entry.key for entry in store.list()] == sorted(keys)
     assert proxy.count("list-type=2") == 3
-    # An error in the middle is waited out, one that stays is raised: a listing never just ends.
+    # A transient error in the middle is retried, a permanent one is raised. A listing never ends early.
     proxy.faults.append(Fault("error", "continuation-token"))
     assert len(list(Store(faulty_url).list())) == len(keys)
     proxy.faults.append(Fault("error", "continuation-token", status=403, code="AccessDenied", times=9))

@@ -1,4 +1,4 @@
-"""What every store promises, on a disk, in memory and on S3 (moto's server)."""
+"""The promises of every store, on a disk, in memory and on S3 (moto's server)."""
 
 import pickle
 import uuid
@@ -79,7 +79,7 @@ def test_an_empty_object_is_an_object(store):
 
 
 def test_quotes_and_backslashes_in_a_key_are_kept(store):
-    """Not asked of SeaweedFS, whose listings lose such keys."""
+    """SeaweedFS is left out, because its listings lose such keys."""
     keys = ['"quoted".png', "a'b.png", "back\\slash.png", 'both\\".png']
     for key in keys:
         assert store.create(key, key.encode()), key
@@ -102,7 +102,7 @@ def test_unknown_locations_are_refused():
 
 
 def test_a_store_that_cannot_create_if_absent_needs_a_single_writer(monkeypatch):
-    """A filesystem that ignores the condition, as many do."""
+    """A filesystem that ignores the condition, like many."""
     fired = []
 
     def create(self, key, data):

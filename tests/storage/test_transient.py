@@ -1,4 +1,4 @@
-"""Which errors are repeated, how often, and what is said about the others; no server needed."""
+"""Which errors are retried, how often, and the messages of the others; without a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ READ = Action("read", "s3:GetObject")
 
 
 class ClientError(Exception):
-    """As botocore's: the answer as parsed."""
+    """Like botocore's error, with the parsed answer."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(f"An error occurred ({code})")
@@ -22,19 +22,19 @@ class ClientError(Exception):
 
 
 class BotoCoreError(Exception):
-    """As botocore's."""
+    """Like the error of botocore with this name."""
 
 
 class NoCredentialsError(BotoCoreError):
-    """As botocore's."""
+    """Like the error of botocore with this name."""
 
 
 class HTTPClientError(BotoCoreError):
-    """As botocore's."""
+    """Like the error of botocore with this name."""
 
 
 class ClientPayloadError(Exception):
-    """As aiohttp's: a truncated body, and no OSError."""
+    """Like aiohttp's error for a truncated body, which is no OSError."""
 
 
 def answered(status: int, code: str) -> OSError:

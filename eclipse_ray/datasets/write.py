@@ -1,32 +1,88 @@
-"""Datasets to datasets: change the layout, or split off a sparse clean set."""
+"""Writing datasets: from tables, converted to another layout, or split into a clean set and the rest."""
 
 from __future__ import annotations
 
-import hashlib
+import itertools
+import json
 import posixpath
-from collections import defaultdict
-from collections.abc import Iterator
-from fractions import Fraction
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, Layout
-from eclipse_ray.datasets.formats import Source, open_source, read_tables
+from eclipse_ray.datasets import folder, npz, parquet, webdataset
+from eclipse_ray.datasets.formats import UNFINISHED, Source, open_source, read_tables
 from eclipse_ray.datasets.images import ImageError, check_encoding, content_hash, decode_stored, encode_image
-from eclipse_ray.datasets.memory import decode_resized, refuse_existing, write_dataset
-from eclipse_ray.datasets.table import canonical_table, extra_columns, image_bytes
+from eclipse_ray.datasets.memory import choose_clean, decode_resized
+from eclipse_ray.datasets.table import ESCAPED_KEYS, NOTE, canonical_table, extra_columns, image_bytes
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
+
+Writer = Callable[[Store, Iterable[pa.Table], Sequence[str] | None, DataConfig], int]
+
+_WRITERS: dict[Layout, Writer] = {
+    "parquet": lambda store, tables, classes, _: parquet.write(store, tables, classes=classes),
+    "folder": lambda store, tables, classes, _: folder.write(store, tables, classes=classes),
+    "webdataset": webdataset.write,
+    "npz": npz.write,
+}
+
+
+def write_dataset(
+    url: str,
+    tables: Iterable[pa.Table],
+    *,
+    classes: Sequence[str] | None,
+    source: str,
+    layout: Layout = "parquet",
+    data_config: DataConfig | None = None,
+    resume: bool = False,
+) -> int:
+    """Write canonical `tables` as a new dataset at `url` and return the number of images.
+
+    The parts are written first and the note `_eclipse/dataset.json` last; until then readers refuse the dataset.
+    With `resume`, the same tables overwrite the parts that an interrupted call left. Raises InputError if `url`
+    already holds other data, and for data that `layout` cannot hold.
+    """
+    store = Store(url)
+    if not resume:
+        refuse_existing(store)
+    store.write(UNFINISHED, b"")
+    try:
+        images = _WRITERS[layout](store, tables, classes, data_config or DataConfig())
+    except InputError:
+        # If nothing was written, the mark is removed too, so that the same output can be used again.
+        if next(store.list(), None) is None:
+            store.delete(UNFINISHED)
+        raise
+    note = {"images": images, "classes": None if classes is None else list(classes), "source": source}
+    if layout == "webdataset":
+        note[ESCAPED_KEYS] = True
+    store.write(NOTE, json.dumps(note, indent=2).encode())
+    store.delete(UNFINISHED)
+    return images
+
+
+def refuse_existing(store: Store) -> None:
+    """Raise InputError that names one object if `store` is not empty."""
+    if store.is_file():
+        raise InputError(f"{store.url}: is a file; name a new folder to write to")
+    if store.exists(UNFINISHED):
+        raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
+    taken = next(itertools.chain(store.list(), store.list("_eclipse")), None)
+    if taken is not None:
+        raise InputError(f"{store.url}: already holds data ({taken.key}); delete it or name another folder")
 
 
 def convert(source_url: str, output_url: str, data_config: DataConfig, layout: Layout = "parquet") -> int:
     """Write the dataset at `source_url` in another layout and return the number of images.
 
-    Encoded images are copied byte for byte (arrays become PNG and back), unless `data.resize` asks for another
-    size: then they are written anew as `data.encoding`. Raises InputError for an unreadable source, for an output
-    that already holds data, for what `layout` cannot hold, and for an image that has to be decoded and cannot be.
+    Encoded images are copied byte for byte; arrays become PNG, and images become arrays for npz. If `data.resize`
+    is set, all images are resized and encoded as `data.encoding`. Raises InputError for an unreadable source, for
+    an output that already holds data, for data that `layout` cannot hold, and for an image that must be decoded
+    but cannot be.
     """
     check_encoding(data_config.encoding, data_config.allow_lossy)
     refuse_existing(Store(output_url))
@@ -59,9 +115,9 @@ def split(
 ) -> dict[str, int | str]:
     """Write `clean` images to OUT/clean and the others to OUT/rest; return {clean, rest, output}.
 
-    The choice is stratified by label and depends on `seed` and the pixels alone. Images with equal pixels
-    stay together, so there can be a few less than `clean`, never more; what cannot be decoded goes to rest.
-    Raises InputError unless 1 <= clean < images, and for an output that already holds data.
+    The choice is stratified by label and depends only on `seed` and the pixels. Images with equal pixels stay
+    together, so OUT/clean may hold slightly fewer than `clean` images, never more. Images that cannot be decoded
+    go to OUT/rest. Raises InputError unless 1 <= clean < images, and for an output that already holds data.
     """
     refuse_existing(Store(output_url))
     source = open_source(source_url, data_config)
@@ -86,54 +142,6 @@ def split(
             source=source_url,
         )
     return {**counts, "output": output_url}
-
-
-def choose_clean(hashes: list[str | None], labels: list[int | None], clean: int, seed: int) -> NDArray[np.bool_]:
-    """Return bool (N): at most `clean` rows, stratified by label, whole groups of equal hashes only.
-
-    A hash of None is never chosen. Rows are ranked by a hash of `seed` and their content hash, so their
-    order does not matter.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for row, content in enumerate(hashes):
-        if content is not None:
-            groups[content].append(row)
-    strata: dict[int | None, list[str]] = defaultdict(list)
-    for content, rows in groups.items():
-        strata[min((labels[row] for row in rows), key=_label_order)].append(content)
-    for contents in strata.values():
-        contents.sort(key=lambda content: hashlib.sha256(f"{seed}:{content}".encode()).digest())
-    quotas = _quotas({label: sum(len(groups[c]) for c in strata[label]) for label in strata}, clean)
-    chosen = np.zeros(len(hashes), np.bool_)
-    for label in sorted(strata, key=_label_order):
-        _take(chosen, groups, strata[label], quotas[label])
-    # Groups of copies may not fill a quota exactly; other groups make up for it where they can.
-    leftover = [content for label in sorted(strata, key=_label_order) for content in strata[label]]
-    _take(chosen, groups, leftover, clean - int(chosen.sum()))
-    return chosen
-
-
-def _take(chosen: NDArray[np.bool_], groups: dict[str, list[int]], contents: list[str], room: int) -> None:
-    for content in contents:
-        rows = groups[content]
-        if len(rows) <= room and not chosen[rows[0]]:
-            chosen[rows] = True
-            room -= len(rows)
-
-
-def _quotas(sizes: dict[int | None, int], clean: int) -> dict[int | None, int]:
-    # Largest remainders: every class gets its share rounded down, then the most cut ones get one more.
-    total = sum(sizes.values())
-    shares = {label: Fraction(clean * size, total) for label, size in sizes.items()}
-    quotas = {label: int(share) for label, share in shares.items()}
-    by_loss = sorted(shares, key=lambda label: (quotas[label] - shares[label], _label_order(label)))
-    for label in by_loss[: clean - sum(quotas.values())]:
-        quotas[label] += 1
-    return quotas
-
-
-def _label_order(label: int | None) -> tuple[bool, int]:
-    return label is None, label or 0
 
 
 def _read_contents(source: Source, data_config: DataConfig) -> tuple[list[str | None], list[int | None]]:

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import load_images, write_dataset
+from eclipse_ray.datasets.memory import choose_clean, load_images
 from eclipse_ray.datasets.table import canonical_table, image_bytes
-from eclipse_ray.datasets.transform import choose_clean, convert, split
+from eclipse_ray.datasets.write import convert, split, write_dataset
 from eclipse_ray.errors import InputError
 
 CONFIG = DataConfig()
@@ -32,8 +32,12 @@ def test_copies_stay_together_and_the_count_is_never_exceeded(rows, clean, seed)
     outside = {h for h, c in zip(hashes, chosen, strict=True) if not c}
     assert not inside & outside
     assert chosen.sum() <= clean
-    if len(set(hashes)) == len(hashes):
-        assert chosen.sum() == min(clean, len(rows))
+
+
+@given(labels=st.lists(st.none() | st.integers(0, 2), min_size=2, max_size=40), clean=st.integers(1, 39))
+def test_without_copies_the_count_is_met(labels, clean):
+    chosen = choose_clean([f"h{n}" for n in range(len(labels))], labels, clean, 0)
+    assert chosen.sum() == min(clean, len(labels))
 
 
 @given(rows=ROWS, clean=st.integers(1, 39), seed=st.integers(0, 5), data=st.data())

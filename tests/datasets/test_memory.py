@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from eclipse_ray.config import load_config
-from eclipse_ray.datasets import sampling
+from eclipse_ray.datasets import memory
 from eclipse_ray.datasets.formats import open_source
-from eclipse_ray.datasets.sampling import load_sample, random_chunks, rows_in
+from eclipse_ray.datasets.memory import load_sample, random_chunks, rows_in
 from eclipse_ray.datasets.synthetic import write_synthetic
 
 DATA = load_config().data
@@ -23,18 +23,18 @@ def dataset(tmp_path_factory) -> str:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(sampling, "CHUNK_IMAGES", 10)
-    monkeypatch.setattr(sampling, "CANDIDATES", 3)
+    monkeypatch.setattr(memory, "CHUNK_IMAGES", 10)
+    monkeypatch.setattr(memory, "CANDIDATES", 3)
 
 
 def test_a_sample_reads_no_more_chunks_than_it_needs(dataset, small_chunks, monkeypatch):
-    read, whole = [], sampling.read_parts
+    read, whole = [], memory.read_parts
 
     def counted(url, format, classes, spans, data_config):
         read.append(rows_in(spans))
         return whole(url, format, classes, spans, data_config)
 
-    monkeypatch.setattr(sampling, "read_parts", counted)
+    monkeypatch.setattr(memory, "read_parts", counted)
     sample = load_sample(dataset, DATA, 20, seed=0)
     assert len(sample.ids) == 20
     # Labels first, then the chosen images: 3 times 20 rows, twice.

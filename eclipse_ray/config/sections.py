@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from eclipse_ray.config.presets import RECIPES, Recipe
 
 Settings = Mapping[str, Any]
-Sampler = Literal["ddpm", "ddim", "dpm"]
+Sampler = Literal["ddpm", "ddim"]
 Precision = Literal["float32", "bfloat16"]
 ScheduleName = Literal["cosine", "linear"]
 Layout = Literal["parquet", "folder", "webdataset", "npz", "cifar"]
@@ -129,7 +129,7 @@ class PurifyConfig(Section):
     t_star: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
     num_inference_steps: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
     sampler: Sampler | None = Field(
-        None, description="ancestral, deterministic, or second-order; null: what the denoiser recommends."
+        None, description="ddpm is ancestral, ddim deterministic; null: what the denoiser recommends."
     )
     precision: Precision = Field("float32", description="Of the network's arithmetic; bfloat16 is for GPUs.")
     shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
@@ -172,7 +172,6 @@ class DefenseConfig(Section):
 
     draws: int = Field(4, ge=1, description="eclipse-draws: independent purifications of each image.")
     cutout_size: int = Field(16, ge=1, description="Side of the black square, in pixels.")
-    mix_alpha: float = Field(1.0, gt=0, description="mixup, cutmix: weights are Beta(alpha, alpha).")
     dp_max_grad_norm: float = Field(1.0, gt=0, description="dp-sgd: an image's gradient is cut to this norm.")
     dp_noise_multiplier: float = Field(
         0.01, ge=0, description="dp-sgd: standard deviation of noise, of that norm."

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.from_kornia import augmentations, seeded
+from eclipse_ray.defenses.simple import augmentations, seeded
 from eclipse_ray.victims.training import Augmentation, classify
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eclipse_ray.attacks import frozen, pgd
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.poisons.surrogate import frozen, pgd
 from eclipse_ray.victims.training import Augmentation, classify
 
 

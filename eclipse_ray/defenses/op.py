@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.from_kornia import augmentations, seeded
 from eclipse_ray.defenses.interface import Material
-from eclipse_ray.defenses.simple import cutmix
+from eclipse_ray.defenses.simple import augmentations, cutmix, seeded
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.errors import InputError
 from eclipse_ray.poisons.budget import class_id

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from eclipse_ray.attacks import frozen
 from eclipse_ray.compensation import compensate
 from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, CompensationConfig, DenoiserConfig, PoisonConfig
 from eclipse_ray.diffusion.network import Denoiser, build_unet
@@ -23,7 +24,7 @@ from eclipse_ray.diffusion.tiling import tiled
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.em import See, minimise_error, perturb_em
 from eclipse_ray.poisons.optimised import LabelledImages, Session, State
-from eclipse_ray.poisons.surrogate import frozen, needed, new_surrogate
+from eclipse_ray.poisons.surrogate import needed, new_surrogate
 from eclipse_ray.victims.training import placed
 
 perturb_adp = perturb_em

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from eclipse_ray.attacks import Objective, crop_flip, keyed_crops, pgd
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.errors import InputError
@@ -24,17 +25,7 @@ from eclipse_ray.poisons.optimised import (
     to_float,
     to_images,
 )
-from eclipse_ray.poisons.surrogate import (
-    EVALUATION_BATCH,
-    Objective,
-    crop_flip,
-    features,
-    keyed_crops,
-    load_surrogate,
-    needed,
-    pgd,
-    train_surrogate,
-)
+from eclipse_ray.poisons.surrogate import EVALUATION_BATCH, features, load_surrogate, needed, train_surrogate
 
 
 @torch.no_grad()

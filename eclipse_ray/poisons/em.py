@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eclipse_ray.attacks import frozen, pgd
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.poisons.optimised import (
     LabelledImages,
@@ -24,11 +25,9 @@ from eclipse_ray.poisons.surrogate import (
     Training,
     batch_at,
     error_rate,
-    frozen,
     keyed_generator,
     needed,
     new_surrogate,
-    pgd,
     rate_at,
     start_training,
     surrogate_state,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eclipse_ray.attacks import Crops, crop_flip, draw_crops, frozen, keyed_crops
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.poisons.budget import REM_T
@@ -26,14 +27,9 @@ from eclipse_ray.poisons.optimised import (
     to_images,
 )
 from eclipse_ray.poisons.surrogate import (
-    Crops,
     Training,
     attack_from,
     batch_at,
-    crop_flip,
-    draw_crops,
-    frozen,
-    keyed_crops,
     keyed_generator,
     load_surrogate,
     needed,

@@ -6,20 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eclipse_ray.attacks import Crops, Objective, crop_flip, keyed_crops, pgd
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.poisons.budget import TAP_T
 from eclipse_ray.poisons.optimised import LabelledImages, Session, State, in_batches, to_float, to_images
-from eclipse_ray.poisons.surrogate import (
-    Crops,
-    Objective,
-    crop_flip,
-    keyed_crops,
-    load_surrogate,
-    needed,
-    pgd,
-    train_surrogate,
-)
+from eclipse_ray.poisons.surrogate import load_surrogate, needed, train_surrogate
 from eclipse_ray.victims.training import classify
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from eclipse_ray.config import DefenseConfig
 from eclipse_ray.defenses.aa import policy, ueraser, ueraser_max
-from eclipse_ray.defenses.from_kornia import seeded
 from eclipse_ray.defenses.op import strong_augmentation
+from eclipse_ray.defenses.simple import seeded
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.victims.training import classify
 from tests.defenses.support import batch, generator, linear_victim

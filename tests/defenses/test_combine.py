@@ -90,7 +90,7 @@ def test_two_defenses_with_privacy_are_refused(monkeypatch):
 
 def test_published_numbers_are_the_defaults():
     found = load_config().defense
-    assert (found.cutout_size, found.mix_alpha, found.iss_jpeg_quality) == (16, 1.0, 10)
+    assert (found.cutout_size, found.iss_jpeg_quality) == (16, 10)
     assert (found.aa_draws, found.aa_p, found.aa_until) == (5, 0.5, 60 / 200)
     assert (found.op_epochs, found.op_learning_rate, found.op_batch_size) == (20, 0.1, 1024)
     assert (found.at_eps_255, found.at_steps, found.avatar_noise_255) == (8, 10, 43)

@@ -4,21 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from eclipse_ray.attacks import crop_flip, draw_crops, keyed_crops, pgd
 from eclipse_ray.config import VictimConfig
 from eclipse_ray.poisons.optimised import quiet_session, to_float
 from eclipse_ray.poisons.surrogate import (
     attack,
     checkpoint_epochs,
     classify,
-    crop_flip,
-    draw_crops,
     epoch_batches,
     features,
-    keyed_crops,
     keyed_generator,
     load_surrogate,
     new_surrogate,
-    pgd,
     rate_at,
     train_surrogate,
 )

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -22,7 +22,6 @@ from eclipse_ray.config.presets import PRESETS, RECIPES
 from eclipse_ray.config.secrets import holds_secret, is_secret_name, refuse_secrets
 from eclipse_ray.config.sections import (
     BATCH_PIXELS,
-    POISON_VARIANTS,
     TILE,
     TILE_OVERLAP,
     Alpha,
@@ -54,7 +53,6 @@ from eclipse_ray.errors import ConfigError
 
 __all__ = [
     "BATCH_PIXELS",
-    "POISON_VARIANTS",
     "PRESETS",
     "RECIPES",
     "TILE",
@@ -91,8 +89,12 @@ __all__ = [
     "load_config",
     "parse_assignment",
     "to_yaml",
+    "validated",
     "with_overrides",
 ]
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class RunConfig(Section):
@@ -247,22 +249,30 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     fields[name] = value
 
 
+def validated(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
+    """Return `values` as `model`; `where` is the section they stand in.
+
+    Raises ConfigError that names each wrong setting, and the nearest right one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(model, where, dict(item)) for item in error.errors())) from None
+
+
 def _validate(tree: dict[str, Any]) -> Config:
     refuse_secrets(tree)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(dict(item)) for item in error.errors())) from None
+    return validated(Config, tree)
 
 
-def _explain(item: dict[str, Any]) -> str:
+def _explain(model: type[BaseModel], where: str, item: dict[str, Any]) -> str:
     path = [str(part) for part in item["loc"]]
+    said = [where, *path] if where else path
     if item["type"] != "extra_forbidden":
-        said = f"{'.'.join(path)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"[:500]
-        return said + _nearest_value(item)
-    known = _keys_at(path[:-1])
-    close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
-    return f"{'.'.join(path)}: unknown setting; did you mean {'.'.join([*path[:-1], *close])}?"
+        text = f"{'.'.join(said)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"[:500]
+        return text + _nearest_value(item)
+    close = difflib.get_close_matches(path[-1], _keys_at(model, path[:-1]), n=1, cutoff=0.0)
+    return f"{'.'.join(said)}: unknown setting; did you mean {'.'.join([*said[:-1], *close])}?"
 
 
 def _nearest_value(item: dict[str, Any]) -> str:
@@ -274,8 +284,8 @@ def _nearest_value(item: dict[str, Any]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _keys_at(path: list[str]) -> list[str]:
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     if not path:
-        return list(Config.model_fields)
-    section = Config.model_fields[path[0]].annotation
+        return list(model.model_fields)
+    section = model.model_fields[path[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

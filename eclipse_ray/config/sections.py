@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -201,87 +201,39 @@ class DefenseConfig(Section):
     at_step_size_255: float | None = Field(None, gt=0, description="at: null: a quarter of the radius.")
 
 
-PoisonName = Literal["urp", "lsp", "ar", "cuda", "em", "tap", "rem", "sep", "efp", "adp"]
-PoisonVariant = Literal["plain", "fa_vr", "push", "pull", "paper", "strong"]
-POISON_VARIANTS: dict[str, tuple[PoisonVariant, ...]] = {
-    "sep": ("plain", "fa_vr"),
-    "efp": ("push", "pull"),
-    "adp": ("paper", "strong"),
-}
-"""Variants of a poison, the default first; em's are its scopes."""
-# urp, lsp, ar and em come both ways; a filter or a target image by image are other poisons, with other names.
-ONE_SCOPE: dict[str, str] = {"cuda": "class", "tap": "sample", "rem": "sample"} | dict.fromkeys(
-    POISON_VARIANTS, "sample"
-)
-
-
 class PoisonConfig(Section):
-    """An availability poison. Null numbers are those of `cost`, which poisons/costs.py lists in full."""
+    """An availability poison: what all of them share, and the settings of the named one beside it.
 
-    name: PoisonName = Field("ar")
-    eps_255: float | None = Field(
-        None, gt=0, description="Bound in 1/255: L2 for lsp, ar; none for cuda; else L-inf."
-    )
-    scope: Literal["sample", "class"] | None = Field(None, description="One draw an image, or one a class.")
-    distribution: Literal["uniform", "gaussian"] = Field("uniform", description="urp only.")
-    patch: int | None = Field(None, ge=1, description="lsp only: side of a constant patch, in pixels.")
-    variant: PoisonVariant | None = Field(
-        None, description="sep: plain, fa_vr; efp: push, pull; adp: paper, strong; null: the first."
-    )
+    Each poison declares its own settings in its file below `eclipse_ray/poisons/`, with its numbers at full and at
+    reduced cost. They are checked when the poison is used. Null stands for the number of `cost`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    OF_A_RUN: ClassVar = ("denoiser", "store_perturbation", "save_seconds", "chunk_images")
+
+    name: str = Field("ar", description="urp, lsp, ar, cuda, em, tap, rem, sep, efp or adp (docs/poisons.md).")
     cost: Literal["full", "reduced"] = Field(
         "full", description="Numbers of optimised poisons: as published, or for two CPU cores."
     )
+    eps_255: float | None = Field(
+        None, gt=0, description="Bound in 1/255: L2 for lsp and ar, none for cuda, else L-inf."
+    )
+    scope: Literal["sample", "class"] | None = Field(None, description="One draw per image, or one per class.")
+    variant: str | None = Field(None, description="sep: plain, fa_vr; efp: push, pull; adp: paper, strong.")
+    denoiser: str | None = Field(None, description="adp strong: folder of the denoiser that is attacked.")
     store_perturbation: bool = Field(False, description="Add a column `perturbation`: int16 differences, raw.")
     save_seconds: float = Field(60, ge=0, description="Least seconds between two saved states of a fit.")
     chunk_images: int = Field(512, ge=1, description="Images of one task of an optimised poison.")
-    surrogate: Literal["small", "resnet18", "unet"] | None = Field(None, description="unet: adp only.")
-    surrogate_epochs: int | None = Field(None, ge=1, description="tap, sep, efp: training before the noise.")
-    surrogate_batch_size: int | None = Field(None, ge=2)
-    surrogate_learning_rate: float | None = Field(None, gt=0)
-    surrogate_schedule: Literal["constant", "linear", "milestones"] | None = Field(
-        None, description="linear falls to 0 over the training; milestones divide by 10."
-    )
-    surrogate_milestones: tuple[int, ...] | None = Field(None, description="In epochs; rem: in optimiser steps.")
-    surrogate_weight_decay: float | None = Field(None, ge=0)
-    surrogate_augment: bool | None = Field(None, description="Crop and flip while the surrogate trains.")
-    max_grad_norm: float | None = Field(None, ge=0, description="Longer gradients are cut to it; 0: none are.")
-    steps: int | None = Field(None, ge=1, description="Sign steps of one making of the noise.")
-    step_size_255: float | None = Field(None, gt=0, description="Size of such a step in 1/255.")
-    restarts: int | None = Field(None, ge=1, description="tap: starts, of which the lowest loss is kept.")
-    target_shift: int | None = Field(None, ge=1, description="tap, sep: target class y + shift, modulo classes.")
-    crop_padding: int | None = Field(None, ge=0, description="Crops after padding by so many pixels.")
-    checkpoints: int | None = Field(None, ge=1, description="sep: networks taken from one training run.")
-    inner_draws: int | None = Field(None, ge=1, description="sep fa_vr: checkpoints visited in a step.")
-    rounds: int | None = Field(None, ge=1, description="em, adp: most rounds of training and noise.")
-    round_batches: int | None = Field(None, ge=1, description="em, adp: optimiser steps of a round.")
-    stop_error: float | None = Field(None, ge=0, lt=1, description="em, adp: training error that ends the fit.")
-    subset: float | None = Field(None, gt=0, le=1, description="em: part of the images a round perturbs.")
-    train_steps: int | None = Field(None, ge=1, description="rem: optimiser steps.")
-    eot_draws: int | None = Field(None, ge=1, description="rem, adp: random transformations averaged over.")
-    adversary_eps_255: float | None = Field(None, gt=0, description="rem, efp: L-inf radius of the adversary.")
-    adversary_steps: int | None = Field(None, ge=1, description="rem, efp: its sign steps.")
-    adversary_step_size_255: float | None = Field(None, gt=0, description="rem, efp: size of such a step.")
-    unet_channels: tuple[int, ...] | None = Field(None, min_length=1, description="adp: channels of its levels.")
-    denoiser: str | None = Field(None, description="adp strong: folder of the denoiser attacked.")
-    t_star: int | None = Field(None, ge=1, description="adp strong: depth; null: what the denoiser recommends.")
-    compensation_p: float | None = Field(None, ge=0, le=1, description="adp: probability of grayscale.")
-    compensation_sigma: float | None = Field(None, ge=0, description="adp: deviation of fine noise, on [0, 1].")
-    compensation_coarse_sigma: float | None = Field(None, ge=0, description="adp: of coarse noise, on [0, 1].")
-    perturb_batch_size: int | None = Field(None, ge=1, description="Images of one pass when noise is made.")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> PoisonConfig:
-        variants = POISON_VARIANTS.get(self.name, ())
-        if self.variant is not None and self.variant not in variants:
-            raise ValueError(
-                f"poison {self.name} has no variant {self.variant}; it has {', '.join(variants) or 'none'}"
-            )
-        scope = ONE_SCOPE.get(self.name, self.scope)
-        if self.scope not in (None, scope):
-            raise ValueError(f"poison {self.name} knows only scope {scope}")
-        if self.name not in ("urp", "lsp", "ar", "cuda") and not 1 <= (self.eps_255 or 1) <= 127:
-            raise ValueError(f"eps_255 {self.eps_255}: an optimised poison is stored in 8 bits; choose 1 to 127")
-        return self
+    def own(self) -> dict[str, Any]:
+        """Return what was chosen of the settings that the named poison declares."""
+        chosen = {
+            "eps_255": self.eps_255,
+            "scope": self.scope,
+            "variant": self.variant,
+            **(self.model_extra or {}),
+        }
+        return {key: value for key, value in chosen.items() if value is not None}
 
 
 class VictimConfig(Section):

@@ -18,7 +18,7 @@ from eclipse_ray.defenses.interface import Material
 from eclipse_ray.defenses.simple import augmentations, cutmix, seeded
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.errors import InputError
-from eclipse_ray.poisons.budget import class_id
+from eclipse_ray.poisons.interface import class_id
 from eclipse_ray.victims.training import Augmentation
 
 WEIGHT_T = 2**30 + 16 * 2**16

@@ -15,7 +15,7 @@ from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, Defense, Transform, co
 from eclipse_ray.defenses.eclipse import purify, purify_and_bake
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.costs import resolved_poison
+from eclipse_ray.poisons import resolved_poison
 from eclipse_ray.purification.plan import PURIFY_IN_FINGERPRINT
 
 VERSION = 1

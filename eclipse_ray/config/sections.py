@@ -168,37 +168,13 @@ class CompensationConfig(Section):
 
 
 class DefenseConfig(Section):
-    """Rival defenses; the defaults are the published numbers (docs/defenses.md)."""
+    """Rival defenses; the defaults are the published numbers (docs/defenses.md).
 
-    draws: int = Field(4, ge=1, description="eclipse-draws: independent purifications of each image.")
-    cutout_size: int = Field(16, ge=1, description="Side of the black square, in pixels.")
-    dp_max_grad_norm: float = Field(1.0, gt=0, description="dp-sgd: an image's gradient is cut to this norm.")
-    dp_noise_multiplier: float = Field(
-        0.01, ge=0, description="dp-sgd: standard deviation of noise, of that norm."
-    )
-    iss_jpeg_quality: int = Field(10, ge=1, le=100, description="iss-j: Pillow's quality.")
-    aa_draws: int = Field(5, ge=1, description="aa: draws of which the one of highest loss is kept.")
-    aa_until: float = Field(
-        0.3, ge=0, le=1, description="aa: part of training with so many draws, one after it; 60 of 200 epochs."
-    )
-    aa_p: float = Field(0.5, ge=0, le=1, description="aa: probability of each operation before TrivialAugment.")
-    aa_roughness: tuple[float, float] = Field((0.3, 0.7), description="aa: range of the plasma's roughness.")
-    aa_intensity: tuple[float, float] = Field((0.5, 1.0), description="aa: range of plasma brightness.")
-    op_epochs: int = Field(20, ge=1, description="op: epochs of the linear model.")
-    op_learning_rate: float = Field(0.1, gt=0, description="op: of the linear model.")
-    op_batch_size: int = Field(1024, ge=1, description="op: of the linear model.")
-    op_rotation: float = Field(10.0, ge=0, description="op: most degrees of rotation.")
-    op_shear: float = Field(10.0, ge=0, description="op: most degrees of shear.")
-    op_scale: float = Field(0.2, ge=0, lt=1, description="op: most change of scale.")
-    op_jitter: float = Field(0.2, ge=0, le=1, description="op: most change of brightness, contrast, saturation.")
-    op_cutmix_p: float = Field(0.5, ge=0, le=1, description="op: probability of CutMix for a batch.")
-    avatar_noise_255: float = Field(
-        43.0, gt=0, description="avatar: noise in grey levels of a full-strength image."
-    )
-    avatar_steps: int = Field(100, ge=1, description="avatar: reverse steps.")
-    at_eps_255: float = Field(8.0, gt=0, description="at: L-inf radius of the attack, in 1/255.")
-    at_steps: int = Field(10, ge=1, description="at: steps of projected gradient ascent.")
-    at_step_size_255: float | None = Field(None, gt=0, description="at: null: a quarter of the radius.")
+    Each defense declares its settings in its file below `eclipse_ray/defenses/`, such as `aa_draws`. They are
+    checked when a defense is used.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
 
 class PoisonConfig(Section):

@@ -11,10 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from eclipse_ray.config import DefenseConfig, PrivacyConfig
-from eclipse_ray.defenses.interface import Material
+from eclipse_ray.defenses.interface import DefenseSettings, Material
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.victims.training import Augmentation
 
@@ -48,14 +49,20 @@ def seeded(module: Callable[[Tensor], Any], images: Tensor, generator: torch.Gen
         return module(images)
 
 
+class Cutout(DefenseSettings):
+    """The settings of cutout."""
+
+    cutout_size: int = Field(16, ge=1, description="Side of the black square, in pixels.")
+
+
 def cutout(config: DefenseConfig) -> Augmentation:
     """Return the augmentation that sets a square of `cutout_size` pixels inside each image to 0."""
-    library = augmentations("cutout")
+    library, size = augmentations("cutout"), Cutout.of(config).cutout_size
 
     def augment(
         images: Tensor, targets: Tensor, _model: nn.Module, generator: torch.Generator, _progress: float
     ) -> tuple[Tensor, Tensor]:
-        part = min(1.0, config.cutout_size**2 / (images.shape[2] * images.shape[3]))
+        part = min(1.0, size**2 / (images.shape[2] * images.shape[3]))
         erase = library.RandomErasing(scale=(part, part), ratio=(1.0, 1.0), value=0.0, p=1.0)
         return seeded(erase, images, generator), targets
 
@@ -105,11 +112,25 @@ def gray(material: Material, _config: DefenseConfig) -> Tensor:
     return luma.to(torch.uint8).expand(material.images.shape).contiguous()
 
 
+class IssJ(DefenseSettings):
+    """The settings of iss-j."""
+
+    iss_jpeg_quality: int = Field(10, ge=1, le=100, description="Pillow's quality of JPEG.")
+
+
 def jpeg(material: Material, config: DefenseConfig) -> Tensor:
     """Return the images, uint8 (N, H, W, 3), stored as JPEG of quality `iss_jpeg_quality` and read again."""
-    return material.jpeg(material.images, config.iss_jpeg_quality)
+    return material.jpeg(material.images, IssJ.of(config).iss_jpeg_quality)
+
+
+class DpSgd(DefenseSettings):
+    """The settings of dp-sgd."""
+
+    dp_max_grad_norm: float = Field(1.0, gt=0, description="The gradient of each image is cut to this norm.")
+    dp_noise_multiplier: float = Field(0.01, ge=0, description="Deviation of the noise, in units of that norm.")
 
 
 def privacy(config: DefenseConfig) -> PrivacyConfig:
     """Return what `train_victim` is given for a defense with `privacy`."""
-    return PrivacyConfig(max_grad_norm=config.dp_max_grad_norm, noise_multiplier=config.dp_noise_multiplier)
+    own = DpSgd.of(config)
+    return PrivacyConfig(max_grad_norm=own.dp_max_grad_norm, noise_multiplier=own.dp_noise_multiplier)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -48,6 +49,7 @@ from eclipse_ray.config.sections import (
     Settings,
     SweepConfig,
     VictimConfig,
+    default_t_max,
 )
 from eclipse_ray.errors import ConfigError
 
@@ -142,41 +144,76 @@ def load_config(
     Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a bad value, or a
     value that holds a password or token.
     """
-    tree = _parsed_yaml(file, read) if file else {}
-    for key, value in (overrides or {}).items():
-        _assign(tree, key, value)
-    denoiser = tree.get("denoiser")
-    if isinstance(denoiser, dict):
-        _fill(tree, str(denoiser.get("preset", "small")))
-    return _validate(tree)
+    return _overridden(_parsed_yaml(file, read) if file else {}, overrides or {})
 
 
 def with_overrides(config: Config, overrides: Settings) -> Config:
     """Return a copy of `config` with {"section.key": value} replaced and everything validated again.
 
-    Another denoiser.preset takes the values of the former one along; what was chosen otherwise stays.
+    Another denoiser.preset or victim.recipe takes the values of the former one along, and another denoiser.t_star
+    takes t_max along. A value that differs from those stays. Only values count, not whether they were written out.
     """
-    tree = config.model_dump(exclude_unset=True)
-    preset, former = overrides.get("denoiser.preset"), config.denoiser.preset
-    if preset in PRESETS and preset != former:
-        for section, values in PRESETS[former].items():
-            chosen = json.loads(getattr(config, section).model_dump_json())
-            tree[section] = {
-                key: value
-                for key, value in tree.get(section, {}).items()
-                if key not in values or chosen[key] != values[key]
-            }
-        _fill(tree, preset)
+    # What was left open stays open for `source_compensation`; it makes no difference to any value.
+    return _overridden(config.model_dump(mode="json", exclude_unset=True), overrides)
+
+
+SELECTORS = frozenset({"denoiser.preset", "victim.recipe", "denoiser.t_star", "denoiser.num_train_timesteps"})
+"""Settings on which the defaults of others depend."""
+
+
+def _overridden(tree: dict[str, Any], overrides: Settings) -> Config:
+    if not SELECTORS.isdisjoint(overrides):
+        tree = _without_groups(tree)
     for key, value in overrides.items():
         _assign(tree, key, value)
+    for section, values in PRESETS.get(_preset(tree), {}).items():
+        chosen = tree.get(section) or {}
+        tree[section] = {**values, **chosen} if isinstance(chosen, dict) else chosen
     return _validate(tree)
 
 
-def _fill(tree: dict[str, Any], preset: str) -> None:
-    """Put the values of a preset where nothing else was chosen."""
-    for section, values in PRESETS.get(preset, {}).items():
-        chosen = tree.get(section) or {}
-        tree[section] = {**values, **chosen} if isinstance(chosen, dict) else chosen
+def _without_groups(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `tree` without the values that its preset and recipe give anyway: others can take their place."""
+    found = dict(tree)
+    for section, keys in _grouped().items():
+        chosen = found.get(section)
+        if isinstance(chosen, Mapping):
+            given = _given(tree, section, chosen)
+            kept = {key: value for key, value in chosen.items() if key not in keys or value != given[key]}
+            found[section] = kept
+    return found
+
+
+def _preset(tree: Mapping[str, Any]) -> str:
+    denoiser = tree.get("denoiser")
+    return str(denoiser.get("preset", "small")) if isinstance(denoiser, Mapping) else "small"
+
+
+def _given(tree: Mapping[str, Any], section: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a section holds under the preset and recipe of `tree` where nothing else is chosen."""
+    group = PRESETS.get(_preset(tree), {}).get(section, {})
+    if section == "victim":
+        group = {str(name): values for name, values in RECIPES.items()}.get(str(chosen.get("recipe", "quick")), {})
+    given = {**_defaults()[section], **group}
+    if section == "denoiser" and "t_max" not in group:
+        t_star, levels = ({**given, **chosen}[key] for key in ("t_star", "num_train_timesteps"))
+        if isinstance(t_star, int) and isinstance(levels, int):
+            given["t_max"] = default_t_max(t_star, levels)
+    return given
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, Any]:
+    return Config().model_dump(mode="json")
+
+
+def _grouped() -> dict[str, set[str]]:
+    """Return the keys of each section that some preset or recipe sets, and t_max, which follows t_star."""
+    keys: dict[str, set[str]] = {"denoiser": {"t_max"}, "victim": {key for one in RECIPES.values() for key in one}}
+    for preset in PRESETS.values():
+        for section, values in preset.items():
+            keys.setdefault(section, set()).update(values)
+    return keys
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -269,8 +306,10 @@ def _explain(model: type[BaseModel], where: str, item: dict[str, Any]) -> str:
     path = [str(part) for part in item["loc"]]
     said = [where, *path] if where else path
     if item["type"] != "extra_forbidden":
-        text = f"{'.'.join(said)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"[:500]
-        return text + _nearest_value(item)
+        text = f"{'.'.join(said)}: {item['msg'].removeprefix('Value error, ')}"
+        # What a whole section holds says nothing of which of its keys disagree.
+        whole = item["type"] == "value_error" and isinstance(item["input"], dict)
+        return text if whole else f"{text}, got {item['input']!r}"[:500] + _nearest_value(item)
     close = difflib.get_close_matches(path[-1], _keys_at(model, path[:-1]), n=1, cutoff=0.0)
     return f"{'.'.join(said)}: unknown setting; did you mean {'.'.join([*said[:-1], *close])}?"
 

@@ -58,6 +58,11 @@ class DataConfig(Section):
     resize: int | None = Field(None, ge=16, description="Central square resized to so many pixels; null: no.")
 
 
+def default_t_max(t_star: int, num_train_timesteps: int) -> int:
+    """Return below which timestep training draws t where nothing else is said: 1.25 t_star, rounded up."""
+    return min(num_train_timesteps, -(-t_star * 5 // 4))
+
+
 class DenoiserConfig(Section):
     """Network and training of the denoiser (arXiv 2406.15093, Algorithm 1)."""
 
@@ -103,8 +108,7 @@ class DenoiserConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> DenoiserConfig:
         if self.t_max is None:
-            # Past pydantic's bookkeeping, so that a later override of t_star moves this default along.
-            self.__dict__["t_max"] = min(self.num_train_timesteps, -(-self.t_star * 5 // 4))
+            self.t_max = default_t_max(self.t_star, self.num_train_timesteps)
         if not self.t_star <= int(self.t_max or 0) <= self.num_train_timesteps:
             raise ValueError(
                 f"t_star {self.t_star} <= t_max {self.t_max} <= num_train_timesteps "
@@ -231,13 +235,12 @@ class VictimConfig(Section):
         "float32", description="Of the network's arithmetic on a GPU; a CPU always computes in float32."
     )
 
-    @model_validator(mode="after")
-    def _by_recipe(self) -> VictimConfig:
-        # Past pydantic's bookkeeping, so that a later override of the recipe moves these defaults along.
-        self.__dict__.update(
-            {key: value for key, value in RECIPES[self.recipe].items() if key not in self.model_fields_set}
-        )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _by_recipe(cls, values: Any) -> Any:
+        recipe = values.get("recipe", "quick") if isinstance(values, dict) else None
+        known = [name for name in RECIPES if name == recipe]
+        return {**RECIPES[known[0]], **values} if known else values
 
 
 class PrivacyConfig(Section):

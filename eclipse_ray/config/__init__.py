@@ -19,10 +19,11 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from eclipse_ray.config.paths import did_you_mean
-from eclipse_ray.config.presets import PRESETS, RECIPES
 from eclipse_ray.config.secrets import holds_secret, is_secret_name, refuse_secrets
 from eclipse_ray.config.sections import (
     BATCH_PIXELS,
+    PRESETS,
+    RECIPES,
     TILE,
     TILE_OVERLAP,
     Alpha,

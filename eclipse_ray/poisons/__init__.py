@@ -80,7 +80,7 @@ __all__ = [
 
 
 def poison_settings() -> dict[str, type[PoisonSettings]]:
-    """Return the settings of every poison by its name; their defaults are its numbers at full cost."""
+    """Return the class of every poison's settings by its name; `settings_of` gives its numbers at either cost."""
     return {name: one.settings for name, one in (POISONS | OPTIMISED).items()}
 
 

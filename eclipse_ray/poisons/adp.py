@@ -34,6 +34,7 @@ class Adp(Em):
     """The settings of adp. The paper names neither surrogate nor bound (docs/poisons.md)."""
 
     numbers: ClassVar[dict[str, dict[str, Any]]] = {
+        "full": Em.numbers["full"] | {"perturb_batch_size": 128},
         "reduced": Em.numbers["reduced"] | {"rounds": 8},
         "paper": {"surrogate": "unet"},
         "paper reduced": {"unet_channels": (16, 32)},
@@ -44,7 +45,6 @@ class Adp(Em):
 
     variant: Literal["paper", "strong"] = Field("paper", description="Against compensation, or purification too.")
     scope: Literal["sample"] = Field("sample", description="One noise per image.")
-    perturb_batch_size: int = Field(128, ge=1, description="Images of one pass when noise is made.")
     eot_draws: int = Field(1, ge=1, description="Draws of the defender that a gradient is averaged over.")
     unet_channels: tuple[int, ...] = Field(
         (64, 128, 256), min_length=1, description="paper: channels of each level of the U-Net."

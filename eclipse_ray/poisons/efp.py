@@ -41,19 +41,14 @@ class Efp(TrainedSettings, AdversarySettings):
     """The settings of efp."""
 
     numbers: ClassVar[dict[str, dict[str, Any]]] = {
+        "full": {"surrogate_schedule": "milestones", "surrogate_milestones": (75, 90)}
+        | {"surrogate_epochs": 100, "steps": 300, "step_size_255": 0.4},
         "reduced": SMALL
-        | {"surrogate_epochs": 20, "surrogate_milestones": (15, 18), "adversary_steps": 3}
-        | {"steps": 60, "step_size_255": 0.8}
+        | {"surrogate_schedule": "milestones", "surrogate_milestones": (15, 18)}
+        | {"surrogate_epochs": 20, "adversary_steps": 3, "steps": 60, "step_size_255": 0.8},
     }
 
     variant: Literal["push", "pull"] = Field("push", description="Away from the own class, or towards another.")
-    surrogate_schedule: Literal["constant", "linear", "milestones"] = Field(
-        "milestones", description="linear falls to 0 over the training; milestones divide by 10."
-    )
-    surrogate_milestones: tuple[int, ...] = Field((75, 90), description="In epochs.")
-    surrogate_epochs: int = Field(100, ge=1, description="Epochs of the training before the noise.")
-    steps: int = Field(300, ge=1, description="Sign steps when noise is made.")
-    step_size_255: float = Field(0.4, gt=0, description="Size of such a step in 1/255.")
 
 
 @torch.no_grad()

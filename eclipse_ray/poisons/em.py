@@ -47,15 +47,13 @@ class Em(SurrogateSettings):
     """The settings of em. Its published loop has no cap on rounds; `rounds` is ours."""
 
     numbers: ClassVar[dict[str, dict[str, Any]]] = {
-        "reduced": SMALL | {"steps": 4, "step_size_255": 2.0, "round_batches": 20, "rounds": 24},
+        "full": {"surrogate_batch_size": 512, "max_grad_norm": 5.0, "steps": 20, "step_size_255": 0.8},
+        "reduced": SMALL
+        | {"max_grad_norm": 5.0, "steps": 4, "step_size_255": 2.0, "round_batches": 20, "rounds": 24},
         "class": {"steps": 1, "step_size_255": 0.8, "subset": 0.2, "stop_error": 0.1},
     }
 
     scope: Scope = Field("sample", description="One noise per image, or one per class.")
-    surrogate_batch_size: int = Field(512, ge=2, description="Images of one optimiser step.")
-    max_grad_norm: float = Field(5.0, ge=0, description="Longer gradients are cut to this norm; 0: none are cut.")
-    steps: int = Field(20, ge=1, description="Sign steps of each round.")
-    step_size_255: float = Field(0.8, gt=0, description="Size of such a step in 1/255.")
     rounds: int = Field(200, ge=1, description="Most rounds of training and noise.")
     round_batches: int = Field(10, ge=1, description="Optimiser steps of a round.")
     stop_error: float = Field(0.01, ge=0, lt=1, description="Training error that ends the fit.")

@@ -38,8 +38,8 @@ Scope = Literal["sample", "class"]
 class PoisonSettings(BaseModel):
     """The settings of a poison; the file of each poison derives its own. Defaults are the published numbers.
 
-    `numbers` says what else they are: by cost, by scope, by variant, and by "variant cost". A later one of these
-    wins over an earlier one, and a setting that was chosen wins over all of them. This class has no norm bound.
+    `numbers` says what differs from the defaults: by cost, by scope, by variant, and by "variant cost". A later
+    one of these wins over an earlier one, and a setting that was chosen wins over all. This class has no bound.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)

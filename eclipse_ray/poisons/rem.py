@@ -54,22 +54,17 @@ class Rem(SurrogateSettings, AdversarySettings):
     """The settings of rem."""
 
     numbers: ClassVar[dict[str, dict[str, Any]]] = {
+        "full": {"surrogate_schedule": "milestones", "surrogate_milestones": (2000, 4000)}
+        | {"steps": 10, "step_size_255": 1.6, "adversary_step_size_255": 0.8},
         "reduced": SMALL
-        | {"train_steps": 400, "surrogate_milestones": (160, 320), "steps": 4, "step_size_255": 3.0}
-        | {"eot_draws": 1, "adversary_steps": 2, "adversary_step_size_255": 2.0}
+        | {"surrogate_schedule": "milestones", "surrogate_milestones": (160, 320), "train_steps": 400}
+        | {"steps": 4, "step_size_255": 3.0, "eot_draws": 1, "adversary_steps": 2, "adversary_step_size_255": 2.0},
     }
 
     scope: Literal["sample"] = Field("sample", description="One noise per image.")
-    surrogate_schedule: Literal["constant", "linear", "milestones"] = Field(
-        "milestones", description="linear falls to 0 over the training; milestones divide by 10."
-    )
-    surrogate_milestones: tuple[int, ...] = Field((2000, 4000), description="In optimiser steps.")
     train_steps: int = Field(5000, ge=1, description="Optimiser steps.")
     crop_padding: int = Field(4, ge=0, description="Crops after padding by this many pixels.")
-    steps: int = Field(10, ge=1, description="Sign steps when noise is made once.")
-    step_size_255: float = Field(1.6, gt=0, description="Size of such a step in 1/255.")
     eot_draws: int = Field(5, ge=1, description="Random crops and flips whose gradients a step adds up.")
-    adversary_step_size_255: float = Field(0.8, gt=0, description="Size of a step of the adversary in 1/255.")
 
 
 def fit_rem(data: LabelledImages, settings: Rem, seed: int, session: Session) -> State:

@@ -43,8 +43,11 @@ class Sep(TrainedSettings):
     """The settings of sep."""
 
     numbers: ClassVar[dict[str, dict[str, Any]]] = {
+        "full": {"surrogate_schedule": "milestones", "surrogate_milestones": (75, 90)}
+        | {"surrogate_epochs": 120, "steps": 30, "step_size_255": 1.0},
         "reduced": SMALL
-        | {"surrogate_epochs": 24, "surrogate_milestones": (15, 18), "steps": 12, "step_size_255": 2.0}
+        | {"surrogate_schedule": "milestones", "surrogate_milestones": (15, 18)}
+        | {"surrogate_epochs": 24, "steps": 12, "step_size_255": 2.0}
         | {"checkpoints": 6, "inner_draws": 4},
         "fa_vr": {"checkpoints": 15},
         "fa_vr reduced": {"checkpoints": 4},
@@ -53,13 +56,6 @@ class Sep(TrainedSettings):
     variant: Literal["plain", "fa_vr"] = Field(
         "plain", description="plain: cross-entropy; fa_vr: features, less variance."
     )
-    surrogate_schedule: Literal["constant", "linear", "milestones"] = Field(
-        "milestones", description="linear falls to 0 over the training; milestones divide by 10."
-    )
-    surrogate_milestones: tuple[int, ...] = Field((75, 90), description="In epochs.")
-    surrogate_epochs: int = Field(120, ge=1, description="Epochs of the training before the noise.")
-    steps: int = Field(30, ge=1, description="Sign steps when noise is made.")
-    step_size_255: float = Field(1.0, gt=0, description="Size of such a step in 1/255.")
     target_shift: int | None = Field(
         None, ge=1, description="The target class is y + shift, modulo the number of classes; null: half of them."
     )

@@ -38,7 +38,7 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 class SurrogateSettings(LinfSettings):
-    """The settings of a poison that is made with a surrogate network and sign steps, at full cost as published."""
+    """The settings of a poison that is made with a surrogate network and sign steps."""
 
     eps_255: float = Field(
         8.0, ge=1, le=127, description="L-inf bound in 1/255; fitted noise is stored as 8-bit levels."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +15,17 @@ from eclipse_ray.poisons.interface import TAP_T, LabelledImages, Session, State,
 from eclipse_ray.poisons.surrogate import SMALL, TrainedSettings, load_surrogate, train_surrogate
 from eclipse_ray.victims.training import classify
 
+LINEAR = {"surrogate_schedule": "linear"}
+
 
 class Tap(TrainedSettings):
     """The settings of tap."""
 
     numbers: ClassVar[dict[str, dict[str, Any]]] = {
-        "reduced": SMALL | {"surrogate_epochs": 15, "steps": 40, "step_size_255": 1.0, "restarts": 1}
+        "full": LINEAR | {"surrogate_epochs": 40, "steps": 250, "step_size_255": 0.4},
+        "reduced": SMALL | LINEAR | {"surrogate_epochs": 15, "steps": 40, "step_size_255": 1.0, "restarts": 1},
     }
 
-    surrogate_schedule: Literal["constant", "linear", "milestones"] = Field(
-        "linear", description="linear falls to 0 over the training; milestones divide by 10."
-    )
-    surrogate_epochs: int = Field(40, ge=1, description="Epochs of the training before the noise.")
-    steps: int = Field(250, ge=1, description="Sign steps of each start.")
-    step_size_255: float = Field(0.4, gt=0, description="Size of such a step in 1/255.")
     restarts: int = Field(8, ge=1, description="Starts, of which the one of lowest loss is kept.")
     target_shift: int = Field(1, ge=1, description="The target class is y + shift, modulo the number of classes.")
 

@@ -30,12 +30,10 @@ def test_a_resolved_poison_has_every_setting_written_out(name, form, cost, tmp_p
 
 
 @pytest.mark.parametrize(("name", "model"), poison_settings().items())
-def test_numbers_are_those_of_settings_within_their_ranges(name, model):
+def test_numbers_are_those_of_settings_of_the_poison(name, model):
     for form, numbers in model.numbers.items():
         assert numbers.keys() <= model.model_fields.keys(), form
-        assert model.model_validate(numbers)
-    assert model().scope in ("sample", "class"), "the defaults are within their ranges"
-    assert ("reduced" in model.numbers) == (name in OPTIMISED)
+    assert ({"full", "reduced"} <= model.numbers.keys()) == (name in OPTIMISED)
 
 
 def numbers(name, **chosen):

@@ -103,16 +103,18 @@ Model = TypeVar("Model", bound=BaseModel)
 class RunConfig(Section):
     """What concerns the whole run."""
 
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="Of everything that is random.")
     address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, else a local cluster.")
-    max_cpus: int | None = Field(None, ge=1, description="CPUs an autoscaler may reach; null: those there are.")
+    max_cpus: int | None = Field(
+        None, ge=1, description="CPUs an autoscaler may reach; null: those that are there."
+    )
     max_gpus: int | None = Field(None, ge=0, description="GPUs an autoscaler may reach; null: those there are.")
     progress_seconds: float = Field(10, gt=0, description="Seconds between progress lines off a terminal.")
     log_format: Literal["text", "json"] = Field(
-        "text", description="Messages on standard error: for people, or one JSON object a line."
+        "text", description="Messages on standard error: for people, or one JSON object per line."
     )
     loggers: tuple[LoggerName, ...] = Field(
-        (), description="Who else gets curves of training, victims and trials."
+        (), description="Services that get the curves of training, victims and trials too."
     )
 
 

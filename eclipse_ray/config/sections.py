@@ -122,13 +122,21 @@ class DataConfig(Section):
     on_error: Literal["row", "stop"] = Field(
         "row", description="An undecodable image becomes an error row, or ends the run with exit code 2."
     )
-    alpha: Alpha = Field("composite", description="Transparency is laid on white, or makes an image undecodable.")
-    animated: Animated = Field("first", description="First frame of several, or they make an image undecodable.")
-    extra_columns: Literal["keep", "drop"] = Field("keep", description="What becomes of columns that came along.")
+    alpha: Alpha = Field("composite", description="Transparency is put on white, or makes an image undecodable.")
+    animated: Animated = Field(
+        "first", description="The first frame is taken, or several frames make an image undecodable."
+    )
+    extra_columns: Literal["keep", "drop"] = Field(
+        "keep", description="Whether other columns of the source are written too."
+    )
     tar_ids: Literal["key", "path"] = Field(
         "key", description="ids of tar members: the sample's key, or the tar's name before it."
     )
-    resize: int | None = Field(None, ge=16, description="Central square resized to so many pixels; null: no.")
+    resize: int | None = Field(
+        None,
+        ge=16,
+        description="Side in pixels to which the central square is resized; null: images keep their size.",
+    )
 
 
 def default_t_max(t_star: int, num_train_timesteps: int) -> int:
@@ -147,8 +155,10 @@ class DenoiserConfig(Section):
     attention_levels: tuple[int, ...] = Field((), description="Levels with self-attention, 0 = full size.")
     attention_head_dim: int = Field(8, ge=1, description="Channels of one attention head.")
     norm_num_groups: int = Field(8, ge=1, description="Groups of every group normalisation.")
-    resnet_time_scale_shift: Literal["default", "scale_shift"] = Field("scale_shift")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = Field(
+        "scale_shift", description="How the timestep enters a residual block: added, or as scale and shift."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Probability that a value is dropped in training.")
     num_train_timesteps: int = Field(4000, ge=2, description="T of the cosine schedule.")
     variance_type: Literal["fixed_small", "learned_range"] = Field(
         "fixed_small", description="Variance of a reverse step; learned_range doubles the output channels."
@@ -161,22 +171,28 @@ class DenoiserConfig(Section):
     t_star: int = Field(400, ge=1, description="Recommended purification depth, in steps of T.")
     num_inference_steps: int = Field(1, ge=1, description="Recommended number of respaced steps.")
     sampler: Sampler = Field("ddpm", description="Recommended sampler.")
-    t_max: int | None = Field(None, ge=1, description="Training draws t < t_max; null: 1.25 t_star.")
+    t_max: int | None = Field(
+        None, ge=1, description="Training draws timesteps below this one; null: 1.25 t_star."
+    )
     replication: int = Field(4, ge=0, description="M: copies of each sparse image added to the clean set.")
     iterations: int = Field(3000, ge=1, description="Optimiser steps.")
     batch_size: int = Field(16, ge=1, description="Images of one optimiser step, over all workers.")
-    learning_rate: float = Field(1e-3, gt=0)
-    lr_decay: Literal["none", "cosine"] = Field("cosine")
+    learning_rate: float = Field(1e-3, gt=0, description="At its highest.")
+    lr_decay: Literal["none", "cosine"] = Field("cosine", description="How the learning rate falls to the end.")
     warmup_iterations: int = Field(100, ge=0, description="Optimiser steps in which the learning rate rises.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Longer gradients are cut to it; null: none are.")
-    weight_decay: float = Field(0.0, ge=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Longer gradients are cut to this norm; null: none are cut."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Of the optimiser AdamW.")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the moving average of the weights that is kept.")
     ema_warmup: bool = Field(True, description="Lower the decay early on, so that the random start is forgotten.")
     heldout_fraction: float = Field(0.05, gt=0, lt=0.5, description="Part of the sparse set never trained on.")
     report_every: int = Field(100, ge=1, description="Optimiser steps between progress reports.")
     checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
-    num_workers: int | None = Field(None, ge=1, description="null: one for each GPU, else for each core.")
-    use_gpu: bool | None = Field(None, description="null: a GPU a worker when the cluster has enough.")
+    num_workers: int | None = Field(
+        None, ge=1, description="Training processes; null: one per GPU, else one per core."
+    )
+    use_gpu: bool | None = Field(None, description="Train on GPUs; null: if the cluster has one per worker.")
 
     @model_validator(mode="after")
     def _consistent(self) -> DenoiserConfig:
@@ -203,8 +219,12 @@ class PurifyConfig(Section):
     """Absorb and eliminate (arXiv 2406.15093, Algorithm 1), and how the work is spread."""
 
     denoiser: str | None = Field(None, description="Folder of the trained denoiser.")
-    t_star: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
-    num_inference_steps: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
+    t_star: int | None = Field(
+        None, ge=1, description="Depth of purification; null: what the denoiser recommends."
+    )
+    num_inference_steps: int | None = Field(
+        None, ge=1, description="Respaced steps; null: what the denoiser recommends."
+    )
     sampler: Sampler | None = Field(
         None, description="ddpm is ancestral, ddim deterministic; null: what the denoiser recommends."
     )
@@ -215,13 +235,17 @@ class PurifyConfig(Section):
     batch_pixels: int = Field(BATCH_PIXELS, ge=1, description="Most pixels of one pass, so fewer large images.")
     tile: int = Field(TILE, ge=32, description="Larger images are denoised in tiles of this side, blended.")
     tile_overlap: int = Field(TILE_OVERLAP, ge=0, description="Least overlap of two tiles, at most half a tile.")
-    actors: int | None = Field(None, ge=1, description="null: one for each GPU, else one for each CPU core.")
+    actors: int | None = Field(
+        None, ge=1, description="Actors that denoise; null: one per GPU, else one per CPU core."
+    )
     num_gpus: float | None = Field(None, ge=0, description="GPUs of an actor; null: 1 if there are any.")
     max_failed_fraction: float = Field(0.01, ge=0, le=1, description="More failed images end in exit 3.")
     single_writer: bool = Field(
         False, description="Write to a store without put-if-absent too; unsafe with two drivers on one output."
     )
-    watchdog_seconds: float = Field(1800, gt=0, description="No finished shard for so long ends the run.")
+    watchdog_seconds: float = Field(
+        1800, gt=0, description="Seconds without a finished shard after which the run ends."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PurifyConfig:
@@ -234,14 +258,15 @@ class CompensationConfig(Section):
     """Lightweight corruption compensation (arXiv 2406.15093, Algorithm 1)."""
 
     mode: Literal["augment", "baked", "none"] = Field(
-        "augment", description="augment: anew for every image and epoch; baked: written once into the output."
+        "augment",
+        description="augment: drawn anew for every image and epoch; baked: written once into the output.",
     )
     p: float = Field(0.4, ge=0, le=1, description="Probability of grayscale.")
     sigma: float = Field(0.05, ge=0, description="Standard deviation of the noise, on [0, 1].")
     coarse_sigma: float = Field(
         0.08, ge=0, description="Standard deviation of noise on a coarse grid, on [0, 1]; 0 as published."
     )
-    coarse_grid: int = Field(6, ge=2, description="Points of that grid along each side of an image.")
+    coarse_grid: int = Field(6, ge=2, description="Points of the coarse grid along each side of an image.")
 
 
 class DefenseConfig(Section):
@@ -293,16 +318,18 @@ class VictimConfig(Section):
     """The classifier that is trained to judge a dataset; the defaults are the recipe `quick`."""
 
     recipe: Recipe = Field("quick", description="Named group of defaults of the keys below.")
-    arch: Arch = Field("small")
-    epochs: int = Field(12, ge=1)
-    batch_size: int = Field(64, ge=1)
+    arch: Arch = Field("small", description="The network (docs/victims.md).")
+    epochs: int = Field(12, ge=1, description="Passes over the training images.")
+    batch_size: int = Field(64, ge=1, description="Images of one optimiser step.")
     learning_rate: float = Field(0.1, gt=0, description="At its highest.")
-    lr_schedule: Literal["constant", "one_cycle"] = Field("one_cycle")
-    momentum: float = Field(0.9, ge=0, lt=1)
+    lr_schedule: Literal["constant", "one_cycle"] = Field(
+        "one_cycle", description="Constant, or rising over a fifth of the steps and falling to 0."
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of the victim's SGD.")
     nesterov: bool = Field(True, description="Nesterov momentum; no effect without momentum.")
-    weight_decay: float = Field(1e-3, ge=0)
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    crop_padding: int = Field(3, ge=0, description="Random crop after padding by so many pixels.")
+    weight_decay: float = Field(1e-3, ge=0, description="Of the victim's SGD.")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="Part of a label given to all classes.")
+    crop_padding: int = Field(3, ge=0, description="Pixels of padding before a random crop.")
     flip: bool = Field(True, description="Random horizontal flip.")
     precision: Precision = Field(
         "float32", description="Of the network's arithmetic on a GPU; a CPU always computes in float32."
@@ -320,7 +347,9 @@ class PrivacyConfig(Section):
     """DP-SGD (Abadi et al., arXiv 1607.00133), as arXiv 2406.15093 uses it against poisons."""
 
     max_grad_norm: float = Field(1.0, gt=0, description="Bound of the gradient of one image, L2.")
-    noise_multiplier: float = Field(0.01, ge=0, description="Standard deviation of the noise, in such bounds.")
+    noise_multiplier: float = Field(
+        0.01, ge=0, description="Standard deviation of the noise, in units of that bound."
+    )
 
 
 class EvaluateConfig(Section):

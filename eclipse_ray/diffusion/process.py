@@ -53,7 +53,7 @@ def noise_std(alphas_cumprod: Tensor, t: int) -> float:
 
 
 def add_noise(x0: Tensor, epsilon: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Return x_t of a batch with one timestep an image: x0, epsilon (B, 3, H, W), t (B,)."""
+    """Return x_t of a batch with one timestep per image: x0, epsilon (B, 3, H, W), t (B,)."""
     abar = alphas_cumprod[t].to(x0.dtype).view(-1, 1, 1, 1)
     return abar.sqrt() * x0 + (1 - abar).sqrt() * epsilon
 

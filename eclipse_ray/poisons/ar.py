@@ -31,7 +31,7 @@ MARGIN = 4
 TAPS = tuple((row, column) for row in range(3) for column in range(3))[:8]
 """Offsets (rows, columns) of the eight known pixels in a window; the ninth is the pixel being written."""
 TRIAL_SIZE, TRIAL_CORNERS, TRIAL_NORM, TRIAL_STARTS = 32, (4, 12), 50.0, 3
-"""Processes are tried on so many starts of this size; a larger L2 norm over all channels discards them."""
+"""Side, sides of early corners, largest L2 norm over all channels, and number of the starts that try a process."""
 MIN_RESPONSE, MIN_RESPONSE_MANY = 10.0, 3.0
 """Least response of each earlier process's filter to a new unit-norm signal, as published (10, 100 classes)."""
 START_T, TRIAL_T, COEFFICIENTS_T = AR_T, AR_T + 1, AR_T + 2

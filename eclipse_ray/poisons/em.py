@@ -1,4 +1,4 @@
-"""EM: error-minimising noise (Huang et al., arXiv 2101.04898), one noise an image or one a class."""
+"""EM: error-minimising noise (Huang et al., arXiv 2101.04898), one noise per image or one per class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""URP: one universal random perturbation a class, bounded in L-inf."""
+"""URP: one universal random perturbation per class, bounded in L-inf."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def urp_perturbation(
 ) -> Tensor:
     """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
 
-    One draw a class (default) or an image: uniform(-eps, eps) as in the public code, or N(0, eps) clipped
+    One draw per class (default) or per image: uniform(-eps, eps) as in the public code, or N(0, eps) clipped
     to the bound as in the text of arXiv 2406.15093. Raises InputError for an inconsistent batch.
     """
     values = check_inputs(images, labels, ids, num_classes)

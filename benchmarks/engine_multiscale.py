@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from eclipse_ray.config import load_config
 from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, default_device
-from eclipse_ray.diffusion.sampling import predict_x0, to_model_range, to_uint8
-from eclipse_ray.diffusion.training import add_noise
+from eclipse_ray.diffusion.process import add_noise, predict_x0
+from eclipse_ray.diffusion.sampling import to_model_range, to_uint8
 
 GRID = 6
 # Standard deviation of the coarse part, as a multiple of the white part's: 0.08 of the range at t_star = 100.

@@ -52,8 +52,9 @@ from eclipse_ray.poisons import (
     fit_poison,
     poison_fitted,
     poison_images,
+    resolved_poison,
+    variant_of,
 )
-from eclipse_ray.poisons.costs import resolved_poison, variant_of
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.shard import fatal_error, fatal_note, same_size_batches
 from eclipse_ray.results import DatasetResult

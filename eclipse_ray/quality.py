@@ -15,16 +15,17 @@ WINDOW, SIGMA = 11, 1.5
 BATCH = 256
 
 
-def psnr(images: Tensor, reference: Tensor) -> float:
-    """Return the PSNR in dB of the mean squared error over all of uint8 `images` (N, H, W, 3); inf if equal.
+def psnr(images: Tensor, reference: Tensor, *, peak: float = 255.0) -> float:
+    """Return the PSNR in dB of the mean squared error over all of `images`, four dimensions; inf if equal.
 
-    Raises InputError when `reference` has another shape.
+    `peak` is the length of the range of values: 255 for uint8, 2 for [-1, 1]. Raises InputError when `reference`
+    has another shape.
     """
     _check(images, reference)
     total = 0.0
     for one, other in zip(torch.split(images, BATCH), torch.split(reference, BATCH), strict=True):
         total += float((one.double() - other.double()).square().sum())
-    return math.inf if total == 0 else 10 * math.log10(255**2 * images.numel() / total)
+    return math.inf if total == 0 else 10 * math.log10(peak**2 * images.numel() / total)
 
 
 def ssim(images: Tensor, reference: Tensor) -> float:

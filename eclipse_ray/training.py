@@ -33,9 +33,9 @@ from eclipse_ray.config import Config, digest, to_yaml
 from eclipse_ray.datasets.memory import MixedSet, load_mixed
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, read_card, save_denoiser
-from eclipse_ray.diffusion.crops import ImageBuffer, centre_crops, image_buffer
 from eclipse_ray.diffusion.network import timestep_scale
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
+from eclipse_ray.diffusion.training import ImageBuffer, centre_crops, image_buffer
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, ResumeError
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine

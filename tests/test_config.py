@@ -1,5 +1,8 @@
 """Settings: presets, overrides, round trips and errors that name the nearest right spelling."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from eclipse_ray.config import (
     PRESETS,
+    RECIPES,
     Config,
     difference,
     digest,
@@ -17,12 +21,42 @@ from eclipse_ray.config import (
 )
 from eclipse_ray.errors import ConfigError
 
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SHORT = [
+    *({"denoiser": {"preset": preset}, "purify": {"t_star": 3}} for preset in PRESETS),
+    *({"victim": {"recipe": recipe, "epochs": 7}} for recipe in RECIPES),
+    {"poison": {"name": "tap", "steps": 12}, "defense": {"aa_draws": 3}},
+    {"denoiser": {"t_star": 200, "preset": "small"}, "compensation": {"mode": "augment"}},
+    *(yaml.safe_load(file.read_text()) for file in CONFIGS),
+]
+OVERRIDES = [
+    {},
+    {"denoiser.preset": "paper", "denoiser.iterations": 9},
+    {"denoiser.preset": "debug"},
+    {"victim.recipe": "modern"},
+    {"victim.recipe": "paper", "victim.epochs": 3},
+    {"denoiser.preset": "small", "denoiser.t_star": 120},
+    {"poison.steps": 4, "defense.op_epochs": 2, "run.seed": 5},
+]
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_resolved_settings_round_trip(preset, tmp_path):
-    config = load_config(None, {"denoiser.preset": preset, "purify.t_star": 3})
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert load_config(str(tmp_path / "config.yaml")) == config
+
+@pytest.mark.parametrize("overrides", OVERRIDES, ids=str)
+@pytest.mark.parametrize("short", SHORT, ids=lambda tree: str(tree)[:60])
+def test_a_resolved_file_is_the_same_run_as_the_short_one_it_came_from(short, overrides, tmp_path):
+    files = [tmp_path / "short.yaml", tmp_path / "resolved.yaml"]
+    files[0].write_text(yaml.safe_dump(short))
+    config = load_config(str(files[0]))
+    files[1].write_text(to_yaml(config))
+    assert load_config(str(files[1])) == config
+    try:
+        expected = with_overrides(config, overrides)
+    except ConfigError as error:
+        for file in files:
+            with pytest.raises(ConfigError, match=re.escape(str(error))):
+                load_config(str(file), overrides)
+        return
+    assert with_overrides(load_config(str(files[1])), overrides) == expected
+    assert [load_config(str(file), overrides) for file in files] == [expected, expected]
 
 
 def test_paper_preset_is_the_published_setting():

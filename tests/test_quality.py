@@ -21,6 +21,8 @@ def test_psnr_is_that_of_the_mean_squared_error_over_all_images():
     changed[:150] += 8
     assert psnr(changed, clean) == pytest.approx(10 * math.log10(255**2 / 32))
     assert psnr(clean, clean) == math.inf
+    x = torch.zeros(1, 3, 4, 4)
+    assert psnr(x, x + 0.2, peak=2) == pytest.approx(20)
     first, second = images(3, 0), images(3, 1)
     assert psnr(first, second) == pytest.approx(peak_signal_noise_ratio(second.numpy(), first.numpy()))
 

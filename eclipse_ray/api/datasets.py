@@ -63,7 +63,7 @@ def poison(
     published or with poison.cost "reduced" for a CPU (docs/poisons.md).
     """
     from eclipse_ray import poisoning as room
-    from eclipse_ray.poisons.costs import resolved_poison
+    from eclipse_ray.poisons import resolved_poison
 
     named = {"poison.name": name, "data.source": source, "data.output": output}
     resolved = resolve(config, settings, named)

@@ -11,18 +11,19 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from eclipse_ray.config.paths import did_you_mean
-from eclipse_ray.config.presets import PRESETS, RECIPES
 from eclipse_ray.config.secrets import holds_secret, is_secret_name, refuse_secrets
 from eclipse_ray.config.sections import (
     BATCH_PIXELS,
-    POISON_VARIANTS,
+    PRESETS,
+    RECIPES,
     TILE,
     TILE_OVERLAP,
     Alpha,
@@ -49,12 +50,12 @@ from eclipse_ray.config.sections import (
     Settings,
     SweepConfig,
     VictimConfig,
+    default_t_max,
 )
 from eclipse_ray.errors import ConfigError
 
 __all__ = [
     "BATCH_PIXELS",
-    "POISON_VARIANTS",
     "PRESETS",
     "RECIPES",
     "TILE",
@@ -91,23 +92,29 @@ __all__ = [
     "load_config",
     "parse_assignment",
     "to_yaml",
+    "validated",
     "with_overrides",
 ]
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class RunConfig(Section):
     """What concerns the whole run."""
 
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63, description="Of everything that is random.")
     address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, else a local cluster.")
-    max_cpus: int | None = Field(None, ge=1, description="CPUs an autoscaler may reach; null: those there are.")
+    max_cpus: int | None = Field(
+        None, ge=1, description="CPUs an autoscaler may reach; null: those that are there."
+    )
     max_gpus: int | None = Field(None, ge=0, description="GPUs an autoscaler may reach; null: those there are.")
     progress_seconds: float = Field(10, gt=0, description="Seconds between progress lines off a terminal.")
     log_format: Literal["text", "json"] = Field(
-        "text", description="Messages on standard error: for people, or one JSON object a line."
+        "text", description="Messages on standard error: for people, or one JSON object per line."
     )
     loggers: tuple[LoggerName, ...] = Field(
-        (), description="Who else gets curves of training, victims and trials."
+        (), description="Services that get the curves of training, victims and trials too."
     )
 
 
@@ -140,41 +147,76 @@ def load_config(
     Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a bad value, or a
     value that holds a password or token.
     """
-    tree = _parsed_yaml(file, read) if file else {}
-    for key, value in (overrides or {}).items():
-        _assign(tree, key, value)
-    denoiser = tree.get("denoiser")
-    if isinstance(denoiser, dict):
-        _fill(tree, str(denoiser.get("preset", "small")))
-    return _validate(tree)
+    return _overridden(_parsed_yaml(file, read) if file else {}, overrides or {})
 
 
 def with_overrides(config: Config, overrides: Settings) -> Config:
     """Return a copy of `config` with {"section.key": value} replaced and everything validated again.
 
-    Another denoiser.preset takes the values of the former one along; what was chosen otherwise stays.
+    Another denoiser.preset or victim.recipe takes the values of the former one along, and another denoiser.t_star
+    takes t_max along. A value that differs from those stays. Only values count, not whether they were written out.
     """
-    tree = config.model_dump(exclude_unset=True)
-    preset, former = overrides.get("denoiser.preset"), config.denoiser.preset
-    if preset in PRESETS and preset != former:
-        for section, values in PRESETS[former].items():
-            chosen = json.loads(getattr(config, section).model_dump_json())
-            tree[section] = {
-                key: value
-                for key, value in tree.get(section, {}).items()
-                if key not in values or chosen[key] != values[key]
-            }
-        _fill(tree, preset)
+    # What was left open stays open for `source_compensation`; it makes no difference to any value.
+    return _overridden(config.model_dump(mode="json", exclude_unset=True), overrides)
+
+
+SELECTORS = frozenset({"denoiser.preset", "victim.recipe", "denoiser.t_star", "denoiser.num_train_timesteps"})
+"""Settings on which the defaults of others depend."""
+
+
+def _overridden(tree: dict[str, Any], overrides: Settings) -> Config:
+    if not SELECTORS.isdisjoint(overrides):
+        tree = _without_groups(tree)
     for key, value in overrides.items():
         _assign(tree, key, value)
+    for section, values in PRESETS.get(_preset(tree), {}).items():
+        chosen = tree.get(section) or {}
+        tree[section] = {**values, **chosen} if isinstance(chosen, dict) else chosen
     return _validate(tree)
 
 
-def _fill(tree: dict[str, Any], preset: str) -> None:
-    """Put the values of a preset where nothing else was chosen."""
-    for section, values in PRESETS.get(preset, {}).items():
-        chosen = tree.get(section) or {}
-        tree[section] = {**values, **chosen} if isinstance(chosen, dict) else chosen
+def _without_groups(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `tree` without the values that its preset and recipe give anyway: others can take their place."""
+    found = dict(tree)
+    for section, keys in _grouped().items():
+        chosen = found.get(section)
+        if isinstance(chosen, Mapping):
+            given = _given(tree, section, chosen)
+            kept = {key: value for key, value in chosen.items() if key not in keys or value != given[key]}
+            found[section] = kept
+    return found
+
+
+def _preset(tree: Mapping[str, Any]) -> str:
+    denoiser = tree.get("denoiser")
+    return str(denoiser.get("preset", "small")) if isinstance(denoiser, Mapping) else "small"
+
+
+def _given(tree: Mapping[str, Any], section: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a section holds under the preset and recipe of `tree` where nothing else is chosen."""
+    group = PRESETS.get(_preset(tree), {}).get(section, {})
+    if section == "victim":
+        group = {str(name): values for name, values in RECIPES.items()}.get(str(chosen.get("recipe", "quick")), {})
+    given = {**_defaults()[section], **group}
+    if section == "denoiser" and "t_max" not in group:
+        t_star, levels = ({**given, **chosen}[key] for key in ("t_star", "num_train_timesteps"))
+        if isinstance(t_star, int) and isinstance(levels, int):
+            given["t_max"] = default_t_max(t_star, levels)
+    return given
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, Any]:
+    return Config().model_dump(mode="json")
+
+
+def _grouped() -> dict[str, set[str]]:
+    """Return the keys of each section that some preset or recipe sets, and t_max, which follows t_star."""
+    keys: dict[str, set[str]] = {"denoiser": {"t_max"}, "victim": {key for one in RECIPES.values() for key in one}}
+    for preset in PRESETS.values():
+        for section, values in preset.items():
+            keys.setdefault(section, set()).update(values)
+    return keys
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -247,22 +289,32 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     fields[name] = value
 
 
+def validated(model: type[Model], values: Mapping[str, Any], where: str = "") -> Model:
+    """Return `values` as `model`; `where` is the section they stand in.
+
+    Raises ConfigError that names each wrong setting, and the nearest right one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(model, where, dict(item)) for item in error.errors())) from None
+
+
 def _validate(tree: dict[str, Any]) -> Config:
     refuse_secrets(tree)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(dict(item)) for item in error.errors())) from None
+    return validated(Config, tree)
 
 
-def _explain(item: dict[str, Any]) -> str:
+def _explain(model: type[BaseModel], where: str, item: dict[str, Any]) -> str:
     path = [str(part) for part in item["loc"]]
+    said = [where, *path] if where else path
     if item["type"] != "extra_forbidden":
-        said = f"{'.'.join(path)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"[:500]
-        return said + _nearest_value(item)
-    known = _keys_at(path[:-1])
-    close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
-    return f"{'.'.join(path)}: unknown setting; did you mean {'.'.join([*path[:-1], *close])}?"
+        text = f"{'.'.join(said)}: {item['msg'].removeprefix('Value error, ')}"
+        # What a whole section holds says nothing of which of its keys disagree.
+        whole = item["type"] == "value_error" and isinstance(item["input"], dict)
+        return text if whole else f"{text}, got {item['input']!r}"[:500] + _nearest_value(item)
+    close = difflib.get_close_matches(path[-1], _keys_at(model, path[:-1]), n=1, cutoff=0.0)
+    return f"{'.'.join(said)}: unknown setting; did you mean {'.'.join([*said[:-1], *close])}?"
 
 
 def _nearest_value(item: dict[str, Any]) -> str:
@@ -274,8 +326,8 @@ def _nearest_value(item: dict[str, Any]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _keys_at(path: list[str]) -> list[str]:
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     if not path:
-        return list(Config.model_fields)
-    section = Config.model_fields[path[0]].annotation
+        return list(model.model_fields)
+    section = model.model_fields[path[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []

@@ -1,16 +1,15 @@
-"""Settings of the proof: poisons, rival defenses, victims, and the grid of all of them."""
+"""The sections of the configuration, and the named groups of settings: presets and recipes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from eclipse_ray.config.presets import RECIPES, Recipe
-
 Settings = Mapping[str, Any]
-Sampler = Literal["ddpm", "ddim", "dpm"]
+Recipe = Literal["quick", "paper", "modern"]
+Sampler = Literal["ddpm", "ddim"]
 Precision = Literal["float32", "bfloat16"]
 ScheduleName = Literal["cosine", "linear"]
 Layout = Literal["parquet", "folder", "webdataset", "npz"]
@@ -18,6 +17,80 @@ Alpha = Literal["composite", "refuse"]
 Arch = Literal["small", "resnet18", "resnet50", "vgg16", "vgg19", "densenet121"]
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 Animated = Literal["first", "refuse"]
+
+
+# `small` is the defaults below. `paper` is the published setting; what the paper leaves open (batch size,
+# learning rate, dropout) follows the public improved-diffusion recipe.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {},
+    "debug": {
+        "denoiser": {
+            "image_size": 16,
+            "block_out_channels": [8, 8],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "num_train_timesteps": 20,
+            "t_star": 4,
+            "t_max": 5,
+            "iterations": 40,
+            "batch_size": 16,
+            "ema_decay": 0.9,
+            "report_every": 10,
+            "checkpoint_every": 20,
+        },
+    },
+    "paper": {
+        "denoiser": {
+            "block_out_channels": [128, 256, 256, 256],
+            "layers_per_block": 3,
+            "attention_levels": [1, 2],
+            "attention_head_dim": 64,
+            "norm_num_groups": 32,
+            "dropout": 0.3,
+            "variance_type": "learned_range",
+            "rescale_timesteps": True,
+            "t_star": 100,
+            "t_max": 4000,
+            "num_inference_steps": 100,
+            "iterations": 250_000,
+            "batch_size": 128,
+            "learning_rate": 1e-4,
+            "lr_decay": "none",
+            "warmup_iterations": 0,
+            "max_grad_norm": None,
+            "ema_decay": 0.9999,
+            "ema_warmup": False,
+            "report_every": 1000,
+            "checkpoint_every": 5000,
+        },
+        "compensation": {"coarse_sigma": 0.0},
+    },
+}
+
+# What the name in `victim.recipe` stands for (docs/victims.md). `paper` is the published setting, which decays
+# neither the learning rate nor the weights. `modern` scales the usual CIFAR setting, a peak of 0.1 for a batch of
+# 128 and weight decay 5e-4, to a batch of 256.
+RECIPES: dict[Recipe, dict[str, Any]] = {
+    "quick": {},
+    "paper": {
+        "epochs": 80,
+        "batch_size": 128,
+        "learning_rate": 0.1,
+        "lr_schedule": "constant",
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "label_smoothing": 0.0,
+        "crop_padding": 4,
+    },
+    "modern": {
+        "epochs": 30,
+        "batch_size": 256,
+        "learning_rate": 0.2,
+        "weight_decay": 5e-4,
+        "crop_padding": 4,
+        "precision": "bfloat16",
+    },
+}
 
 
 class Section(BaseModel):
@@ -49,13 +122,26 @@ class DataConfig(Section):
     on_error: Literal["row", "stop"] = Field(
         "row", description="An undecodable image becomes an error row, or ends the run with exit code 2."
     )
-    alpha: Alpha = Field("composite", description="Transparency is laid on white, or makes an image undecodable.")
-    animated: Animated = Field("first", description="First frame of several, or they make an image undecodable.")
-    extra_columns: Literal["keep", "drop"] = Field("keep", description="What becomes of columns that came along.")
+    alpha: Alpha = Field("composite", description="Transparency is put on white, or makes an image undecodable.")
+    animated: Animated = Field(
+        "first", description="The first frame is taken, or several frames make an image undecodable."
+    )
+    extra_columns: Literal["keep", "drop"] = Field(
+        "keep", description="Whether other columns of the source are written too."
+    )
     tar_ids: Literal["key", "path"] = Field(
         "key", description="ids of tar members: the sample's key, or the tar's name before it."
     )
-    resize: int | None = Field(None, ge=16, description="Central square resized to so many pixels; null: no.")
+    resize: int | None = Field(
+        None,
+        ge=16,
+        description="Side in pixels to which the central square is resized; null: images keep their size.",
+    )
+
+
+def default_t_max(t_star: int, num_train_timesteps: int) -> int:
+    """Return below which timestep training draws t where nothing else is said: 1.25 t_star, rounded up."""
+    return min(num_train_timesteps, -(-t_star * 5 // 4))
 
 
 class DenoiserConfig(Section):
@@ -69,8 +155,10 @@ class DenoiserConfig(Section):
     attention_levels: tuple[int, ...] = Field((), description="Levels with self-attention, 0 = full size.")
     attention_head_dim: int = Field(8, ge=1, description="Channels of one attention head.")
     norm_num_groups: int = Field(8, ge=1, description="Groups of every group normalisation.")
-    resnet_time_scale_shift: Literal["default", "scale_shift"] = Field("scale_shift")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = Field(
+        "scale_shift", description="How the timestep enters a residual block: added, or as scale and shift."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Probability that a value is dropped in training.")
     num_train_timesteps: int = Field(4000, ge=2, description="T of the cosine schedule.")
     variance_type: Literal["fixed_small", "learned_range"] = Field(
         "fixed_small", description="Variance of a reverse step; learned_range doubles the output channels."
@@ -83,28 +171,33 @@ class DenoiserConfig(Section):
     t_star: int = Field(400, ge=1, description="Recommended purification depth, in steps of T.")
     num_inference_steps: int = Field(1, ge=1, description="Recommended number of respaced steps.")
     sampler: Sampler = Field("ddpm", description="Recommended sampler.")
-    t_max: int | None = Field(None, ge=1, description="Training draws t < t_max; null: 1.25 t_star.")
+    t_max: int | None = Field(
+        None, ge=1, description="Training draws timesteps below this one; null: 1.25 t_star."
+    )
     replication: int = Field(4, ge=0, description="M: copies of each sparse image added to the clean set.")
     iterations: int = Field(3000, ge=1, description="Optimiser steps.")
     batch_size: int = Field(16, ge=1, description="Images of one optimiser step, over all workers.")
-    learning_rate: float = Field(1e-3, gt=0)
-    lr_decay: Literal["none", "cosine"] = Field("cosine")
+    learning_rate: float = Field(1e-3, gt=0, description="At its highest.")
+    lr_decay: Literal["none", "cosine"] = Field("cosine", description="How the learning rate falls to the end.")
     warmup_iterations: int = Field(100, ge=0, description="Optimiser steps in which the learning rate rises.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Longer gradients are cut to it; null: none are.")
-    weight_decay: float = Field(0.0, ge=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Longer gradients are cut to this norm; null: none are cut."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Of the optimiser AdamW.")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the moving average of the weights that is kept.")
     ema_warmup: bool = Field(True, description="Lower the decay early on, so that the random start is forgotten.")
     heldout_fraction: float = Field(0.05, gt=0, lt=0.5, description="Part of the sparse set never trained on.")
     report_every: int = Field(100, ge=1, description="Optimiser steps between progress reports.")
     checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
-    num_workers: int | None = Field(None, ge=1, description="null: one for each GPU, else for each core.")
-    use_gpu: bool | None = Field(None, description="null: a GPU a worker when the cluster has enough.")
+    num_workers: int | None = Field(
+        None, ge=1, description="Training processes; null: one per GPU, else one per core."
+    )
+    use_gpu: bool | None = Field(None, description="Train on GPUs; null: if the cluster has one per worker.")
 
     @model_validator(mode="after")
     def _consistent(self) -> DenoiserConfig:
         if self.t_max is None:
-            # Past pydantic's bookkeeping, so that a later override of t_star moves this default along.
-            self.__dict__["t_max"] = min(self.num_train_timesteps, -(-self.t_star * 5 // 4))
+            self.t_max = default_t_max(self.t_star, self.num_train_timesteps)
         if not self.t_star <= int(self.t_max or 0) <= self.num_train_timesteps:
             raise ValueError(
                 f"t_star {self.t_star} <= t_max {self.t_max} <= num_train_timesteps "
@@ -126,10 +219,14 @@ class PurifyConfig(Section):
     """Absorb and eliminate (arXiv 2406.15093, Algorithm 1), and how the work is spread."""
 
     denoiser: str | None = Field(None, description="Folder of the trained denoiser.")
-    t_star: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
-    num_inference_steps: int | None = Field(None, ge=1, description="null: what the denoiser recommends.")
+    t_star: int | None = Field(
+        None, ge=1, description="Depth of purification; null: what the denoiser recommends."
+    )
+    num_inference_steps: int | None = Field(
+        None, ge=1, description="Respaced steps; null: what the denoiser recommends."
+    )
     sampler: Sampler | None = Field(
-        None, description="ancestral, deterministic, or second-order; null: what the denoiser recommends."
+        None, description="ddpm is ancestral, ddim deterministic; null: what the denoiser recommends."
     )
     precision: Precision = Field("float32", description="Of the network's arithmetic; bfloat16 is for GPUs.")
     shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
@@ -138,13 +235,17 @@ class PurifyConfig(Section):
     batch_pixels: int = Field(BATCH_PIXELS, ge=1, description="Most pixels of one pass, so fewer large images.")
     tile: int = Field(TILE, ge=32, description="Larger images are denoised in tiles of this side, blended.")
     tile_overlap: int = Field(TILE_OVERLAP, ge=0, description="Least overlap of two tiles, at most half a tile.")
-    actors: int | None = Field(None, ge=1, description="null: one for each GPU, else one for each CPU core.")
+    actors: int | None = Field(
+        None, ge=1, description="Actors that denoise; null: one per GPU, else one per CPU core."
+    )
     num_gpus: float | None = Field(None, ge=0, description="GPUs of an actor; null: 1 if there are any.")
     max_failed_fraction: float = Field(0.01, ge=0, le=1, description="More failed images end in exit 3.")
     single_writer: bool = Field(
         False, description="Write to a store without put-if-absent too; unsafe with two drivers on one output."
     )
-    watchdog_seconds: float = Field(1800, gt=0, description="No finished shard for so long ends the run.")
+    watchdog_seconds: float = Field(
+        1800, gt=0, description="Seconds without a finished shard after which the run ends."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PurifyConfig:
@@ -157,167 +258,98 @@ class CompensationConfig(Section):
     """Lightweight corruption compensation (arXiv 2406.15093, Algorithm 1)."""
 
     mode: Literal["augment", "baked", "none"] = Field(
-        "augment", description="augment: anew for every image and epoch; baked: written once into the output."
+        "augment",
+        description="augment: drawn anew for every image and epoch; baked: written once into the output.",
     )
     p: float = Field(0.4, ge=0, le=1, description="Probability of grayscale.")
     sigma: float = Field(0.05, ge=0, description="Standard deviation of the noise, on [0, 1].")
     coarse_sigma: float = Field(
         0.08, ge=0, description="Standard deviation of noise on a coarse grid, on [0, 1]; 0 as published."
     )
-    coarse_grid: int = Field(6, ge=2, description="Points of that grid along each side of an image.")
+    coarse_grid: int = Field(6, ge=2, description="Points of the coarse grid along each side of an image.")
 
 
 class DefenseConfig(Section):
-    """Rival defenses; the defaults are the published numbers (docs/defenses.md)."""
+    """Rival defenses; the defaults are the published numbers (docs/defenses.md).
 
-    draws: int = Field(4, ge=1, description="eclipse-draws: independent purifications of each image.")
-    cutout_size: int = Field(16, ge=1, description="Side of the black square, in pixels.")
-    mix_alpha: float = Field(1.0, gt=0, description="mixup, cutmix: weights are Beta(alpha, alpha).")
-    dp_max_grad_norm: float = Field(1.0, gt=0, description="dp-sgd: an image's gradient is cut to this norm.")
-    dp_noise_multiplier: float = Field(
-        0.01, ge=0, description="dp-sgd: standard deviation of noise, of that norm."
-    )
-    iss_jpeg_quality: int = Field(10, ge=1, le=100, description="iss-j: Pillow's quality.")
-    aa_draws: int = Field(5, ge=1, description="aa: draws of which the one of highest loss is kept.")
-    aa_until: float = Field(
-        0.3, ge=0, le=1, description="aa: part of training with so many draws, one after it; 60 of 200 epochs."
-    )
-    aa_p: float = Field(0.5, ge=0, le=1, description="aa: probability of each operation before TrivialAugment.")
-    aa_roughness: tuple[float, float] = Field((0.3, 0.7), description="aa: range of the plasma's roughness.")
-    aa_intensity: tuple[float, float] = Field((0.5, 1.0), description="aa: range of plasma brightness.")
-    op_epochs: int = Field(20, ge=1, description="op: epochs of the linear model.")
-    op_learning_rate: float = Field(0.1, gt=0, description="op: of the linear model.")
-    op_batch_size: int = Field(1024, ge=1, description="op: of the linear model.")
-    op_rotation: float = Field(10.0, ge=0, description="op: most degrees of rotation.")
-    op_shear: float = Field(10.0, ge=0, description="op: most degrees of shear.")
-    op_scale: float = Field(0.2, ge=0, lt=1, description="op: most change of scale.")
-    op_jitter: float = Field(0.2, ge=0, le=1, description="op: most change of brightness, contrast, saturation.")
-    op_cutmix_p: float = Field(0.5, ge=0, le=1, description="op: probability of CutMix for a batch.")
-    avatar_noise_255: float = Field(
-        43.0, gt=0, description="avatar: noise in grey levels of a full-strength image."
-    )
-    avatar_steps: int = Field(100, ge=1, description="avatar: reverse steps.")
-    at_eps_255: float = Field(8.0, gt=0, description="at: L-inf radius of the attack, in 1/255.")
-    at_steps: int = Field(10, ge=1, description="at: steps of projected gradient ascent.")
-    at_step_size_255: float | None = Field(None, gt=0, description="at: null: a quarter of the radius.")
+    Each defense declares its settings in its file below `eclipse_ray/defenses/`, such as `aa_draws`. They are
+    checked when a defense is used.
+    """
 
-
-PoisonName = Literal["urp", "lsp", "ar", "cuda", "em", "tap", "rem", "sep", "efp", "adp"]
-PoisonVariant = Literal["plain", "fa_vr", "push", "pull", "paper", "strong"]
-POISON_VARIANTS: dict[str, tuple[PoisonVariant, ...]] = {
-    "sep": ("plain", "fa_vr"),
-    "efp": ("push", "pull"),
-    "adp": ("paper", "strong"),
-}
-"""Variants of a poison, the default first; em's are its scopes."""
-# urp, lsp, ar and em come both ways; a filter or a target image by image are other poisons, with other names.
-ONE_SCOPE: dict[str, str] = {"cuda": "class", "tap": "sample", "rem": "sample"} | dict.fromkeys(
-    POISON_VARIANTS, "sample"
-)
+    model_config = ConfigDict(extra="allow")
 
 
 class PoisonConfig(Section):
-    """An availability poison. Null numbers are those of `cost`, which poisons/costs.py lists in full."""
+    """An availability poison: what all of them share, and the settings of the named one beside it.
 
-    name: PoisonName = Field("ar")
-    eps_255: float | None = Field(
-        None, gt=0, description="Bound in 1/255: L2 for lsp, ar; none for cuda; else L-inf."
-    )
-    scope: Literal["sample", "class"] | None = Field(None, description="One draw an image, or one a class.")
-    distribution: Literal["uniform", "gaussian"] = Field("uniform", description="urp only.")
-    patch: int | None = Field(None, ge=1, description="lsp only: side of a constant patch, in pixels.")
-    variant: PoisonVariant | None = Field(
-        None, description="sep: plain, fa_vr; efp: push, pull; adp: paper, strong; null: the first."
-    )
+    Each poison declares its own settings in its file below `eclipse_ray/poisons/`, with its numbers at full and at
+    reduced cost. They are checked when the poison is used. Null stands for the number of `cost`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    OF_A_RUN: ClassVar = ("denoiser", "store_perturbation", "save_seconds", "chunk_images")
+
+    name: str = Field("ar", description="urp, lsp, ar, cuda, em, tap, rem, sep, efp or adp (docs/poisons.md).")
     cost: Literal["full", "reduced"] = Field(
         "full", description="Numbers of optimised poisons: as published, or for two CPU cores."
     )
+    eps_255: float | None = Field(
+        None, gt=0, description="Bound in 1/255: L2 for lsp and ar, none for cuda, else L-inf."
+    )
+    scope: Literal["sample", "class"] | None = Field(None, description="One draw per image, or one per class.")
+    variant: str | None = Field(None, description="sep: plain, fa_vr; efp: push, pull; adp: paper, strong.")
+    denoiser: str | None = Field(None, description="adp strong: folder of the denoiser that is attacked.")
     store_perturbation: bool = Field(False, description="Add a column `perturbation`: int16 differences, raw.")
     save_seconds: float = Field(60, ge=0, description="Least seconds between two saved states of a fit.")
     chunk_images: int = Field(512, ge=1, description="Images of one task of an optimised poison.")
-    surrogate: Literal["small", "resnet18", "unet"] | None = Field(None, description="unet: adp only.")
-    surrogate_epochs: int | None = Field(None, ge=1, description="tap, sep, efp: training before the noise.")
-    surrogate_batch_size: int | None = Field(None, ge=2)
-    surrogate_learning_rate: float | None = Field(None, gt=0)
-    surrogate_schedule: Literal["constant", "linear", "milestones"] | None = Field(
-        None, description="linear falls to 0 over the training; milestones divide by 10."
-    )
-    surrogate_milestones: tuple[int, ...] | None = Field(None, description="In epochs; rem: in optimiser steps.")
-    surrogate_weight_decay: float | None = Field(None, ge=0)
-    surrogate_augment: bool | None = Field(None, description="Crop and flip while the surrogate trains.")
-    max_grad_norm: float | None = Field(None, ge=0, description="Longer gradients are cut to it; 0: none are.")
-    steps: int | None = Field(None, ge=1, description="Sign steps of one making of the noise.")
-    step_size_255: float | None = Field(None, gt=0, description="Size of such a step in 1/255.")
-    restarts: int | None = Field(None, ge=1, description="tap: starts, of which the lowest loss is kept.")
-    target_shift: int | None = Field(None, ge=1, description="tap, sep: target class y + shift, modulo classes.")
-    crop_padding: int | None = Field(None, ge=0, description="Crops after padding by so many pixels.")
-    checkpoints: int | None = Field(None, ge=1, description="sep: networks taken from one training run.")
-    inner_draws: int | None = Field(None, ge=1, description="sep fa_vr: checkpoints visited in a step.")
-    rounds: int | None = Field(None, ge=1, description="em, adp: most rounds of training and noise.")
-    round_batches: int | None = Field(None, ge=1, description="em, adp: optimiser steps of a round.")
-    stop_error: float | None = Field(None, ge=0, lt=1, description="em, adp: training error that ends the fit.")
-    subset: float | None = Field(None, gt=0, le=1, description="em: part of the images a round perturbs.")
-    train_steps: int | None = Field(None, ge=1, description="rem: optimiser steps.")
-    eot_draws: int | None = Field(None, ge=1, description="rem, adp: random transformations averaged over.")
-    adversary_eps_255: float | None = Field(None, gt=0, description="rem, efp: L-inf radius of the adversary.")
-    adversary_steps: int | None = Field(None, ge=1, description="rem, efp: its sign steps.")
-    adversary_step_size_255: float | None = Field(None, gt=0, description="rem, efp: size of such a step.")
-    unet_channels: tuple[int, ...] | None = Field(None, min_length=1, description="adp: channels of its levels.")
-    denoiser: str | None = Field(None, description="adp strong: folder of the denoiser attacked.")
-    t_star: int | None = Field(None, ge=1, description="adp strong: depth; null: what the denoiser recommends.")
-    compensation_p: float | None = Field(None, ge=0, le=1, description="adp: probability of grayscale.")
-    compensation_sigma: float | None = Field(None, ge=0, description="adp: deviation of fine noise, on [0, 1].")
-    compensation_coarse_sigma: float | None = Field(None, ge=0, description="adp: of coarse noise, on [0, 1].")
-    perturb_batch_size: int | None = Field(None, ge=1, description="Images of one pass when noise is made.")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> PoisonConfig:
-        variants = POISON_VARIANTS.get(self.name, ())
-        if self.variant is not None and self.variant not in variants:
-            raise ValueError(
-                f"poison {self.name} has no variant {self.variant}; it has {', '.join(variants) or 'none'}"
-            )
-        scope = ONE_SCOPE.get(self.name, self.scope)
-        if self.scope not in (None, scope):
-            raise ValueError(f"poison {self.name} knows only scope {scope}")
-        if self.name not in ("urp", "lsp", "ar", "cuda") and not 1 <= (self.eps_255 or 1) <= 127:
-            raise ValueError(f"eps_255 {self.eps_255}: an optimised poison is stored in 8 bits; choose 1 to 127")
-        return self
+    def own(self) -> dict[str, Any]:
+        """Return what was chosen of the settings that the named poison declares."""
+        chosen = {
+            "eps_255": self.eps_255,
+            "scope": self.scope,
+            "variant": self.variant,
+            **(self.model_extra or {}),
+        }
+        return {key: value for key, value in chosen.items() if value is not None}
 
 
 class VictimConfig(Section):
     """The classifier that is trained to judge a dataset; the defaults are the recipe `quick`."""
 
     recipe: Recipe = Field("quick", description="Named group of defaults of the keys below.")
-    arch: Arch = Field("small")
-    epochs: int = Field(12, ge=1)
-    batch_size: int = Field(64, ge=1)
+    arch: Arch = Field("small", description="The network (docs/victims.md).")
+    epochs: int = Field(12, ge=1, description="Passes over the training images.")
+    batch_size: int = Field(64, ge=1, description="Images of one optimiser step.")
     learning_rate: float = Field(0.1, gt=0, description="At its highest.")
-    lr_schedule: Literal["constant", "one_cycle"] = Field("one_cycle")
-    momentum: float = Field(0.9, ge=0, lt=1)
+    lr_schedule: Literal["constant", "one_cycle"] = Field(
+        "one_cycle", description="Constant, or rising over a fifth of the steps and falling to 0."
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of the victim's SGD.")
     nesterov: bool = Field(True, description="Nesterov momentum; no effect without momentum.")
-    weight_decay: float = Field(1e-3, ge=0)
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    crop_padding: int = Field(3, ge=0, description="Random crop after padding by so many pixels.")
+    weight_decay: float = Field(1e-3, ge=0, description="Of the victim's SGD.")
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="Part of a label given to all classes.")
+    crop_padding: int = Field(3, ge=0, description="Pixels of padding before a random crop.")
     flip: bool = Field(True, description="Random horizontal flip.")
     precision: Precision = Field(
         "float32", description="Of the network's arithmetic on a GPU; a CPU always computes in float32."
     )
 
-    @model_validator(mode="after")
-    def _by_recipe(self) -> VictimConfig:
-        # Past pydantic's bookkeeping, so that a later override of the recipe moves these defaults along.
-        self.__dict__.update(
-            {key: value for key, value in RECIPES[self.recipe].items() if key not in self.model_fields_set}
-        )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _by_recipe(cls, values: Any) -> Any:
+        recipe = values.get("recipe", "quick") if isinstance(values, dict) else None
+        known = [name for name in RECIPES if name == recipe]
+        return {**RECIPES[known[0]], **values} if known else values
 
 
 class PrivacyConfig(Section):
     """DP-SGD (Abadi et al., arXiv 1607.00133), as arXiv 2406.15093 uses it against poisons."""
 
     max_grad_norm: float = Field(1.0, gt=0, description="Bound of the gradient of one image, L2.")
-    noise_multiplier: float = Field(0.01, ge=0, description="Standard deviation of the noise, in such bounds.")
+    noise_multiplier: float = Field(
+        0.01, ge=0, description="Standard deviation of the noise, in units of that bound."
+    )
 
 
 class EvaluateConfig(Section):

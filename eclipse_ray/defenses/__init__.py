@@ -10,44 +10,53 @@ from torch import Generator, Tensor, nn
 
 from eclipse_ray.config import DefenseConfig
 from eclipse_ray.defenses import simple as iss
-from eclipse_ray.defenses.aa import ueraser, ueraser_max
-from eclipse_ray.defenses.at import adversarial_training
-from eclipse_ray.defenses.avatar import avatar
-from eclipse_ray.defenses.eclipse import compensate, purify, purify_and_bake, purify_draws
-from eclipse_ray.defenses.interface import Defense, Material, Transform, apply_transform
-from eclipse_ray.defenses.op import project, strong_augmentation
-from eclipse_ray.defenses.simple import cutmix, cutout, mixup
+from eclipse_ray.defenses.aa import Aa, ueraser, ueraser_max
+from eclipse_ray.defenses.at import At, adversarial_training
+from eclipse_ray.defenses.avatar import Avatar, avatar
+from eclipse_ray.defenses.eclipse import Draws, compensate, purify, purify_and_bake, purify_draws
+from eclipse_ray.defenses.interface import Defense, DefenseSettings, Material, Transform, apply_transform
+from eclipse_ray.defenses.op import Op, project, strong_augmentation
+from eclipse_ray.defenses.simple import Cutout, DpSgd, IssJ, cutmix, cutout, mixup
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.victims.training import Augmentation
 
-__all__ = ["DEFENSES", "Defense", "Material", "Transform", "combine"]
+__all__ = [
+    "DEFENSES",
+    "Defense",
+    "DefenseSettings",
+    "Material",
+    "Transform",
+    "combine",
+    "defense_settings",
+    "resolved_defense",
+]
 
 DEFENSES: dict[str, Defense] = {
     "none": Defense(),
     "eclipse": Defense(transform=purify, compensation=compensate(coarse=True)),
     "eclipse-baked": Defense(transform=purify_and_bake),
     "eclipse-published": Defense(transform=purify, compensation=compensate()),
-    "eclipse-draws": Defense(transform=purify_draws, compensation=compensate(coarse=True)),
+    "eclipse-draws": Defense(transform=purify_draws, compensation=compensate(coarse=True), settings=Draws),
     "eclipse-a": Defense(transform=purify),
     "eclipse-b": Defense(compensation=compensate(noise=False)),
     "eclipse-c": Defense(compensation=compensate(gray=False)),
     "eclipse-ab": Defense(transform=purify, compensation=compensate(noise=False)),
     "eclipse-ac": Defense(transform=purify, compensation=compensate(gray=False)),
     "eclipse-bc": Defense(compensation=compensate()),
-    "cutout": Defense(augmentation=cutout),
+    "cutout": Defense(augmentation=cutout, settings=Cutout),
     "mixup": Defense(augmentation=mixup),
     "cutmix": Defense(augmentation=cutmix),
-    "dp-sgd": Defense(privacy=True),
+    "dp-sgd": Defense(privacy=True, settings=DpSgd),
     "iss-g": Defense(transform=iss.gray),
-    "iss-j": Defense(transform=iss.jpeg),
-    "aa": Defense(augmentation=ueraser),
-    "aa-max": Defense(augmentation=ueraser_max),
-    "op": Defense(transform=project, augmentation=strong_augmentation),
-    "op-projection": Defense(transform=project),
-    "op-augmentation": Defense(augmentation=strong_augmentation),
+    "iss-j": Defense(transform=iss.jpeg, settings=IssJ),
+    "aa": Defense(augmentation=ueraser, settings=Aa),
+    "aa-max": Defense(augmentation=ueraser_max, settings=Aa),
+    "op": Defense(transform=project, augmentation=strong_augmentation, settings=Op),
+    "op-projection": Defense(transform=project, settings=Op),
+    "op-augmentation": Defense(augmentation=strong_augmentation, settings=Op),
     "avatar-sparse": Defense(transform=purify),
-    "avatar": Defense(transform=avatar),
-    "at": Defense(augmentation=adversarial_training),
+    "avatar": Defense(transform=avatar, settings=Avatar),
+    "at": Defense(augmentation=adversarial_training, settings=At),
     "dilution": Defense(dilution=True),
 }
 """Every defense by name; `combine` also takes several, joined by "+"."""
@@ -57,6 +66,26 @@ PURIFICATIONS: tuple[Transform, ...] = (purify, purify_and_bake, purify_draws, a
 
 CHOOSING = (ueraser, ueraser_max)
 """Augmentations of which one alone can have the last word."""
+
+
+def defense_settings() -> dict[str, type[DefenseSettings]]:
+    """Return the settings of every defense that has some, by its name; variants of a defense share a class."""
+    return {name: one.settings for name, one in DEFENSES.items() if one.settings is not None}
+
+
+def resolved_defense(config: DefenseConfig) -> DefenseConfig:
+    """Return `config` with every setting of every defense written out.
+
+    Raises ConfigError for a setting that no defense has, naming the nearest, and for a value out of range.
+    """
+    models = dict.fromkeys(defense_settings().values())
+    known = [key for model in models for key in model.model_fields]
+    for key in config.model_extra or {}:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"defense.{key}: unknown setting; did you mean defense.{close}?")
+    parts = [model.of(config).model_dump(mode="json") for model in models]
+    return DefenseConfig.model_validate({key: value for part in parts for key, value in part.items()})
 
 
 def combine(name: str) -> Defense:

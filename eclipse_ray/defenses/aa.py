@@ -8,11 +8,25 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.from_kornia import augmentations, seeded
+from eclipse_ray.defenses.interface import DefenseSettings
+from eclipse_ray.defenses.simple import augmentations, seeded
 from eclipse_ray.victims.training import Augmentation, classify
+
+
+class Aa(DefenseSettings):
+    """The settings of aa and aa-max."""
+
+    aa_draws: int = Field(5, ge=1, description="Draws, of which the one of highest loss is kept.")
+    aa_until: float = Field(
+        0.3, ge=0, le=1, description="aa: part of training with that many draws, one after it; 60 of 200 epochs."
+    )
+    aa_p: float = Field(0.5, ge=0, le=1, description="Probability of each operation before TrivialAugment.")
+    aa_roughness: tuple[float, float] = Field((0.3, 0.7), description="Range of the plasma's roughness.")
+    aa_intensity: tuple[float, float] = Field((0.5, 1.0), description="Range of plasma brightness.")
 
 
 def ueraser(config: DefenseConfig) -> Augmentation:
@@ -20,37 +34,38 @@ def ueraser(config: DefenseConfig) -> Augmentation:
 
     Raises ConfigError if kornia is not installed.
     """
-    return _adversarial(config, config.aa_until, "aa")
+    own = Aa.of(config)
+    return _adversarial(own, own.aa_until, "aa")
 
 
 def ueraser_max(config: DefenseConfig) -> Augmentation:
     """Return UEraser-max: the worst of `aa_draws` draws to the end. Raises as `ueraser` does."""
-    return _adversarial(config, 1.0, "aa-max")
+    return _adversarial(Aa.of(config), 1.0, "aa-max")
 
 
-def policy(config: DefenseConfig, defense: str = "aa") -> nn.Module:
+def policy(settings: Aa, defense: str = "aa") -> nn.Module:
     """Return what one draw is: float (B, 3, H, W) in [0, 1] to the same. Raises ConfigError without kornia."""
     library = augmentations(defense)
     module: nn.Module = library.AugmentationSequential(
         library.RandomPlasmaBrightness(
-            roughness=config.aa_roughness, intensity=config.aa_intensity, p=config.aa_p, keepdim=True
+            roughness=settings.aa_roughness, intensity=settings.aa_intensity, p=settings.aa_p, keepdim=True
         ),
-        library.RandomPlasmaContrast(roughness=config.aa_roughness, p=config.aa_p, keepdim=True),
-        library.RandomChannelShuffle(p=config.aa_p, keepdim=True),
+        library.RandomPlasmaContrast(roughness=settings.aa_roughness, p=settings.aa_p, keepdim=True),
+        library.RandomChannelShuffle(p=settings.aa_p, keepdim=True),
         library.auto.TrivialAugment(),
     )
     return module
 
 
-def _adversarial(config: DefenseConfig, until: float, defense: str) -> Augmentation:
-    one = policy(config, defense)
+def _adversarial(settings: Aa, until: float, defense: str) -> Augmentation:
+    one = policy(settings, defense)
 
     def augment(
         images: Tensor, targets: Tensor, model: nn.Module, generator: torch.Generator, progress: float
     ) -> tuple[Tensor, Tensor]:
         # Plasma is otherwise drawn on the CPU and copied.
         one.to(images.device)
-        draws = config.aa_draws if progress < until else 1
+        draws = settings.aa_draws if progress < until else 1
         candidates = [seeded(one, images, generator) for _ in range(draws)]
         chosen = candidates[0] if draws == 1 else worst(candidates, targets, model)
         return chosen.clamp(0, 1), targets

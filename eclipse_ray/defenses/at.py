@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from eclipse_ray.attacks import frozen, pgd
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.poisons.surrogate import frozen, pgd
+from eclipse_ray.defenses.interface import DefenseSettings
 from eclipse_ray.victims.training import Augmentation, classify
+
+
+class At(DefenseSettings):
+    """The settings of at."""
+
+    at_eps_255: float = Field(8.0, gt=0, description="L-inf radius of the attack, in 1/255.")
+    at_steps: int = Field(10, ge=1, description="Steps of projected gradient ascent.")
+    at_step_size_255: float | None = Field(None, gt=0, description="In 1/255; null: a quarter of the radius.")
 
 
 def adversarial_training(config: DefenseConfig) -> Augmentation:
@@ -19,8 +29,9 @@ def adversarial_training(config: DefenseConfig) -> Augmentation:
     code of the poisons' benchmark does (lafeat/apbench): its running statistics stay untouched and the attack on
     an image does not depend on the rest of the batch.
     """
-    radius = config.at_eps_255 / 255
-    step = radius / 4 if config.at_step_size_255 is None else config.at_step_size_255 / 255
+    own = At.of(config)
+    radius = own.at_eps_255 / 255
+    step = radius / 4 if own.at_step_size_255 is None else own.at_step_size_255 / 255
 
     def augment(
         images: Tensor, targets: Tensor, model: nn.Module, generator: torch.Generator, _progress: float
@@ -32,7 +43,7 @@ def adversarial_training(config: DefenseConfig) -> Augmentation:
                 lambda attacked, _: F.cross_entropy(classify(model, attacked), targets, reduction="none"),
                 radius,
                 step,
-                config.at_steps,
+                own.at_steps,
                 start=radius * (2 * unit - 1),
                 maximise=True,
             )

@@ -8,12 +8,20 @@ noise, which is its ablation A. Both are measured here, under different names.
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from eclipse_ray.config import DefenseConfig
 from eclipse_ray.defenses.eclipse import needed_denoiser, purify_at
-from eclipse_ray.defenses.interface import Material
+from eclipse_ray.defenses.interface import DefenseSettings, Material
 from eclipse_ray.errors import ConfigError
+
+
+class Avatar(DefenseSettings):
+    """The settings of avatar."""
+
+    avatar_noise_255: float = Field(43.0, gt=0, description="Noise in grey levels of a full-strength image.")
+    avatar_steps: int = Field(100, ge=1, description="Reverse steps.")
 
 
 def avatar(material: Material, config: DefenseConfig) -> Tensor:
@@ -22,14 +30,14 @@ def avatar(material: Material, config: DefenseConfig) -> Tensor:
     How much clean data the denoiser saw is the caller's choice; the authors used all 50,000 images. Raises
     InputError without a denoiser and ConfigError for one that was not trained so deep.
     """
-    denoiser = needed_denoiser(material)
-    t_star = depth_of(config.avatar_noise_255, denoiser.alphas_cumprod)
+    own, denoiser = Avatar.of(config), needed_denoiser(material)
+    t_star = depth_of(own.avatar_noise_255, denoiser.alphas_cumprod)
     if t_star > denoiser.t_max:
         raise ConfigError(
-            f"the defense avatar noises by {config.avatar_noise_255:g} of 255, which is t_star {t_star}; this "
+            f"the defense avatar noises by {own.avatar_noise_255:g} of 255, which is t_star {t_star}; this "
             f"denoiser was trained below {denoiser.t_max}: train one with denoiser.t_max {t_star} or more"
         )
-    return purify_at(material, material.seed, t_star, min(config.avatar_steps, t_star), "ddpm")
+    return purify_at(material, material.seed, t_star, min(own.avatar_steps, t_star), "ddpm")
 
 
 def depth_of(noise_255: float, alphas_cumprod: Tensor) -> int:

@@ -10,11 +10,12 @@ import hashlib
 from collections.abc import Callable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from eclipse_ray import compensation
 from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, Sampler
-from eclipse_ray.defenses.interface import Material
+from eclipse_ray.defenses.interface import DefenseSettings, Material
 from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import InputError
@@ -38,9 +39,16 @@ def purify_and_bake(material: Material, config: DefenseConfig) -> Tensor:
     return torch.cat(pieces)
 
 
+class Draws(DefenseSettings):
+    """The settings of eclipse-draws."""
+
+    draws: int = Field(4, ge=1, description="Independent purifications of each image.")
+
+
 def purify_draws(material: Material, config: DefenseConfig) -> Tensor:
     """Return `draws` independent purifications of each image, uint8 (draws, N, H, W, 3). Raises as `purify`."""
-    return torch.stack([purify_at(material, draw_seed(material.seed, draw)) for draw in range(config.draws)])
+    draws = range(Draws.of(config).draws)
+    return torch.stack([purify_at(material, draw_seed(material.seed, draw)) for draw in draws])
 
 
 def draw_seed(seed: int, draw: int) -> int:

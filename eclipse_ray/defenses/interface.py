@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, PurifyConfig
+from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, PurifyConfig, validated
 from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.errors import InputError
 from eclipse_ray.victims.training import Augmentation
+
+
+class DefenseSettings(BaseModel):
+    """The settings of a defense; the file of each defense derives its own. Defaults are the published numbers."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, validate_default=True)
+
+    @classmethod
+    def of(cls, config: DefenseConfig) -> Self:
+        """Return this defense's part of the section `defense`. Raises ConfigError for a value out of range."""
+        return validated(cls, config.model_extra or {}, "defense")
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class Defense:
 
     `augmentation` works on the victim's batches, after crop, flip and compensation. `compensation` is what the
     victim's loader adds. `privacy` trains by DP-SGD. `dilution` appends the labelled sparse clean set.
+    `settings` declares the settings of its own.
     """
 
     transform: Transform | None = None
@@ -66,6 +80,7 @@ class Defense:
     compensation: Callable[[Config], CompensationConfig] | None = None
     privacy: bool = False
     dilution: bool = False
+    settings: type[DefenseSettings] | None = None
 
 
 def apply_transform(transform: Transform, material: Material, images: Tensor, config: DefenseConfig) -> Tensor:

@@ -11,21 +11,34 @@ import math
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.from_kornia import augmentations, seeded
-from eclipse_ray.defenses.interface import Material
-from eclipse_ray.defenses.simple import cutmix
+from eclipse_ray.defenses.interface import DefenseSettings, Material
+from eclipse_ray.defenses.simple import augmentations, cutmix, seeded
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.errors import InputError
-from eclipse_ray.poisons.budget import class_id
+from eclipse_ray.poisons.interface import class_id
 from eclipse_ray.victims.training import Augmentation
 
 WEIGHT_T = 2**30 + 16 * 2**16
 """Reserved timestep of the linear model's first weights, beyond those of every poison."""
 ORDER_T = WEIGHT_T + 1
 """Reserved timestep of the order in which it sees the images."""
+
+
+class Op(DefenseSettings):
+    """The settings of op, op-projection and op-augmentation."""
+
+    op_epochs: int = Field(20, ge=1, description="Epochs of the linear model.")
+    op_learning_rate: float = Field(0.1, gt=0, description="Of the linear model.")
+    op_batch_size: int = Field(1024, ge=1, description="Of the linear model.")
+    op_rotation: float = Field(10.0, ge=0, description="Most degrees of rotation.")
+    op_shear: float = Field(10.0, ge=0, description="Most degrees of shear.")
+    op_scale: float = Field(0.2, ge=0, lt=1, description="Most change of scale.")
+    op_jitter: float = Field(0.2, ge=0, le=1, description="Most change of brightness, contrast and saturation.")
+    op_cutmix_p: float = Field(0.5, ge=0, le=1, description="Probability of CutMix for a batch.")
 
 
 def project(material: Material, config: DefenseConfig) -> Tensor:
@@ -35,9 +48,10 @@ def project(material: Material, config: DefenseConfig) -> Tensor:
     """
     if math.prod(material.images.shape[1:]) <= material.num_classes:
         raise InputError(f"{material.num_classes} linear rows leave nothing of {tuple(material.images.shape[1:])}")
-    weights = fit_linear(material, config)
+    own = Op.of(config)
+    weights = fit_linear(material, own)
     basis = torch.linalg.qr(F.normalize(weights.double(), dim=1).T).Q
-    pieces = [remove(chunk, basis) for chunk in torch.split(material.images, config.op_batch_size)]
+    pieces = [remove(chunk, basis) for chunk in torch.split(material.images, own.op_batch_size)]
     return torch.cat([(piece * 255).round().clamp(0, 255).to(torch.uint8) for piece in pieces])
 
 
@@ -50,7 +64,7 @@ def remove(images: Tensor, basis: Tensor) -> Tensor:
     return (flat - (flat @ basis) @ basis.T).view(images.shape).cpu()
 
 
-def fit_linear(material: Material, config: DefenseConfig) -> Tensor:
+def fit_linear(material: Material, settings: Op) -> Tensor:
     """Return the rows, float32 (K, H W 3), of a linear classifier of images on [0, 1], on material.device.
 
     Plain SGD, learning rate divided by 10 after half and after three quarters of the epochs, as in the public
@@ -62,12 +76,12 @@ def fit_linear(material: Material, config: DefenseConfig) -> Tensor:
     first = (2 * uniform(material.seed, classes, WEIGHT_T, (width,)) - 1) / math.sqrt(width)
     weights = first.float().to(device).requires_grad_(True)
     order = uniform(material.seed, material.ids, ORDER_T, (1,))[:, 0].argsort()
-    optimizer = torch.optim.SGD([weights], lr=config.op_learning_rate)
-    milestones = [max(1, config.op_epochs // 2), max(1, config.op_epochs * 3 // 4)]
-    for epoch in range(config.op_epochs):
+    optimizer = torch.optim.SGD([weights], lr=settings.op_learning_rate)
+    milestones = [max(1, settings.op_epochs // 2), max(1, settings.op_epochs * 3 // 4)]
+    for epoch in range(settings.op_epochs):
         falls = sum(epoch >= milestone for milestone in milestones)
-        optimizer.param_groups[0]["lr"] = config.op_learning_rate * 0.1**falls
-        for rows in torch.split(order, config.op_batch_size):
+        optimizer.param_groups[0]["lr"] = settings.op_learning_rate * 0.1**falls
+        for rows in torch.split(order, settings.op_batch_size):
             batch, target = images[rows].to(device).float() / 255, material.labels[rows].to(device)
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(batch @ weights.T, target))
@@ -80,17 +94,17 @@ def strong_augmentation(config: DefenseConfig) -> Augmentation:
 
     By kornia. There it comes before crop and flip, here after them. Raises ConfigError if kornia is not installed.
     """
-    library = augmentations("op")
+    library, own = augmentations("op"), Op.of(config)
     module: nn.Module = library.AugmentationSequential(
-        library.RandomRotation(config.op_rotation, resample="nearest", p=1.0),
+        library.RandomRotation(own.op_rotation, resample="nearest", p=1.0),
         library.RandomAffine(
             0.0,
-            shear=config.op_shear,
-            scale=(1 - config.op_scale, 1 + config.op_scale),
+            shear=own.op_shear,
+            scale=(1 - own.op_scale, 1 + own.op_scale),
             resample="nearest",
             p=1.0,
         ),
-        library.ColorJitter(config.op_jitter, config.op_jitter, config.op_jitter, 0.0, p=1.0),
+        library.ColorJitter(own.op_jitter, own.op_jitter, own.op_jitter, 0.0, p=1.0),
     )
     mix = cutmix(config)
 
@@ -98,7 +112,7 @@ def strong_augmentation(config: DefenseConfig) -> Augmentation:
         images: Tensor, targets: Tensor, model: nn.Module, generator: torch.Generator, progress: float
     ) -> tuple[Tensor, Tensor]:
         changed = seeded(module.to(images.device), images, generator).clamp(0, 1)
-        if float(torch.rand((), generator=generator, device=generator.device)) < config.op_cutmix_p:
+        if float(torch.rand((), generator=generator, device=generator.device)) < own.op_cutmix_p:
             changed, targets = mix(changed, targets, model, generator, progress)
         return changed, targets
 

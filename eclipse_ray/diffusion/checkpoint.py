@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -77,11 +77,19 @@ def read_card(folder: str | Path) -> Card:
     """Return the card of a local denoiser folder. Raises InputError if the folder is not a finished denoiser."""
     path = Path(folder) / CARD_FILE
     try:
-        return Card.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        return _parsed_card(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{folder}: not a denoiser folder ({CARD_FILE} {_reason(error)}); make one with `eclipse-ray train`"
         ) from None
+
+
+def _parsed_card(text: str) -> Card:
+    tree = json.loads(text)
+    # With one step the former sampler dpm is ddim, and with more it gained nothing (docs/results.md).
+    if isinstance(tree, dict) and tree.get("sampler") == "dpm":
+        tree["sampler"] = "ddim"
+    return Card.model_validate(tree)
 
 
 def load_denoiser(folder: str | Path, device: torch.device | str | None = None) -> Denoiser:

@@ -29,8 +29,14 @@ from eclipse_ray.diffusion.checkpoint import (
     save_denoiser,
 )
 from eclipse_ray.diffusion.fixed_heads import MARK, NORM_GROUPS, FixedHeadsUNet2DModel
-from eclipse_ray.diffusion.network import IMAGE_CHANNELS, Denoiser, parameter_count
-from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas, noise_std
+from eclipse_ray.diffusion.network import Denoiser, parameter_count
+from eclipse_ray.diffusion.process import (
+    IMAGE_CHANNELS,
+    cosine_alphas_cumprod,
+    linear_alphas_cumprod,
+    linear_betas,
+    noise_std,
+)
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.results import ImportResult
 

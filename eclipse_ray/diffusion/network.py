@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from eclipse_ray.config import DenoiserConfig, Precision, Sampler
-from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+from eclipse_ray.diffusion.process import IMAGE_CHANNELS, cosine_alphas_cumprod
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-IMAGE_CHANNELS = 3
 # From (x_t, t) to the raw output, whatever stands between: a denoiser, its tiled view, a test's closed form.
 Network = Callable[[Tensor, Tensor], Tensor]
 

@@ -6,9 +6,7 @@ index t_star - 1. Noise keys: absorb uses t_star, the reverse step at index t us
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, Sampler
-from eclipse_ray.diffusion.network import IMAGE_CHANNELS, Denoiser, Network
+from eclipse_ray.diffusion.network import Denoiser, Network
 from eclipse_ray.diffusion.noise import noise
-from eclipse_ray.diffusion.process import respaced_timesteps
+from eclipse_ray.diffusion.process import ancestral_step, ddim_step, predict_x0, respaced_timesteps, split_output
 from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled
 from eclipse_ray.errors import ConfigError, InputError
 
@@ -28,65 +26,11 @@ ENGINE_VERSION = 3
 # Pixels of a batch beyond which a step is computed by bands of rows.
 BAND_PIXELS = 2**20
 
-# A number for a whole batch, as in sampling, or a tensor (B, 1, 1, 1) with one for each image, as in training.
-Level = TypeVar("Level", float, Tensor)
-
 
 def absorb(x: Tensor, alphas_cumprod: Tensor, t_star: int, seed: int, ids: Sequence[str]) -> Tensor:
     """Return x_t at depth t_star: sqrt(abar) x + sqrt(1 - abar) eps (Ho et al. 2020, eq. 4)."""
     abar = float(alphas_cumprod[t_star - 1])
     return abar**0.5 * x + (1 - abar) ** 0.5 * noise(seed, ids, t_star, tuple(x.shape[1:]), x.device)
-
-
-def predict_x0(x_t: Tensor, eps_pred: Tensor, abar: float) -> Tensor:
-    """Return x0_pred clipped to [-1, 1] (Ho et al. 2020, eq. 15)."""
-    return ((x_t - (1 - abar) ** 0.5 * eps_pred) / abar**0.5).clamp(-1, 1)
-
-
-def split_output(output: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return (eps_pred, variance mix or None) of a network's output of 3 or 6 channels."""
-    if output.shape[1] == 2 * IMAGE_CHANNELS:
-        return output[:, :IMAGE_CHANNELS], output[:, IMAGE_CHANNELS:]
-    return output, None
-
-
-def posterior(x_t: Tensor, x0_pred: Tensor, abar: Level, abar_previous: Level) -> tuple[Tensor, Level]:
-    """Return mean and variance of q(x_previous | x_t, x0_pred) (Ho et al. 2020, eq. 7)."""
-    alpha = abar / abar_previous
-    beta = 1 - alpha
-    mean = (abar_previous**0.5 * beta * x0_pred + alpha**0.5 * (1 - abar_previous) * x_t) / (1 - abar)
-    return mean, beta * (1 - abar_previous) / (1 - abar)
-
-
-def learned_variance(mix: Tensor, abar: float, abar_previous: float) -> Tensor:
-    """Return the variance exp(w log beta + (1 - w) log beta_tilde), w = (mix + 1) / 2 (Nichol & Dhariwal, eq. 15).
-
-    Only for steps that end above t = 0, where beta_tilde is positive.
-    """
-    beta = 1 - abar / abar_previous
-    low, high = math.log(beta * (1 - abar_previous) / (1 - abar)), math.log(beta)
-    return torch.exp(mixed_log_variance(mix, low, high))
-
-
-def mixed_log_variance(mix: Tensor, low: Level, high: Level) -> Tensor:
-    """Return w high + (1 - w) low with w = (mix + 1) / 2, between the logarithms of beta_tilde and beta."""
-    weight = (mix + 1) / 2
-    return weight * high + (1 - weight) * low
-
-
-def ddim_step(x_t: Tensor, x0_pred: Tensor, abar: float, abar_previous: float) -> Tensor:
-    """Return x_previous without noise (Song et al. 2021, eq. 12 with sigma = 0)."""
-    ratio = ((1 - abar_previous) / (1 - abar)) ** 0.5
-    return ratio * x_t + (abar_previous**0.5 - ratio * abar**0.5) * x0_pred
-
-
-def ancestral_step(
-    x_t: Tensor, x0_pred: Tensor, mix: Tensor | None, drawn: Tensor, abar: float, abar_previous: float
-) -> Tensor:
-    """Return x_previous with the noise drawn for it, of the learned variance if there is one (Ho et al. 2020)."""
-    mean, fixed = posterior(x_t, x0_pred, abar, abar_previous)
-    deviation = fixed**0.5 if mix is None else learned_variance(mix, abar, abar_previous).sqrt()
-    return mean + deviation * drawn
 
 
 def _in_bands(
@@ -118,12 +62,9 @@ def eliminate(
     """Return the image after respaced steps from t_star - 1 to the clean end.
 
     "ddpm" is ancestral, with the learned variance if the network has one and no noise at the last step (Ho et al.
-    2020, algorithm 2); "ddim" is deterministic; "dpm" extrapolates x0_pred from the step before (DPM-Solver++ 2M,
-    Lu et al. 2022), deterministic and of second order. With a single step all are x0_pred at t_star - 1.
+    2020, algorithm 2); "ddim" is deterministic. With a single step both are x0_pred at t_star - 1.
     """
     timesteps = respaced_timesteps(t_star, num_inference_steps)
-    log_snr = [_half_log_snr(float(alphas_cumprod[t])) for t in timesteps]
-    x0_last: Tensor | None = None
     for index, t in enumerate(timesteps):
         abar = float(alphas_cumprod[t])
         output = network(x_t, torch.full((len(x_t),), t, device=x_t.device, dtype=torch.int64))
@@ -137,19 +78,11 @@ def eliminate(
         if sampler == "ddpm":
             drawn = noise(seed, ids, t, tuple(x_t.shape[1:]), x_t.device)
             x_t = _in_bands(x_t, x0_pred, mix, drawn, abar, abar_previous)
-            del x0_pred, mix, drawn
-            continue
-        del mix
-        estimate = x0_pred
-        if sampler == "dpm" and x0_last is not None:
-            step, step_before = log_snr[index + 1] - log_snr[index], log_snr[index] - log_snr[index - 1]
-            estimate = x0_pred + step / (2 * step_before) * (x0_pred - x0_last)
-        x_t, x0_last = ddim_step(x_t, estimate, abar, abar_previous), x0_pred
+            del drawn
+        else:
+            x_t = ddim_step(x_t, x0_pred, abar, abar_previous)
+        del x0_pred, mix
     raise AssertionError("respaced_timesteps returns at least one timestep")
-
-
-def _half_log_snr(abar: float) -> float:
-    return 0.5 * math.log(abar / (1 - abar))
 
 
 @torch.inference_mode()

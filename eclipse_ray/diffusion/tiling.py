@@ -30,7 +30,7 @@ class Axis:
 
 
 def plan_axis(side: int, tile: int, overlap: int, size_multiple: int) -> Axis:
-    """Return the tiles along a side of so many pixels, a function of these four numbers alone.
+    """Return the tiles along a side of `side` pixels, a function of these four numbers alone.
 
     A side of at most `tile` is one tile, rounded up to `size_multiple`. Longer ones get the fewest tiles that
     overlap by `overlap` or more, evenly spread. Every start is a multiple of `size_multiple`, so all tiles are

@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from eclipse_ray.config import DenoiserConfig
-from eclipse_ray.diffusion.crops import ImageBuffer, crops
-from eclipse_ray.diffusion.network import IMAGE_CHANNELS, Denoiser, Network, build_denoiser, build_unet
+from eclipse_ray.diffusion.network import Denoiser, Network, build_denoiser, build_unet
 from eclipse_ray.diffusion.noise import noise
-from eclipse_ray.diffusion.sampling import mixed_log_variance, posterior, predict_x0, split_output, to_model_range
+from eclipse_ray.diffusion.process import (
+    IMAGE_CHANNELS,
+    add_noise,
+    mixed_log_variance,
+    posterior,
+    predict_x0,
+    split_output,
+)
+from eclipse_ray.diffusion.sampling import to_model_range
+from eclipse_ray.quality import psnr
 
 LOSSES_PER_TIMESTEP = 10
 # Part of the probability that stays uniform, so that no timestep is forgotten and no weight is unbounded.
@@ -63,10 +71,61 @@ def draw_timesteps(
     return t, (1 / (t_max * probabilities[t])).float()
 
 
-def add_noise(x0: Tensor, epsilon: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Return x_t of a batch with one timestep an image: x0, epsilon (B, 3, H, W), t (B,)."""
-    abar = alphas_cumprod[t].to(x0.dtype).view(-1, 1, 1, 1)
-    return abar.sqrt() * x0 + (1 - abar).sqrt() * epsilon
+@dataclass(frozen=True)
+class ImageBuffer:
+    """Images one after another: pixels uint8 (total,), offsets int64 (N,), sizes (height, width) int64 (N, 2)."""
+
+    pixels: Tensor
+    offsets: Tensor
+    sizes: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.offsets)
+
+    def select(self, indices: Tensor) -> ImageBuffer:
+        """Return those images, over the same pixels."""
+        return ImageBuffer(self.pixels, self.offsets[indices], self.sizes[indices])
+
+    def to(self, device: torch.device) -> ImageBuffer:
+        """Return the buffer on a device."""
+        return ImageBuffer(self.pixels.to(device), self.offsets.to(device), self.sizes.to(device))
+
+
+def image_buffer(pixels: Tensor, sizes: Tensor) -> ImageBuffer:
+    """Return the buffer of uint8 (total,) pixels of images with `sizes` int64 (N, 2), in that order."""
+    ends = torch.cumsum(3 * sizes.prod(dim=1), dim=0)
+    return ImageBuffer(pixels, ends - 3 * sizes.prod(dim=1), sizes)
+
+
+def crops(images: ImageBuffer | Tensor, indices: Tensor, places: Tensor, side: int) -> Tensor:
+    """Return uint8 (B, side, side, 3) cut from images[indices], on their device.
+
+    `images` may also be uint8 (N, H, W, 3). places, float (B, 2) in [0, 1), says where down and across each crop
+    lies; every position is equally likely for uniform ones. No image may be smaller than `side`.
+    """
+    buffer = images if isinstance(images, ImageBuffer) else _stacked(images)
+    device = buffer.pixels.device
+    indices, places = indices.to(device), places.to(device)
+    room = buffer.sizes[indices] - side
+    corner = (places * (room + 1)).to(torch.int64)
+    row = corner[:, :1] + torch.arange(side, device=device)
+    start = buffer.offsets[indices, None] + 3 * (row * buffer.sizes[indices, 1:] + corner[:, 1:])
+    # Every line of every crop is a run of 3 * side values: a view of all such runs, indexed by where they start.
+    return buffer.pixels.unfold(0, 3 * side, 1)[start].view(-1, side, side, 3)
+
+
+def centre_crops(images: ImageBuffer, side: int) -> Tensor:
+    """Return the middle of every image, uint8 (N, side, side, 3)."""
+    middle = torch.full((len(images), 2), 0.5, dtype=torch.float64)
+    return crops(images, torch.arange(len(images)), middle, side)
+
+
+def _stacked(images: Tensor) -> ImageBuffer:
+    count, height, width = images.shape[:3]
+    sizes = torch.tensor([height, width], device=images.device).expand(count, 2)
+    offsets = torch.arange(count, device=images.device) * (3 * height * width)
+    return ImageBuffer(images.reshape(-1), offsets, sizes)
 
 
 def loss_simple(eps_pred: Tensor, epsilon: Tensor) -> Tensor:
@@ -138,12 +197,6 @@ def loss_hybrid(
     return simple + vlb_weight * len(alphas_cumprod) * bound.to(simple.dtype)
 
 
-def psnr(first: Tensor, second: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB of two batches in [-1, 1], over all their pixels."""
-    error = torch.mean((first.double() - second.double()) ** 2)
-    return 10 * math.log10(4 / max(float(error), 1e-12))
-
-
 @torch.inference_mode()
 def heldout_psnr(
     denoiser: Denoiser, x0: Tensor, t_star: int, seed: int = 0, batch_size: int = 64
@@ -162,7 +215,7 @@ def heldout_psnr(
         x_t = add_noise(part, epsilon, t, denoiser.alphas_cumprod)
         denoised.append(predict_x0(x_t, split_output(denoiser(x_t, t))[0], abar))
         noisy.append(x_t / abar**0.5)
-    return psnr(torch.cat(denoised), x0), psnr(torch.cat(noisy), x0)
+    return psnr(torch.cat(denoised), x0, peak=2), psnr(torch.cat(noisy), x0, peak=2)
 
 
 def start_ema(module: nn.Module) -> dict[str, Tensor]:

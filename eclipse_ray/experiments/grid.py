@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from eclipse_ray.config import Config, MatrixItem, VictimConfig, digest, with_overrides
-from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, Defense, Transform, combine
+from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, Defense, Transform, combine, resolved_defense
 from eclipse_ray.defenses.eclipse import purify, purify_and_bake
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.costs import resolved_poison
+from eclipse_ray.poisons import resolved_poison
 from eclipse_ray.purification.plan import PURIFY_IN_FINGERPRINT
 
 VERSION = 1
@@ -202,6 +202,7 @@ def _attacked(config: Config, facts: Facts) -> str:
 def _row(config: Config, entry: Entry, facts: Facts) -> Row:
     defense = combine(entry.name)
     chosen = with_overrides(config, entry.settings)
+    chosen = chosen.model_copy(update={"defense": resolved_defense(chosen.defense)})
     denoiser = ""
     if needs_denoiser(entry.name):
         denoiser = denoiser_key(chosen, facts)

@@ -13,8 +13,7 @@ import torch
 from eclipse_ray.cluster.connect import Resources
 from eclipse_ray.experiments.grid import Cell, Column, Entry, Row, Victim
 from eclipse_ray.experiments.matrix import Matrix, share
-from eclipse_ray.poisons.budget import budget
-from eclipse_ray.poisons.costs import variant_of
+from eclipse_ray.poisons import budget, variant_of
 from eclipse_ray.results import MatrixAxis, MatrixPlan, MatrixView
 
 Result = dict[str, Any]

@@ -1,58 +1,68 @@
 """Availability poisons: perturbations that a classifier learns instead of the images.
 
 Closed-form poisons (`POISONS`) perturb any batch at once. Optimised ones (`OPTIMISED`) are first fitted to the
-whole dataset; the state this gives then perturbs any part of it.
+whole dataset; the state this gives then perturbs any part of it. A poison is one file, with its settings beside
+the code, and one line in one of these two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from eclipse_ray.config import PoisonConfig
+from eclipse_ray.config import PoisonConfig, validated
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.adp import fit_adp, perturb_adp
-from eclipse_ray.poisons.ar import ar_perturbation
-from eclipse_ray.poisons.budget import budget, check_inputs, store
-from eclipse_ray.poisons.costs import resolved_poison
-from eclipse_ray.poisons.cuda import cuda_perturbation
-from eclipse_ray.poisons.efp import fit_efp, perturb_efp
-from eclipse_ray.poisons.em import fit_em, perturb_em
-from eclipse_ray.poisons.lsp import lsp_perturbation
-from eclipse_ray.poisons.optimised import LabelledImages, Optimised, Session, State, quiet_session
-from eclipse_ray.poisons.rem import fit_rem, perturb_rem
-from eclipse_ray.poisons.sep import fit_sep, perturb_sep
-from eclipse_ray.poisons.tap import fit_tap, perturb_tap
-from eclipse_ray.poisons.urp import urp_perturbation
+from eclipse_ray.poisons.adp import Adp, fit_adp, perturb_adp
+from eclipse_ray.poisons.ar import Ar, ar_perturbation
+from eclipse_ray.poisons.cuda import Cuda, cuda_perturbation
+from eclipse_ray.poisons.efp import Efp, fit_efp, perturb_efp
+from eclipse_ray.poisons.em import Em, fit_em, perturb_em
+from eclipse_ray.poisons.interface import (
+    ClosedForm,
+    LabelledImages,
+    Optimised,
+    PoisonSettings,
+    Session,
+    State,
+    check_inputs,
+    quiet_session,
+    store,
+)
+from eclipse_ray.poisons.lsp import Lsp, lsp_perturbation
+from eclipse_ray.poisons.rem import Rem, fit_rem, perturb_rem
+from eclipse_ray.poisons.sep import Sep, fit_sep, perturb_sep
+from eclipse_ray.poisons.tap import Tap, fit_tap, perturb_tap
+from eclipse_ray.poisons.urp import Urp, urp_perturbation
 
-Poison = Callable[[Tensor, Tensor, Sequence[str], PoisonConfig, int, int], Tensor]
-
-POISONS: dict[str, Poison] = {
-    "urp": urp_perturbation,
-    "lsp": lsp_perturbation,
-    "ar": ar_perturbation,
-    "cuda": cuda_perturbation,
+POISONS: dict[str, ClosedForm] = {
+    "urp": ClosedForm(Urp, urp_perturbation),
+    "lsp": ClosedForm(Lsp, lsp_perturbation),
+    "ar": ClosedForm(Ar, ar_perturbation),
+    "cuda": ClosedForm(Cuda, cuda_perturbation),
 }
-"""Closed-form poisons by the name of `poison.name`; see `perturb` for the common signature."""
+"""Closed-form poisons by the name of `poison.name`."""
 
 OPTIMISED: dict[str, Optimised] = {
-    "em": Optimised(fit_em, perturb_em),
-    "tap": Optimised(fit_tap, perturb_tap),
-    "rem": Optimised(fit_rem, perturb_rem),
-    "sep": Optimised(fit_sep, perturb_sep),
-    "efp": Optimised(fit_efp, perturb_efp),
-    "adp": Optimised(fit_adp, perturb_adp),
+    "em": Optimised(Em, fit_em, perturb_em),
+    "tap": Optimised(Tap, fit_tap, perturb_tap),
+    "rem": Optimised(Rem, fit_rem, perturb_rem),
+    "sep": Optimised(Sep, fit_sep, perturb_sep),
+    "efp": Optimised(Efp, fit_efp, perturb_efp),
+    "adp": Optimised(Adp, fit_adp, perturb_adp),
 }
-"""Optimised poisons by the name of `poison.name`: fit to the whole dataset, then perturb any part of it."""
+"""Optimised poisons by the name of `poison.name`."""
 
 __all__ = [
     "OPTIMISED",
     "POISONS",
+    "ClosedForm",
     "LabelledImages",
     "Optimised",
-    "Poison",
+    "PoisonSettings",
     "Session",
     "State",
     "budget",
@@ -60,10 +70,71 @@ __all__ = [
     "perturb",
     "poison_fitted",
     "poison_images",
+    "poison_settings",
     "poison_together",
     "quiet_session",
     "resolved_poison",
+    "settings_of",
+    "variant_of",
 ]
+
+
+def poison_settings() -> dict[str, type[PoisonSettings]]:
+    """Return the class of every poison's settings by its name; `settings_of` gives its numbers at either cost."""
+    return {name: one.settings for name, one in (POISONS | OPTIMISED).items()}
+
+
+def settings_of(config: PoisonConfig) -> PoisonSettings:
+    """Return the settings of the poison that `config` names: the numbers of its cost, and what was chosen.
+
+    Raises ConfigError for an unknown poison, and for a setting that this poison does not have or that is out of
+    range. A null stands for the number of the cost.
+    """
+    model = _named(config.name)
+    chosen = config.own()
+    for key in chosen:
+        if key not in model.model_fields:
+            known = [*model.model_fields, *PoisonConfig.model_fields]
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"poison.{key}: {config.name} has no such setting; did you mean poison.{close}?")
+    return validated(model, {**_numbers(model, config.cost, chosen), **chosen}, "poison")
+
+
+def resolved_poison(config: PoisonConfig) -> PoisonConfig:
+    """Return `config` with every setting of its poison written out. Raises as `settings_of` does."""
+    shared = config.model_dump(mode="json", include={"name", "cost", *PoisonConfig.OF_A_RUN})
+    return PoisonConfig.model_validate({**shared, **settings_of(config).model_dump(mode="json")})
+
+
+def variant_of(config: PoisonConfig) -> str:
+    """Return the form of a poison that has several: its variant, em's scope, or "" where there is only one."""
+    settings = settings_of(config)
+    return settings.scope if config.name == "em" else str(getattr(settings, "variant", ""))
+
+
+def budget(config: PoisonConfig, shape: Sequence[int]) -> tuple[str, float]:
+    """Return ("linf", "l2" or "none", bound on [0, 1]) of a poison for images of `shape` (H, W, 3)."""
+    return settings_of(config).budget(shape)
+
+
+def _named(name: str) -> type[PoisonSettings]:
+    known = poison_settings()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"poison.name: {name} is unknown; did you mean {close}? There are: {', '.join(known)}")
+    return known[name]
+
+
+def _numbers(model: type[PoisonSettings], cost: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Return what `model.numbers` says of a cost and of the chosen or default scope and variant."""
+    scope, variant = (
+        str(chosen.get(key, model.model_fields[key].default)) if key in model.model_fields else ""
+        for key in ("scope", "variant")
+    )
+    found: dict[str, Any] = {}
+    for form in (cost, scope, variant, f"{variant} {cost}"):
+        found |= model.numbers.get(form, {})
+    return found
 
 
 def perturb(
@@ -75,9 +146,10 @@ def perturb(
     order or batch. `labels` are integers (B,) in 0..num_classes - 1. Raises InputError for an inconsistent batch,
     ConfigError for an optimised poison and for settings that cannot work at this image size.
     """
+    _named(config.name)
     if config.name not in POISONS:
         raise ConfigError(f"poison {config.name} depends on all images at once: fit_poison comes first")
-    return POISONS[config.name](images, labels, ids, config, seed, num_classes)
+    return POISONS[config.name].perturb(images, labels, ids, settings_of(config), seed, num_classes)
 
 
 def poison_images(
@@ -88,17 +160,16 @@ def poison_images(
     After 8-bit storage an L-inf bound holds exactly and an L2 bound within sqrt(d)/510; cuda has none.
     Raises as `perturb` does.
     """
-    return store(images, perturb(images, labels, ids, config, seed, num_classes), config)
+    return store(images, perturb(images, labels, ids, config, seed, num_classes), settings_of(config))
 
 
 def fit_poison(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:
     """Fit an optimised poison to the whole dataset and return its state, CPU tensors by name.
 
-    Numbers that `config` leaves open are those of its cost. Raises ConfigError for a closed-form poison,
-    InputError for an inconsistent dataset.
+    Raises ConfigError for a closed-form poison and as `settings_of` does, InputError for an inconsistent dataset.
     """
     check_inputs(data.images, data.labels, data.ids, data.num_classes)
-    return optimised(config).fit(data, resolved_poison(config), seed, session)
+    return optimised(config).fit(data, settings_of(config), seed, session)
 
 
 def poison_fitted(
@@ -108,8 +179,8 @@ def poison_fitted(
     check_inputs(data.images, data.labels, data.ids, data.num_classes)
     if not len(data.ids):
         return data.images.clone()
-    method, resolved = optimised(config), resolved_poison(config)
-    return store(data.images, method.perturb(data, state, resolved, seed, torch.device(device)), resolved)
+    method, settings = optimised(config), settings_of(config)
+    return store(data.images, method.perturb(data, state, settings, seed, torch.device(device)), settings)
 
 
 def poison_together(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> Tensor:
@@ -120,7 +191,8 @@ def poison_together(data: LabelledImages, config: PoisonConfig, seed: int, sessi
 
 
 def optimised(config: PoisonConfig) -> Optimised:
-    """Return the two halves of an optimised poison. Raises ConfigError for a name that is none."""
+    """Return an optimised poison. Raises ConfigError for a name that is none."""
+    _named(config.name)
     if config.name not in OPTIMISED:
         known = ", ".join(OPTIMISED)
         raise ConfigError(f"poison {config.name} is not optimised over a dataset; {known} are")

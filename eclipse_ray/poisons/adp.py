@@ -11,42 +11,75 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from eclipse_ray.attacks import frozen
 from eclipse_ray.compensation import compensate
-from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, CompensationConfig, DenoiserConfig, PoisonConfig
+from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, CompensationConfig, DenoiserConfig
 from eclipse_ray.diffusion.network import Denoiser, build_unet
 from eclipse_ray.diffusion.sampling import absorb, eliminate
 from eclipse_ray.diffusion.tiling import tiled
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.em import See, minimise_error, perturb_em
-from eclipse_ray.poisons.optimised import LabelledImages, Session, State
-from eclipse_ray.poisons.surrogate import frozen, needed, new_surrogate
+from eclipse_ray.poisons.em import Em, See, minimise_error, perturb_em
+from eclipse_ray.poisons.interface import LabelledImages, Session, State
+from eclipse_ray.poisons.surrogate import new_surrogate
 from eclipse_ray.victims.training import placed
+
+
+class Adp(Em):
+    """The settings of adp. The paper names neither surrogate nor bound (docs/poisons.md)."""
+
+    numbers: ClassVar[dict[str, dict[str, Any]]] = {
+        "full": Em.numbers["full"] | {"perturb_batch_size": 128},
+        "reduced": Em.numbers["reduced"] | {"rounds": 8},
+        "paper": {"surrogate": "unet"},
+        "paper reduced": {"unet_channels": (16, 32)},
+        # What the defender does by default, coarse noise included.
+        "strong": {"surrogate": "resnet18", "eot_draws": 4, "compensation_coarse_sigma": 0.08},
+        "strong reduced": {"surrogate": "small", "eot_draws": 1},
+    }
+
+    variant: Literal["paper", "strong"] = Field("paper", description="Against compensation, or purification too.")
+    scope: Literal["sample"] = Field("sample", description="One noise per image.")
+    eot_draws: int = Field(1, ge=1, description="Draws of the defender that a gradient is averaged over.")
+    unet_channels: tuple[int, ...] = Field(
+        (64, 128, 256), min_length=1, description="paper: channels of each level of the U-Net."
+    )
+    t_star: int | None = Field(
+        None, ge=1, description="strong: depth of purification; null: what the denoiser recommends."
+    )
+    compensation_p: float = Field(0.4, ge=0, le=1, description="Probability of grayscale.")
+    compensation_sigma: float = Field(0.05, ge=0, description="Deviation of fine noise, on [0, 1].")
+    compensation_coarse_sigma: float = Field(0.0, ge=0, description="Deviation of coarse noise, on [0, 1].")
+
 
 perturb_adp = perturb_em
 """The fitted noise of each image, looked up by its id."""
 
 
-def fit_adp(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:
+def fit_adp(data: LabelledImages, settings: Adp, seed: int, session: Session) -> State:
     """Fit noise and network together, as em does, to images as the defender's victim would see them.
 
     Raises ConfigError for strong without a denoiser and for a surrogate that the variant has no use for.
     """
-    strong = config.variant == "strong"
-    if strong == (config.surrogate == "unet"):
+    strong = settings.variant == "strong"
+    if strong == (settings.surrogate == "unet"):
         choices = "small or resnet18, the victim's network" if strong else "unet"
-        raise ConfigError(f"poison.surrogate {config.surrogate}: adp {config.variant} wants {choices}")
+        raise ConfigError(f"poison.surrogate {settings.surrogate}: adp {settings.variant} wants {choices}")
     if strong and session.denoiser is None:
         raise ConfigError("poison.denoiser: adp strong attacks a trained denoiser; name its folder")
     denoiser = session.denoiser if strong else None
-    if denoiser is not None and (config.t_star or 1) > denoiser.t_max:
-        raise ConfigError(f"poison.t_star {config.t_star}: this denoiser was trained up to {denoiser.t_max}")
+    if denoiser is not None and (settings.t_star or 1) > denoiser.t_max:
+        raise ConfigError(f"poison.t_star {settings.t_star}: this denoiser was trained up to {denoiser.t_max}")
     with nullcontext() if denoiser is None else frozen(denoiser):
         build = new_surrogate if strong else new_unet
-        return minimise_error(data, config, seed, session, build, defender(config, denoiser))
+        return minimise_error(
+            data, settings, seed, session, build, defender(settings, denoiser), settings.eot_draws
+        )
 
 
 class UNetClassifier(nn.Module):
@@ -65,27 +98,27 @@ class UNetClassifier(nn.Module):
         return output.mean((2, 3))
 
 
-def new_unet(config: PoisonConfig, num_classes: int, seed: int, device: torch.device) -> nn.Module:
-    """Return a fresh U-Net classifier with the channels of a resolved config."""
-    return placed(lambda: UNetClassifier(needed(config.unet_channels), num_classes), seed, device)
+def new_unet(settings: Adp, num_classes: int, seed: int, device: torch.device) -> nn.Module:
+    """Return a fresh U-Net classifier with `unet_channels`."""
+    return placed(lambda: UNetClassifier(settings.unet_channels, num_classes), seed, device)
 
 
-def defender(config: PoisonConfig, denoiser: Denoiser | None) -> See:
+def defender(settings: Adp, denoiser: Denoiser | None) -> See:
     """Return what happens to images before a victim sees them: C, or with a denoiser C after purification.
 
     Every call draws anew. Nothing is rounded, so gradients pass.
     """
     compensation = CompensationConfig(
-        p=needed(config.compensation_p),
-        sigma=needed(config.compensation_sigma),
-        coarse_sigma=needed(config.compensation_coarse_sigma),
+        p=settings.compensation_p,
+        sigma=settings.compensation_sigma,
+        coarse_sigma=settings.compensation_coarse_sigma,
     )
 
     def see(images: Tensor, generator: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**62, (1,), generator=generator))
         ids = [str(index) for index in range(len(images))]
         if denoiser is not None:
-            images = purified(images, denoiser, config.t_star or denoiser.t_star, seed, ids)
+            images = purified(images, denoiser, settings.t_star or denoiser.t_star, seed, ids)
         return compensate(images, ids, compensation, seed)
 
     return see

@@ -17,12 +17,12 @@ from itertools import chain
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
-from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.budget import AR_T, budget, check_inputs, draw_ids, scale_to_l2
+from eclipse_ray.poisons.interface import AR_T, PoisonSettings, check_inputs, draw_ids, scale_to_l2
 
 Floats = NDArray[np.float64]
 
@@ -31,7 +31,7 @@ MARGIN = 4
 TAPS = tuple((row, column) for row in range(3) for column in range(3))[:8]
 """Offsets (rows, columns) of the eight known pixels in a window; the ninth is the pixel being written."""
 TRIAL_SIZE, TRIAL_CORNERS, TRIAL_NORM, TRIAL_STARTS = 32, (4, 12), 50.0, 3
-"""Processes are tried on so many starts of this size; a larger L2 norm over all channels discards them."""
+"""Side, sides of early corners, largest L2 norm over all channels, and number of the starts that try a process."""
 MIN_RESPONSE, MIN_RESPONSE_MANY = 10.0, 3.0
 """Least response of each earlier process's filter to a new unit-norm signal, as published (10, 100 classes)."""
 START_T, TRIAL_T, COEFFICIENTS_T = AR_T, AR_T + 1, AR_T + 2
@@ -40,8 +40,20 @@ CHUNK, CHUNKS, ATTEMPTS = 8192, 50, 8
 """Candidates drawn at once, how many times before those kept are given up, and how many times that may be."""
 
 
+class Ar(PoisonSettings):
+    """The settings of ar."""
+
+    eps_255: float = Field(
+        255.0, gt=0, description="L2 bound in 1/255, over all channels; published: 1 on [0, 1]."
+    )
+
+    def budget(self, shape: Sequence[int]) -> tuple[str, float]:
+        """Return ("l2", bound on [0, 1])."""
+        return "l2", self.eps_255 / 255
+
+
 def ar_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], config: PoisonConfig, seed: int, num_classes: int
+    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Ar, seed: int, num_classes: int
 ) -> Tensor:
     """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
 
@@ -55,11 +67,11 @@ def ar_perturbation(
     height, width = shape[0], shape[1]
     if not values:
         return torch.zeros(images.shape)
-    keys = draw_ids(values, ids, config.scope or "sample")
+    keys = draw_ids(values, ids, settings.scope)
     start = noise(seed, keys, START_T, (height + MARGIN, width + MARGIN, 3)).numpy().astype(np.float64)
     coefficients = processes(seed, num_classes, height, width)[values]
     signal = generate(coefficients, start)[:, MARGIN:, MARGIN:]
-    return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), budget(config, shape)[1])
+    return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), settings.budget(shape)[1])
 
 
 def generate(coefficients: Floats, start: Floats) -> Floats:

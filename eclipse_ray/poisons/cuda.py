@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import uniform
-from eclipse_ray.poisons.budget import CUDA_T, budget, check_inputs, class_id
+from eclipse_ray.poisons.interface import CUDA_T, PoisonSettings, check_inputs, class_id
 
 BLUR = 0.3
 """Largest tap of a filter beside the one that is 1."""
@@ -18,17 +19,22 @@ SIDE = 3
 """Taps along each side of a filter."""
 
 
+class Cuda(PoisonSettings):
+    """The settings of cuda, which convolves images and has no norm bound."""
+
+    scope: Literal["class"] = Field("class", description="One filter per class.")
+
+
 def cuda_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], config: PoisonConfig, seed: int, num_classes: int
+    images: Tensor, labels: Tensor, ids: Sequence[str], _settings: Cuda, seed: int, num_classes: int
 ) -> Tensor:
     """Return how uint8 `images` (B, H, W, 3) change, float32 on [0, 1], exact in 1/255: there is no norm bound.
 
     Each class has one 3x3 filter, the same for red, green and blue: taps U(0, 0.3), a random one 1. An image is
     convolved with its class's filter (zeros beyond the border), divided by its largest value and rounded to 8
-    bits; a black image stays black. Raises InputError for an inconsistent batch, ConfigError for a bound.
+    bits; a black image stays black. Raises InputError for an inconsistent batch.
     """
     values = check_inputs(images, labels, ids, num_classes)
-    budget(config, tuple(images.shape[1:]))
     if not values:
         return torch.zeros(images.shape)
     blurred = convolve(images.permute(0, 3, 1, 2).double() / 255, class_filters(seed, values))

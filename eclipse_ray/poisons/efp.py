@@ -7,15 +7,17 @@ own class (`push`) or towards the nearest centroid of another (`pull`), so that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from eclipse_ray.config import PoisonConfig
+from eclipse_ray.attacks import Objective, crop_flip, keyed_crops, pgd
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.errors import InputError
-from eclipse_ray.poisons.budget import EFP_T
-from eclipse_ray.poisons.optimised import (
+from eclipse_ray.poisons.interface import (
+    EFP_T,
     LabelledImages,
     Session,
     State,
@@ -26,15 +28,27 @@ from eclipse_ray.poisons.optimised import (
 )
 from eclipse_ray.poisons.surrogate import (
     EVALUATION_BATCH,
-    Objective,
-    crop_flip,
+    SMALL,
+    AdversarySettings,
+    TrainedSettings,
     features,
-    keyed_crops,
     load_surrogate,
-    needed,
-    pgd,
     train_surrogate,
 )
+
+
+class Efp(TrainedSettings, AdversarySettings):
+    """The settings of efp."""
+
+    numbers: ClassVar[dict[str, dict[str, Any]]] = {
+        "full": {"surrogate_schedule": "milestones", "surrogate_milestones": (75, 90)}
+        | {"surrogate_epochs": 100, "steps": 300, "step_size_255": 0.4},
+        "reduced": SMALL
+        | {"surrogate_schedule": "milestones", "surrogate_milestones": (15, 18)}
+        | {"surrogate_epochs": 20, "adversary_steps": 3, "steps": 60, "step_size_255": 0.8},
+    }
+
+    variant: Literal["push", "pull"] = Field("push", description="Away from the own class, or towards another.")
 
 
 @torch.no_grad()
@@ -57,30 +71,28 @@ def class_means(model: nn.Module, data: LabelledImages, device: torch.device) ->
     return sums / counts[:, None]
 
 
-def fit_efp(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:
+def fit_efp(data: LabelledImages, settings: Efp, seed: int, session: Session) -> State:
     """Train a network adversarially on clean images; return it and "centroids", its mean features (K, F)."""
-    state = train_surrogate(data, config, seed, session, adversarial=True)
-    model = load_surrogate(state, 0, config, data.num_classes, session.device)
+    state = train_surrogate(data, settings, seed, session, adversary=settings)
+    model = load_surrogate(state, 0, settings, data.num_classes, session.device)
     return {**state, "centroids": class_means(model, data, session.device)}
 
 
-def perturb_efp(
-    data: LabelledImages, state: State, config: PoisonConfig, seed: int, device: torch.device
-) -> Tensor:
+def perturb_efp(data: LabelledImages, state: State, settings: Efp, seed: int, device: torch.device) -> Tensor:
     """Return the noise, float32 (B, H, W, 3) on [0, 1], of any images; draws are keyed by (seed, image id).
 
     Sign steps from N(0, eps) clipped to the bound; every step sees another crop and flip.
     """
-    model = load_surrogate(state, 0, config, data.num_classes, device)
-    centroids, bound = state["centroids"].to(device), needed(config.eps_255) / 255
+    model = load_surrogate(state, 0, settings, data.num_classes, device)
+    centroids, bound = state["centroids"].to(device), settings.eps_255 / 255
     made = []
-    for part in in_batches(data, needed(config.perturb_batch_size)):
+    for part in in_batches(data, settings.perturb_batch_size):
         images = to_float(part.images, device)
         shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
         start = (noise(seed, part.ids, EFP_T, shape, device) * bound).clamp(-bound, bound)
-        objective = _cropped_loss(model, part.labels.to(device), centroids, config, seed, part.ids)
-        step_size = needed(config.step_size_255) / 255
-        made.append(to_images(pgd(images, objective, bound, step_size, needed(config.steps), start=start)))
+        objective = _cropped_loss(model, part.labels.to(device), centroids, settings, seed, part.ids)
+        step_size = settings.step_size_255 / 255
+        made.append(to_images(pgd(images, objective, bound, step_size, settings.steps, start=start)))
     return torch.cat(made)
 
 
@@ -97,11 +109,11 @@ def pull_loss(values: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _cropped_loss(
-    model: nn.Module, labels: Tensor, centroids: Tensor, config: PoisonConfig, seed: int, ids: Sequence[str]
+    model: nn.Module, labels: Tensor, centroids: Tensor, settings: Efp, seed: int, ids: Sequence[str]
 ) -> Objective:
-    padding = needed(config.crop_padding)
-    crops = keyed_crops(seed, ids, EFP_T + 1, needed(config.steps), padding)
-    loss = pull_loss if config.variant == "pull" else push_loss
+    padding = settings.crop_padding
+    crops = keyed_crops(seed, ids, EFP_T + 1, settings.steps, padding)
+    loss = pull_loss if settings.variant == "pull" else push_loss
 
     def objective(images: Tensor, step: int) -> Tensor:
         return loss(features(model, crop_flip(images, crops[step], padding)), labels, centroids)

@@ -1,17 +1,20 @@
-"""EM: error-minimising noise (Huang et al., arXiv 2101.04898), one noise an image or one a class."""
+"""EM: error-minimising noise (Huang et al., arXiv 2101.04898), one noise per image or one per class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from eclipse_ray.config import PoisonConfig
-from eclipse_ray.poisons.optimised import (
+from eclipse_ray.attacks import frozen, pgd
+from eclipse_ray.poisons.interface import (
     LabelledImages,
+    Scope,
     Session,
     State,
     by_id,
@@ -21,50 +24,67 @@ from eclipse_ray.poisons.optimised import (
     to_levels,
 )
 from eclipse_ray.poisons.surrogate import (
+    SMALL,
+    SurrogateSettings,
     Training,
     batch_at,
     error_rate,
-    frozen,
     keyed_generator,
-    needed,
     new_surrogate,
-    pgd,
     rate_at,
     start_training,
     surrogate_state,
 )
 from eclipse_ray.victims.training import classify
 
-Build = Callable[[PoisonConfig, int, int, torch.device], nn.Module]
-"""(config, classes, seed, device) to a fresh network."""
+Build = Callable[[Any, int, int, torch.device], nn.Module]
+"""(settings, classes, seed, device) to a fresh network."""
 See = Callable[[Tensor, torch.Generator], Tensor]
 """(poisoned images (B, 3, H, W) in [0, 1], CPU generator) to what the network is shown, differentiably."""
 
 
-def fit_em(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> State:
+class Em(SurrogateSettings):
+    """The settings of em. Its published loop has no cap on rounds; `rounds` is ours."""
+
+    numbers: ClassVar[dict[str, dict[str, Any]]] = {
+        "full": {"surrogate_batch_size": 512, "max_grad_norm": 5.0, "steps": 20, "step_size_255": 0.8},
+        "reduced": SMALL
+        | {"max_grad_norm": 5.0, "steps": 4, "step_size_255": 2.0, "round_batches": 20, "rounds": 24},
+        "class": {"steps": 1, "step_size_255": 0.8, "subset": 0.2, "stop_error": 0.1},
+    }
+
+    scope: Scope = Field("sample", description="One noise per image, or one per class.")
+    rounds: int = Field(200, ge=1, description="Most rounds of training and noise.")
+    round_batches: int = Field(10, ge=1, description="Optimiser steps of a round.")
+    stop_error: float = Field(0.01, ge=0, lt=1, description="Training error that ends the fit.")
+    subset: float = Field(1.0, gt=0, le=1, description="Part of the images that a round perturbs.")
+
+
+def fit_em(data: LabelledImages, settings: Em, seed: int, session: Session) -> State:
     """Fit noise and network together; see `minimise_error`."""
-    return minimise_error(data, config, seed, session)
+    return minimise_error(data, settings, seed, session)
 
 
 def minimise_error(
     data: LabelledImages,
-    config: PoisonConfig,
+    settings: Em,
     seed: int,
     session: Session,
     build: Build = new_surrogate,
     see: See | None = None,
+    draws: int = 1,
 ) -> State:
     """Return noise that makes a network's training error small, found in rounds of two halves.
 
     A round is `round_batches` SGD steps on the poisoned images, then `steps` sign steps down the loss on the noise
     of every image (scope "class": of a random `subset`, whose noise is averaged over each class). Rounds end when
     the training error is at most `stop_error`, at the latest after `rounds`. Another network comes from `build`;
-    `see` is what happens to images before the network; the noise follows the mean gradient of `eot_draws` draws of
-    it. The state holds "ids" and "perturbation", int8 levels (N, H, W, 3) in the order of `by_id` or (classes, H,
-    W, 3), network 0 and its last training "error".
+    `see` is what happens to images before the network; the noise follows the mean gradient of `draws` draws of it.
+    The state holds "ids" and "perturbation", int8 levels (N, H, W, 3) in the order of `by_id` or (classes, H, W,
+    3), network 0 and its last training "error".
     """
-    rounds = _start(by_id(data), config, seed, session, build, see)
-    last, stop = needed(config.rounds), needed(config.stop_error)
+    rounds = _start(by_id(data), settings, seed, session, build, see, draws)
+    last, stop = settings.rounds, settings.stop_error
     while rounds.done < last and rounds.error > stop:
         loss = rounds.train()
         rounds.perturb()
@@ -80,11 +100,9 @@ def minimise_error(
     }
 
 
-def perturb_em(
-    data: LabelledImages, state: State, config: PoisonConfig, seed: int, device: torch.device
-) -> Tensor:
+def perturb_em(data: LabelledImages, state: State, settings: Em, seed: int, device: torch.device) -> Tensor:
     """Return the fitted noise of each image or class, float32 (B, H, W, 3) on [0, 1]."""
-    rows = data.labels if config.scope == "class" else rows_of(state["ids"], data.ids)
+    rows = data.labels if settings.scope == "class" else rows_of(state["ids"], data.ids)
     return state["perturbation"][rows].float() / 255
 
 
@@ -93,10 +111,11 @@ class _Rounds:
     """A fit between two rounds. Noise is float32 (N or classes, H, W, 3), on the CPU on every device."""
 
     data: LabelledImages
-    config: PoisonConfig
+    settings: Em
     seed: int
     device: torch.device
     see: See | None
+    draws: int
     training: Training
     noise: Tensor
     done: int = 0
@@ -113,22 +132,22 @@ class _Rounds:
 
     def train(self) -> float:
         """Take the round's SGD steps, going on through the epoch where the last round stopped; return the loss."""
-        config, steps = self.config, needed(self.config.round_batches)
-        count, size = len(self.data.ids), needed(config.surrogate_batch_size)
+        settings, steps = self.settings, self.settings.round_batches
+        count, size = len(self.data.ids), settings.surrogate_batch_size
         total = torch.zeros((), device=self.device)
         for step in range(self.done * steps, (self.done + 1) * steps):
             generator = keyed_generator(self.seed, "train", step)
             images, labels = self.poisoned(batch_at(self.seed, step, count, size))
             shown = self.see(images, generator) if self.see else images
-            rate = rate_at(config, step, needed(config.rounds) * steps)
-            total += self.training.step(shown, labels, rate, needed(config.max_grad_norm))
+            rate = rate_at(settings, step, settings.rounds * steps)
+            total += self.training.step(shown, labels, rate, settings.max_grad_norm)
         return float(total) / steps
 
     def perturb(self) -> None:
         """Bring the noise down the loss, of all images or of the subset of this round."""
         with frozen(self.training.model):
             changes = ((rows, self._descend(rows, index)) for index, rows in enumerate(self._noise_rows()))
-            if self.config.scope == "class":
+            if self.settings.scope == "class":
                 self._average(changes)
                 return
             for rows, changed in changes:
@@ -159,39 +178,38 @@ class _Rounds:
         generator = keyed_generator(self.seed, "noise", self.done, index)
 
         def loss(images: Tensor, _step: int) -> Tensor:
-            draws = needed(self.config.eot_draws) if self.see else 1
-            shown = [self.see(images, generator) if self.see else images for _ in range(draws)]
+            shown = [self.see(images, generator) if self.see else images for _ in range(self.draws)]
             values = [F.cross_entropy(classify(self.training.model, x), labels, reduction="none") for x in shown]
             return torch.stack(values).mean(0)
 
-        bound, size = needed(self.config.eps_255) / 255, needed(self.config.step_size_255) / 255
+        bound, size = self.settings.eps_255 / 255, self.settings.step_size_255 / 255
         images = to_float(self.data.images[rows], self.device)
-        delta = pgd(images, loss, bound, size, needed(self.config.steps), start=self._noise_of(rows))
+        delta = pgd(images, loss, bound, size, self.settings.steps, start=self._noise_of(rows))
         return delta.permute(0, 2, 3, 1).cpu()
 
     def _noise_of(self, rows: Tensor) -> Tensor:
-        places = self.data.labels[rows] if self.config.scope == "class" else rows
+        places = self.data.labels[rows] if self.settings.scope == "class" else rows
         return self.noise[places].to(self.device).permute(0, 3, 1, 2)
 
     def _noise_rows(self) -> list[Tensor]:
         count = len(self.data.ids)
-        wanted = max(1, round(needed(self.config.subset) * count))
+        wanted = max(1, round(self.settings.subset * count))
         if wanted == count:
             return self._chunks(torch.arange(count))
         drawn = torch.randperm(count, generator=keyed_generator(self.seed, "subset", self.done))
         return self._chunks(drawn[:wanted])
 
     def _chunks(self, rows: Tensor) -> list[Tensor]:
-        return list(torch.split(rows, needed(self.config.perturb_batch_size)))
+        return list(torch.split(rows, self.settings.perturb_batch_size))
 
 
 def _start(
-    data: LabelledImages, config: PoisonConfig, seed: int, session: Session, build: Build, see: See | None
+    data: LabelledImages, settings: Em, seed: int, session: Session, build: Build, see: See | None, draws: int
 ) -> _Rounds:
-    training = start_training(build(config, data.num_classes, seed, session.device), config)
-    count = data.num_classes if config.scope == "class" else len(data.ids)
+    training = start_training(build(settings, data.num_classes, seed, session.device), settings)
+    count = data.num_classes if settings.scope == "class" else len(data.ids)
     noise = torch.zeros(count, *data.images.shape[1:])
-    rounds = _Rounds(data, config, seed, session.device, see, training, noise)
+    rounds = _Rounds(data, settings, seed, session.device, see, draws, training, noise)
     if (saved := session.load()) is not None:
         rounds.restore(saved)
     return rounds

@@ -8,17 +8,20 @@ not shuffled, which changes nothing, as the coordinates of a vertex and of the n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from eclipse_ray.config import PoisonConfig
 from eclipse_ray.diffusion.noise import noise, uniform
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.budget import LSP_T, budget, check_inputs, class_id, draw_ids, scale_to_l2
+from eclipse_ray.poisons.interface import LSP_T, PoisonSettings, check_inputs, class_id, draw_ids, scale_to_l2
 
+RMS = 6 / 255
+"""Published root mean square on [0, 1], so L2 1.304 at 32 px."""
 CLASS_SEP = 10.0
 """Half the side of the hypercube whose vertices are the class centres."""
 MIXING_T, SAMPLE_T, VERTEX_T = LSP_T, LSP_T + 1, LSP_T + 2
@@ -26,8 +29,21 @@ MIXING_T, SAMPLE_T, VERTEX_T = LSP_T, LSP_T + 1, LSP_T + 2
 ATTEMPTS = 2**12
 
 
+class Lsp(PoisonSettings):
+    """The settings of lsp."""
+
+    eps_255: float | None = Field(None, gt=0, description="L2 bound in 1/255; null: root mean square 6/255.")
+    patch: int | None = Field(
+        None, ge=1, description="Side of a constant patch in pixels; null: 8, or 32 from 224 px."
+    )
+
+    def budget(self, shape: Sequence[int]) -> tuple[str, float]:
+        """Return ("l2", bound on [0, 1])."""
+        return "l2", RMS * math.sqrt(math.prod(shape)) if self.eps_255 is None else self.eps_255 / 255
+
+
 def lsp_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], config: PoisonConfig, seed: int, num_classes: int
+    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Lsp, seed: int, num_classes: int
 ) -> Tensor:
     """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
 
@@ -39,14 +55,14 @@ def lsp_perturbation(
     values = check_inputs(images, labels, ids, num_classes)
     shape = tuple(images.shape[1:])
     height, width = shape[0], shape[1]
-    patch = config.patch or default_patch(height, width)
+    patch = settings.patch or default_patch(height, width)
     rows, columns = -(-height // patch), -(-width // patch)
     if not values:
         return torch.zeros(images.shape)
-    colours = _colours(values, ids, config.scope or "sample", seed, num_classes, rows * columns * 3)
+    colours = _colours(values, ids, settings.scope, seed, num_classes, rows * columns * 3)
     grid = colours.reshape(-1, rows, columns, 3)
     full = grid.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)
-    return scale_to_l2(full[:, :height, :width], budget(config, shape)[1])
+    return scale_to_l2(full[:, :height, :width], settings.budget(shape)[1])
 
 
 def default_patch(height: int, width: int) -> int:

@@ -7,18 +7,25 @@ of a generator has to be saved and every device draws the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from eclipse_ray.config import PoisonConfig
-from eclipse_ray.diffusion.noise import uniform
-from eclipse_ray.poisons.optimised import LabelledImages, Session, State, by_id, to_float
+from eclipse_ray.attacks import crop_flip, draw_crops, frozen, pgd
+from eclipse_ray.poisons.interface import (
+    LabelledImages,
+    LinfSettings,
+    PoisonSettings,
+    Session,
+    State,
+    by_id,
+    to_float,
+)
 from eclipse_ray.victims import VICTIMS
 from eclipse_ray.victims.training import classify, placed
 
@@ -26,13 +33,49 @@ MOMENTUM = 0.9
 """Of every surrogate's SGD, as published by all."""
 EVALUATION_BATCH = 500
 
-T = TypeVar("T")
 Forward = Callable[[nn.Module, Tensor], Tensor]
 """(network, images (B, 3, H, W) in [0, 1]) to logits (B, K)."""
-Objective = Callable[[Tensor, int], Tensor]
-"""(images (B, 3, H, W) in [0, 1], step) to one value an image (B,)."""
-Crops = tuple[Tensor, Tensor]
-"""Row and column shifts, int64 (2, B) in 0..2 padding, and flips, bool (B,)."""
+
+
+class SurrogateSettings(LinfSettings):
+    """The settings of a poison that is made with a surrogate network and sign steps."""
+
+    eps_255: float = Field(
+        8.0, ge=1, le=127, description="L-inf bound in 1/255; fitted noise is stored as 8-bit levels."
+    )
+    surrogate: Literal["small", "resnet18", "unet"] = Field("resnet18", description="Network; unet: adp only.")
+    surrogate_batch_size: int = Field(128, ge=2, description="Images of one optimiser step.")
+    surrogate_learning_rate: float = Field(0.1, gt=0, description="At the start of the training.")
+    surrogate_schedule: Literal["constant", "linear", "milestones"] = Field(
+        "constant", description="linear falls to 0 over the training; milestones divide by 10."
+    )
+    surrogate_milestones: tuple[int, ...] = Field((), description="In epochs; rem: in optimiser steps.")
+    surrogate_weight_decay: float = Field(5e-4, ge=0, description="Of the surrogate's SGD.")
+    max_grad_norm: float = Field(0.0, ge=0, description="Longer gradients are cut to this norm; 0: none are cut.")
+    steps: int = Field(ge=1, description="Sign steps when noise is made once.")
+    step_size_255: float = Field(gt=0, description="Size of such a step in 1/255.")
+    perturb_batch_size: int = Field(512, ge=1, description="Images of one pass when noise is made.")
+
+
+class TrainedSettings(SurrogateSettings):
+    """The settings of a poison whose surrogate is trained before any noise is made."""
+
+    scope: Literal["sample"] = Field("sample", description="One noise per image.")
+    surrogate_epochs: int = Field(ge=1, description="Epochs of the training before the noise.")
+    surrogate_augment: bool = Field(True, description="Crop and flip while the surrogate trains.")
+    crop_padding: int = Field(4, ge=0, description="Crops after padding by this many pixels.")
+
+
+class AdversarySettings(PoisonSettings):
+    """The settings of a poison that attacks the images while its surrogate trains."""
+
+    adversary_eps_255: float = Field(4.0, gt=0, description="L-inf radius of the adversary in 1/255.")
+    adversary_steps: int = Field(10, ge=1, description="Sign steps of the adversary.")
+    adversary_step_size_255: float = Field(2.0, gt=0, description="Size of such a step in 1/255.")
+
+
+SMALL: dict[str, Any] = {"surrogate": "small", "surrogate_batch_size": 128, "perturb_batch_size": 128}
+"""What every surrogate has at reduced cost: 10,000 images of 32 px on two CPU cores."""
 
 
 def features(model: nn.Module, images: Tensor) -> Tensor:
@@ -53,17 +96,16 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()))
 
 
-def new_surrogate(config: PoisonConfig, num_classes: int, seed: int, device: torch.device) -> nn.Module:
-    """Return a fresh network of a resolved config; the weights are the same on every device."""
-    assert config.surrogate in VICTIMS, "a resolved config names a surrogate"
-    return placed(lambda: VICTIMS[str(config.surrogate)](num_classes), seed, device)
+def new_surrogate(settings: SurrogateSettings, num_classes: int, seed: int, device: torch.device) -> nn.Module:
+    """Return a fresh network; its weights are the same on every device."""
+    return placed(lambda: VICTIMS[settings.surrogate](num_classes), seed, device)
 
 
 def load_surrogate(
-    state: State, index: int, config: PoisonConfig, num_classes: int, device: torch.device
+    state: State, index: int, settings: SurrogateSettings, num_classes: int, device: torch.device
 ) -> nn.Module:
     """Return network `index` of a state, in evaluation mode and without gradients of its weights."""
-    model = new_surrogate(config, num_classes, 0, device)
+    model = new_surrogate(settings, num_classes, 0, device)
     model.load_state_dict(under(state, f"surrogate.{index}."))
     return model.eval().requires_grad_(False)
 
@@ -124,25 +166,19 @@ class Training:
         return loss.detach()
 
 
-def start_training(model: nn.Module, config: PoisonConfig) -> Training:
-    """Return `model` with the SGD of a resolved config, at its beginning."""
-    rate, decay = needed(config.surrogate_learning_rate), needed(config.surrogate_weight_decay)
+def start_training(model: nn.Module, settings: SurrogateSettings) -> Training:
+    """Return `model` with its SGD, at its beginning."""
+    rate, decay = settings.surrogate_learning_rate, settings.surrogate_weight_decay
     return Training(model, torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM, weight_decay=decay))
 
 
-def needed(value: T | None) -> T:
-    """Return a number of a resolved config, which has no gaps where a poison looks."""
-    assert value is not None, "not a resolved poison config: pass it through resolved_poison first"
-    return value
-
-
-def rate_at(config: PoisonConfig, done: float, total: float) -> float:
+def rate_at(settings: SurrogateSettings, done: float, total: float) -> float:
     """Return the learning rate after `done` of `total` epochs (or optimiser steps, as milestones are meant)."""
-    rate = needed(config.surrogate_learning_rate)
-    if config.surrogate_schedule == "linear":
+    rate = settings.surrogate_learning_rate
+    if settings.surrogate_schedule == "linear":
         return rate * (1 - done / total)
-    if config.surrogate_schedule == "milestones":
-        return rate * 0.1 ** sum(done >= milestone for milestone in needed(config.surrogate_milestones))
+    if settings.surrogate_schedule == "milestones":
+        return rate * 0.1 ** sum(done >= milestone for milestone in settings.surrogate_milestones)
     return rate
 
 
@@ -168,16 +204,22 @@ def checkpoint_epochs(epochs: int, checkpoints: int) -> list[int]:
 
 
 def train_surrogate(
-    data: LabelledImages, config: PoisonConfig, seed: int, session: Session, *, adversarial: bool = False
+    data: LabelledImages,
+    settings: TrainedSettings,
+    seed: int,
+    session: Session,
+    *,
+    checkpoints: int = 1,
+    adversary: AdversarySettings | None = None,
 ) -> State:
     """Train a surrogate on clean images and return its `checkpoints` (one: the last epoch's) as networks 0, 1, ...
 
-    With `adversarial`, every batch is first attacked: sign-PGD within `adversary_eps_255` from a random start
+    With `adversary`, every batch is first attacked: sign-PGD within `adversary_eps_255` from a random start
     (Madry et al., arXiv 1706.06083), against the network in evaluation mode.
     """
-    data, epochs = by_id(data), needed(config.surrogate_epochs)
-    training = start_training(new_surrogate(config, data.num_classes, seed, session.device), config)
-    kept = checkpoint_epochs(epochs, config.checkpoints or 1)
+    data, epochs = by_id(data), settings.surrogate_epochs
+    training = start_training(new_surrogate(settings, data.num_classes, seed, session.device), settings)
+    kept = checkpoint_epochs(epochs, checkpoints)
     networks: State = {}
     first = 0
     if (saved := session.load()) is not None:
@@ -185,7 +227,7 @@ def train_surrogate(
         training.restore(saved)
         networks = {key: value for key, value in saved.items() if key.startswith("surrogate.")}
     for epoch in range(first, epochs):
-        loss = _train_epoch(training, data, config, seed, epoch, session.device, adversarial)
+        loss = _train_epoch(training, data, settings, seed, epoch, session.device, adversary)
         for index, last in enumerate(kept):
             if last == epoch + 1:
                 networks |= surrogate_state(training.model, index)
@@ -197,114 +239,53 @@ def train_surrogate(
 def _train_epoch(
     training: Training,
     data: LabelledImages,
-    config: PoisonConfig,
+    settings: TrainedSettings,
     seed: int,
     epoch: int,
     device: torch.device,
-    adversarial: bool,
+    adversary: AdversarySettings | None,
 ) -> float:
-    batches = epoch_batches(seed, epoch, len(data.ids), needed(config.surrogate_batch_size))
+    batches = epoch_batches(seed, epoch, len(data.ids), settings.surrogate_batch_size)
     total = torch.zeros((), device=device)
     for index, rows in enumerate(batches):
-        rate = rate_at(config, epoch + index / len(batches), needed(config.surrogate_epochs))
+        rate = rate_at(settings, epoch + index / len(batches), settings.surrogate_epochs)
         generator = keyed_generator(seed, "batch", epoch, index)
         images, labels = to_float(data.images[rows], device), data.labels[rows].to(device)
-        if config.surrogate_augment:
-            padding = needed(config.crop_padding)
+        if settings.surrogate_augment:
+            padding = settings.crop_padding
             images = crop_flip(images, draw_crops(len(rows), padding, generator), padding)
-        if adversarial:
-            images = images + attack(training.model, images, labels, config, generator)
-        total += training.step(images, labels, rate, needed(config.max_grad_norm))
+        if adversary is not None:
+            images = images + attack(training.model, images, labels, adversary, generator)
+        total += training.step(images, labels, rate, settings.max_grad_norm)
     return float(total) / len(batches)
 
 
 def attack(
-    model: nn.Module, images: Tensor, labels: Tensor, config: PoisonConfig, generator: torch.Generator
+    model: nn.Module, images: Tensor, labels: Tensor, settings: AdversarySettings, generator: torch.Generator
 ) -> Tensor:
     """Return the perturbation (B, 3, H, W) of `attack_from`, for a network in any mode and a drawn start."""
     unit = torch.rand(images.shape, generator=generator).to(images.device)
     with frozen(model):
-        return attack_from(model, images, labels, config, unit)
+        return attack_from(model, images, labels, settings, unit)
 
 
-def attack_from(model: nn.Module, images: Tensor, labels: Tensor, config: PoisonConfig, unit: Tensor) -> Tensor:
+def attack_from(
+    model: nn.Module, images: Tensor, labels: Tensor, settings: AdversarySettings, unit: Tensor
+) -> Tensor:
     """Return the perturbation (B, 3, H, W) that raises the cross-entropy within the adversary's radius.
 
     `unit`, of the shape of the images and in [0, 1], places the start. The model is in evaluation mode.
     """
-    bound = needed(config.adversary_eps_255) / 255
+    bound = settings.adversary_eps_255 / 255
     return pgd(
         images,
         lambda attacked, _: F.cross_entropy(classify(model, attacked), labels, reduction="none"),
         bound,
-        needed(config.adversary_step_size_255) / 255,
-        needed(config.adversary_steps),
+        settings.adversary_step_size_255 / 255,
+        settings.adversary_steps,
         start=(2 * unit - 1) * bound,
         maximise=True,
     )
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients of the weights within; what was before comes back after."""
-    training, wanted = model.training, [parameter.requires_grad for parameter in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter, value in zip(model.parameters(), wanted, strict=True):
-            parameter.requires_grad_(value)
-
-
-def pgd(
-    images: Tensor,
-    objective: Objective,
-    bound: float,
-    step_size: float,
-    steps: int,
-    *,
-    start: Tensor | None = None,
-    maximise: bool = False,
-) -> Tensor:
-    """Return the perturbation (B, 3, H, W) after `steps` sign steps down (or up) the objective.
-
-    It stays within L-inf `bound`, and `images` (B, 3, H, W) plus it within [0, 1]; it begins at `start`, or zero.
-    Images do not influence each other as long as the network is in evaluation mode.
-    """
-    signed = step_size if maximise else -step_size
-    delta = torch.zeros_like(images) if start is None else (images + start).clamp(0, 1) - images
-    for step in range(steps):
-        delta.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(objective(images + delta, step).sum(), delta)
-        moved = (delta.detach() + signed * gradient.sign()).clamp(-bound, bound)
-        delta = (images + moved).clamp(0, 1) - images
-    return delta.detach()
-
-
-def draw_crops(count: int, padding: int, generator: torch.Generator) -> Crops:
-    """Return a random crop and flip for each of `count` images, as victims draw them."""
-    shift = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
-    return shift, torch.rand(count, generator=generator) < 0.5
-
-
-def keyed_crops(seed: int, ids: Sequence[str], slot: int, draws: int, padding: int) -> list[Crops]:
-    """Return `draws` crops and flips of every image that depend only on (seed, its id, slot)."""
-    numbers = uniform(seed, ids, slot, (draws, 3))
-    shifts = (numbers[..., :2] * (2 * padding + 1)).long()
-    return [(shifts[:, draw].T, numbers[:, draw, 2] < 0.5) for draw in range(draws)]
-
-
-def crop_flip(images: Tensor, crops: Crops, padding: int) -> Tensor:
-    """Return images (B, 3, H, W) cropped after padding with zeros, then flipped; gradients flow through."""
-    shift, flip = crops[0].to(images.device), crops[1].to(images.device)
-    count, channels, height, width = images.shape
-    ys = shift[0, :, None] + torch.arange(height, device=images.device)
-    xs = torch.arange(width, device=images.device).expand(count, width)
-    xs = torch.where(flip[:, None], width - 1 - xs, xs) + shift[1, :, None]
-    padded = F.pad(images, (padding,) * 4)
-    rows = padded.gather(2, ys[:, None, :, None].expand(-1, channels, -1, padded.shape[3]))
-    return rows.gather(3, xs[:, None, None, :].expand(-1, channels, height, -1))
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.aa import policy, ueraser, ueraser_max
-from eclipse_ray.defenses.from_kornia import seeded
+from eclipse_ray.defenses.aa import Aa, policy, ueraser, ueraser_max
 from eclipse_ray.defenses.op import strong_augmentation
+from eclipse_ray.defenses.simple import seeded
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.victims.training import classify
 from tests.defenses.support import batch, generator, linear_victim
@@ -25,7 +25,7 @@ def losses(images, targets):
 
 def draws(config, count, seed=0):
     """Return the first draws that a generator of `seed` gives."""
-    source, one = generator(seed), policy(config)
+    source, one = generator(seed), policy(Aa.of(config))
     return [seeded(one, batch()[0], source).clamp(0, 1) for _ in range(count)]
 
 
@@ -34,7 +34,7 @@ def test_the_draw_of_highest_loss_is_kept_for_each_image():
     images, targets = batch()
     found, same = ueraser(config)(images, targets, MODEL, generator(), 0.1)
     assert torch.equal(same, targets)
-    candidates = torch.stack(draws(config, config.aa_draws))
+    candidates = torch.stack(draws(config, Aa.of(config).aa_draws))
     scores = torch.stack([losses(candidate, targets) for candidate in candidates])
     best = scores.argmax(dim=0)
     assert len(best.unique()) > 1, "different images keep different draws"
@@ -83,10 +83,10 @@ def test_kornia_draws_from_the_generator_alone(build):
 def test_without_its_probability_only_trivial_augment_is_left():
     # On a black image plasma brightness shows; TrivialAugment's geometry and contrast do not.
     black = torch.zeros(16, 3, 16, 16)
-    with_plasma = seeded(policy(DefenseConfig(aa_p=1.0)), black, generator(1))
+    with_plasma = seeded(policy(Aa(aa_p=1.0)), black, generator(1))
     assert float(with_plasma.flatten(1).std(dim=1).min()) >= 0
     assert float(with_plasma.max()) > 0.2
-    bare = policy(DefenseConfig(aa_p=0.0))
+    bare = policy(Aa(aa_p=0.0))
     source = generator(1)
     constant = [seeded(bare, black, source).flatten(1).std(dim=1).max() for _ in range(12)]
     assert float(torch.stack(constant).max()) < 1e-6, "a constant image stays constant"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eclipse_ray.config import DefenseConfig, load_config
-from eclipse_ray.defenses import DEFENSES, combine
+from eclipse_ray.defenses import DEFENSES, combine, defense_settings, resolved_defense
 from eclipse_ray.defenses.simple import privacy
 from eclipse_ray.errors import ConfigError, InputError
 from tests.defenses.support import batch, generator, images, labels, linear_victim, material, untrained_denoiser
@@ -89,8 +89,8 @@ def test_two_defenses_with_privacy_are_refused(monkeypatch):
 
 
 def test_published_numbers_are_the_defaults():
-    found = load_config().defense
-    assert (found.cutout_size, found.mix_alpha, found.iss_jpeg_quality) == (16, 1.0, 10)
+    found = resolved_defense(load_config().defense)
+    assert (found.cutout_size, found.iss_jpeg_quality) == (16, 10)
     assert (found.aa_draws, found.aa_p, found.aa_until) == (5, 0.5, 60 / 200)
     assert (found.op_epochs, found.op_learning_rate, found.op_batch_size) == (20, 0.1, 1024)
     assert (found.at_eps_255, found.at_steps, found.avatar_noise_255) == (8, 10, 43)
@@ -102,3 +102,30 @@ def test_material_that_is_no_labelled_set_is_refused():
         material(images=images(24).float())
     with pytest.raises(InputError, match="24 images"):
         material(labels=labels(23))
+
+
+def test_every_setting_of_a_defense_is_written_out_and_survives():
+    names = {key for model in defense_settings().values() for key in model.model_fields}
+    config = load_config(None, {"defense.aa_draws": 3, "defense.aa_roughness": [0.1, 0.7]}).defense
+    resolved = resolved_defense(config)
+    assert resolved.model_extra.keys() == names
+    assert (resolved.aa_draws, resolved.aa_roughness, resolved.op_epochs) == (3, [0.1, 0.7], 20)
+    assert resolved_defense(resolved) == resolved
+
+
+def test_each_setting_belongs_to_one_class():
+    models = set(defense_settings().values())
+    keys = [key for model in models for key in model.model_fields]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"aa_drawz": 3}, r"defense\.aa_drawz: unknown setting; did you mean defense\.aa_draws\?"),
+        ({"op_epochs": 0}, r"defense\.op_epochs: .*greater than or equal to 1"),
+    ],
+)
+def test_settings_that_no_defense_has_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        resolved_defense(DefenseConfig(**settings))

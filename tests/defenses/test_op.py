@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.op import fit_linear, project, remove
+from eclipse_ray.defenses.op import Op, fit_linear, project, remove
 from eclipse_ray.errors import InputError
 from tests.defenses.support import generator, images, labels, material
 
 CONFIG = DefenseConfig(op_batch_size=64)
+SETTINGS = Op.of(CONFIG)
 
 
 def planted(count=1024, classes=4):
@@ -35,7 +36,7 @@ def separation(pixels, patterns):
 
 def test_nothing_is_left_along_the_learned_rows():
     source, _ = planted()
-    rows = fit_linear(source, CONFIG)
+    rows = fit_linear(source, SETTINGS)
     basis = torch.linalg.qr(rows.double().T).Q
     left = remove(source.images, basis)
     assert float((left.flatten(1) @ rows.double().T).abs().max()) < 1e-10
@@ -61,7 +62,7 @@ def test_a_planted_linear_pattern_is_removed():
 
 def test_the_linear_model_follows_plain_sgd_with_two_falls():
     source, _ = planted(128)
-    config = DefenseConfig(op_batch_size=128, op_epochs=4)
+    config = Op(op_batch_size=128, op_epochs=4)
     rows = [fit_linear(source, config.model_copy(update={"op_epochs": epochs})).double() for epochs in (1, 4)]
     flat, target = source.images.flatten(1).double() / 255, source.labels
     weights = rows[0]

@@ -44,6 +44,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_folder_that_recommends_the_former_sampler_dpm_still_opens(folder):
+    card = folder / CARD_FILE
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"sampler": "dpm"}))
+    assert load_denoiser(folder).sampler == "ddim"
+
+
 def test_round_trip(folder):
     denoiser = load_denoiser(folder)
     x, t = torch.rand(2, 3, 16, 16), torch.tensor([1, 4])

@@ -3,8 +3,7 @@
 import torch
 
 from eclipse_ray.config import load_config
-from eclipse_ray.diffusion.crops import centre_crops, crops, image_buffer
-from eclipse_ray.diffusion.training import _draw_batch, run_fit, start_fit
+from eclipse_ray.diffusion.training import _draw_batch, centre_crops, crops, image_buffer, run_fit, start_fit
 
 
 def numbered(*sizes):

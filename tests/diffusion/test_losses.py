@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from eclipse_ray.diffusion.process import cosine_alphas_cumprod
-from eclipse_ray.diffusion.sampling import learned_variance
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod, learned_variance
 from eclipse_ray.diffusion.training import (
     add_noise,
     decoder_nll,
@@ -15,7 +14,6 @@ from eclipse_ray.diffusion.training import (
     loss_hybrid,
     loss_simple,
     loss_vlb,
-    psnr,
 )
 
 SCHEDULE = cosine_alphas_cumprod(20)
@@ -155,8 +153,3 @@ def test_noised_images_keep_the_schedule_variance():
     x0 = torch.zeros(1, 3, 64, 64)
     x_t = add_noise(x0, torch.randn(1, 3, 64, 64), torch.tensor([99]), cosine_alphas_cumprod(4000))
     assert abs(float(x_t.std()) - 0.0499) < 0.002
-
-
-def test_psnr_closed_form():
-    x = torch.zeros(1, 3, 4, 4)
-    assert abs(psnr(x, x + 0.2) - 20) < 1e-4

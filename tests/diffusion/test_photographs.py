@@ -6,11 +6,11 @@ import torch
 
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.images import decode_image
-from eclipse_ray.diffusion.crops import centre_crops, image_buffer
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.sampling import purify, purify_images, to_model_range
 from eclipse_ray.diffusion.tiling import plan_axis
-from eclipse_ray.diffusion.training import psnr, run_fit, start_fit
+from eclipse_ray.diffusion.training import centre_crops, image_buffer, run_fit, start_fit
+from eclipse_ray.quality import psnr
 
 T_STAR, SIDE = 200, 320
 SETTINGS = {

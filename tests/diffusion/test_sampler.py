@@ -12,13 +12,10 @@ from eclipse_ray.config import load_config
 from eclipse_ray.diffusion import sampling as room
 from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.diffusion.noise import noise
-from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+from eclipse_ray.diffusion.process import ancestral_step, cosine_alphas_cumprod, posterior, predict_x0
 from eclipse_ray.diffusion.sampling import (
     absorb,
-    ancestral_step,
     eliminate,
-    posterior,
-    predict_x0,
     purify_images,
     to_model_range,
     to_uint8,

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 
 from eclipse_ray.config import PoisonConfig
-from eclipse_ray.poisons.costs import resolved_poison
-from eclipse_ray.poisons.optimised import LabelledImages, Session, State
+from eclipse_ray.poisons import PoisonSettings, poison_settings, resolved_poison, settings_of
+from eclipse_ray.poisons.interface import LabelledImages, Session, State
 
 CLASSES = 4
 CPU = torch.device("cpu")
@@ -29,9 +29,8 @@ def part(data: LabelledImages, rows: list[int]) -> LabelledImages:
 
 
 def tiny_config(name: str, **settings: object) -> PoisonConfig:
-    """Return a resolved config at a cost that a test can pay."""
+    """Return a resolved config at a cost that a test can pay; all settings of its poison are attributes."""
     numbers = {
-        "cost": "reduced",
         "surrogate_batch_size": 32,
         "surrogate_learning_rate": 0.1,
         "surrogate_epochs": 3,
@@ -42,7 +41,14 @@ def tiny_config(name: str, **settings: object) -> PoisonConfig:
         "stop_error": 0.0,
         "crop_padding": 2,
     }
-    return resolved_poison(PoisonConfig.model_validate({"name": name, **numbers, **settings}))
+    known = poison_settings()[name].model_fields
+    small = {key: value for key, value in numbers.items() if key in known}
+    return resolved_poison(PoisonConfig.model_validate({"name": name, "cost": "reduced", **small, **settings}))
+
+
+def tiny_settings(name: str, **settings: object) -> PoisonSettings:
+    """Return the settings that `tiny_config` resolves to."""
+    return settings_of(tiny_config(name, **settings))
 
 
 class Killed(Exception):

@@ -6,7 +6,7 @@ from eclipse_ray.poisons import quiet_session
 from eclipse_ray.poisons.efp import class_means, pull_loss, push_loss
 from eclipse_ray.poisons.surrogate import attack, features, keyed_generator, load_surrogate, train_surrogate
 from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
-from tests.poisons.helpers import CLASSES, CPU, part, tiny_config, tiny_images
+from tests.poisons.helpers import CLASSES, CPU, part, tiny_config, tiny_images, tiny_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CENTROIDS = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 10.0]])
@@ -40,11 +40,11 @@ def test_class_means_average_over_the_images_of_a_class():
 def test_the_surrogate_withstands_its_adversary_better_than_one_trained_without():
     data = tiny_images(48)
     adversary = {"surrogate_batch_size": 24, "surrogate_epochs": 20, "adversary_eps_255": 8.0}
-    config = tiny_config("efp", **SETTINGS | adversary | {"adversary_step_size_255": 2.0})
+    config = tiny_settings("efp", **SETTINGS | adversary | {"adversary_step_size_255": 2.0})
     images = as_floats(data.images)
 
     def attacked_loss(seed, adversarial):
-        state = train_surrogate(data, config, seed, quiet_session(), adversarial=adversarial)
+        state = train_surrogate(data, config, seed, quiet_session(), adversary=config if adversarial else None)
         model = load_surrogate(state, 0, config, CLASSES, CPU)
         noise = attack(model, images, data.labels, config, keyed_generator(0))
         assert float(noise.abs().max()) <= 8 / 255 + 1e-6

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.poisons import OPTIMISED, fit_poison, perturb, poison_fitted, poison_together, quiet_session
-from eclipse_ray.poisons.optimised import LabelledImages, by_id, id_keys, rows_of, to_float
+from eclipse_ray.poisons.interface import LabelledImages, by_id, id_keys, rows_of, to_float
 from eclipse_ray.poisons.surrogate import load_surrogate
 from eclipse_ray.victims.training import classify
 from tests.poisons.helpers import CLASSES, CPU, Killed, Memory, part, tiny_config, tiny_images

@@ -6,9 +6,9 @@ import torch
 
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.poisons import POISONS, ar, budget, perturb, poison_images
+from eclipse_ray.poisons import POISONS, ar, budget, perturb, poison_images, settings_of
 from eclipse_ray.poisons.ar import MARGIN, TAPS, generate, processes
-from eclipse_ray.poisons.budget import store
+from eclipse_ray.poisons.interface import store
 from eclipse_ray.poisons.lsp import default_patch
 
 CLASSES = 4
@@ -46,7 +46,7 @@ def test_urp_uses_its_whole_bound_and_never_more(distribution):
         config = PoisonConfig(name="urp", eps_255=eps_255, distribution=distribution)
         stored = poison_images(images, labels, ids, config, 0, CLASSES)
         assert int((stored.int() - images.int()).abs().max()) == math.floor(eps_255)
-    with pytest.raises(ConfigError, match="below 1"):
+    with pytest.raises(ConfigError, match="greater than or equal to 1"):
         poison_images(images, labels, ids, PoisonConfig(name="urp", eps_255=0.5), 0, CLASSES)
 
 
@@ -178,7 +178,7 @@ def test_storage_rounds_and_never_truncates():
     images = torch.full((1, 64, 64, 3), 128, dtype=torch.uint8)
     config = PoisonConfig(name="ar", eps_255=1000)
     change = (torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0)) * 6 - 3) / 255
-    difference = (store(images, change, config).double() - 128) / 255 - change
+    difference = (store(images, change, settings_of(config)).double() - 128) / 255 - change
     assert abs(float(difference.mean())) * 255 < 0.02
     assert float(difference.abs().max()) * 255 <= 0.5 + 1e-4
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from eclipse_ray.attacks import crop_flip, keyed_crops
 from eclipse_ray.poisons.rem import adversary, min_max_noise
-from eclipse_ray.poisons.surrogate import crop_flip, keyed_crops, load_surrogate
+from eclipse_ray.poisons.surrogate import load_surrogate
 from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
 from tests.poisons.helpers import CLASSES, CPU, tiny_config, tiny_images
 

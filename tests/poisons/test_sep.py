@@ -7,11 +7,11 @@ from eclipse_ray.poisons.sep import ensemble_noise, mean_gradient, targets, vari
 from eclipse_ray.poisons.surrogate import features, load_surrogate
 from eclipse_ray.victims.training import classify
 from tests.poisons.fitting import as_floats, check_resume, check_storage
-from tests.poisons.helpers import CLASSES, CPU, part, tiny_config, tiny_images
+from tests.poisons.helpers import CLASSES, CPU, part, tiny_config, tiny_images, tiny_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"surrogate_batch_size": 8, "surrogate_epochs": 9, "checkpoints": 3, "steps": 10}
-STEPS = tiny_config("sep", steps=8, step_size_255=1.0)
+STEPS = tiny_settings("sep", steps=8, step_size_255=1.0)
 
 
 @pytest.fixture(scope="module", params=["plain", "fa_vr"])
@@ -85,15 +85,15 @@ def test_variance_reduction_follows_the_mean_when_all_checkpoints_are_visited_fr
 
 def test_targets_are_half_the_classes_further_on_unless_set():
     labels = torch.tensor([0, 4, 5, 9])
-    assert targets(labels, tiny_config("sep"), 10).tolist() == [5, 9, 0, 4]
-    assert targets(torch.tensor([0, 1, 2]), tiny_config("sep"), 3).tolist() == [1, 2, 0]
-    assert targets(labels, tiny_config("sep", target_shift=3), 10).tolist() == [3, 7, 8, 2]
+    assert targets(labels, tiny_settings("sep"), 10).tolist() == [5, 9, 0, 4]
+    assert targets(torch.tensor([0, 1, 2]), tiny_settings("sep"), 3).tolist() == [1, 2, 0]
+    assert targets(labels, tiny_settings("sep", target_shift=3), 10).tolist() == [3, 7, 8, 2]
     with pytest.raises(ConfigError, match="own class"):
-        targets(labels, tiny_config("sep", target_shift=10), 10)
+        targets(labels, tiny_settings("sep", target_shift=10), 10)
 
 
 def test_inner_draws_visit_all_checkpoints_in_an_order_of_the_seed():
-    config = tiny_config("sep", variant="fa_vr", steps=10, inner_draws=5, checkpoints=3)
+    config = tiny_settings("sep", variant="fa_vr", steps=10, inner_draws=5, checkpoints=3)
     rows = visits(config, 0)
     assert [len(row) for row in rows] == [5] * 10
     assert {index for row in rows for index in row} == {0, 1, 2}

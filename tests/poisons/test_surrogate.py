@@ -4,26 +4,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from eclipse_ray.attacks import crop_flip, draw_crops, keyed_crops, pgd
 from eclipse_ray.config import VictimConfig
-from eclipse_ray.poisons.optimised import quiet_session, to_float
+from eclipse_ray.poisons.interface import quiet_session, to_float
 from eclipse_ray.poisons.surrogate import (
     attack,
     checkpoint_epochs,
     classify,
-    crop_flip,
-    draw_crops,
     epoch_batches,
     features,
-    keyed_crops,
     keyed_generator,
     load_surrogate,
     new_surrogate,
-    pgd,
     rate_at,
     train_surrogate,
 )
 from eclipse_ray.victims.training import draw_batch
-from tests.poisons.helpers import CLASSES, CPU, Killed, Memory, tiny_config, tiny_images
+from tests.poisons.helpers import CLASSES, CPU, Killed, Memory, tiny_images, tiny_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +70,7 @@ def test_pgd_walks_to_the_corner_of_its_bound(maximise):
 def test_an_attack_raises_the_loss_within_its_radius():
     data, config = (
         tiny_images(),
-        tiny_config("efp", adversary_steps=5, surrogate_epochs=10, surrogate_batch_size=16),
+        tiny_settings("efp", adversary_steps=5, surrogate_epochs=10, surrogate_batch_size=16),
     )
     model = load_surrogate(train_surrogate(data, config, 0, quiet_session()), 0, config, CLASSES, CPU)
     images = to_float(data.images, CPU)
@@ -84,7 +81,7 @@ def test_an_attack_raises_the_loss_within_its_radius():
 
 
 def test_the_model_is_left_as_it_was_by_an_attack():
-    data, config = tiny_images(8), tiny_config("efp")
+    data, config = tiny_images(8), tiny_settings("efp")
     model = new_surrogate(config, CLASSES, 0, CPU).train()
     attack(model, to_float(data.images, CPU), data.labels, config, keyed_generator("test"))
     assert model.training
@@ -92,11 +89,11 @@ def test_the_model_is_left_as_it_was_by_an_attack():
 
 
 def test_learning_rates():
-    linear = tiny_config("tap", surrogate_learning_rate=0.1)
+    linear = tiny_settings("tap", surrogate_learning_rate=0.1)
     assert [rate_at(linear, done, 40) for done in (0, 20, 39)] == pytest.approx([0.1, 0.05, 0.0025])
-    steps = tiny_config("sep", surrogate_learning_rate=0.1, surrogate_milestones=(75, 90))
+    steps = tiny_settings("sep", surrogate_learning_rate=0.1, surrogate_milestones=(75, 90))
     assert [rate_at(steps, done, 120) for done in (74.9, 75, 90)] == pytest.approx([0.1, 0.01, 0.001])
-    assert rate_at(tiny_config("em", surrogate_learning_rate=0.1), 3, 4) == 0.1
+    assert rate_at(tiny_settings("em", surrogate_learning_rate=0.1), 3, 4) == 0.1
 
 
 def test_an_epoch_visits_every_image_once_in_its_own_order():
@@ -115,15 +112,13 @@ def test_checkpoints_are_spread_and_end_with_the_last_epoch():
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_killed_training_resumes_to_the_same_networks(adversarial):
     data = tiny_images()
-    # fa_vr has checkpoints, the adversary's numbers come on top.
-    config = tiny_config("sep", checkpoints=3).model_copy(
-        update={"adversary_eps_255": 4.0, "adversary_steps": 2, "adversary_step_size_255": 2.0}
-    )
-    whole = train_surrogate(data, config, 0, quiet_session(), adversarial=adversarial)
+    config = tiny_settings("efp", adversary_steps=2)
+    how = {"checkpoints": 3, "adversary": config if adversarial else None}
+    whole = train_surrogate(data, config, 0, quiet_session(), **how)
     memory = Memory(kill_at=2)
     with pytest.raises(Killed):
-        train_surrogate(data, config, 0, memory.session(), adversarial=adversarial)
-    resumed = train_surrogate(data, config, 0, memory.session(), adversarial=adversarial)
+        train_surrogate(data, config, 0, memory.session(), **how)
+    resumed = train_surrogate(data, config, 0, memory.session(), **how)
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
     first, last = (load_surrogate(whole, index, config, CLASSES, CPU) for index in (0, 2))

@@ -289,7 +289,7 @@ class PoisonConfig(Section):
     model_config = ConfigDict(extra="allow")
     OF_A_RUN: ClassVar = ("denoiser", "store_perturbation", "save_seconds", "chunk_images")
 
-    name: str = Field("ar", description="urp, lsp, ar, cuda, em, tap, rem, sep, efp or adp (docs/poisons.md).")
+    name: str = Field("ar", description="urp, lsp, ar, cuda, shift, mixture, ops, em, tap, rem, sep, efp or adp.")
     cost: Literal["full", "reduced"] = Field(
         "full", description="Numbers of optimised poisons: as published, or for two CPU cores."
     )

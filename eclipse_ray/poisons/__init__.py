@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,20 +34,28 @@ from eclipse_ray.poisons.interface import (
     store,
 )
 from eclipse_ray.poisons.lsp import Lsp, lsp_perturbation
+from eclipse_ray.poisons.mixture import Mixture, mixed_perturbation
+from eclipse_ray.poisons.ops import Ops, fit_ops, perturb_ops
 from eclipse_ray.poisons.rem import Rem, fit_rem, perturb_rem
 from eclipse_ray.poisons.sep import Sep, fit_sep, perturb_sep
+from eclipse_ray.poisons.shift import Shift, shift_perturbation
 from eclipse_ray.poisons.tap import Tap, fit_tap, perturb_tap
 from eclipse_ray.poisons.urp import Urp, urp_perturbation
 
-POISONS: dict[str, ClosedForm] = {
+SINGLE: dict[str, ClosedForm] = {
     "urp": ClosedForm(Urp, urp_perturbation),
     "lsp": ClosedForm(Lsp, lsp_perturbation),
     "ar": ClosedForm(Ar, ar_perturbation),
     "cuda": ClosedForm(Cuda, cuda_perturbation),
+    "shift": ClosedForm(Shift, shift_perturbation),
 }
+"""Closed-form poisons that a mixture may consist of."""
+
+POISONS: dict[str, ClosedForm] = SINGLE | {"mixture": ClosedForm(Mixture, partial(mixed_perturbation, SINGLE))}
 """Closed-form poisons by the name of `poison.name`."""
 
 OPTIMISED: dict[str, Optimised] = {
+    "ops": Optimised(Ops, fit_ops, perturb_ops),
     "em": Optimised(Em, fit_em, perturb_em),
     "tap": Optimised(Tap, fit_tap, perturb_tap),
     "rem": Optimised(Rem, fit_rem, perturb_rem),

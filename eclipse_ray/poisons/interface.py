@@ -31,6 +31,8 @@ REM_T = 2**30 + 6 * 2**16
 SEP_T = 2**30 + 7 * 2**16
 EFP_T = 2**30 + 8 * 2**16
 ADP_T = 2**30 + 9 * 2**16
+SHIFT_T = 2**30 + 10 * 2**16
+MIXTURE_T = 2**30 + 11 * 2**16
 
 Scope = Literal["sample", "class"]
 

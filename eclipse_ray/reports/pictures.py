@@ -12,7 +12,7 @@ from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Gallery, Note, Pixels, Section, Specimen, Strip, Text
 from eclipse_ray.reports.charts import DASHES, Theme, draw, plain_numbers
-from eclipse_ray.reports.folder import Noise, Purification
+from eclipse_ray.reports.folder import Noise, Purification, Sample, spread
 from eclipse_ray.reports.measures import (
     AMPLIFY,
     Floats,
@@ -27,7 +27,6 @@ from eclipse_ray.reports.measures import (
     radial_mean,
     share_below,
 )
-from eclipse_ray.reports.samples import Sample, spread
 
 COLUMNS = 8
 LARGEST = 128

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from eclipse_ray.reports.experiments import write_sweep
 from eclipse_ray.reports.page import write_report
-from eclipse_ray.reports.sweep import write_sweep
 from tests.reports.material import audited, purify_here, write_demo, write_evaluation, write_matrix
 from tests.reports.test_sweep import ROWS, view
 

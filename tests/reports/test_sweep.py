@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from eclipse_ray.reports.sweep import heat_map, pareto_chart, write_sweep
+from eclipse_ray.reports.experiments import heat_map, pareto_chart, write_sweep
 from eclipse_ray.results import SweepView
 
 

@@ -127,7 +127,7 @@ def read_card(store: Store) -> Card:
 
 
 def read_schedule(store: Store) -> Floats | None:
-    """Return alphas_cumprod of the denoiser in `store`, float64 (T,), or None if there is none to be read."""
+    """Return alphas_cumprod of the denoiser in `store`, float64 (T,), or None if it has none."""
     data = layout.read_optional(store, SCHEDULER_FILE)
     if data is None:
         return None
@@ -194,7 +194,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a shard: where its first one stands in the whole source, and the spans of the first few."""
+    """The first rows of a shard: their spans, and the place of the first one in the whole source."""
 
     offset: int
     spans: list[Span]
@@ -275,7 +275,7 @@ def _of_shard(
 
 
 def _clean_images(clean: Source | None, data: DataConfig, rows: _Rows, before: pa.Table) -> list[Pixels] | None:
-    """Return the clean images that stand in the places of `before`, None unless their ids are the same."""
+    """Return the clean images at the places of `before`, None if their ids differ."""
     if clean is None:
         return None
     wanted = before["id"].to_pylist()
@@ -338,7 +338,7 @@ def _class_name(label: int | None, classes: Sequence[str] | None) -> str:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Return at most `wanted` places in 0 .. count - 1, the first one among them, evenly spread."""
+    """Return at most `wanted` evenly spread places in 0 .. count - 1, beginning with 0."""
     return sorted({index * count // wanted for index in range(wanted)}) if count else []
 
 
@@ -348,7 +348,7 @@ FAILURES_SHOWN = 200
 
 @dataclass(frozen=True)
 class Noise:
-    """How the run noised: alphas_cumprod (T,), depth, steps, sampler; `note` says what had to be assumed."""
+    """How the run added noise: alphas_cumprod (T,), depth, steps, sampler; `note` says what is assumed."""
 
     alphas_cumprod: Floats
     t_star: int

@@ -56,7 +56,7 @@ TIDY = pa.schema(
 
 Row = dict[str, Any]
 AXES = b"eclipse_ray.axes"
-"""Key in the metadata of results.parquet: what the view says besides its rows, as JSON."""
+"""Key in the metadata of results.parquet; its value is the view without its rows, as JSON."""
 
 
 def write_tables(output: str, view: MatrixView) -> str:
@@ -169,7 +169,7 @@ class Cells:
         return len(self.rows.get((defense, column), [])) == len(self.view.seeds)
 
     def by_seed(self, defense: str, columns: Sequence[str], name: str) -> list[float] | None:
-        """Return the mean over columns for each seed; None where one is missing."""
+        """Return the mean over columns for each seed; None if a seed of a column is missing."""
         if not columns or not all(self.complete(defense, column) for column in columns):
             return None
         return [
@@ -347,7 +347,7 @@ POISONS = ("em", "tap", "rem", "sep", "efp", "urp", "lsp", "ar", "adp")
 AVERAGE = "avg"
 CLEAN = "clean"
 CLOSED_FORM = ("urp", "lsp", "ar", "cuda")
-"""Poisons that nothing is fitted for, so that they have no reduced numbers."""
+"""Poisons without a fit, which have no reduced numbers."""
 
 Published = dict[str, float]
 
@@ -468,7 +468,7 @@ TABLES: dict[str, dict[str, dict[str, Published]]] = {
     "cifar10": {"resnet18": {**_TABLE_1_RESNET18, **_SWEEPS}, "vgg19": _TABLE_1_VGG19},
     "imagenet": _TABLE_2,
 }
-"""Dataset, victim, row, column: test accuracy. `avg` is over that table's own columns, as printed there."""
+"""Dataset, victim, row, column: test accuracy. `avg` is over the columns of its own table, as printed."""
 
 CLEAN_ACCURACY: dict[str, Published] = _TABLE_3
 """Row, victim: accuracy on CIFAR-10 when the training set is clean (table 3)."""
@@ -483,7 +483,7 @@ SAME_ROW = {"eclipse-published": "eclipse", "eclipse-augment": "eclipse", "eclip
 def published(dataset: str | None, victim: str, row: str, column: str) -> float | None:
     """Return the paper's accuracy for a cell, or None where it has none.
 
-    A victim that the paper does not have is compared with its ResNet-18. `column` is a poison or "clean".
+    A victim that the paper does not have is compared with the paper's ResNet-18. `column` is a poison or "clean".
     """
     if dataset is None:
         return None

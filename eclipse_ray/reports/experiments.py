@@ -271,6 +271,7 @@ SWEEP_TIDY = pa.schema(
     ]
 )
 """Columns of results.parquet, one row per trial: accuracies, score and sparse_percent in per cent, psnr in dB."""
+OBJECTIVE, WORDS = "proxy_accuracy", "proxy accuracy, %"
 
 
 def write_sweep(output: str, view: SweepView) -> None:
@@ -281,7 +282,7 @@ def write_sweep(output: str, view: SweepView) -> None:
     store.write("results.parquet", sink.getvalue().to_pybytes())
     if not view.rows:
         return
-    head = f"# eclipse-ray purify SRC DST --config best.yaml\n# The best by {view.objective} of {view.summary}.\n"
+    head = f"# eclipse-ray purify SRC DST --config best.yaml\n# The best of {view.summary}.\n"
     store.write("best.yaml", (head + yaml.safe_dump(view.best, sort_keys=False)).encode())
     store.write("pareto.png", pareto_chart(view).png)
     store.write("heatmap.png", heat_map(view).png)
@@ -290,21 +291,21 @@ def write_sweep(output: str, view: SweepView) -> None:
 def pareto_chart(view: SweepView) -> Chart:
     """Return defense against fidelity, one point per trial, coloured by t_star, the Pareto front as a line."""
     rows = [row for row in view.rows if not row["stopped"]] or view.rows
-    front = sorted((row["psnr"], row[view.objective]) for row in rows if row["pareto"])
+    front = sorted((row["psnr"], row[OBJECTIVE]) for row in rows if row["pareto"])
     best = best_first(rows)[0]
 
     def paint(axes: Axes, theme: Theme) -> None:
         dots = axes.scatter(
             [row["psnr"] for row in rows],
-            [row[view.objective] for row in rows],
+            [row[OBJECTIVE] for row in rows],
             c=[row["t_star"] for row in rows],
             cmap="viridis",
             zorder=2,
         )
         axes.plot(*zip(*front, strict=True), color=theme.muted, linewidth=1, zorder=1, label="Pareto front")
-        place = [best["psnr"]], [best[view.objective]]
+        place = [best["psnr"]], [best[OBJECTIVE]]
         axes.scatter(*place, s=140, facecolors="none", edgecolors=theme.series[1], label="best")
-        axes.set(xlabel="fidelity: PSNR of purified clean images, dB", ylabel=f"defense: {_words(view)}")
+        axes.set(xlabel="fidelity: PSNR of purified clean images, dB", ylabel=f"defense: {WORDS}")
         axes.legend()
         axes.figure.colorbar(dots, ax=axes, label="t_star")
 
@@ -330,19 +331,15 @@ def heat_map(view: SweepView) -> Chart:
         axes.set_xticks(range(len(columns)), [value_words(value) for value in columns])
         axes.set_yticks(range(len(lines)), [value_words(value) for value in lines])
         axes.set(xlabel=names[0], ylabel=names[1] if len(names) > 1 else "")
-        axes.figure.colorbar(shown, ax=axes, label=f"mean {_words(view)}")
+        axes.figure.colorbar(shown, ax=axes, label=f"mean {WORDS}")
 
-    caption = f"Mean {_words(view)}, by {' and '.join(names)}; other settings are averaged over."
+    caption = f"Mean {WORDS}, by {' and '.join(names)}; other settings are averaged over."
     return draw("heatmap", f"Mean objective by {' and '.join(names)}.", caption, paint)
 
 
 def best_first(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows by falling score, trials that were stopped early after all others."""
     return sorted(rows, key=lambda row: sweep_order(row["stopped"], row["score"]))
-
-
-def _words(view: SweepView) -> str:
-    return f"{view.objective.replace('_', ' ')}, %"
 
 
 def _two_axes(view: SweepView) -> list[str]:
@@ -356,7 +353,7 @@ def _sorted_values(rows: list[dict[str, Any]], name: str) -> list[Any]:
 
 
 def _mean(view: SweepView, place: dict[str, Any]) -> float:
-    found = [row[view.objective] for row in view.rows if all(row[name] == value for name, value in place.items())]
+    found = [row[OBJECTIVE] for row in view.rows if all(row[name] == value for name, value in place.items())]
     return statistics.fmean(found) if found else float("nan")
 
 
@@ -376,8 +373,8 @@ def sweep(store: Store) -> Section:
         lead = "No trial of this sweep is measured."
         return Section("sweep", "Sweep", [Note(lead), settings], [lead])
     missing = SWEEP_TIDY.names - rows[0].keys()
-    if missing or any(row["proxy_accuracy"] is None for row in rows):
-        name = min(missing, default="proxy_accuracy")
+    if missing or any(row[OBJECTIVE] is None for row in rows):
+        name = min(missing, default=OBJECTIVE)
         raise InputError(f"{store.path(RESULTS)}: has no whole column {name}; run the same sweep command again")
     view = _view(rows, best)
     lead = _found(view)
@@ -387,7 +384,7 @@ def sweep(store: Store) -> Section:
 
 def _view(rows: list[dict[str, Any]], best: dict[str, Any]) -> SweepView:
     axes = [name for name in SETTINGS if len({str(row[name]) for row in rows}) > 1]
-    return SweepView("proxy_accuracy", axes, rows, best, f"{len(rows):,} trials")
+    return SweepView(axes, rows, best, f"{len(rows):,} trials")
 
 
 def _found(view: SweepView) -> str:
@@ -404,7 +401,7 @@ def _found(view: SweepView) -> str:
 
 def _trials(view: SweepView) -> Table:
     """Return the trials, best first, with the columns that differ; results.parquet holds all of them."""
-    head = [*view.axes, view.objective, "psnr", "score", "pareto", "stopped", "seconds"]
+    head = [*view.axes, OBJECTIVE, "psnr", "score", "pareto", "stopped", "seconds"]
     ranked = best_first(view.rows)
     shown = [[value_words(row[name]) for name in head] for row in ranked[:TRIALS_SHOWN]]
     first = f"the best {TRIALS_SHOWN} of " if len(ranked) > TRIALS_SHOWN else ""

@@ -68,7 +68,7 @@ def write_tables(output: str, view: MatrixView) -> str:
     pq.write_table(table, sink)
     store.write(RESULTS, sink.getvalue().to_pybytes())
     text = io.StringIO()
-    writer = csv.DictWriter(text, TIDY.names, lineterminator="\n")
+    writer = csv.DictWriter(text, TIDY.names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(view.rows)
     store.write(RESULTS_CSV, text.getvalue().encode())

@@ -44,7 +44,7 @@ Labels = NDArray[np.int64]
 
 
 class Case(NamedTuple):
-    """One sample to audit: what it is made of, what was done to it, how many images, which draw."""
+    """One sample to audit: its source, the change to it, its number of images, its draw."""
 
     source: str
     change: str
@@ -60,7 +60,7 @@ class Sets(NamedTuple):
 
 
 def cases(sizes: list[int], most: int, draws: int, poisoned: list[str]) -> Iterator[Case]:
-    """Yield every sample: clean ones as many as fit (at most `most`), `draws` of each change."""
+    """Yield every sample: as many clean samples as fit (at most `most`), and `draws` of each change."""
     for images in sizes:
         for seed in range(min(most, 46_000 // images)):
             yield Case("cifar10", "", images, seed)
@@ -101,7 +101,7 @@ def draw(case: Case, sets: Sets) -> Images:
 
 
 def recompressed(image: Pixels) -> Pixels:
-    """Return an image stored as JPEG once more, at quality 50: no poison, but not of the clean set's kind."""
+    """Return an image stored as JPEG again, at quality 50: not poisoned, but unlike the clean set."""
     return decode_stored(encode_image(image, "jpeg:50"), load_config().data)
 
 
@@ -149,7 +149,7 @@ def read_sets(options: argparse.Namespace) -> Sets:
 
 
 def table(rows: list[dict[str, Any]], kind: str) -> str:
-    """Return samples called poisoned of all, by what they are and their size, with one kind of clean set."""
+    """Return the counts of samples called poisoned, by source, change and size, with one kind of clean set."""
     found: dict[tuple[str, str], dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if kind in row["verdicts"]:

@@ -136,7 +136,7 @@ def table(work: Path, cells: list[dict[str, object]]) -> str:
 
 
 def main() -> None:
-    """Run the chosen steps and print the table when all cells are there."""
+    """Run the chosen steps and print the table when all cells are measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default=os.environ.get("ECLIPSE_RAY_DATA", "../shared/data") + "/cifar10")
     parser.add_argument("--work", default="runs/cifar10", type=Path)

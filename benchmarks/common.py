@@ -82,13 +82,13 @@ def purified(
 
 
 def one_process_a_core() -> ProcessPoolExecutor:
-    """Return a pool of processes of one thread each; one process where they would share a GPU."""
+    """Return a pool of processes with one thread each; a single process if there is a GPU."""
     workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     return ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def victims(jobs: dict[str, VictimJob], test: ImageSet, seeds: int) -> dict[str, tuple[float, float]]:
-    """Return the mean and standard deviation of last-epoch test accuracy over seeds, one process a core."""
+    """Return the mean and standard deviation of last-epoch test accuracy over seeds, one process per core."""
     assert test.labels is not None
     with one_process_a_core() as pool:
         runs = {

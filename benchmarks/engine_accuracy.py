@@ -1,4 +1,4 @@
-"""What decides: victims trained on what each setting of the engine leaves."""
+"""Accuracy of victims that are trained on the output of each setting of the engine."""
 
 from __future__ import annotations
 

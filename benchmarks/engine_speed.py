@@ -83,7 +83,7 @@ def speed_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def device_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
-    """What memory layout, precision and compilation gain on this device: medians of rounds taken in turn."""
+    """Gain of memory layout, precision and compilation on this device: medians of alternating rounds."""
     device, folder = default_device(), work / "denoiser-2000"
     images = load(work, "sets/rest", SPEED_IMAGES).images
     cases = {
@@ -108,7 +108,7 @@ def device_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def rate_of(images: Pixels, denoiser: Denoiser, steps: int, repeats: int) -> float:
-    """Return images a second, after one step to warm up."""
+    """Return images per second, after one step to warm up."""
     ids = [str(index) for index in range(len(images))]
     purify_images(images, denoiser, t_star=T_STAR, num_inference_steps=1, ids=ids)
     started = time.perf_counter()

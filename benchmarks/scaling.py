@@ -1,12 +1,12 @@
-"""How purify scales with workers, when the denoiser takes a fixed time: what is left is the pipeline's own cost.
+"""How purify scales with workers when the denoiser takes a fixed time: the cost of the pipeline itself.
 
-    python benchmarks/scaling.py --out runs/scaling                       1, 2, 4 and 8 workers, 10 s a shard
+    python benchmarks/scaling.py --out runs/scaling                       1, 2, 4 and 8 workers, 10 s per shard
     python benchmarks/scaling.py --out runs/scaling --workers 1 --seconds 2
 
 The denoiser is a stub that sleeps, so that two cores can hold eight workers; reading, decoding, encoding, the
 ledger and Ray are the real ones. Rates are of the steady state, from the commit at which every worker can have
-finished a shard to the last one; the time before it is reported as the start. `efficiency` compares with as many
-times the rate of the bare loop, which calls the same stub and does nothing else.
+finished a shard to the last one; the time before it is reported as the start. `efficiency` is the rate divided by
+the number of workers and by the rate of a bare loop that only calls the same stub.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Sleeper(Purifier):
 
 
 def bare(shards: int) -> float:
-    """Return shards a second of a loop around the stub."""
+    """Return shards per second of a loop around the stub."""
     image = np.zeros((SIDE, SIDE, 3), np.uint8)
     started = time.monotonic()
     for _ in range(shards):
@@ -63,7 +63,7 @@ def measure(folder: Path, workers: int, shards: int) -> dict[str, Any]:
     """Purify `shards` shards with `workers` workers on a cluster of this machine; return rates and the start."""
     output = folder / f"out-{workers}"
     write_source(folder / f"source-{workers}", shards)
-    # A CPU each for the actors, and four for reading and encoding: logical ones, as everything here mostly sleeps.
+    # One CPU per actor, and four for reading and encoding. They are logical CPUs, because the actors mostly sleep.
     ray.init(
         address="local", num_cpus=workers + 4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
     )
@@ -91,7 +91,7 @@ def measure(folder: Path, workers: int, shards: int) -> dict[str, Any]:
 
 
 def write_source(folder: Path, shards: int) -> None:
-    """Write one Parquet file a shard, with images that do not compress."""
+    """Write one Parquet file per shard, with images that do not compress."""
     store, generator = Store(str(folder)), np.random.default_rng(0)
     for index in range(shards):
         images = generator.integers(0, 256, (ROWS, SIDE, SIDE, 3), dtype=np.uint8)
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
     parser.add_argument("--workers", default="1,2,4,8")
     parser.add_argument("--seconds", type=float, default=10.0, help="service time of the stub for a shard")
-    parser.add_argument("--rounds", type=int, default=8, help="shards a worker in the steady state")
+    parser.add_argument("--rounds", type=int, default=8, help="shards per worker in the steady state")
     options = parser.parse_args()
     os.environ[SERVICE] = str(options.seconds)
     room.Purifier = Sleeper  # type: ignore[attr-defined]

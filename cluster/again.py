@@ -1,12 +1,12 @@
-"""Run a command again while its exit code says that the next start goes on from where it stopped.
+"""Run a command again as long as its exit code says that the next start resumes it.
 
     python again.py [--tries 10] [--wait 30] [--progress 600] -- COMMAND ...
 
-Exits 1 (something went wrong, the network perhaps) and 75 (stopped; run me again) are repeated, and so is
-death by a signal that nobody sent to this script. 0, 2 (bad input or settings) and 3 (too many images failed)
-are final: another start, or another cluster, would end the same way. Waits double from --wait seconds to ten
-minutes. A start that lasted --progress seconds or longer is taken for progress: the tries are counted anew
-after it, so that a run of days outlives any number of lost nodes. Needs nothing but Python.
+After exit code 1 (something went wrong, such as the network), 75 (stopped) or death by a signal that was not sent
+to this script, the command is started again. 0, 2 (bad input or settings) and 3 (too many images failed) are
+final, because another start would end the same way. Waits double from --wait seconds to ten minutes. A start that
+lasted at least --progress seconds counts as progress: the tries are counted again from zero, so that a run of days
+survives any number of lost nodes. It needs only Python.
 """
 
 from __future__ import annotations

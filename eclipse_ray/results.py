@@ -211,9 +211,8 @@ class SweepPlan(Shown):
 
 @dataclass(frozen=True)
 class SweepView:
-    """What files of a sweep are made of: a tidy row a trial, the columns that vary, best.yaml as a tree."""
+    """What the files of a sweep are made of: a tidy row per trial, the columns that vary, best.yaml as a tree."""
 
-    objective: str
     axes: list[str]
     rows: list[dict[str, Any]]
     best: dict[str, dict[str, Any]]

@@ -1,10 +1,12 @@
-"""What a reader meets first: no dead link in any page, versions that agree, targets that exist."""
+"""What a reader meets first: no dead link in any page, versions that agree, targets that exist, the size."""
 
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from eclipse_ray import __version__
 
@@ -49,3 +51,20 @@ def test_the_readmes_make_targets_exist_and_are_listed():
 
 def test_pictures_are_small():
     assert all(picture.stat().st_size < 300 * 1024 for picture in (ROOT / "docs" / "images").iterdir())
+
+
+def test_the_size_counts_the_fields_of_sections_and_not_the_sections():
+    specification = importlib.util.spec_from_file_location("size", ROOT / "tools" / "size.py")
+    size = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(size)
+
+    class Inner(BaseModel):
+        depth: int = 1
+        steps: int = 1
+
+    class Whole(BaseModel):
+        inner: Inner = Inner()
+        name: str = ""
+
+    assert size.of_sections(Whole) == 3
+    assert size.python_files("tools")[0] == len(list((ROOT / "tools").rglob("*.py")))

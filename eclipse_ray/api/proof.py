@@ -170,7 +170,7 @@ def sweep(
     from eclipse_ray.experiments import sweep_view
 
     try:
-        from eclipse_ray.reports.sweep import write_sweep
+        from eclipse_ray.reports.experiments import write_sweep
     except ImportError:
         raise ConfigError("a sweep draws pictures: pip install 'eclipse-ray[report]'") from None
     opened = room.open_sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out)))

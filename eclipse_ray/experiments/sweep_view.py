@@ -45,7 +45,6 @@ def view(sweep: Sweep) -> SweepView:
     axes = [name for name in names if len({str(row.get(name)) for row in rows}) > 1]
     sets = sweep.sets
     return SweepView(
-        objective=objective,
         axes=[name for name in axes if all(name in row for row in rows)],
         rows=rows,
         best=_best_tree(sweep, best_of(sweep)[0]) if done else {},

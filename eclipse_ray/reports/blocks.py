@@ -1,4 +1,4 @@
-"""What a report is made of: plain values that the template shows. All text in them is untrusted until escaped."""
+"""The parts of a report: plain values, which the template shows and whose text it escapes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first cell of a row names it. `numeric` sets all other cells flush right."""
+    """A table; the first cell of a row names it. With `numeric` all other cells are aligned right."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -65,7 +65,7 @@ class Chart:
     dark: bytes
     png: bytes
     wide: bool = False
-    """Wider than a phone: there it is scrolled rather than made illegible."""
+    """Whether the chart is wider than a phone, where it is then scrolled."""
 
     @property
     def light_uri(self) -> str:
@@ -80,7 +80,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Charts:
-    """Charts that belong side by side where there is room."""
+    """Charts that stand side by side where there is room."""
 
     kind: ClassVar[str] = "charts"
     charts: Sequence[Chart]
@@ -88,7 +88,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG that somebody else drew, too wide for a phone."""
+    """A PNG that was drawn elsewhere, wider than a phone."""
 
     kind: ClassVar[str] = "picture"
     alt: str
@@ -173,7 +173,7 @@ def data_uri(data: bytes, media_type: str) -> str:
 
 
 def value_words(value: object) -> str:
-    """Return a setting or figure as words: four digits of a float, yes or no, and a dash for nothing."""
+    """Return a value as text: four digits of a float, yes or no for a boolean, a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""One way to draw a chart: for a light page, for a dark one, and as a PNG."""
+"""How a chart is drawn: for a light page, for a dark page, and as a PNG."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from eclipse_ray.reports.blocks import Chart
 
 WIDE, NARROW = (7.2, 3.1), (4.4, 3.1)
-"""Sizes in inches. A narrow chart is as wide as a phone, so that its letters stay as large as the text's."""
+"""Sizes in inches. A narrow chart is as wide as a phone, so that its letters are as large as the text."""
 PNG_DPI = 160
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page: ink, what recedes, and series in order, each legible on the page's background."""
+    """Colours of a page: ink, muted ink, grid, background, and the series in order; all are legible on it."""
 
     ink: str
     muted: str
@@ -34,7 +34,7 @@ class Theme:
 
     @property
     def colours(self) -> tuple[str, ...]:
-        """All of them, in one order."""
+        """All colours, in a fixed order."""
         return self.ink, self.muted, self.grid, self.page, *self.series
 
 
@@ -53,8 +53,8 @@ Paint = Callable[[Axes, Theme], None]
 def draw(name: str, alt: str, caption: str, paint: Paint, size: tuple[float, float] = NARROW) -> Chart:
     """Return the chart that `paint` draws on the axes it is given.
 
-    `alt` says what a reader should see in it; `name` names its files. The dark drawing is the light one in other
-    colours: laying one out is what takes time.
+    `alt` says what a reader should see in it; `name` names its files. The dark drawing is the light one with other
+    colours, because the layout takes most of the time.
     """
     figure = _figure(paint, size)
     light = _save(figure, "svg")
@@ -74,7 +74,7 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def legible(label: str) -> str:
-    """Return `label` such that a legend shows it: matplotlib leaves out those that start with an underscore."""
+    """Return `label` in a form that a legend shows: matplotlib leaves out labels that start with an underscore."""
     return f"\u200b{label}" if label.startswith("_") else label
 
 
@@ -82,7 +82,7 @@ def _figure(paint: Paint, size: tuple[float, float]) -> Figure:
     theme = LIGHT
     settings = {
         "font.size": 10,
-        # Labels are other people's words: a dollar sign begins no formula.
+        # Labels may contain any text: a dollar sign does not begin a formula.
         "text.parse_math": False,
         "axes.edgecolor": theme.muted,
         "axes.labelcolor": theme.ink,
@@ -103,19 +103,19 @@ def _figure(paint: Paint, size: tuple[float, float]) -> Figure:
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
         paint(figure.add_subplot(), theme)
-        # Laid out while the settings hold: labels are made when they are drawn.
+        # The layout is computed while the settings hold, because labels are made when they are drawn.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
     return figure
 
 
 def _save(figure: Figure, kind: str) -> bytes:
-    # Letters as letters: smaller, sharp at any size, and in the reader's own sans-serif.
+    # Letters stay text: smaller files, sharp at any size, in the reader's own sans-serif font.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "eclipse_ray", "font.family": ["sans-serif"]}
     stream = io.BytesIO()
     with matplotlib.rc_context(settings):
         if kind == "svg":
-            # Without a date, so that the same data give the same bytes.
+            # No date, so that the same data give the same bytes.
             figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
             return stream.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'DejaVu Sans'")
         figure.savefig(stream, format="png", dpi=PNG_DPI, facecolor="white")
@@ -126,7 +126,7 @@ Pixels = NDArray[np.uint8]
 
 
 def image_grid(rows: Mapping[str, Pixels], columns: list[str], title: str) -> bytes:
-    """Return a PNG with one labelled row for each entry (uint8 (N, H, W, 3)) and one column an image."""
+    """Return a PNG with one labelled row per entry (uint8 (N, H, W, 3)) and one column per image."""
     count = len(columns)
     figure = Figure(figsize=(1.1 * count + 1.5, 1.1 * len(rows) + 0.7), layout="constrained")
     axes = figure.subplots(len(rows), count, squeeze=False)
@@ -146,7 +146,7 @@ def image_grid(rows: Mapping[str, Pixels], columns: list[str], title: str) -> by
 
 
 def png(figure: Figure, dpi: int = 130) -> bytes:
-    """Return a figure as PNG, `dpi` pixels an inch."""
+    """Return a figure as PNG with `dpi` pixels per inch."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=dpi)
     return stream.getvalue()

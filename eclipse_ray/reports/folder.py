@@ -1,4 +1,4 @@
-"""What kind of output folder this is, and what it says of itself: settings, fingerprint, command, versions."""
+"""What kind of output folder this is, and what a report reads of it: settings, versions, ledger, sample images."""
 
 from __future__ import annotations
 
@@ -7,30 +7,38 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import yaml
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from eclipse_ray import ledger
-from eclipse_ray.config import Config, Settings, with_overrides
+from eclipse_ray.config import Config, DataConfig, Settings, with_overrides
+from eclipse_ray.datasets.formats import FORMATS, Source, open_source, read_parts
+from eclipse_ray.datasets.images import decode_required
+from eclipse_ray.datasets.memory import decode_resized
+from eclipse_ray.datasets.table import read_note
+from eclipse_ray.datasets.table import Span, image_bytes
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, SCHEDULER_FILE, Card, parse_schedule
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.errors import EclipseError, InputError
 from eclipse_ray.ledger import layout
 from eclipse_ray.reports.measures import Floats
-from eclipse_ray.reports.samples import Samples, draw_samples
+from eclipse_ray.reports.tables import RESULTS, TABLE
 from eclipse_ray.results import EVALUATION_FILE
 from eclipse_ray.storage.store import Store
 
 COMMAND = f"{layout.PRIVATE}/command.json"
 AUDIT = "audit.json"
-RESULTS, TABLE, BEST = "results.parquet", "table.md", "best.yaml"
+BEST = "best.yaml"
 
-# The first that fits wins: the demo holds other folders, and a sweep may keep purified ones.
+# The first kind whose objects are all there is taken, since a demo holds folders of other kinds.
 MARKS = {
     "demo": ("demo.png",),
     "sweep": (BEST,),
@@ -87,7 +95,7 @@ def kind_of(store: Store) -> str | None:
 
 
 def read_config(store: Store) -> Config | None:
-    """Return the settings of the run in `store`, None if none are recorded. Raises InputError for others' keys."""
+    """Return the settings of the run in `store`, None if none are recorded. Raises InputError for unknown keys."""
     text = layout.read_optional(store, layout.CONFIG)
     if text is None:
         return None
@@ -119,7 +127,7 @@ def read_card(store: Store) -> Card:
 
 
 def read_schedule(store: Store) -> Floats | None:
-    """Return alphas_cumprod of the denoiser in `store`, float64 (T,), or None if there is none to be read."""
+    """Return alphas_cumprod of the denoiser in `store`, float64 (T,), or None if it has none."""
     data = layout.read_optional(store, SCHEDULER_FILE)
     if data is None:
         return None
@@ -128,13 +136,13 @@ def read_schedule(store: Store) -> Floats | None:
 
 
 def record_command(url: str, command: str) -> None:
-    """Leave word in a finished output folder: the command, versions, and when it ended (UTC)."""
+    """Write down in a finished output folder its command, the versions, and when it ended (UTC)."""
     note = {"command": without_credentials(command), "finished": now(), **software()}
     Store(url).write(COMMAND, json.dumps(note, indent=2).encode())
 
 
 def software() -> dict[str, Any]:
-    """Return the versions of what computes here, and the platform."""
+    """Return the versions of Python and of the packages that compute, and the platform."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -154,12 +162,193 @@ def without_credentials(text: str) -> str:
     return _CREDENTIALS.sub("", text)
 
 
+Pixels = NDArray[np.uint8]
+
+SHARDS, IMAGES_OF_A_SHARD = 4, 16
+"""At most this many shards, spread over the run, are opened, and at most this many images of each are compared."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image (H, W, 3) before purification, after it, and clean if a clean copy is known; `label` in words."""
+
+    id: str
+    label: str
+    before: Pixels
+    after: Pixels
+    clean: Pixels | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled images of a run, and sentences on what could not be read."""
+
+    images: Sequence[Sample]
+    notes: Sequence[str]
+
+    @property
+    def paired(self) -> list[Sample]:
+        """The images that have a clean copy."""
+        return [sample for sample in self.images if sample.clean is not None]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The first rows of a shard: their spans, and the place of the first one in the whole source."""
+
+    offset: int
+    spans: list[Span]
+
+
+def draw_samples(
+    store: Store,
+    config: Config,
+    plan: ledger.Plan,
+    statuses: Mapping[str, ledger.Status],
+    origin: str | None,
+) -> Samples:
+    """Return images of at most SHARDS committed shards of the purification in `store`, with their sources.
+
+    Clean copies are taken from `origin`, or from the dataset that `eclipse-ray poison` made the source from, if it
+    is still there. What cannot be read any more is left out and noted.
+    """
+    if not config.data.source:
+        return Samples([], ["The settings of the run name no source, so no image can be shown as it was."])
+    clean, notes = None, []
+    try:
+        clean = _clean_source(origin or _origin(config.data.source), config.data, plan)
+    except (EclipseError, OSError) as error:
+        notes.append(f"What the source was made from cannot be read any more: {error}.")
+    found: list[Sample] = []
+    for index in spread(len(plan.base), SHARDS):
+        shard = plan.base[index]
+        status = statuses.get(shard.name)
+        if status is None or status.object is None:
+            continue
+        offset = sum(before.rows for before in plan.base[:index])
+        try:
+            found += _of_shard(store, config, plan.classes, status, _first_rows(shard, offset), clean)
+        except (EclipseError, OSError) as error:
+            notes.append(f"Images of shard {shard.name} cannot be shown: {error}.")
+    if all(sample.clean is None or np.array_equal(sample.clean, sample.before) for sample in found):
+        found = [replace(sample, clean=None) for sample in found]
+        notes.append(
+            "No clean copies of these images are known, as is usual for data from elsewhere: rows, curves and "
+            "numbers that would need them are left out."
+        )
+    return Samples(found, notes)
+
+
+def _of_shard(
+    store: Store,
+    config: Config,
+    classes: Sequence[str] | None,
+    status: ledger.Status,
+    rows: _Rows,
+    clean: Source | None,
+) -> list[Sample]:
+    base, name = _location(str(config.data.source), rows.spans[0][0])
+    before = read_parts(base, name, classes, rows.spans, config.data)
+    after = ledger.read_object(store, status)
+    assert after is not None, "the caller looked"
+    place = {id: row for row, id in enumerate(after["id"].to_pylist())}
+    kept = [(row, place[id]) for row, id in enumerate(before["id"].to_pylist()) if id in place]
+    purified = after.take([row for _, row in kept])
+    originals = before.take([row for row, _ in kept])
+    cleans = _clean_images(clean, config.data, rows, before)
+    labels = originals["label"].to_pylist() if "label" in originals.column_names else [None] * len(kept)
+    found = []
+    for (row, _), id, label, old, new in zip(
+        kept, originals["id"].to_pylist(), labels, image_bytes(originals), image_bytes(purified), strict=True
+    ):
+        sample = Sample(
+            id=id,
+            label=_class_name(label, classes),
+            before=decode_resized(base, id, old, config.data),
+            after=decode_required(f"{store.url}: image {id}", new, DataConfig()),
+            clean=cleans[row] if cleans else None,
+        )
+        if sample.before.shape == sample.after.shape:
+            fits = sample.clean is not None and sample.clean.shape == sample.before.shape
+            found.append(sample if fits else replace(sample, clean=None))
+    return found
+
+
+def _clean_images(clean: Source | None, data: DataConfig, rows: _Rows, before: pa.Table) -> list[Pixels] | None:
+    """Return the clean images at the places of `before`, None if their ids differ."""
+    if clean is None:
+        return None
+    wanted = before["id"].to_pylist()
+    table = read_parts(clean.url, clean.format, clean.classes, _rows_at(clean, rows.offset, len(wanted)), data)
+    if table["id"].to_pylist() != wanted:
+        return None
+    return [decode_resized(clean.url, i, b, data) for i, b in zip(wanted, image_bytes(table), strict=True)]
+
+
+def _origin(source: str) -> str | None:
+    """Return the location that `source` says it was made from, image by image; None if it says nothing."""
+    store = Store(source)
+    origin = None if store.is_file() else read_note(store).get("source")
+    return origin if isinstance(origin, str) else None
+
+
+def _clean_source(origin: str | None, data: DataConfig, plan: ledger.Plan) -> Source | None:
+    opened = open_source(origin, data) if origin else None
+    return opened if opened and opened.images == sum(shard.rows for shard in plan.base) else None
+
+
+def _location(source: str, key: str) -> tuple[str, str]:
+    """Return (folder, format) of the object `key` of a source, without listing it again."""
+    name = next((name for name, each in FORMATS.items() if each.claims(key)), None)
+    store = Store(source)
+    if name is None:
+        raise InputError(f"{store.path(key)}: of no format that can be read")
+    if store.exists() and not store.is_file():
+        return store.url, name
+    # One file, or a pattern of file names: keys are relative to their folder.
+    return store.url.rpartition("/")[0] or "/", name
+
+
+def _first_rows(shard: ledger.Shard, offset: int) -> _Rows:
+    spans: list[Span] = []
+    left = IMAGES_OF_A_SHARD
+    for span in shard.spans:
+        if not left:
+            break
+        stop = min(span.stop, span.start + left)
+        spans.append((span.key, span.start, stop))
+        left -= stop - span.start
+    return _Rows(offset, spans)
+
+
+def _rows_at(source: Source, offset: int, count: int) -> list[Span]:
+    spans: list[Span] = []
+    for part in source.parts:
+        start, stop = max(offset, 0), min(offset + count, part.rows)
+        if start < stop:
+            spans.append((part.key, start, stop))
+        offset -= part.rows
+    return spans
+
+
+def _class_name(label: int | None, classes: Sequence[str] | None) -> str:
+    if label is None or label < 0:
+        return ""
+    return classes[label] if classes is not None and label < len(classes) else f"class {label}"
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Return at most `wanted` evenly spread places in 0 .. count - 1, beginning with 0."""
+    return sorted({index * count // wanted for index in range(wanted)}) if count else []
+
+
 FAILURES_SHOWN = 200
+"""At most this many failed images are listed."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How the run noised: alphas_cumprod (T,), depth, steps, sampler; `note` says what had to be assumed."""
+    """How the run added noise: alphas_cumprod (T,), depth, steps, sampler; `note` says what is assumed."""
 
     alphas_cumprod: Floats
     t_star: int
@@ -204,8 +393,8 @@ class Purification:
 def read_purification(store: Store, moved: Settings | None = None, origin: str | None = None) -> Purification:
     """Return what is known of the run in `store`. Raises InputError or StorageError if the ledger is damaged.
 
-    `moved` are settings that say where its source and its denoiser lie by now, `origin` is where the images lie
-    from which the source was made; it says so itself if it was poisoned by this package.
+    `moved` are settings with the present places of its source and its denoiser. `origin` is the dataset that the
+    source was made from; None means the one that the source names, if this package poisoned it.
     """
     plan, statuses = ledger.read_plan(store), ledger.read_statuses(store)
     config = with_overrides(read_config(store) or Config(), moved or {})

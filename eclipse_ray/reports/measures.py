@@ -44,16 +44,16 @@ def paper_squared_norm() -> float:
 
 
 def part_left(after: Sequence[Floats], before: Sequence[Floats]) -> float:
-    """Return how much of the perturbations `before` is left in the residuals `after`: 1 all of it, 0 nothing.
+    """Return the part of the perturbations `before` that is left in the residuals `after`, 1 for all of it.
 
-    The coefficient of a least-squares fit of the residuals by the perturbations, over all images.
+    It is the coefficient of a least-squares fit of the residuals by the perturbations, over all images.
     """
     energy = sum(float(np.vdot(one, one)) for one in before)
     return sum(float(np.vdot(a, b)) for a, b in zip(after, before, strict=True)) / energy if energy else math.nan
 
 
 def bands_left(after: Sequence[Floats], before: Sequence[Floats], frequency: float) -> tuple[float, float]:
-    """Return `part_left` of the perturbations' frequencies below and above `frequency` cycles a pixel."""
+    """Return `part_left` of the perturbations' frequencies below and above `frequency` cycles per pixel."""
     products, energies = np.zeros(2), np.zeros(2)
     for residual, change in zip(after, before, strict=True):
         high = (_radius(change.shape[:2]) >= frequency).astype(int)
@@ -70,9 +70,9 @@ def _radius(shape: Sequence[int]) -> Floats:
 
 
 def power_spectrum(changes: Sequence[Floats]) -> Floats:
-    """Return the mean power (S, S) of (H, W, 3) changes, frequency 0 in the middle; S is the least side.
+    """Return the mean power (S, S) of (H, W, 3) changes, frequency 0 in the middle; S is the shortest side.
 
-    Larger images count with their central square. Divided by the number of pixels, so that the mean over all
+    Of larger images the central square is used. Divided by the number of pixels, so that the mean over all
     frequencies is the mean square of a pixel.
     """
     side = min(min(change.shape[:2]) for change in changes)
@@ -84,7 +84,7 @@ def power_spectrum(changes: Sequence[Floats]) -> Floats:
 
 
 def radial_mean(power: Floats) -> tuple[Floats, Floats]:
-    """Return frequencies in cycles a pixel, up to 1/2, and the mean power of each ring of `power` (S, S)."""
+    """Return frequencies in cycles per pixel, up to 1/2, and the mean power of each ring of `power` (S, S)."""
     side = len(power)
     rings = np.rint(np.fft.fftshift(_radius(power.shape)) * side).astype(int)
     count = side // 2 + 1
@@ -95,7 +95,7 @@ def radial_mean(power: Floats) -> tuple[Floats, Floats]:
 
 
 def share_below(power: Floats, frequency: float) -> float:
-    """Return the part of the power (S, S) that lies below `frequency` cycles a pixel."""
+    """Return the part of the power (S, S) that lies below `frequency` cycles per pixel."""
     low = np.fft.fftshift(_radius(power.shape)) < frequency
     total = float(power.sum())
     return float(power[low].sum()) / total if total else math.nan

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: styles, script and pictures are in it."""
+"""A report as one HTML file that contains its styles, script and pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATES = "templates"
 
 
 def to_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """Return the page. All text in it is escaped; what may run or style it is named by its hash."""
+    """Return the page. All text is escaped; its policy allows only the style and the script of these hashes."""
     style, script = _asset("report.css"), _asset("report.js")
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     environment = Environment(
@@ -34,7 +34,7 @@ def to_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
         subtitle=subtitle,
         sections=sections,
         policy=policy,
-        # The only text that is not escaped: files of this package.
+        # Files of this package are the only text that is not escaped.
         style=Markup(style),
         script=Markup(script),
     )

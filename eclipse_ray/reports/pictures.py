@@ -1,4 +1,4 @@
-"""What purification does to single images: side by side, and under growing noise."""
+"""What purification does to single images: side by side, under growing noise, and by frequency."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Gallery, Note, Pixels, Section, Specimen, Strip, Text
 from eclipse_ray.reports.charts import DASHES, Theme, draw, plain_numbers
-from eclipse_ray.reports.folder import Noise, Purification
+from eclipse_ray.reports.folder import Noise, Purification, Sample, spread
 from eclipse_ray.reports.measures import (
     AMPLIFY,
     Floats,
@@ -27,17 +27,16 @@ from eclipse_ray.reports.measures import (
     radial_mean,
     share_below,
 )
-from eclipse_ray.reports.samples import Sample, spread
 
 COLUMNS = 8
 LARGEST = 128
-"""Larger images are shown by their central square of this side: a perturbation is a matter of single pixels."""
+"""Of larger images the central square of this side is shown, because a perturbation changes single pixels."""
 CURVE_POINTS = 200
 DEPTHS = (25, 50, 100, 200, 400)
 
 
 def pictures(run: Purification) -> Section:
-    """Return the section that shows a few images in every version there is of them."""
+    """Return the section that shows a few images in all their versions."""
     notes: list[Block] = [Note(note) for note in run.samples.notes]
     chosen = _of_many_classes(run.samples.paired or run.samples.images, COLUMNS)
     if not chosen:
@@ -55,7 +54,7 @@ def pictures(run: Purification) -> Section:
 
 
 def assimilation(run: Purification) -> Section:
-    """Return the section that shows what the noise does before the denoiser is asked, and what it cannot do."""
+    """Return the section that shows what the noise alone does to an image, and its limit."""
     chosen = _of_many_classes(run.samples.paired or run.samples.images, 1)
     blocks: list[Block] = [Note(run.noise.note)] if run.noise.note else []
     if chosen:
@@ -226,7 +225,7 @@ def _pixels(image: np.ndarray, words: str, sample: Sample) -> Pixels:
 
 
 def _of_many_classes(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Return `count` samples, of as many labels as there are, in the order they have."""
+    """Return `count` samples of as many different labels as possible, in their order."""
     first: dict[str, int] = {}
     for index, sample in enumerate(samples):
         first.setdefault(sample.label, index)
@@ -237,9 +236,9 @@ def _of_many_classes(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 LOW = 0.125
-"""Cycles a pixel below which a frequency counts as low: waves longer than 8 pixels."""
+"""A frequency below this many cycles per pixel is low: its waves are longer than 8 pixels."""
 SMALLEST_SHOWN = (0.05 * 2 / 255) ** 2
-"""A twentieth of a grey level, as power on [-1, 1]: below, a spectrum says nothing."""
+"""The power on [-1, 1] of a twentieth of a grey level; spectra are not drawn below it."""
 
 
 def spectra(run: Purification) -> Section:
@@ -254,7 +253,7 @@ def spectra(run: Purification) -> Section:
     where = "mostly low frequencies" if low > 0.5 else "mostly high frequencies"
     count = len(next(iter(changes.values())))
     lead = (
-        f"The {first} has {where}: {100 * low:.0f} % of its power lies below {LOW:g} cycles a pixel "
+        f"The {first} has {where}: {100 * low:.0f} % of its power lies below {LOW:g} cycles per pixel "
         f"({count:,} sampled images)."
     )
     if len(changes) > 1:
@@ -293,12 +292,12 @@ def _curves(power: Mapping[str, Floats]) -> Chart:
         for index, (name, (frequencies, mean)) in enumerate(rings.items()):
             shown = np.maximum(mean, SMALLEST_SHOWN)
             axes.plot(frequencies, shown, color=theme.series[index], linestyle=DASHES[index], label=name)
-        axes.set(yscale="log", xlabel="cycles a pixel", ylabel="mean power", xlim=(0, 0.5))
+        axes.set(yscale="log", xlabel="cycles per pixel", ylabel="mean power", xlim=(0, 0.5))
         plain_numbers(axes.yaxis)
         axes.legend(loc="best")
 
     words = "; ".join(
-        f"{name}: strongest at {frequencies[int(np.argmax(mean))]:.2f} cycles a pixel"
+        f"{name}: strongest at {frequencies[int(np.argmax(mean))]:.2f} cycles per pixel"
         for name, (frequencies, mean) in rings.items()
     )
     caption = "Mean power at each frequency, on the [−1, 1] scale, over all directions and channels."
@@ -313,7 +312,7 @@ def _maps(power: Mapping[str, Floats]) -> list[Chart]:
         def paint(axes: Axes, theme: Theme) -> None:
             shown = axes.imshow(logs[name], cmap="cividis", vmin=low, vmax=high, extent=(-0.5, 0.5, -0.5, 0.5))
             axes.grid(visible=False)
-            axes.set(xlabel="cycles a pixel, across", ylabel="down")
+            axes.set(xlabel="cycles per pixel, across", ylabel="down")
             bar = axes.figure.colorbar(shown, ax=axes, label="log₁₀ power")
             bar.outline.set_visible(False)
 

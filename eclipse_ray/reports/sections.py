@@ -1,4 +1,4 @@
-"""Training curves: of the denoiser, from its card, and of victims, epoch by epoch."""
+"""The sections of a report: where an output came from, how its denoiser was trained, how a run went, an audit."""
 
 from __future__ import annotations
 
@@ -11,27 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from eclipse_ray.config import flatten
 from eclipse_ray.detection import views as features
 from eclipse_ray.detection.verdict import class_means
 from eclipse_ray.detection.views import Images
+from eclipse_ray.diffusion.checkpoint import Card
 from eclipse_ray.errors import EclipseError, InputError
 from eclipse_ray.ledger import layout, read_fingerprint
-from eclipse_ray.reports import accuracy
-from eclipse_ray.reports.accuracy import read_rows
-from eclipse_ray.reports.blocks import Block, Charts, Code, Note, Picture, Section, Table, Text, value_words
-from eclipse_ray.reports.charts import Theme, draw, png
+from eclipse_ray.reports import experiments
+from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Picture, Section, Table, Text
+from eclipse_ray.reports.charts import DASHES, MARKERS, Theme, draw, png
 from eclipse_ray.reports.folder import (
     AUDIT,
-    BEST,
     COMMAND,
     FAILURES_SHOWN,
-    RESULTS,
     Folder,
     Purification,
     kind_of,
@@ -43,14 +39,12 @@ from eclipse_ray.reports.folder import (
     software,
     without_credentials,
 )
-from eclipse_ray.reports.learning import denoiser
 from eclipse_ray.reports.pictures import assimilation, pictures, spectra
-from eclipse_ray.reports.sweep import TIDY, best_first, heat_map, pareto_chart
-from eclipse_ray.results import AuditResult, SweepView, to_json
+from eclipse_ray.results import AuditResult, to_json
 from eclipse_ray.storage.store import Store
 
 VERBS = {"purify": "purify", "train": "train", "matrix": "evaluate", "evaluate": "evaluate", "sweep": "sweep"}
-"""Commands that do the same again when they are given the settings in the folder."""
+"""Kind of folder: the command that makes the same folder when it is given the settings in it."""
 
 
 def provenance(folder: Folder, *parts: Folder) -> Section:
@@ -109,12 +103,13 @@ def _settings(folder: Folder) -> list[Block]:
 
 
 SHARDS_SHOWN = 300
-"""More shards than this are counted by pace instead of drawn one by one."""
+"""Up to this many shards, each has a bar; above, a histogram counts shards by pace."""
 REASONS_SHOWN = 20
+"""At most this many reasons of failure are listed, the most frequent first."""
 
 
 def outcome(run: Purification) -> list[str]:
-    """Return the sentences a summary begins with: how many images ended how, and with what settings."""
+    """Return the first sentences of the summary: how many images were purified or failed, and how."""
     noise = run.noise
     steps = f"{noise.num_inference_steps:,} step{'s' if noise.num_inference_steps > 1 else ''}"
     left = run.planned - run.ok - run.failed
@@ -139,14 +134,14 @@ def throughput(run: Purification) -> Section:
         ["shards committed", f"{len(run.done):,} of {len(run.shards):,}"],
         ["images in them", f"{run.ok + run.failed:,}"],
         ["work of all stages", f"{seconds:,.0f} s"],
-        ["images a second of work, median shard", f"{np.median(paces):,.1f}"],
+        ["images per second of work, median shard", f"{np.median(paces):,.1f}"],
         ["slowest and fastest shard", f"{paces.min():,.1f} and {paces.max():,.1f} images/s"],
         ["shards that were retried", f"{sum(status.generation > 0 for status in run.done):,}"],
         ["written", f"{stored / 2**20:,.1f} MiB"],
     ]
     lead = (
-        f"A shard took {seconds / len(paces):,.1f} s of work on average, {np.median(paces):,.0f} images a second "
-        "in the median."
+        f"A shard took {seconds / len(paces):,.1f} s of work on average, {np.median(paces):,.0f} images per "
+        "second in the median."
     )
     blocks: list[Block] = [
         Text(
@@ -192,21 +187,21 @@ def _caption(paces: np.ndarray) -> str:
 def _paint(axes: Axes, theme: Theme, paces: np.ndarray) -> None:
     if len(paces) > SHARDS_SHOWN:
         axes.hist(paces, bins=40, color=theme.series[0])
-        axes.set(xlabel="images a second of work", ylabel="shards")
+        axes.set(xlabel="images per second of work", ylabel="shards")
         return
     axes.bar(np.arange(len(paces)), paces, color=theme.series[0], width=0.7)
     axes.axhline(float(np.median(paces)), color=theme.series[1], linestyle="--", linewidth=1.2)
     axes.grid(visible=False, axis="x")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="shard", ylabel="images a second of work", ylim=(0, None))
+    axes.set(xlabel="shard", ylabel="images per second of work", ylim=(0, None))
 
 
 SHOWN = 10
-"""Most classes whose mean is shown."""
+"""The means of at most this many classes are shown."""
 
 
 def write_audit(output: str, settings: str, result: AuditResult, sample: Images, clean: Images | None) -> None:
-    """Leave config.yaml, audit.png and, last, audit.json in the folder `output`, in place of earlier ones."""
+    """Write config.yaml, audit.png and, last, audit.json into the folder `output`, over earlier ones."""
     store = Store(output)
     store.write("config.yaml", settings.encode())
     store.write("audit.png", audit_picture(result, sample, clean))
@@ -214,7 +209,7 @@ def write_audit(output: str, settings: str, result: AuditResult, sample: Images,
 
 
 def audit_picture(result: AuditResult, sample: Images, clean: Images | None) -> bytes:
-    """Return a PNG: what class means lose in the mirror, p-values, and the residual's energy by frequency."""
+    """Return a PNG: odd part of class means under mirroring, p-values, energy of the residual by frequency."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     title = f"{result.verdict}, p = {result.p_value:.2g}"
     if result.frequency:
@@ -233,7 +228,7 @@ def _draw_means(figure: Any, sample: Images) -> None:
     assert sample.labels is not None
     found, labels = torch.unique(sample.labels, return_inverse=True)
     means = class_means(sample, labels, torch.ones_like(labels, dtype=torch.bool))[:SHOWN]
-    # One gain for all, so that a class that is poisoned more looks it.
+    # The same gain for all classes, so that a more strongly poisoned class looks stronger.
     gain = 100 / max(1.0, float(means.abs().max()))
     figure.suptitle(f"odd part of class means, times {gain:.1f}", fontsize=9)
     axes = figure.subplots(1, len(means), squeeze=False)[0]
@@ -247,9 +242,8 @@ def _draw_means(figure: Any, sample: Images) -> None:
 def _draw_p_values(axis: Axes, evidence: Sequence[dict[str, Any]]) -> None:
     names = [score["name"] for score in evidence]
     heights = [-math.log10(score["p_value"]) for score in evidence]
-    colours = ["tab:red" if score["counted"] else "tab:gray" for score in evidence]
-    axis.barh(names[::-1], heights[::-1], color=colours[::-1])
-    axis.set_xlabel("-log10 p, each score alone (gray: not counted)")
+    axis.barh(names[::-1], heights[::-1], color="tab:red")
+    axis.set_xlabel("-log10 p, each score alone")
 
 
 def _draw_bands(axis: Axes, sample: Images, clean: Images | None) -> None:
@@ -267,62 +261,74 @@ def _draw_bands(axis: Axes, sample: Images, clean: Images | None) -> None:
     axis.legend(fontsize=8)
 
 
-TRIALS_SHOWN = 100
-SETTINGS = tuple(TIDY.names[: TIDY.names.index("point")])
-"""Columns of a sweep's rows that say what was tried."""
+def denoiser(card: Card) -> Section:
+    """Return the section on how the denoiser was trained and how well it denoises held-out images."""
+    lead = _lead(card)
+    ratio = f"{card.sparse_images:,}" if card.sparse_images else "unknown"
+    rows = [
+        ["sparse clean images", ratio],
+        ["iterations", f"{card.iterations:,}" if card.iterations else "unknown"],
+        ["trained on timesteps below", f"{card.t_max:,}"],
+        ["recommended t_star", f"{card.t_star:,}"],
+        ["recommended steps and sampler", f"{card.num_inference_steps:,}, {card.sampler}"],
+        ["held-out PSNR, denoised", _decibels(card.denoise_psnr)],
+        ["held-out PSNR, noised", _decibels(card.noisy_psnr)],
+    ]
+    blocks: list[Block] = [Text(lead)]
+    if len(card.history) > 1:
+        blocks.append(Charts([_loss(card), _psnr(card)]))
+    else:
+        blocks.append(Text("No training curve is recorded: the denoiser was imported, or trained for too short."))
+    blocks.append(Table("The denoiser", ["", "value"], rows))
+    return Section("training", "Training of the denoiser", blocks, [lead])
 
 
-def sweep(store: Store) -> Section:
-    """Return the section on a sweep: its best settings, its pictures, its trials."""
-    best = _mapping(store, BEST)
-    rows = read_rows(store) if store.exists(RESULTS) else []
-    settings = Table("The best settings", ["setting", "value"], _pairs(best), numeric=False)
-    command = Code("Purify with them", f"eclipse-ray purify SRC DST --config {store.path(BEST)}", open=True)
-    if not rows:
-        lead = "No trial of this sweep is measured."
-        return Section("sweep", "Sweep", [Note(lead), settings], [lead])
-    missing = TIDY.names - rows[0].keys()
-    if missing:
-        raise InputError(f"{store.path(RESULTS)}: has no column {min(missing)}; run the same sweep command again")
-    view = _view(rows, best)
-    lead = _found(view)
-    blocks: list[Block] = [Text(lead), Charts([pareto_chart(view), heat_map(view)]), settings, command]
-    return Section("sweep", "Sweep", [*blocks, _trials(view)], [lead])
-
-
-def _view(rows: list[dict[str, Any]], best: dict[str, Any]) -> SweepView:
-    trained = all(row["proxy_accuracy"] is not None for row in rows)
-    axes = [name for name in SETTINGS if len({str(row[name]) for row in rows}) > 1]
-    objective = "proxy_accuracy" if trained else "shortcut_score"
-    return SweepView(objective, axes, rows, best, f"{len(rows):,} trials")
-
-
-def _found(view: SweepView) -> str:
-    best = best_first(view.rows)[0]
-    settings = ", ".join(
-        f"{name} {value_words(best[name])}" for name in view.axes or ["t_star", "num_inference_steps"]
-    )
-    reached = (
-        f"a victim trained on what it purifies is right on {best['proxy_accuracy']:.1f} % of held-out clean images"
-        if view.objective == "proxy_accuracy"
-        else f"its shortcut score is {best['shortcut_score']:.1f} points"
-    )
+def _lead(card: Card) -> str:
+    if card.denoise_psnr is None or card.noisy_psnr is None:
+        return "The denoiser was imported; its quality on held-out images was never measured."
+    gain = card.denoise_psnr - card.noisy_psnr
     return (
-        f"The best of {view.summary} has {settings}: {reached}, and clean images keep {best['psnr']:.1f} dB PSNR."
+        f"The denoiser was trained on {card.sparse_images:,} sparse clean images for {card.iterations:,} "
+        f"iterations and raises held-out images from {card.noisy_psnr:.2f} to {card.denoise_psnr:.2f} dB PSNR at "
+        f"depth {card.t_star:,} (a gain of {gain:.2f} dB)."
     )
 
 
-def _trials(view: SweepView) -> Table:
-    """Return the trials, best first, with the columns that differ; results.parquet holds all of them."""
-    head = [*view.axes, view.objective, "psnr", "score", "pareto", "stopped", "seconds"]
-    ranked = best_first(view.rows)
-    shown = [[value_words(row[name]) for name in head] for row in ranked[:TRIALS_SHOWN]]
-    first = f"the best {TRIALS_SHOWN} of " if len(ranked) > TRIALS_SHOWN else ""
-    return Table(f"Trials ({first}{len(ranked):,}), best first", head, shown)
+def _loss(card: Card) -> Chart:
+    iterations = [entry["iteration"] for entry in card.history]
+    losses = [entry["loss"] for entry in card.history]
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        axes.plot(iterations, losses, color=theme.series[0], marker=MARKERS[0])
+        axes.set(xlabel="iteration", ylabel="training loss", ylim=(0, None), xlim=(0, None))
+
+    alt = f"Training loss by iteration, from {losses[0]:.3f} to {losses[-1]:.3f}."
+    return draw("loss", alt, "Training loss: mean since the last report.", paint)
+
+
+def _psnr(card: Card) -> Chart:
+    iterations = [entry["iteration"] for entry in card.history]
+    denoised = [entry["denoise_psnr"] for entry in card.history]
+    noised = [entry["noisy_psnr"] for entry in card.history]
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        axes.plot(iterations, denoised, color=theme.series[0], marker=MARKERS[0], label="denoised")
+        axes.plot(iterations, noised, color=theme.series[1], linestyle=DASHES[1], label="noised")
+        axes.set(xlabel="iteration", ylabel="PSNR, dB", xlim=(0, None))
+        axes.legend(loc="best")
+
+    alt = (
+        f"Held-out PSNR by iteration, from {denoised[0]:.2f} to {denoised[-1]:.2f} dB; noised {noised[-1]:.2f} dB."
+    )
+    return draw("psnr", alt, "Held-out images at the recommended depth, denoised in one step.", paint)
+
+
+def _decibels(value: float | None) -> str:
+    return "never measured" if value is None else f"{value:.2f} dB"
 
 
 def audit(store: Store) -> Section:
-    """Return the section on an audit: its verdict and what speaks for it. Raises InputError if it is damaged."""
+    """Return the section on an audit: its verdict and the evidence. Raises InputError if it is damaged."""
     found = read_json(store, AUDIT)
     try:
         verdict, _, evidence = str(found["words"]).partition(". ")
@@ -331,10 +337,11 @@ def audit(store: Store) -> Section:
                 score["name"].replace("_", " "),
                 f"{score['effect']:.3f}",
                 f"{score['p_value']:.2g}",
-                "yes" if score["counted"] else "no",
                 score["detail"],
             ]
             for score in found["evidence"]
+            # Older audits also hold scores that the verdict does not use.
+            if score.get("counted", True)
         ]
         against = f" and {found['clean_images']:,} clean ones" if found["clean_images"] else ""
         looked_at = f"{found['images']:,} images of {found['classes']:,} classes{against} were looked at."
@@ -343,29 +350,15 @@ def audit(store: Store) -> Section:
         raise InputError(f"{store.path(AUDIT)}: damaged ({error}); run the same audit command again") from error
     lead = f"{verdict.rstrip('.')}. {looked_at}"
     blocks: list[Block] = [Text(lead)]
-    blocks += [Text(f"What speaks for it: {evidence}")] if evidence else []
+    blocks += [Text(f"Evidence: {evidence}")] if evidence else []
     if advice:
         blocks.append(Text(f"Purify with {', '.join(f'{key} {value:g}' for key, value in advice.items())}."))
     png = layout.read_optional(store, "audit.png")
     if png is not None:
         words = "Class means, p-values of the scores, and energy of the residual by frequency"
         blocks.append(Picture(f"{words}; the table holds every number.", f"{words}.", png))
-    head = ["score", "effect", "p", "counts", "what it found"]
+    head = ["score", "effect", "p", "what it found"]
     return Section("audit", "Audit", [*blocks, Table("Scores", head, scores, numeric=False)], [lead])
-
-
-def _mapping(store: Store, key: str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(store.read(key))
-    except yaml.YAMLError:
-        tree = None
-    if not isinstance(tree, dict):
-        raise InputError(f"{store.path(key)}: damaged; run the command that writes it again")
-    return tree
-
-
-def _pairs(tree: dict[str, Any]) -> list[list[str]]:
-    return [[key, value_words(value)] for key, value in flatten(tree).items()]
 
 
 SUMMARY = "summary"
@@ -379,7 +372,7 @@ def sections_of(folder: Folder) -> list[Section]:
 
 
 def _once(section: Section, leads: list[str]) -> Section:
-    """Return the section without its lead if the summary just above says that and nothing else."""
+    """Return the section without its first sentence if the summary above consists of that sentence."""
     repeated = [Text(lead) for lead in leads] == list(section.blocks[:1])
     return replace(section, blocks=section.blocks[1:]) if repeated else section
 
@@ -399,7 +392,7 @@ def _purify(folder: Folder) -> Found:
 
 def _demo(folder: Folder) -> Found:
     leads: list[str] = []
-    sections: list[Section] = [accuracy.demo(folder.store)]
+    sections: list[Section] = [experiments.demo(folder.store)]
     purified, trained = folder.part("purified"), folder.part("denoiser")
     # The demo's own folders, wherever the whole of it lies by now.
     url = folder.store.url
@@ -419,7 +412,7 @@ def _demo(folder: Folder) -> Found:
 def _matrix(folder: Folder) -> Found:
     config = read_config(folder.store)
     dataset = config.matrix.published if config else None
-    return [], [accuracy.matrix(folder.store, dataset), provenance(folder)]
+    return [], [experiments.matrix(folder.store, dataset), provenance(folder)]
 
 
 def _seen(run: Purification) -> list[Section]:
@@ -427,7 +420,7 @@ def _seen(run: Purification) -> list[Section]:
 
 
 def _denoiser_of(run: Purification) -> list[Section]:
-    """Return the section on the denoiser that a purification used, if it is still where it was."""
+    """Return the section on the denoiser that a purification used, if that can still be read."""
     url = run.config.purify.denoiser
     try:
         store = Store(url) if url else None
@@ -442,8 +435,8 @@ KINDS: dict[str, Callable[[Folder], Found]] = {
     "train": _train,
     "purify": _purify,
     "matrix": _matrix,
-    "evaluate": lambda folder: ([], [accuracy.evaluation(folder.store), provenance(folder)]),
-    "sweep": lambda folder: ([], [sweep(folder.store), provenance(folder)]),
+    "evaluate": lambda folder: ([], [experiments.evaluation(folder.store), provenance(folder)]),
+    "sweep": lambda folder: ([], [experiments.sweep(folder.store), provenance(folder)]),
     "audit": lambda folder: ([], [audit(folder.store), provenance(folder)]),
 }
-"""Kind of folder: what makes its leading sentences and its sections."""
+"""Kind of folder: the function that returns the sentences of its summary and its sections."""

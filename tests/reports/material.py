@@ -65,7 +65,6 @@ def audited(folder: Path) -> None:
         "tolerance": 0.05,
         "p_value": 0.0001,
         "null": "mirror images are equally likely",
-        "counted": True,
         "detail": "tells the class of 76.7 % of images by it, 50.0 % by chance",
     }
     words = f"Likely poisoned: high frequency, class-wise (p = 0.0007). autocorrelation: {score['detail']}."

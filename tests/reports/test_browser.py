@@ -1,7 +1,7 @@
 """Reports in a real browser: no overflow at any width, no barrier that axe-core knows, zoom by mouse and keyboard.
 
-`make browser` installs what is needed: playwright, axe-core from npm, and uses the system's Chromium. Otherwise
-these tests are skipped.
+They need Chromium (a Debian package), playwright and axe-core. `.ci/run` installs the first,
+`make browsertools` the others. Where one is missing, these tests are skipped, and the reason names it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from eclipse_ray.reports.experiments import write_sweep
 from eclipse_ray.reports.page import write_report
-from eclipse_ray.reports.sweep import write_sweep
 from tests.reports.material import audited, purify_here, write_demo, write_evaluation, write_matrix
 from tests.reports.test_sweep import ROWS, view
 

@@ -20,10 +20,9 @@ from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table
 from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.errors import InputError
-from eclipse_ray.reports.accuracy import _drawn
+from eclipse_ray.reports.experiments import _drawn, write_sweep
 from eclipse_ray.reports.folder import record_command
 from eclipse_ray.reports.page import write_report
-from eclipse_ray.reports.sweep import write_sweep
 from tests.reports.material import audited, purify_here, write_demo, write_evaluation, write_matrix
 from tests.reports.test_sweep import ROWS, view
 

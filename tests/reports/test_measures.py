@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
-from eclipse_ray.reports.blocks import Table, Text
 from eclipse_ray.reports.charts import DARK, LIGHT, draw
-from eclipse_ray.reports.markdown import parse_tables
 from eclipse_ray.reports.measures import (
     amplified,
     bands_left,
@@ -85,11 +83,3 @@ def test_a_dark_drawing_is_the_light_one_in_other_colours():
     assert b"$not math$ &lt;b&gt;" in chart.light
     assert chart.png.startswith(b"\x89PNG")
     assert draw("line", "a line", "a line", paint).light == chart.light
-
-
-def test_published_tables_are_read_back():
-    table = "| defense | ar |\n| --- | --- |\n| none | 1 [2] |\n"
-    text = f"A legend.\n\n## small\n\nWords.\n\n### Test accuracy\n\n{table}"
-    blocks = parse_tables(text)
-    assert isinstance(blocks[0], Text)
-    assert blocks[-1] == Table("Test accuracy", ["defense", "ar"], [["none", "1 [2]"]])

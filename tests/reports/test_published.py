@@ -3,7 +3,7 @@
 import pytest
 
 from eclipse_ray.defenses import DEFENSES
-from eclipse_ray.reports.published import AVERAGE, CLEAN, CLEAN_ACCURACY, POISONS, SAME_ROW, TABLES, published
+from eclipse_ray.reports.tables import AVERAGE, CLEAN, CLEAN_ACCURACY, POISONS, SAME_ROW, TABLES, published
 
 
 @pytest.mark.parametrize(

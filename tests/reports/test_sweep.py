@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from eclipse_ray.reports.sweep import heat_map, pareto_chart, write_sweep
+from eclipse_ray.reports.experiments import heat_map, pareto_chart, write_sweep
 from eclipse_ray.results import SweepView
 
 
@@ -29,7 +29,7 @@ BEST = {"purify": {"t_star": 100}, "compensation": {"sigma": 0.1}}
 
 
 def view(rows: list[dict[str, object]], axes: list[str]) -> SweepView:
-    return SweepView("proxy_accuracy", axes, rows, BEST if rows else {}, "6 of 6 trials")
+    return SweepView(axes, rows, BEST if rows else {}, "6 of 6 trials")
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 import csv
 import io
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray.reports.tables import TIDY, spread, to_markdown, write_tables
+from eclipse_ray.reports.tables import TIDY, read_view, spread, tables_of, write_tables
+from eclipse_ray.reports.tables import to_markdown as written
 from eclipse_ray.results import MatrixAxis, MatrixView
+from eclipse_ray.storage.store import Store
 
 COLUMNS = [MatrixAxis("clean", "clean"), MatrixAxis("em", "em", "L-inf 8/255"), MatrixAxis("ar", "ar", "L2 1.000")]
 ROWS = [MatrixAxis("none", "none"), MatrixAxis("eclipse", "eclipse"), MatrixAxis("mine", "")]
@@ -42,6 +45,10 @@ FULL = [
     for poison in ("em", "ar")
     for seed in (0, 1)
 ] + [tidy("none", "clean", seed, 75.0) for seed in (0, 1)]
+
+
+def to_markdown(of: MatrixView) -> str:
+    return written(tables_of(of))
 
 
 def section(markdown: str, title: str) -> dict[str, list[str]]:
@@ -114,6 +121,35 @@ def test_parquet_and_csv_hold_one_row_a_victim(tmp_path):
     rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
     assert [float(row["test_accuracy"]) for row in rows] == table["test_accuracy"].to_pylist()
     assert "### Test accuracy" in (tmp_path / "table.md").read_text()
+
+
+def test_the_page_has_the_tables_of_the_markdown_from_the_same_rows(tmp_path):
+    unfinished = view(FULL[:3])
+    markdown = write_tables(str(tmp_path), unfinished)
+    assert read_view(Store(str(tmp_path)), None) == unfinished
+    (tmp_path / "table.md").write_text("not read")
+    assert written(tables_of(read_view(Store(str(tmp_path)), None))) == markdown
+
+
+def test_rows_of_an_earlier_version_make_their_own_axes(tmp_path):
+    write_tables(str(tmp_path), view(FULL))
+    path = tmp_path / "results.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    found = read_view(Store(str(tmp_path)), "cifar10")
+    assert [axis.label for axis in found.columns] == ["em", "ar", "clean"]
+    assert (found.seeds, found.images, found.sparse, found.dataset) == ([0, 1], 100, 4, "cifar10")
+    assert section(to_markdown(found), "Test accuracy")["none"][0] == "21.0 ± 1.4 [17.58]"
+
+
+def test_a_poison_with_reduced_numbers_is_called_so_in_every_table():
+    rows = [row | {"cost": "" if row["poison"] == "clean" else "reduced"} for row in FULL]
+    markdown = to_markdown(view(rows))
+    assert section(markdown, "Test accuracy")["defense"] == ["em (reduced)", "ar", "AVG"]
+    assert section(markdown, "Gap to undefended clean")["defense"] == ["em (reduced)", "ar", "AVG"]
+    assert section(markdown, "Best epoch")["defense"] == ["clean", "em (reduced)", "ar"]
+    assert "Budgets: em (reduced): L-inf 8/255" in markdown
+    full = [row | {"cost": "full"} for row in FULL]
+    assert "reduced" not in to_markdown(replace(view(rows), rows=full))
 
 
 @pytest.mark.parametrize(("values", "text"), [([], "·"), ([50.0], "50.0"), ([49.0, 51.0], "50.0 ± 1.4")])

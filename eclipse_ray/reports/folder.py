@@ -23,8 +23,7 @@ from eclipse_ray.config import Config, DataConfig, Settings, with_overrides
 from eclipse_ray.datasets.formats import FORMATS, Source, open_source, read_parts
 from eclipse_ray.datasets.images import decode_required
 from eclipse_ray.datasets.memory import decode_resized
-from eclipse_ray.datasets.table import read_note
-from eclipse_ray.datasets.table import Span, image_bytes
+from eclipse_ray.datasets.table import Span, image_bytes, read_note
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, SCHEDULER_FILE, Card, parse_schedule
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.errors import EclipseError, InputError

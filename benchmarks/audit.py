@@ -208,7 +208,7 @@ def main() -> None:
     rows = [json.loads(line) for line in options.out.read_text().splitlines()]
     print(machine())
     for kind, words in CLEAN_KINDS.items():
-        print(f"\nCalled poisoned, of samples of so many images; {words}:\n\n{table(rows, kind)}")
+        print(f"\nSamples called poisoned of all, by number of images; {words}:\n\n{table(rows, kind)}")
     print(f"\n{largest_effects(rows)}")
 
 

@@ -256,7 +256,7 @@ def _draw_bands(axis: Axes, sample: Images, clean: Images | None) -> None:
     if clean is not None:
         theirs = features.rows_of(clean, features.bands).mean(0).numpy()
         axis.plot(middles, theirs, color="black", linewidth=2, label="clean set")
-    axis.set_xlabel("radial frequency, cycles a pixel")
+    axis.set_xlabel("radial frequency, cycles per pixel")
     axis.set_ylabel("log energy of the residual, mean over images")
     axis.legend(fontsize=8)
 

@@ -1,4 +1,4 @@
-"""Is this machine, this cluster and this store fit for a run: one check a line, with what to do about it."""
+"""Is this machine, this cluster and this store fit for a run: each check is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -190,7 +191,8 @@ def _store(url: str, single_writer: bool) -> Iterator[Check]:
         store.probe()
     except EclipseError as error:
         text = str(error)
-        fix = "pip install 'eclipse-ray[s3]'" if "s3fs" in text else "see docs: Your data on S3"
+        lacking = url.startswith("s3://") and find_spec("s3fs") is None
+        fix = "pip install 'eclipse-ray[s3]'" if lacking else "see docs: Your data on S3"
         yield Check("store", "failed", text, fix)
         return
     if missing:

@@ -76,9 +76,6 @@ class DenoiserConfig(Section):
         "fixed_small", description="Variance of a reverse step; learned_range doubles the output channels."
     )
     vlb_weight: float = Field(1e-3, ge=0, description="gamma of loss_vlb, learned_range only.")
-    timestep_sampler: Literal["uniform", "loss_second_moment"] = Field(
-        "uniform", description="How training draws t; the second weighs t by the root mean square of its loss."
-    )
     rescale_timesteps: bool = Field(False, description="Show the network t * 1000 / T, as published.")
     t_star: int = Field(400, ge=1, description="Recommended purification depth, in steps of T.")
     num_inference_steps: int = Field(1, ge=1, description="Recommended number of respaced steps.")
@@ -144,7 +141,6 @@ class PurifyConfig(Section):
     single_writer: bool = Field(
         False, description="Write to a store without put-if-absent too; unsafe with two drivers on one output."
     )
-    watchdog_seconds: float = Field(1800, gt=0, description="No finished shard for so long ends the run.")
 
     @model_validator(mode="after")
     def _consistent(self) -> PurifyConfig:

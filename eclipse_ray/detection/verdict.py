@@ -40,7 +40,7 @@ class Finding:
 
 def judge(sample: Images, scores: Sequence[Score], alpha: float) -> Finding:
     """Return the verdict at the false positive rate `alpha` under the nulls of the scores."""
-    adjusted = holm({score.name: score.p_value for score in scores if score.counted})
+    adjusted = holm({score.name: score.p_value for score in scores})
     p_value = min(adjusted.values())
     found = [score for score in scores if adjusted.get(score.name, 1.0) <= alpha]
     if not found:

@@ -37,7 +37,7 @@ STRIDE = 2
 class Images:
     """A sample: uint8 `images` (N, 3, S, S), int64 `labels` (N) or None, what a denoiser made of them or None.
 
-    S is a multiple of GRID. `denoised` must be mirrored when `images` are; see `distributed.audit`.
+    S is a multiple of GRID. `denoised` must be mirrored when `images` are; see `auditing.Denoised`.
     """
 
     images: Tensor

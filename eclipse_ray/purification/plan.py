@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eclipse_ray import ledger
-from eclipse_ray.cluster.connect import refuse_process_local
-from eclipse_ray.cluster.fetch import local_denoiser
+from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
 from eclipse_ray.config import Config, to_yaml
 from eclipse_ray.datasets.formats import Source, open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import (
@@ -27,8 +26,8 @@ from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, purify_i
 from eclipse_ray.diffusion.tiling import MIN_SIDE
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
-from eclipse_ray.purification.purifier import purify_batch
 from eclipse_ray.purification.shard import Job, Pixels, same_size_batches
+from eclipse_ray.purification.stages import purify_batch
 from eclipse_ray.results import DryRunResult
 from eclipse_ray.storage.store import Store
 

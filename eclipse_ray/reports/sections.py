@@ -247,9 +247,8 @@ def _draw_means(figure: Any, sample: Images) -> None:
 def _draw_p_values(axis: Axes, evidence: Sequence[dict[str, Any]]) -> None:
     names = [score["name"] for score in evidence]
     heights = [-math.log10(score["p_value"]) for score in evidence]
-    colours = ["tab:red" if score["counted"] else "tab:gray" for score in evidence]
-    axis.barh(names[::-1], heights[::-1], color=colours[::-1])
-    axis.set_xlabel("-log10 p, each score alone (gray: not counted)")
+    axis.barh(names[::-1], heights[::-1], color="tab:red")
+    axis.set_xlabel("-log10 p, each score alone")
 
 
 def _draw_bands(axis: Axes, sample: Images, clean: Images | None) -> None:
@@ -331,10 +330,11 @@ def audit(store: Store) -> Section:
                 score["name"].replace("_", " "),
                 f"{score['effect']:.3f}",
                 f"{score['p_value']:.2g}",
-                "yes" if score["counted"] else "no",
                 score["detail"],
             ]
             for score in found["evidence"]
+            # Older audits also hold scores that the verdict does not use.
+            if score.get("counted", True)
         ]
         against = f" and {found['clean_images']:,} clean ones" if found["clean_images"] else ""
         looked_at = f"{found['images']:,} images of {found['classes']:,} classes{against} were looked at."
@@ -350,7 +350,7 @@ def audit(store: Store) -> Section:
     if png is not None:
         words = "Class means, p-values of the scores, and energy of the residual by frequency"
         blocks.append(Picture(f"{words}; the table holds every number.", f"{words}.", png))
-    head = ["score", "effect", "p", "counts", "what it found"]
+    head = ["score", "effect", "p", "what it found"]
     return Section("audit", "Audit", [*blocks, Table("Scores", head, scores, numeric=False)], [lead])
 
 

@@ -12,9 +12,8 @@ from eclipse_ray import ledger
 from eclipse_ray.config import Config, load_config, to_yaml
 from eclipse_ray.detection import Images
 from eclipse_ray.purification.plan import prepare
-from eclipse_ray.purification.purifier import Purifier
 from eclipse_ray.purification.shard import Task, task_rows
-from eclipse_ray.purification.stages import encode_and_commit, read_and_decode
+from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
 from eclipse_ray.reports.sections import write_audit
 from eclipse_ray.reports.tables import write_tables
 from eclipse_ray.results import AuditResult, EvaluateResult, to_json
@@ -65,7 +64,6 @@ def audited(folder: Path) -> None:
         "tolerance": 0.05,
         "p_value": 0.0001,
         "null": "mirror images are equally likely",
-        "counted": True,
         "detail": "tells the class of 76.7 % of images by it, 50.0 % by chance",
     }
     words = f"Likely poisoned: high frequency, class-wise (p = 0.0007). autocorrelation: {score['detail']}."

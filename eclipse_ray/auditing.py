@@ -142,7 +142,7 @@ class Denoised:
         return ((straight.int() + turned.int() + 1) // 2).to(torch.uint8).numpy()
 
 
-# Rows looked at for each one that is kept, so that rare classes are not left with too few.
+# Rows that are read for each one that is kept, so that rare classes keep enough.
 SPARE = 3
 
 

@@ -42,7 +42,7 @@ class StorageError(EclipseError):
 
 
 class InterruptedRunError(EclipseError):
-    """A run stopped on the way with everything finished so far kept; the same command goes on from there."""
+    """A run stopped on the way. What was finished is kept, and the same command continues it."""
 
     exit_code = EXIT_RUN_AGAIN
 

@@ -1,6 +1,7 @@
 """Write a poisoned copy of a dataset: an optimised poison is fitted on one Ray task, chunks go to all workers.
 
-Draws are keyed by image id or class, so chunks are free. A closed form needs no cluster for a small dataset.
+Random draws are keyed by image id or class, so that the division into chunks does not matter. A poison in closed
+form needs no cluster for a small dataset.
 """
 
 from __future__ import annotations

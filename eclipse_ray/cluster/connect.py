@@ -210,7 +210,7 @@ def local_denoiser(url: str) -> str:
     if not (folder / CARD_FILE).exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for file in DENOISER_FILES:
-            # Under its own name at once: several actors of a node may fetch at the same time.
+            # Renamed when it is complete, because several actors on a node may fetch it at the same time.
             partial = folder / f".{file}-{os.getpid()}"
             partial.write_bytes(store.read(file))
             partial.replace(folder / file)

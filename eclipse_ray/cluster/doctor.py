@@ -25,7 +25,7 @@ from eclipse_ray.results import Check, DoctorResult
 from eclipse_ray.storage.store import Store
 
 PACKAGE = "eclipse-ray"
-# Below so much, spilled shards and Ray's own logs soon fill a disk; Ray stops at 95 % anyway.
+# Below this, spilled shards and the logs of Ray soon fill a disk. Ray itself stops at 95 %.
 DISK_BYTES, DISK_FULL = 5 * 2**30, 0.95
 # Docker gives 64 MiB unless asked; then Ray keeps its objects on disk, many times slower.
 SHM_BYTES = 2**30
@@ -53,7 +53,7 @@ def doctor(config: Config, store: str | None = None) -> DoctorResult:
 
 
 def _guarded(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
-    """Return what a look found; one that cannot be taken is a failed check, not the end of the others."""
+    """Return what a look found. An error in it becomes a failed check, so that the others still run."""
     try:
         return list(look())
     except Exception as error:  # noqa: BLE001 - a doctor reports whatever is wrong

@@ -96,7 +96,7 @@ class Curves:
 
 
 def open_curves(names: Sequence[LoggerName], output: str | None, run: str = "") -> Curves:
-    """Return what logs to run.loggers; `run` names the run there, as does `output` without one.
+    """Return the curves for run.loggers. They bear the name `run`, or a hash of `output` if it is empty.
 
     Raises ConfigError if a library is missing here, or TensorBoard would have to write to no folder.
     """

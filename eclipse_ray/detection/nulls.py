@@ -22,8 +22,8 @@ def p_of(observed: float, drawn: Tensor) -> float:
 def sign_flips(values: Tensor, tolerance: float, count: int, generator: torch.Generator) -> tuple[float, float]:
     """Return (effect, p-value) of `values` (N) whose law is symmetric under the null.
 
-    The effect is mean / root mean square. The p-value is of an effect beyond `tolerance`: values are first moved
-    down by so many root mean squares.
+    The effect is mean / root mean square. The p-value is of an effect beyond `tolerance`, which is in root mean
+    squares: the values are first moved down by it.
     """
     size = float(values.square().mean().sqrt())
     if size == 0:

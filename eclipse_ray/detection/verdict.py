@@ -19,7 +19,7 @@ Frequency = Literal["low", "high"]
 Scope = Literal["class", "sample"]
 
 LOW_SHARE = 0.4
-"""Part of the class means' energy below 1/8 cycle a pixel from which a pattern is called low."""
+"""Part of the class means' energy below 1/8 cycle per pixel from which a pattern is called low."""
 COLOUR_SHARE = 0.02
 """Part of the colour residual's energy in class means from which a class shares a pattern: class-wise poisons
 measured have 0.05 or more, sample-wise ones 0.005 or less."""
@@ -68,7 +68,7 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def _frequency(sample: Images, names: set[str]) -> Frequency:
-    """Low where the patterns that classes share lie, for a large part, below 1/8 cycle a pixel; else high."""
+    """Low where the patterns that classes share lie, for a large part, below 1/8 cycle per pixel; else high."""
     if not names & {"predictability", "class_mean", "coarse", "colour"}:
         return "high"
     labels = check_labels(sample)

@@ -65,7 +65,7 @@ WARN_DB = 3.0
 
 @dataclass(frozen=True)
 class Sample:
-    """An image looked at before the run: its size in pixels, and its middle, at most SAMPLE_SIDE a side."""
+    """An image read before the run: its size in pixels, and its middle of at most SAMPLE_SIDE pixels each way."""
 
     height: int
     width: int
@@ -285,7 +285,7 @@ def _sample(prepared: Prepared) -> Sampled:
 
 
 def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
-    """Return the time on this machine's device for each pixel, after one pass to warm up."""
+    """Return the seconds per pixel on the device of this machine, after one pass to warm up."""
     settings = prepared.config.purify
     images = largest_batch(middles, settings.batch_size, settings.batch_pixels)
     if images is None:

@@ -24,7 +24,7 @@ from eclipse_ray.purification.shard import BUSY_COLUMN, Job, Task, task_rows
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
 from eclipse_ray.results import PurifyResult
 
-# Reading and encoding mostly wait; and a share other than the actors' keeps Ray from fusing them into the actors.
+# Reading and encoding mostly wait. A share other than that of the actors keeps Ray from fusing them with these.
 IO_CPUS = 0.5
 
 
@@ -83,7 +83,7 @@ class Committed:
 
 
 class _Usage:
-    """Says which share of the time since the first shard began the pool has been at work."""
+    """Says for which part of the time since the first shard began the pool has been at work."""
 
     def __init__(self, what: str, actors: int) -> None:
         self.what, self.actors = what, actors
@@ -114,7 +114,7 @@ def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]
 
 
 def on_actors(dataset: Dataset, actor: Callable[[Any], Any], job: Any, actors: int, gpus: float) -> Dataset:
-    """Return the dataset with each block handed to one of a pool of `actor(job)`, a CPU or `gpus` GPUs each."""
+    """Return the dataset with each block handled by a pool of `actor(job)`, each with one CPU or `gpus` GPUs."""
     return dataset.map_batches(
         actor,
         fn_constructor_args=(job,),

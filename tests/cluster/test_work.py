@@ -23,6 +23,7 @@ from eclipse_ray.cluster.work import (
     on_a_thread,
     on_threads,
     run_tasks,
+    run_trials,
     start_board,
     watched,
 )
@@ -216,6 +217,31 @@ def test_a_task_that_hangs_is_given_up_and_cancelled(cluster):
     while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, "the task still holds its share"
         time.sleep(0.2)
+
+
+def trial(settings: dict[str, int], board=None) -> None:
+    from ray import tune
+
+    if settings["depth"] == 2:
+        tune.report({"error": "too deep", "score": 0.0})
+    else:
+        board.post.remote({"depth": settings["depth"]})
+        tune.report({"score": float(settings["depth"])})
+
+
+@pytest.mark.chaos
+def test_trials_that_fail_are_told_with_their_point_and_their_message(cluster):
+    from ray import tune
+
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+    board, seen = start_board(), []
+    watch = Watch("the search", "epoch", 120)
+    space = {"depth": tune.grid_search([1, 2, 3])}
+    with BoardWatcher(board, lambda entry: seen.append(entry["depth"]), watch):
+        trainable = tune.with_parameters(trial, board=board)
+        failed = run_trials(trainable, space, {"cpu": 0.5}, tune.TuneConfig(num_samples=1), watch)
+    assert failed == [({"depth": 2}, "too deep")]
+    assert sorted(seen) == [1, 3]
 
 
 def test_entries_of_a_board_are_signs_of_life(cluster):

@@ -5,6 +5,7 @@ Nothing heavy is imported before it is used: `load_denoiser` and `purify_images`
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from eclipse_ray.diffusion.sampling import purify_images
 
 __version__ = "0.1.0"
+
+# Read when Ray is first imported. A thread of a run that was just stopped would otherwise start Ray again, or join
+# a cluster of somebody else on this machine.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 _HOMES = {
     "audit": "eclipse_ray.api",

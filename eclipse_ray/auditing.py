@@ -13,8 +13,8 @@ import ray.data
 import torch
 from ray.data import DataContext
 
-from eclipse_ray.cluster.connect import Resources, connect, refuse_process_local
-from eclipse_ray.cluster.fetch import local_denoiser, open_denoiser
+from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, open_denoiser, refuse_process_local
+from eclipse_ray.cluster.work import Watch, watched
 from eclipse_ray.config import Config, DataConfig, PurifyConfig
 from eclipse_ray.datasets.formats import open_source, read_parts
 from eclipse_ray.datasets.images import ImageError, centre_crop, content_hash, decode_stored, resize_image
@@ -25,12 +25,12 @@ from eclipse_ray.detection.views import GRID
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.diffusion.tiling import MIN_SIDE
-from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.errors import ConfigError, EclipseError, InputError, error_of_note, note_of_error
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
-from eclipse_ray.purification.purifier import purify_batch
 from eclipse_ray.purification.run import IO_CPUS, on_actors, pool
-from eclipse_ray.purification.shard import Pixels, fatal_error, fatal_note, pack, same_size_batches, unpack
+from eclipse_ray.purification.shard import Pixels, pack, same_size_batches, unpack
+from eclipse_ray.purification.stages import purify_batch
 from eclipse_ray.results import AuditResult
 from eclipse_ray.storage.store import Store
 
@@ -58,7 +58,7 @@ def read_crops(batch: pa.Table, job: AuditJob) -> pa.Table:
     try:
         return _read_crops([tuple(span) for span in json.loads(batch["spans"][0].as_py())], job)
     except EclipseError as error:
-        return pack({"read": [0]}, _rows([], [], []), [], [], fatal_note(error))
+        return pack({"read": [0]}, _rows([], [], []), [], [], note_of_error(error))
 
 
 def _read_crops(spans: Sequence[tuple[str, int, int]], job: AuditJob) -> pa.Table:
@@ -130,7 +130,7 @@ class Denoised:
                 for place, image in zip(places, done, strict=True):
                     denoised[place] = image
         except EclipseError as error:
-            return pack({"read": [0]}, _rows([], [], []), [], [], fatal_note(error))
+            return pack({"read": [0]}, _rows([], [], []), [], [], note_of_error(error))
         return pack({"read": batch["read"].to_pylist()}, table, [*crops, *denoised], failures)
 
     def _symmetric(self, images: Pixels, ids: Sequence[str]) -> Pixels:
@@ -142,7 +142,7 @@ class Denoised:
         return ((straight.int() + turned.int() + 1) // 2).to(torch.uint8).numpy()
 
 
-# Rows looked at for each one that is kept, so that rare classes are not left with too few.
+# Rows that are read for each one that is kept, so that rare classes keep enough.
 SPARE = 3
 
 
@@ -183,6 +183,8 @@ def audit(config: Config) -> Audit:
     others = _crops(config, clean_url)[: config.audit.images] if clean_url else []
     if clean_url:
         _refuse_shared(source, clean_url, crops, others)
+        if all(each.label < 0 for each in others):
+            say(f"audit: {clean_url} has no labels, so that the sample cannot be compared with it; add them")
     side = common_side([*crops, *others])
     sample, clean = as_images(crops, side), as_images(others, side) if others else None
     say(f"audit: scoring {len(sample.images):,} images of {side} px")
@@ -247,7 +249,8 @@ def _crops(config: Config, url: str) -> list[Crop]:
     crops: list[Crop] = []
     failed = 0
     with ProgressLine("audit: reading", "images", found, config.run.progress_seconds) as line:
-        for part, failures, read in _stream(job, chosen, config, resources):
+        watch = Watch("audit", "chunk", config.run.watchdog_seconds)
+        for part, failures, read in watched(_stream(job, chosen, config, resources), watch):
             crops += part
             failed += failures
             line.advance(read, failures)
@@ -264,6 +267,8 @@ def _stream(
     """Yield (crops, failures, rows read) of each chunk."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    # Off, because `watched` knows how long a chunk takes here.
+    context.execution_no_progress_timeout_s = -1
     rows = [pa.table({"spans": [json.dumps(spans)]}) for spans in chunks]
     dataset = ray.data.from_arrow(rows).map_batches(
         read_crops, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
@@ -273,7 +278,7 @@ def _stream(
         dataset = on_actors(dataset, Denoised, job, actors, gpus)
     for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
         if batch["fatal"][0].as_py():
-            raise fatal_error(batch["fatal"][0].as_py())
+            raise error_of_note(batch["fatal"][0].as_py())
         table, images, failures = unpack(batch)
         rest = images[table.num_rows :]
         denoised: list[Pixels | None] = [*rest] if rest else [None] * table.num_rows

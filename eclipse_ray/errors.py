@@ -1,5 +1,9 @@
 """The errors a user can cause or mend; each message says what was wrong, where, and what to do."""
 
+from __future__ import annotations
+
+import json
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -38,6 +42,19 @@ class StorageError(EclipseError):
 
 
 class InterruptedRunError(EclipseError):
-    """A run stopped on the way with everything finished so far kept; the same command goes on from there."""
+    """A run stopped on the way. What was finished is kept, and the same command continues it."""
 
     exit_code = EXIT_RUN_AGAIN
+
+
+def note_of_error(error: EclipseError) -> str:
+    """Return an error as text that crosses processes; `error_of_note` makes the same error of it again."""
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == __name__)
+    return json.dumps([kind.__name__, str(error)])
+
+
+def error_of_note(note: str) -> EclipseError:
+    """Return the error that a worker wrote down, of its own class and hence with its exit code."""
+    name, text = json.loads(note)
+    kinds = (ConfigError, InputError, ResumeError, StorageError, InterruptedRunError)
+    return {kind.__name__: kind for kind in kinds}.get(name, EclipseError)(text)

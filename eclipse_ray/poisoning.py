@@ -1,13 +1,13 @@
 """Write a poisoned copy of a dataset: an optimised poison is fitted on one Ray task, chunks go to all workers.
 
-Draws are keyed by image id or class, so chunks are free. A closed form needs no cluster for a small dataset.
+Random draws are keyed by image id or class, so that the division into chunks does not matter. A poison in closed
+form needs no cluster for a small dataset.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,10 @@ import ray
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayError
 
 from eclipse_ray import ledger
-from eclipse_ray.cluster.board import BoardWatcher, start_board
-from eclipse_ray.cluster.connect import Resources, connect, refuse_process_local, require_place
-from eclipse_ray.cluster.fetch import local_denoiser
+from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, refuse_process_local, require_place
+from eclipse_ray.cluster.work import BoardWatcher, Tasks, Watch, run_tasks, start_board
 from eclipse_ray.config import Config, DataConfig, PoisonConfig, digest, to_yaml
 from eclipse_ray.datasets.formats import UNFINISHED, Source, chunk_spans, open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import encode_image
@@ -41,7 +39,7 @@ from eclipse_ray.datasets.table import (
 from eclipse_ray.datasets.write import refuse_existing, write_dataset
 from eclipse_ray.diffusion.checkpoint import load_denoiser, weights_digest
 from eclipse_ray.diffusion.network import default_device
-from eclipse_ray.errors import ConfigError, EclipseError, InputError
+from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
 from eclipse_ray.poisons import (
     OPTIMISED,
@@ -56,7 +54,7 @@ from eclipse_ray.poisons import (
     variant_of,
 )
 from eclipse_ray.progress import ProgressLine
-from eclipse_ray.purification.shard import fatal_error, fatal_note, same_size_batches
+from eclipse_ray.purification.shard import same_size_batches
 from eclipse_ray.results import DatasetResult
 from eclipse_ray.storage.store import Store
 
@@ -267,7 +265,7 @@ def _optimised(config: Config, job: PoisonJob, source: Source) -> DatasetResult:
     spans = _spans(source, config.poison.chunk_images)
     resources = connect(config)
     state = _fit(config, job, resources)
-    result = _write(config, job, spans, _spread(job, resources, state), resume=True)
+    result = _write(config, job, spans, _spread(config, job, resources, state), resume=True)
     store.write(RESULT_KEY, json.dumps(vars(result)).encode())
     for key in (FIT_KEY, *(chunk_key(number) for number in range(len(spans)))):
         store.delete(key)
@@ -315,25 +313,21 @@ def _spread_or_not(config: Config, job: PoisonJob, chunks: int) -> Tables:
     local = Store(job.source).in_this_process_only or Store(job.output).in_this_process_only
     if local or chunks < SPREAD_CHUNKS:
         return lambda spans: (poison_chunk(job, number, chunk, None) for number, chunk in enumerate(spans))
-    return _spread(job, connect(config), None)
+    return _spread(config, job, connect(config), None)
 
 
-def _spread(job: PoisonJob, resources: Resources, state: Any) -> Tables:
-    """Return what poisons chunks on all GPUs, or all cores for poisons that need no network."""
+def _spread(config: Config, job: PoisonJob, resources: Resources, state: Any) -> Tables:
+    """Return what poisons chunks on all GPUs, or on all cores for poisons that need no network."""
     gpus = resources.gpus if job.optimised else 0
     workers = gpus or max(1, resources.cpus // resources.cpus_per_core)
-    task = ray.remote(num_cpus=resources.cpus_per_core, num_gpus=1 if gpus else 0, max_retries=3)(_chunk_task)
+    # Two per worker: one to compute, one to wait; more would only fill memory.
+    tasks = Tasks(_chunk_task, 2 * workers, resources.cpus_per_core, 1 if gpus else 0)
     shared = ray.put(job)
 
     def tables(spans: Sequence[Sequence[Span]]) -> Iterator[pa.Table]:
-        pending: deque[Any] = deque()
-        for number, chunk in enumerate(spans):
-            pending.append(task.options(num_returns=2).remote(shared, number, chunk, state))
-            # Two a worker: one to compute, one to wait; more would only fill memory.
-            if len(pending) >= 2 * workers:
-                yield _outcome(*pending.popleft())
-        while pending:
-            yield _outcome(*pending.popleft())
+        watch = Watch(f"poison {job.poison.name}", "chunk", config.run.watchdog_seconds)
+        arguments = ((shared, number, chunk, state) for number, chunk in enumerate(spans))
+        return (done.value() for done in run_tasks(tasks, arguments, watch, in_order=True))
 
     return tables
 
@@ -343,18 +337,20 @@ def _fit(config: Config, job: PoisonJob, resources: Resources) -> Any:
     threads, cpus = _fit_share(resources)
     require_place(resources, cpus, min(1, resources.gpus), "the fit of a poison")
     board, fitting = start_board(), _Fitting(f"fit {job.poison.name}", config.run.progress_seconds)
-    task = ray.remote(num_cpus=cpus, num_gpus=1 if resources.gpus else 0, max_retries=3)(_fit_task)
+    watch = Watch(fitting.what, "step", config.run.watchdog_seconds)
+    tasks = Tasks(_fit_task, 1, cpus, 1 if resources.gpus else 0)
     try:
-        with BoardWatcher(board, fitting.show):
-            note, state = task.options(num_returns=2).remote(job, threads, board)
-            _refuse(note)
+        with BoardWatcher(board, fitting.show, watch):
+            (done,) = run_tasks(tasks, [(job, threads, board)], watch)
     finally:
         fitting.close()
-    return state
+    if done.error is not None:
+        raise done.error
+    return done.reference
 
 
 def fits_at_once(resources: Resources) -> int:
-    """Return how many poisons can be fitted at the same time: one a GPU, else one a machine."""
+    """Return how many poisons can be fitted at the same time: one per GPU, else one on each machine."""
     return resources.gpus or max(1, resources.cpus // _fit_share(resources)[1])
 
 
@@ -383,42 +379,18 @@ class _Fitting:
             self.line.close()
 
 
-def _fit_task(job: PoisonJob, threads: int, board: Any) -> tuple[str, Any]:
+def _fit_task(job: PoisonJob, threads: int, board: Any) -> Arrays:
     torch.set_num_threads(threads)
 
     def report(done: int, total: int, note: str) -> None:
         board.post.remote({"done": done, "total": total, "note": note})
 
-    return _guarded(lambda: fit_stored(job, report))
+    return fit_stored(job, report)
 
 
-def _chunk_task(job: PoisonJob, number: int, spans: Sequence[Span], state: Any) -> tuple[str, Any]:
+def _chunk_task(job: PoisonJob, number: int, spans: Sequence[Span], state: Arrays | None) -> pa.Table:
     torch.set_num_threads(1)
-    return _guarded(lambda: poison_chunk(job, number, spans, state))
-
-
-def _guarded(work: Callable[[], Any]) -> tuple[str, Any]:
-    # An error for people crosses as text: Ray would wrap it in its own and a stack of calls.
-    try:
-        return "", work()
-    except EclipseError as error:
-        return fatal_note(error), None
-
-
-def _outcome(note: Any, value: Any) -> Any:
-    _refuse(note)
-    return ray.get(value)
-
-
-def _refuse(note: Any) -> None:
-    try:
-        text = ray.get(note)
-    except RayError as error:
-        raise EclipseError(
-            f"a poison's worker failed: {str(error).splitlines()[-1]}; the same command goes on where it was"
-        ) from None
-    if text:
-        raise fatal_error(text)
+    return poison_chunk(job, number, spans, state)
 
 
 def _job(config: Config, source: Source, source_url: str, output: str) -> PoisonJob:

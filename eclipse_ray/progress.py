@@ -1,4 +1,4 @@
-"""Progress of long work for people, on standard error: a bar on a terminal, one line an interval elsewhere."""
+"""Progress of long work for people, on standard error: a bar on a terminal, elsewhere one line per interval."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from eclipse_ray import log
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-# The rate behind "left" is of so many seconds and reports at least, so that it follows a cluster that grows.
+# The time left follows from the rate of at least these last seconds and reports, so that a growing cluster counts.
 WINDOW_SECONDS, WINDOW_REPORTS = 120.0, 30
 SLOW = 0.1
-"""Units a second below which a rate is told by the minute."""
+"""Units per second below which a rate is told per minute."""
 
 
 class ProgressLine:
@@ -49,7 +49,7 @@ class ProgressLine:
 
     @property
     def rate(self) -> float:
-        """Units a second since this process began."""
+        """Units per second since this process began."""
         return (self.done - self.started_at) / max(time.monotonic() - self.start, 1e-9)
 
     def advance(self, count: int, failed: int = 0, note: str = "") -> None:

@@ -228,8 +228,8 @@ def sweep_order(stopped: bool, score: float) -> tuple[bool, float]:
 class AuditResult(Shown):
     """Is a dataset poisoned, and by what; `frequency` and `scope` are None for a clean one.
 
-    `recommended` holds t_star, p and sigma, each None for a clean set; `evidence` one entry a score: name, effect,
-    tolerance, p_value, null, counted, detail; `words` is the verdict for people.
+    `recommended` holds t_star, p and sigma, each None for a clean set. `evidence` has one entry per score: name,
+    effect, tolerance, p_value, null, detail. `words` is the verdict for people.
     """
 
     verdict: str

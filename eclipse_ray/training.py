@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,28 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
 from eclipse_ray import ledger, log
-from eclipse_ray.cluster.board import BoardWatcher, start_board
 from eclipse_ray.cluster.connect import (
     Resources,
     connect,
-    on_a_thread,
+    local_denoiser,
     refuse_process_local,
     require_cpus,
     require_gpus,
     require_place,
 )
-from eclipse_ray.cluster.fetch import local_denoiser
-from eclipse_ray.cluster.gather import gather_slices
-from eclipse_ray.cluster.loggers import TrainLogger, open_curves
-from eclipse_ray.config import Config, digest, to_yaml
+from eclipse_ray.cluster.metrics import Curves, open_curves
+from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thread, start_board
+from eclipse_ray.config import Config, DenoiserConfig, digest, to_yaml
 from eclipse_ray.datasets.memory import MixedSet, load_mixed
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, read_card, save_denoiser
 from eclipse_ray.diffusion.network import timestep_scale
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.diffusion.training import ImageBuffer, centre_crops, image_buffer
-from eclipse_ray.errors import ConfigError, EclipseError, InputError, ResumeError
+from eclipse_ray.errors import ConfigError, InputError, InterruptedRunError, ResumeError
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import TrainResult
@@ -93,10 +90,16 @@ def _sparse_set(config: Config, clean: str) -> MixedSet:
     return images
 
 
+def deciding_settings(denoiser: DenoiserConfig) -> dict[str, Any]:
+    """Return the settings that decide the weights."""
+    settings = denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
+    # Fingerprints of denoisers that were trained when there was another way to draw timesteps name this one.
+    return {**settings, "timestep_sampler": "uniform"}
+
+
 def _fingerprint(config: Config, hashes: list[str]) -> ledger.Fingerprint:
-    settings = config.denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
     tree = {
-        "denoiser": settings,
+        "denoiser": deciding_settings(config.denoiser),
         "data": {"resize": config.data.resize},
         "run": {"seed": config.run.seed},
     }
@@ -138,11 +141,26 @@ def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: s
             callbacks=[TrainLogger(curves)] if config.run.loggers else [],
         ),
     )
-    with line, BoardWatcher(board, lambda entry: _show(line, entry)):
-        result = on_a_thread(trainer.fit, "training")
-    if result.error is not None or result.checkpoint is None:
-        raise EclipseError(f"training stopped: {result.error}; run the same command again to resume")
+    watch = Watch("training", "iteration", config.run.watchdog_seconds)
+    with line, BoardWatcher(board, lambda entry: _show(line, entry), watch):
+        result = on_a_thread(trainer.fit, watch)
+    if result.error is not None:
+        raise brought_home(result.error, watch.what)
+    if result.checkpoint is None:
+        raise InterruptedRunError("training stopped without a checkpoint; run the same command again to resume")
     _publish(result.checkpoint, store)
+
+
+class TrainLogger(UserCallback):
+    """Hands what the first worker reports to the curves, in the process that controls the training."""
+
+    def __init__(self, curves: Curves) -> None:
+        self.curves = curves
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        """Log one report; called by Ray Train when all workers have made it."""
+        values = {key: value for key, value in metrics[0].items() if key != "iteration"}
+        self.curves.log(values, int(metrics[0]["iteration"]))
 
 
 def _workers(config: Config, resources: Resources) -> tuple[int, bool]:
@@ -213,7 +231,6 @@ def _train_worker(settings: dict[str, Any]) -> None:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         wrap=ray.train.torch.prepare_model,
-        gather=partial(gather_slices, batch_size=config.denoiser.batch_size),
         on_step=step,
     )
 

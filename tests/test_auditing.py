@@ -1,15 +1,17 @@
 """`audit` end to end on Ray: the command line, what it leaves behind, a denoiser's residual, refusals."""
 
 import json
+import time
 
 import numpy as np
 import pytest
+from ray.exceptions import NodeDiedError
 
-from eclipse_ray import api
+from eclipse_ray import api, auditing
 from eclipse_ray.auditing import Crop, balanced, common_side
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.synthetic import write_synthetic
-from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.errors import ConfigError, InputError, InterruptedRunError
 from tests.support import run_cli
 
 
@@ -25,7 +27,8 @@ def test_a_poisoned_dataset(world, tmp_path):
     assert found["recommended"] == {"t_star": 400, "p": 0.4, "sigma": 0.05}
     assert (found["images"], found["classes"], found["clean_images"]) == (240, 10, 20)
     names = {score["name"] for score in found["evidence"]}
-    assert names >= {"predictability", "class_mean", "autocorrelation", "colour", "convolution", "band_energy"}
+    views = {"predictability", "coarse", "colour", "autocorrelation", "convolution"}
+    assert names == views | {"class_mean", "transfer"}
     assert json.loads((out / "audit.json").read_text()) == found
     assert (out / "audit.png").read_bytes().startswith(b"\x89PNG")
     assert load_config(str(out / "config.yaml")).data.source == world.poisoned
@@ -38,6 +41,27 @@ def test_the_residual_of_a_denoiser(world):
     assert clean.recommended == {"t_star": None, "p": None, "sigma": None}
     poisoned = api.audit(world.poisoned, denoiser=world.denoiser)
     assert poisoned.verdict == "poisoned"
+
+
+def hang(*_):
+    yield [], 0, 0
+    time.sleep(600)
+
+
+def break_down(*_):
+    yield [], 0, 0
+    raise NodeDiedError("a page\nof words")
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [(hang, r"audit stopped: no chunk was finished for .* s"), (break_down, "a machine of the cluster was lost")],
+)
+def test_an_audit_whose_workers_hang_or_are_lost_ends_with_75_and_a_sentence(world, monkeypatch, stream, words):
+    monkeypatch.setattr(auditing, "_stream", stream)
+    with pytest.raises(InterruptedRunError, match=words + ".*; run the same command again to resume") as caught:
+        api.audit(world.rest, settings={"run.watchdog_seconds": 0.5})
+    assert caught.value.exit_code == 75
 
 
 def test_refusals(world, tmp_path):

@@ -1,5 +1,8 @@
 """Ray Train: the folder it leaves, several workers, resume by fingerprint."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.diffusion.training import run_fit, split_heldout, start_fit
 from eclipse_ray.errors import ConfigError, InputError, ResumeError
+from eclipse_ray.training import deciding_settings
 from tests.support import DEBUG, kill_when
 
 SHORT = {**DEBUG, "denoiser.iterations": 20, "denoiser.checkpoint_every": 10, "denoiser.num_workers": 2}
@@ -45,6 +49,18 @@ def test_running_again_returns_at_once(world, trained):
     before = (output / "eclipse.json").stat().st_mtime_ns
     assert train(world, output) == first
     assert (output / "eclipse.json").stat().st_mtime_ns == before
+
+
+def test_a_denoiser_of_a_timestep_sampler_that_is_gone_still_opens(world, tmp_path):
+    shutil.copytree(world.denoiser, tmp_path / "old")
+    card = json.loads((tmp_path / "old/eclipse.json").read_text())
+    card["settings"]["timestep_sampler"] = "loss_second_moment"
+    (tmp_path / "old/eclipse.json").write_text(json.dumps(card))
+    assert load_denoiser(tmp_path / "old").t_star == load_denoiser(world.denoiser).t_star
+
+
+def test_a_training_begun_when_there_were_two_timestep_samplers_is_the_same_run():
+    assert deciding_settings(load_config(None, DEBUG).denoiser)["timestep_sampler"] == "uniform"
 
 
 def test_other_settings_are_refused_with_the_difference(world, trained):

@@ -49,10 +49,9 @@ def audit(
 def _describe(result: AuditResult) -> str:
     lines = [result.words, ""]
     for score in result.evidence:
-        mark = "" if score["counted"] else " (not counted)"
         lines.append(
             f"  {score['name']:<18} effect {score['effect']:7.3f} (tolerance {score['tolerance']:g})  "
-            f"p {score['p_value']:<8.2g} {score['detail']}{mark}"
+            f"p {score['p_value']:<8.2g} {score['detail']}"
         )
     if result.verdict == "poisoned":
         advice = ", ".join(f"{name} {value}" for name, value in result.recommended.items())

@@ -1,26 +1,34 @@
-"""Connect to Ray, find what it has, and say clearly when that is not enough."""
+"""Connect to Ray, find what it has and whether that is enough, and bring a denoiser to the node that needs it."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from eclipse_ray.config import Config
-from eclipse_ray.errors import ConfigError, EclipseError, StorageError
+from eclipse_ray.config.paths import did_you_mean
+from eclipse_ray.errors import ConfigError, EclipseError, InputError, StorageError
 from eclipse_ray.log import say
+from eclipse_ray.storage.store import Store
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from eclipse_ray.config import Precision
+    from eclipse_ray.diffusion.network import Denoiser
+
 _CONNECTING = threading.Lock()
 
-# Both make Ray unpickle what it reads (Parquet tensor columns, WebDataset members): never, whoever asks.
+# Both make Ray unpickle what it reads (Parquet tensor columns, WebDataset members), which is never allowed.
 UNSAFE_VARIABLES = (
     "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA",
     "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION",
@@ -29,7 +37,7 @@ UNSAFE_VARIABLES = (
 MIN_RAY = (2, 59)
 """Older ones run code from a crafted Parquet file, or leave a fresh cluster open."""
 
-# Ray only counts CPUs; on one machine, more than there are keep decoding and encoding moving beside the actors.
+# Ray only counts CPUs. On one machine it is told of more than there are, so that decoding runs beside the actors.
 LOCAL_CPUS_PER_CORE = 2
 
 
@@ -140,48 +148,6 @@ def _own_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def on_a_thread(fit: Callable[[], T], what: str) -> T:
-    """Return what `fit` returns, run as by `on_threads`."""
-    return on_threads([fit], 1, what)[0]
-
-
-def on_threads(works: Sequence[Callable[[], T]], limit: int, what: str) -> list[T]:
-    """Return what `works` return, run on `limit` threads; raises EclipseError when `what`, works of Ray's, stops.
-
-    On the main thread Ray Train and Ray Tune take over SIGINT, and `ray.get` drops what a signal handler raises;
-    here it stays free to be stopped.
-    """
-    numbers = iter(range(len(works)))
-    done: dict[int, T] = {}
-    failures: list[Exception] = []
-
-    def work() -> None:
-        try:
-            for number in numbers:
-                done[number] = works[number]()
-        except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(limit, len(works)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        while thread.is_alive():
-            thread.join(timeout=0.5)
-    if failures and isinstance(failures[0], EclipseError):
-        raise failures[0]
-    if failures:
-        raise EclipseError(f"{what} stopped: {message_of(failures[0])}; run the same command again to resume")
-    return [done[number] for number in range(len(works))]
-
-
-def message_of(error: BaseException) -> str:
-    """Return what an error says, that of a worker without its trace."""
-    cause = getattr(error, "cause", None) or error
-    lines = str(cause).strip().splitlines()
-    return lines[-1] if lines else type(cause).__name__
-
-
 def require_cpus(resources: Resources, needed: float, purpose: str) -> None:
     """Raise ConfigError when the cluster can never schedule the work, instead of a hang."""
     if resources.cpus < needed:
@@ -195,13 +161,13 @@ def require_cpus(resources: Resources, needed: float, purpose: str) -> None:
 
 
 def require_gpus(resources: Resources, needed: float, setting: str) -> None:
-    """Raise ConfigError when the cluster has not so many GPUs; `setting` says what asks for them."""
+    """Raise ConfigError when the cluster has fewer GPUs than needed; `setting` says what asks for them."""
     if resources.gpus < needed:
         raise ConfigError(f"{setting} needs {needed:g} GPUs, the Ray cluster has {resources.gpus}; add nodes")
 
 
 def require_place(resources: Resources, cpus: float, gpus: float, purpose: str) -> None:
-    """Raise ConfigError when no machine is large enough for one task of so many CPUs and GPUs."""
+    """Raise ConfigError when no machine is large enough for one task with these CPUs and GPUs."""
     nodes = resources.nodes or ((resources.cpus, resources.gpus),)
     if not any(cpus <= has_cpus and gpus <= has_gpus for has_cpus, has_gpus in nodes):
         largest = ", ".join(f"{has_cpus:g} and {has_gpus:g}" for has_cpus, has_gpus in sorted(set(nodes)))
@@ -215,3 +181,47 @@ def refuse_process_local(url: str, in_this_process_only: bool) -> None:
     """Raise StorageError for memory:// locations, which Ray's other processes cannot see."""
     if in_this_process_only:
         raise StorageError(f"{url}: lives in this process alone, Ray workers cannot see it; use a folder or S3")
+
+
+def local_denoiser(url: str) -> str:
+    """Return a local folder with the denoiser of `url`. Raises InputError if there is none.
+
+    A remote one is copied once to each node. The cache is named after the card's content, so another denoiser at
+    the same URL is fetched anew.
+    """
+    # Torch comes with it, which `submit` and workers without a denoiser do not need.
+    from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES
+
+    store = Store(url)
+    if not store.exists():
+        raise InputError(
+            f"{url}: there is no such denoiser folder"
+            f"{did_you_mean(url) or '; check the path, or make one with `eclipse-ray train`'}"
+        )
+    if not store.exists(CARD_FILE):
+        raise InputError(
+            f"{url}: not a denoiser folder ({CARD_FILE} is missing); make one with `eclipse-ray train`"
+        )
+    if store.local:
+        return store.root
+    card = store.read(CARD_FILE)
+    name = hashlib.sha256(url.encode() + card).hexdigest()[:32]
+    folder = Path(tempfile.gettempdir()) / f"eclipse_ray-{os.getuid()}" / name
+    if not (folder / CARD_FILE).exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for file in DENOISER_FILES:
+            # Renamed when it is complete, because several actors on a node may fetch it at the same time.
+            partial = folder / f".{file}-{os.getpid()}"
+            partial.write_bytes(store.read(file))
+            partial.replace(folder / file)
+    return str(folder)
+
+
+def open_denoiser(url: str, precision: Precision) -> Denoiser:
+    """Return the denoiser of `url` on this process's device, computing in `precision`; raises InputError."""
+    from eclipse_ray.diffusion.checkpoint import load_denoiser
+    from eclipse_ray.diffusion.network import default_device
+
+    denoiser = load_denoiser(local_denoiser(url), default_device())
+    denoiser.precision = precision
+    return denoiser

@@ -1,4 +1,4 @@
-"""Is this machine, this cluster and this store fit for a run: one check a line, with what to do about it."""
+"""Is this machine, this cluster and this store fit for a run: each check is one line that says what to do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from eclipse_ray.results import Check, DoctorResult
 from eclipse_ray.storage.store import Store
 
 PACKAGE = "eclipse-ray"
-# Below so much, spilled shards and Ray's own logs soon fill a disk; Ray stops at 95 % anyway.
+# Below this, spilled shards and the logs of Ray soon fill a disk. Ray itself stops at 95 %.
 DISK_BYTES, DISK_FULL = 5 * 2**30, 0.95
 # Docker gives 64 MiB unless asked; then Ray keeps its objects on disk, many times slower.
 SHM_BYTES = 2**30
@@ -52,7 +53,7 @@ def doctor(config: Config, store: str | None = None) -> DoctorResult:
 
 
 def _guarded(name: str, look: Callable[[], Iterator[Check]]) -> list[Check]:
-    """Return what a look found; one that cannot be taken is a failed check, not the end of the others."""
+    """Return what a look found. An error in it becomes a failed check, so that the others still run."""
     try:
         return list(look())
     except Exception as error:  # noqa: BLE001 - a doctor reports whatever is wrong
@@ -190,7 +191,8 @@ def _store(url: str, single_writer: bool) -> Iterator[Check]:
         store.probe()
     except EclipseError as error:
         text = str(error)
-        fix = "pip install 'eclipse-ray[s3]'" if "s3fs" in text else "see docs: Your data on S3"
+        lacking = url.startswith("s3://") and find_spec("s3fs") is None
+        fix = "pip install 'eclipse-ray[s3]'" if lacking else "see docs: Your data on S3"
         yield Check("store", "failed", text, fix)
         return
     if missing:

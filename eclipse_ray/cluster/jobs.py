@@ -275,8 +275,8 @@ def _place(client: JobSubmissionClient, order: Order) -> tuple[str, bool]:
                 metadata={"job_name": f"eclipse-ray {order.verb}"},
             )
     except RuntimeError as error:
-        # Somebody else submitted the same run in between: then it is theirs that is shown.
-        if "already" not in str(error):
+        # Ray has no class of its own for this. A run that was submitted elsewhere in the meantime is shown.
+        if all(details.submission_id != name for details in client.list_jobs()):
             raise ConfigError(f"the cluster refused the job: {error}") from error
         say(f"job {name} runs already; this is its log")
         return name, True
@@ -387,7 +387,7 @@ def _tail(client: JobSubmissionClient, name: str, put: Callable[[str | Exception
 
 
 def _wait_for_end(client: JobSubmissionClient, name: str, seconds: float) -> bool:
-    """Return whether the job has ended, after at most so many seconds."""
+    """Return whether the job has ended, after at most this many seconds."""
     deadline = time.monotonic() + seconds
     while not client.get_job_info(name).status.is_terminal():
         if time.monotonic() > deadline:

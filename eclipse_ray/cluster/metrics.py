@@ -1,12 +1,24 @@
-"""What workers count while they purify. Ray exports it on every node's metrics port, each name after `ray_`."""
+"""Numbers for other programs: what workers count, for Prometheus, and curves, for TensorBoard, MLflow and W&B.
+
+Ray exports the counters on the metrics port of every node, each name after `ray_`. Curves are of training, of
+victims and of trials.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import ray
 from ray.util.metrics import Counter, Histogram
+
+from eclipse_ray.config import LoggerName, digest
+from eclipse_ray.errors import ConfigError
+from eclipse_ray.log import say
+from eclipse_ray.storage.store import Store
 
 COUNTERS = {
     "images": "Images purified and committed.",
@@ -22,19 +34,6 @@ HISTOGRAMS = {
 }
 PREFIX = "eclipse_ray_"
 
-# Words in an error row's reason, and the kind that dashboards show; anything else could not be decoded.
-KINDS = (
-    ("kills", "killed"),
-    ("too little memory", "memory"),
-    ("purification needs at least", "small"),
-    ("more than data.max_pixels", "large"),
-)
-
-
-def kind_of(reason: str) -> str:
-    """Return the kind of a failure: killed, memory, small, large or undecodable."""
-    return next((kind for words, kind in KINDS if words in reason), "undecodable")
-
 
 def count(name: str, value: float, run: str, kind: str | None = None) -> None:
     """Add to a counter of this process; nothing off a cluster."""
@@ -42,9 +41,8 @@ def count(name: str, value: float, run: str, kind: str | None = None) -> None:
         _counter(name).inc(value, {"run": run, **({"kind": kind} if kind else {})})
 
 
-def count_failures(reasons: Sequence[str], run: str) -> None:
-    """Count failed images by kind."""
-    kinds = [kind_of(reason) for reason in reasons]
+def count_failures(kinds: Sequence[str], run: str) -> None:
+    """Count failed images by their kinds."""
     for kind in set(kinds):
         count("failures", kinds.count(kind), run, kind)
 
@@ -56,7 +54,7 @@ def observe(values: Mapping[str, float], run: str) -> None:
             _histogram(name).observe(value, {"run": run})
 
 
-# Made once a process, for Ray knows each by its name.
+# Made once per process, because Ray knows each by its name.
 @cache
 def _counter(name: str) -> Counter:
     tags = ("run", "kind") if name == "failures" else ("run",)
@@ -66,3 +64,93 @@ def _counter(name: str) -> Counter:
 @cache
 def _histogram(name: str) -> Histogram:
     return Histogram(PREFIX + name, HISTOGRAMS[name], boundaries=list(SECONDS), tag_keys=("run",))
+
+
+PROJECT = "eclipse_ray"
+# The module that must be there, by the name in run.loggers.
+MODULES: dict[LoggerName, str] = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
+
+Log = Callable[[Mapping[str, float], int], None]
+"""Takes values by name, and the iteration or epoch that they are of."""
+
+
+class Curves:
+    """Hands values to every logger that was asked for; one that fails is given up, and the work goes on."""
+
+    def __init__(self, names: Sequence[LoggerName], folder: str, run: str) -> None:
+        self.names, self.folder, self.run = list(names), folder, run
+        # Opened by the first value: this object travels to the process that uses it, and open files do not.
+        self.logs: dict[LoggerName, Log] = {}
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Log values of one iteration or epoch; names are made of letters, digits, spaces and `_-./`."""
+        plain = {re.sub(r"[^\w\-./ ]", "_", key.replace(", ", "/")): float(value) for key, value in values.items()}
+        for name in list(self.names):
+            try:
+                if name not in self.logs:
+                    self.logs[name] = OPEN[name](self.folder, self.run)
+                self.logs[name](plain, step)
+            except Exception as error:  # noqa: BLE001 - a server of curves that is away must not end days of work
+                say(f"note: {name} gets no more curves: {type(error).__name__}: {error}")
+                self.names.remove(name)
+
+
+def open_curves(names: Sequence[LoggerName], output: str | None, run: str = "") -> Curves:
+    """Return the curves for run.loggers. They bear the name `run`, or a hash of `output` if it is empty.
+
+    Raises ConfigError if a library is missing here, or TensorBoard would have to write to no folder.
+    """
+    for name in names:
+        if find_spec(MODULES[name]) is None:
+            raise ConfigError(
+                f"run.loggers: {name} needs {MODULES[name]}, which is not installed: pip install {MODULES[name]}"
+            )
+    store = Store(output) if output else None
+    folder = store.path("_eclipse/tensorboard") if store is not None and store.local else ""
+    if "tensorboard" in names and not folder:
+        raise ConfigError(
+            f"run.loggers: tensorboard writes to a folder, and {output} is none; use mlflow or wandb"
+            if output
+            else "run.loggers: tensorboard writes to a folder; give one with --out"
+        )
+    return Curves(names, folder, run or digest([output])[:16])
+
+
+def _tensorboard(folder: str, run: str) -> Log:
+    writer = import_module("tensorboardX").SummaryWriter(f"{folder}/{run}", flush_secs=1)
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    return log
+
+
+def _mlflow(_folder: str, run: str) -> Log:
+    mlflow = import_module("mlflow")
+    mlflow.set_experiment(PROJECT)
+    # By its id: which run is active is a matter of threads.
+    started = mlflow.start_run(run_name=run).info.run_id
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        mlflow.log_metrics(dict(values), step=step, run_id=started)
+
+    return log
+
+
+def _wandb(_folder: str, run: str) -> Log:
+    started = import_module("wandb").init(project=PROJECT, id=run, resume="allow")
+    # Its own steps must not go back, and the epochs of several victims do.
+    started.define_metric("*", step_metric="step")
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        started.log({**values, "step": step})
+
+    return log
+
+
+OPEN: dict[LoggerName, Callable[[str, str], Log]] = {
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+    "wandb": _wandb,
+}

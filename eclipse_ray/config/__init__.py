@@ -110,6 +110,11 @@ class RunConfig(Section):
     )
     max_gpus: int | None = Field(None, ge=0, description="GPUs an autoscaler may reach; null: those there are.")
     progress_seconds: float = Field(10, gt=0, description="Seconds between progress lines off a terminal.")
+    watchdog_seconds: float = Field(
+        1800,
+        gt=0,
+        description="Seconds without any finished work after which a run ends with exit 75.",
+    )
     log_format: Literal["text", "json"] = Field(
         "text", description="Messages on standard error: for people, or one JSON object per line."
     )

@@ -164,9 +164,6 @@ class DenoiserConfig(Section):
         "fixed_small", description="Variance of a reverse step; learned_range doubles the output channels."
     )
     vlb_weight: float = Field(1e-3, ge=0, description="gamma of loss_vlb, learned_range only.")
-    timestep_sampler: Literal["uniform", "loss_second_moment"] = Field(
-        "uniform", description="How training draws t; the second weighs t by the root mean square of its loss."
-    )
     rescale_timesteps: bool = Field(False, description="Show the network t * 1000 / T, as published.")
     t_star: int = Field(400, ge=1, description="Recommended purification depth, in steps of T.")
     num_inference_steps: int = Field(1, ge=1, description="Recommended number of respaced steps.")
@@ -242,9 +239,6 @@ class PurifyConfig(Section):
     max_failed_fraction: float = Field(0.01, ge=0, le=1, description="More failed images end in exit 3.")
     single_writer: bool = Field(
         False, description="Write to a store without put-if-absent too; unsafe with two drivers on one output."
-    )
-    watchdog_seconds: float = Field(
-        1800, gt=0, description="Seconds without a finished shard after which the run ends."
     )
 
     @model_validator(mode="after")
@@ -453,11 +447,15 @@ class SweepConfig(Section):
 class AuditConfig(Section):
     """Is a dataset poisoned? A sample decides; docs/audit.md says how large it has to be."""
 
-    images: int = Field(5000, ge=100, description="Images of the random sample, and most of the clean set.")
-    classes: int = Field(20, ge=2, description="Most classes looked at: those with most images in the sample.")
+    images: int = Field(5000, ge=100, description="Most images in the random sample, and most of the clean set.")
+    classes: int = Field(
+        20, ge=2, description="Most classes that are scored; the largest of the sample are taken."
+    )
     crop: int = Field(
-        64, ge=16, multiple_of=8, description="Most pixels of a side that are looked at: the middle."
+        64, ge=16, multiple_of=8, description="Longest side in pixels of the central crop that is scored."
     )
     alpha: float = Field(0.01, gt=0, lt=1, description="False positive rate under the nulls of the scores.")
-    denoiser: str | None = Field(None, description="Folder of a denoiser whose residual is looked at; null: none.")
+    denoiser: str | None = Field(
+        None, description="Folder of a denoiser whose residual is scored; null: a blur is used instead."
+    )
     output: str | None = Field(None, description="Folder for audit.json, audit.png and config.yaml; null: none.")

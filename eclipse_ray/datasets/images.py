@@ -58,6 +58,10 @@ class ImageError(ValueError):
     """One image cannot be decoded or encoded; the message gives the reason in one sentence."""
 
 
+class LargeImageError(ImageError):
+    """An image has more pixels than data.max_pixels."""
+
+
 def decode_stored(data: bytes, policy: DataConfig) -> Pixels:
     """Return encoded `data` as RGB uint8 (H, W, 3) under the limits of `policy`. Raises ImageError."""
     return decode_image(data, policy.max_pixels, alpha=policy.alpha, animated=policy.animated)
@@ -86,7 +90,7 @@ def decode_image(
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise ImageError(
+                raise LargeImageError(
                     f"the image has {width}x{height} pixels, more than data.max_pixels ({max_pixels}) permits"
                 )
             if animated == "refuse" and _is_animated(image):

@@ -22,8 +22,8 @@ def p_of(observed: float, drawn: Tensor) -> float:
 def sign_flips(values: Tensor, tolerance: float, count: int, generator: torch.Generator) -> tuple[float, float]:
     """Return (effect, p-value) of `values` (N) whose law is symmetric under the null.
 
-    The effect is mean / root mean square. The p-value is of an effect beyond `tolerance`: values are first moved
-    down by so many root mean squares.
+    The effect is mean / root mean square. The p-value is of an effect beyond `tolerance`, which is in root mean
+    squares: the values are first moved down by it.
     """
     size = float(values.square().mean().sqrt())
     if size == 0:
@@ -87,34 +87,6 @@ def two_samples(
     )
     observed = float(both[: len(first)].sum())
     return float(first.mean() - second.mean()) / deviation, p_of(observed, drawn)
-
-
-def most_excess(
-    groups: list[tuple[Tensor, Tensor]], count: int, generator: torch.Generator
-) -> tuple[Tensor, float]:
-    """Return (effects (G, d), p-value of the largest) of first above second, (n, d) and (m, d), in each group.
-
-    An effect is the difference of means in standard deviations. Within a group, which of the two sets a row is of
-    does not matter under the null.
-    """
-    effects, drawn = [], torch.full((count,), -torch.inf)
-    observed = -torch.inf
-    for first, second in groups:
-        both = torch.cat([first, second])
-        both = (both - both.mean(0)) / both.std(0).clamp_min(1e-6)
-        size, total = len(first), len(both)
-        # The mean of one set fixes that of the other: their difference is this many times the first one's.
-        scale = total / (total - size)
-        spread = (1 / size + 1 / (total - size)) ** 0.5
-        effect = scale * both[:size].mean(0)
-        effects.append(effect)
-        observed = max(observed, float(effect.max()) / spread)
-        for start in range(0, count, CHUNK):
-            few = min(CHUNK, count - start)
-            chosen = torch.rand(few, total, generator=generator).topk(size, dim=1).indices
-            picked = torch.zeros(few, total).scatter_(1, chosen, scale / size / spread)
-            drawn[start : start + few] = torch.maximum(drawn[start : start + few], (picked @ both).amax(1))
-    return torch.stack(effects), p_of(observed, drawn)
 
 
 def _signs(rows: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -1,8 +1,8 @@
-"""The scores of the audit: each an effect, a tolerance, a p-value of an effect beyond it, and what its null is."""
+"""The scores of the audit: each has an effect, a tolerance, a p-value of an effect beyond it, and a null."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,18 +19,12 @@ RIDGE = 0.3
 
 
 def fit_probe(rows: Tensor, labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
-    """Return what maps rows (n, d) to class scores (n, classes), fitted to `rows` (N, d) and `labels` (N)."""
-    probes = fit_probes(rows, [labels], classes)
-    return lambda others: probes(others)[0]
-
-
-def fit_probes(rows: Tensor, labellings: Sequence[Tensor], classes: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Return what maps rows to the class scores of one probe for each labelling; one system is solved for all."""
+    """Return a function from rows (n, d) to class scores (n, classes), fitted to `rows` and `labels` (N)."""
     centre = rows.mean(0)
     centred = rows - centre
     scale = float(centred.square().mean().sqrt()) or 1.0
     centred = centred / scale
-    targets = torch.cat([F.one_hot(labels, classes).float() for labels in labellings], 1)
+    targets = F.one_hot(labels, classes).float()
     targets = targets - targets.mean(0)
     count, width = centred.shape
     penalty = RIDGE * count
@@ -38,7 +32,7 @@ def fit_probes(rows: Tensor, labellings: Sequence[Tensor], classes: int) -> Call
         weights = torch.linalg.solve(centred.T @ centred + penalty * torch.eye(width), centred.T @ targets)
     else:
         weights = centred.T @ torch.linalg.solve(centred @ centred.T + penalty * torch.eye(count), targets)
-    return lambda others: ((others - centre) / scale @ weights).split(classes, 1)
+    return lambda others: (others - centre) / scale @ weights
 
 
 def margins(scores: Tensor, labels: Tensor) -> Tensor:
@@ -51,14 +45,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
     return float((scores.argmax(1) == labels).float().mean())
 
 
-def confidence(scores: Tensor) -> Tensor:
-    """Return how far the best class is above the second, (n)."""
-    best = scores.topk(2, dim=1).values
-    return best[:, 0] - best[:, 1]
-
-
 MIRROR = "within a class, an image and its mirror image are equally likely"
-LABELS = "labels are permuted, which clean images of different things do not respect either: shown, not counted"
 SAME = "the clean set is a sample of the same kind"
 
 TOLERANCE = 0.05
@@ -67,7 +54,7 @@ CLASS_MEAN_TOLERANCE = 0.002
 """Part of the odd residual's energy that class means may hold beyond chance."""
 SAME_TOLERANCE = 0.1
 """Difference from the clean set, in standard deviations, that is taken for a difference of processing."""
-FLIPS, MEAN_FLIPS, SWAPS, PERMUTATIONS = 9999, 1999, 1999, 99
+FLIPS, MEAN_FLIPS, SWAPS = 9999, 1999, 1999
 """Relabellings of each kind of null."""
 LEAST_IMAGES, LEAST_OF_CLASS = 100, 8
 """Fewer images, or fewer of two classes, cannot be audited."""
@@ -75,20 +62,17 @@ FILTERS = 48
 """Filters of the transfer score."""
 LEARN_IMAGES, TEST_IMAGES = 2000, 1000
 """Most images that the transfer score learns from, and that it is tested on."""
-LABEL_IMAGES = 2000
-"""Most images of the score with permuted labels, whose probe is fitted to all pixels."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One piece of evidence; `counted`: the verdict rests on it; `detail`: what was seen, for people."""
+    """One piece of evidence for the verdict; `detail` says for people what was seen."""
 
     name: str
     effect: float
     tolerance: float
     p_value: float
     null: str
-    counted: bool
     detail: str
 
 
@@ -104,27 +88,31 @@ def mirror(sample: Images, seed: int) -> list[Score]:
     """Return the scores that need no clean set. Raises InputError for too few images or classes."""
     labels = check_labels(sample)
     generator = torch.Generator().manual_seed(seed)
-    order, train, test = _halves(labels, generator)
+    train, test = _halves(labels, generator)
     scores = []
     for name, view in features.VIEWS.items():
         rows = features.rows_of(sample, view)
         scores.append(_mirror(name, rows, labels, (train, test), generator))
         if name == "predictability":
             scores.append(_class_mean(rows, labels, generator))
-    scores.append(_permuted_labels(sample, labels, order, generator))
     return scores
 
 
 def compare(sample: Images, clean: Images, seed: int) -> list[Score]:
-    """Return the scores that compare a labelled sample with a clean set. Raises InputError for too few images."""
+    """Return the score that compares a labelled sample with a clean set, none if that has no labels.
+
+    Raises InputError for too few images.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
-    _, train, test = _halves(check_labels(sample), generator)
-    return [_band_energy(sample, clean, generator), _transfer(sample, clean, train, test, generator)]
+    train, test = _halves(check_labels(sample), generator)
+    few = clean.take(torch.randperm(len(clean.images), generator=generator)[:TEST_IMAGES])
+    numbers = clean_labels(sample, few)
+    return [] if numbers is None else [_transfer(sample, few, numbers, train, test, generator)]
 
 
-def _halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(labels), generator=generator)
-    return order, order[: len(order) // 2], order[len(order) // 2 :]
+    return order[: len(order) // 2], order[len(order) // 2 :]
 
 
 def check_labels(sample: Images) -> Tensor:
@@ -152,7 +140,7 @@ def _mirror(
     effect, p_value = nulls.sign_flips(margins(found, labels[test]), TOLERANCE, FLIPS, generator)
     right = 100 * accuracy(found, labels[test])
     detail = f"tells the class of {right:.1f} % of images by it, {100 / classes:.1f} % by chance"
-    return Score(name, effect, TOLERANCE, p_value, MIRROR, True, detail)
+    return Score(name, effect, TOLERANCE, p_value, MIRROR, detail)
 
 
 def _class_mean(rows: Tensor, labels: Tensor, generator: torch.Generator) -> Score:
@@ -160,42 +148,13 @@ def _class_mean(rows: Tensor, labels: Tensor, generator: torch.Generator) -> Sco
     effect, p_value = nulls.class_mean_flips(odd, labels, CLASS_MEAN_TOLERANCE, MEAN_FLIPS, generator)
     norms = [float(odd[labels == label].mean(0).norm()) for label in torch.unique(labels)]
     detail = f"L2 norms of class means {min(norms):.1f} to {max(norms):.1f}, in 1/255"
-    return Score("class_mean", effect, CLASS_MEAN_TOLERANCE, p_value, MIRROR, True, detail)
+    return Score("class_mean", effect, CLASS_MEAN_TOLERANCE, p_value, MIRROR, detail)
 
 
-def _permuted_labels(sample: Images, labels: Tensor, order: Tensor, generator: torch.Generator) -> Score:
-    chosen = order[:LABEL_IMAGES]
-    rows = features.rows_of(sample.take(chosen), lambda images, rows: images.residual(rows).flatten(1))
-    half, classes = len(chosen) // 2, int(labels.max()) + 1
-    train, test = labels[chosen[:half]], labels[chosen[half:]]
-    drawn = [train[torch.randperm(half, generator=generator)] for _ in range(PERMUTATIONS)]
-    # One system of equations for the true labels and all permutations.
-    found = fit_probes(rows[:half], [train, *drawn], classes)(rows[half:])
-    hits = [accuracy(scores, test) for scores in found]
-    p_value = nulls.p_of(hits[0], torch.tensor(hits[1:]))
-    chance = sum(hits[1:]) / PERMUTATIONS
-    detail = f"a probe of the residual's pixels is right on {100 * hits[0]:.1f} %, {100 * chance:.1f} % by chance"
-    return Score("label_permutation", hits[0] - chance, 0.0, p_value, LABELS, False, detail)
-
-
-def _band_energy(sample: Images, clean: Images, generator: torch.Generator) -> Score:
-    mine, theirs = features.rows_of(sample, features.bands), features.rows_of(clean, features.bands)
-    groups = [(mine, theirs)]
-    if sample.labels is not None and clean.labels is not None:
-        pairs = [
-            (mine[sample.labels == label], theirs[clean.labels == label]) for label in torch.unique(sample.labels)
-        ]
-        groups = [pair for pair in pairs if min(len(pair[0]), len(pair[1])) >= LEAST_OF_CLASS] or groups
-    effects, p_value = nulls.most_excess(groups, SWAPS, generator)
-    largest = float(effects.max())
-    band = int(effects.amax(0).argmax())
-    low, high = band / (2 * features.BANDS), (band + 1) / (2 * features.BANDS)
-    detail = f"most excess energy at {low:.2f} to {high:.2f} cycles a pixel, {largest:.2f} standard deviations"
-    return Score("band_energy", largest, 0.0, p_value, SAME, False, detail)
-
-
-def _transfer(sample: Images, clean: Images, train: Tensor, test: Tensor, generator: torch.Generator) -> Score:
-    """Is what a probe learns from one half worth more on the other half than on clean images?"""
+def _transfer(
+    sample: Images, clean: Images, numbers: Tensor, train: Tensor, test: Tensor, generator: torch.Generator
+) -> Score:
+    """Is what a probe learns from one half worth more on the other than on clean images of labels `numbers`?"""
     labels = check_labels(sample)
     train, test = train[:LEARN_IMAGES], test[:TEST_IMAGES]
     filters = features.random_filters(sample, FILTERS, generator)
@@ -206,25 +165,16 @@ def _transfer(sample: Images, clean: Images, train: Tensor, test: Tensor, genera
     learnt = features.rows_of(sample.take(train), view)
     centre, spread = learnt.mean(0), learnt.std(0) + 1e-6
     probe = fit_probe((learnt - centre) / spread, labels[train], int(labels.max()) + 1)
-    few = clean.take(torch.randperm(len(clean.images), generator=generator)[:TEST_IMAGES])
     own = probe((features.rows_of(sample.take(test), view) - centre) / spread)
-    other = probe((features.rows_of(few, view) - centre) / spread)
-    numbers = clean_labels(sample, few)
-    if numbers is None:
-        # Not counted: clean images that were only stored as JPEG once more differ in confidence, too.
-        first, second = confidence(own), confidence(other)
-        detail = (
-            "confidence of a probe of local detail, on its own kind and on the clean set (which has no labels)"
-        )
-    else:
-        known = numbers >= 0
-        first, second = margins(own, labels[test]), margins(other[known], numbers[known])
-        detail = (
-            f"a probe of local detail is right on {100 * accuracy(own, labels[test]):.1f} % of its own kind and "
-            f"on {100 * accuracy(other[known], numbers[known]):.1f} % of the clean set"
-        )
+    known = numbers >= 0
+    other = probe((features.rows_of(clean, view) - centre) / spread)[known]
+    detail = (
+        f"a probe of local detail is right on {100 * accuracy(own, labels[test]):.1f} % of its own kind and "
+        f"on {100 * accuracy(other, numbers[known]):.1f} % of the clean set"
+    )
+    first, second = margins(own, labels[test]), margins(other, numbers[known])
     effect, p_value = nulls.two_samples(first, second, SAME_TOLERANCE, SWAPS, generator)
-    return Score("transfer", effect, SAME_TOLERANCE, p_value, SAME, numbers is not None, detail)
+    return Score("transfer", effect, SAME_TOLERANCE, p_value, SAME, detail)
 
 
 def clean_labels(sample: Images, clean: Images) -> Tensor | None:

@@ -19,7 +19,7 @@ Frequency = Literal["low", "high"]
 Scope = Literal["class", "sample"]
 
 LOW_SHARE = 0.4
-"""Part of the class means' energy below 1/8 cycle a pixel from which a pattern is called low."""
+"""Part of the class means' energy below 1/8 cycle per pixel from which a pattern is called low."""
 COLOUR_SHARE = 0.02
 """Part of the colour residual's energy in class means from which a class shares a pattern: class-wise poisons
 measured have 0.05 or more, sample-wise ones 0.005 or less."""
@@ -40,7 +40,7 @@ class Finding:
 
 def judge(sample: Images, scores: Sequence[Score], alpha: float) -> Finding:
     """Return the verdict at the false positive rate `alpha` under the nulls of the scores."""
-    adjusted = holm({score.name: score.p_value for score in scores if score.counted})
+    adjusted = holm({score.name: score.p_value for score in scores})
     p_value = min(adjusted.values())
     found = [score for score in scores if adjusted.get(score.name, 1.0) <= alpha]
     if not found:
@@ -68,7 +68,7 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def _frequency(sample: Images, names: set[str]) -> Frequency:
-    """Low where the patterns that classes share lie, for a large part, below 1/8 cycle a pixel; else high."""
+    """Low where the patterns that classes share lie, for a large part, below 1/8 cycle per pixel; else high."""
     if not names & {"predictability", "class_mean", "coarse", "colour"}:
         return "high"
     labels = check_labels(sample)

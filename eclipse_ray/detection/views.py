@@ -20,7 +20,7 @@ GRID = 8
 LAGS = 2
 """Largest distance, in pixels along each axis, over which the residual is correlated."""
 BANDS = 6
-"""Rings of radial frequency from 0 to half a cycle a pixel."""
+"""Rings of radial frequency from 0 to half a cycle per pixel."""
 CELL = 4
 """Frequencies along each axis that the convolution view averages."""
 CHUNK = 256
@@ -37,7 +37,7 @@ STRIDE = 2
 class Images:
     """A sample: uint8 `images` (N, 3, S, S), int64 `labels` (N) or None, what a denoiser made of them or None.
 
-    S is a multiple of GRID. `denoised` must be mirrored when `images` are; see `distributed.audit`.
+    S is a multiple of GRID. `denoised` must be mirrored when `images` are; see `auditing.Denoised`.
     """
 
     images: Tensor
@@ -58,7 +58,7 @@ class Images:
 
 
 def rows_of(sample: Images, view: Callable[[Images, slice], Tensor]) -> Tensor:
-    """Return a view of all images, float32 (N, features), a chunk at a time."""
+    """Return a view of all images, float32 (N, features), one chunk after another."""
     starts = range(0, len(sample.images), CHUNK)
     return torch.cat([view(sample, slice(start, start + CHUNK)) for start in starts])
 
@@ -137,7 +137,7 @@ def bands(sample: Images, rows: slice) -> Tensor:
 def low_and_all(one: Tensor, other: Tensor) -> tuple[float, float]:
     """Return (low, all) energy that two independent estimates of class means (C, 3, S, S) have in common.
 
-    Low is a radial frequency of up to 1/8 cycle a pixel. What is noise in one of them cancels on average.
+    Low is a radial frequency of up to 1/8 cycle per pixel. What is noise in one of them cancels on average.
     """
     shared = (torch.fft.rfft2(one) * torch.fft.rfft2(other).conj()).real
     side = one.shape[-1]

@@ -24,52 +24,6 @@ from eclipse_ray.diffusion.process import (
 from eclipse_ray.diffusion.sampling import to_model_range
 from eclipse_ray.quality import psnr
 
-LOSSES_PER_TIMESTEP = 10
-# Part of the probability that stays uniform, so that no timestep is forgotten and no weight is unbounded.
-UNIFORM_PROBABILITY = 0.001
-
-
-def start_losses(t_max: int) -> dict[str, Tensor]:
-    """Return an empty history of the losses of timesteps 0..t_max - 1."""
-    return {
-        "losses": torch.zeros(t_max, LOSSES_PER_TIMESTEP, dtype=torch.float32),
-        "counts": torch.zeros(t_max, dtype=torch.int64),
-    }
-
-
-def record_losses(history: dict[str, Tensor], t: Tensor, losses: Tensor) -> None:
-    """Enter losses (B,) of timesteps t (B,) in their order, in place; each replaces the oldest of its timestep."""
-    for timestep, loss in zip(t.tolist(), losses.tolist(), strict=True):
-        slot = int(history["counts"][timestep]) % LOSSES_PER_TIMESTEP
-        history["losses"][timestep, slot] = loss
-        history["counts"][timestep] += 1
-
-
-def timestep_probabilities(history: dict[str, Tensor]) -> Tensor:
-    """Return float64 (t_max,), proportional to sqrt(E[L_t^2]); uniform until every timestep has ten losses."""
-    count = len(history["counts"])
-    uniform = torch.full((count,), 1 / count, dtype=torch.float64)
-    if int(history["counts"].min()) < LOSSES_PER_TIMESTEP:
-        return uniform
-    root_mean_square = history["losses"].double().square().mean(dim=1).sqrt()
-    return (1 - UNIFORM_PROBABILITY) * root_mean_square / root_mean_square.sum() + UNIFORM_PROBABILITY * uniform
-
-
-def draw_timesteps(
-    t_max: int, count: int, generator: torch.Generator, history: dict[str, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return t int64 (count,) in 0..t_max - 1 and weights float32 (count,); uniform and ones without a history.
-
-    The mean of weight times loss is an unbiased estimate of the mean loss over timesteps whatever the history.
-    """
-    if history is None:
-        return torch.randint(0, t_max, (count,), generator=generator), torch.ones(count)
-    probabilities = timestep_probabilities(history)
-    drawn = torch.rand(count, dtype=torch.float64, generator=generator)
-    # The last cumulative sum may fall short of 1 by a rounding.
-    t = torch.searchsorted(probabilities.cumsum(0), drawn, right=True).clamp(max=t_max - 1)
-    return t, (1 / (t_max * probabilities[t])).float()
-
 
 @dataclass(frozen=True)
 class ImageBuffer:
@@ -261,8 +215,6 @@ class Fit:
     unet: UNet2DModel
     average: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
-    # What loss-second-moment sampling remembers (see `timesteps`); None for uniform sampling.
-    timestep_losses: dict[str, Tensor] | None = None
     iteration: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -272,7 +224,6 @@ class Fit:
             "unet": self.unet.state_dict(),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
-            "timestep_losses": self.timestep_losses,
             "iteration": self.iteration,
             "history": self.history,
         }
@@ -283,8 +234,6 @@ class Fit:
         for name, value in self.average.items():
             value.copy_(state["average"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name, value in (self.timestep_losses or {}).items():
-            value.copy_(state["timestep_losses"][name])
         self.iteration, self.history = state["iteration"], state["history"]
 
     def averaged(self) -> Denoiser:
@@ -302,9 +251,7 @@ def start_fit(config: DenoiserConfig, seed: int, device: torch.device) -> Fit:
         unet = build_unet(config)
     unet = unet.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    resampled = config.timestep_sampler == "loss_second_moment"
-    losses = start_losses(config.t_max or config.num_train_timesteps) if resampled else None
-    return Fit(config, unet, start_ema(unet), optimizer, losses)
+    return Fit(config, unet, start_ema(unet), optimizer)
 
 
 def split_heldout(images: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -350,7 +297,6 @@ def run_fit(
     rank: int = 0,
     world_size: int = 1,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
-    gather: Callable[[Tensor], Tensor] = lambda part: part,
     on_step: Callable[[int], None] = lambda iteration: None,
 ) -> None:
     """Train until `iterations`; train and heldout are uint8 (N, H, W, 3) on the network's device.
@@ -358,7 +304,6 @@ def run_fit(
     `train` may hold images larger than the training size, of several sizes too: each draw is a random crop.
     Indices, timesteps, noise and places of an iteration are drawn for the whole batch from (seed, iteration), and
     each worker takes its slice: the optimisation is the same for any number of workers that divides the batch.
-    `gather` joins a tensor (B of this worker,) of every worker in rank order; only resampled timesteps need it.
     `on_step` is told the number of every finished iteration.
     """
     config = fit.config
@@ -366,17 +311,12 @@ def run_fit(
     schedule, network = denoiser.alphas_cumprod, wrap(denoiser).train()
     losses: list[Tensor] = []
     while fit.iteration < config.iterations:
-        x0, epsilon, t, weights = _draw_batch(
-            config, train, fit.iteration, seed, rank, world_size, fit.timestep_losses
-        )
+        x0, epsilon, t = _draw_batch(config, train, fit.iteration, seed, rank, world_size)
         if config.dropout:
             # Its masks come from torch's global generator: keyed, so that a resumed training draws the same.
             torch.manual_seed(_mix(_mix(seed, -1 - fit.iteration), 1 + rank))
-        terms = loss_hybrid(network, x0, epsilon, t, schedule, config.vlb_weight)
-        loss = (weights * terms).mean()
+        loss = loss_hybrid(network, x0, epsilon, t, schedule, config.vlb_weight).mean()
         _optimise(fit, network, loss)
-        if fit.timestep_losses is not None:
-            record_losses(fit.timestep_losses, gather(t), gather(terms.detach()))
         losses.append(loss.detach())
         on_step(fit.iteration)
         last = fit.iteration == config.iterations
@@ -406,18 +346,12 @@ def _optimise(fit: Fit, network: nn.Module, loss: Tensor) -> None:
 
 
 def _draw_batch(
-    config: DenoiserConfig,
-    train: Tensor | ImageBuffer,
-    iteration: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    timestep_losses: dict[str, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    config: DenoiserConfig, train: Tensor | ImageBuffer, iteration: int, seed: int, rank: int, world_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     size = config.batch_size
     indices = enlarged_batch(len(train), config.replication, size, iteration, seed)
     generator = torch.Generator().manual_seed(_mix(seed, -1 - iteration))
-    t, weights = draw_timesteps(config.t_max or config.num_train_timesteps, size, generator, timestep_losses)
+    t = torch.randint(0, config.t_max or config.num_train_timesteps, (size,), generator=generator)
     epsilon = torch.randn(size, 3, config.image_size, config.image_size, generator=generator)
     # Last, and drawn where there is nothing to choose too: all other draws are the same for images of any size.
     places = torch.rand(size, 2, generator=generator, dtype=torch.float64)
@@ -428,7 +362,6 @@ def _draw_batch(
         x0.contiguous(memory_format=torch.channels_last),
         epsilon[mine].to(device, memory_format=torch.channels_last),
         t[mine].to(device),
-        weights[mine].to(device),
     )
 
 

@@ -11,10 +11,9 @@ import ray
 import torch
 
 from eclipse_ray import ledger
-from eclipse_ray.cluster.board import BoardWatcher, start_board
-from eclipse_ray.cluster.connect import Resources, connect, on_a_thread, require_place
-from eclipse_ray.cluster.fetch import local_denoiser
-from eclipse_ray.cluster.loggers import open_curves
+from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, require_place
+from eclipse_ray.cluster.metrics import open_curves
+from eclipse_ray.cluster.work import BoardWatcher, on_a_thread, start_board
 from eclipse_ray.config import CompensationConfig, Config
 from eclipse_ray.datasets.memory import ImageSet, load_images
 from eclipse_ray.diffusion.checkpoint import read_card

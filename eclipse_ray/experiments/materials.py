@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from eclipse_ray.cluster.fetch import local_denoiser, open_denoiser
+from eclipse_ray.cluster.connect import local_denoiser, open_denoiser
 from eclipse_ray.config import Config, DataConfig, Settings, with_overrides
 from eclipse_ray.datasets.formats import UNFINISHED, Source, open_source, read_tables
 from eclipse_ray.datasets.images import jpeg_roundtrip

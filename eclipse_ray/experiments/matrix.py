@@ -15,16 +15,14 @@ import ray
 from ray import tune
 from ray.exceptions import RayError
 
-from eclipse_ray.cluster.board import BoardWatcher, start_board
 from eclipse_ray.cluster.connect import (
     Resources,
     connect,
-    message_of,
-    on_threads,
     refuse_process_local,
     require_place,
 )
-from eclipse_ray.cluster.loggers import open_curves
+from eclipse_ray.cluster.metrics import open_curves
+from eclipse_ray.cluster.work import BoardWatcher, message_of, on_threads, start_board
 from eclipse_ray.config import CompensationConfig, Config, to_yaml
 from eclipse_ray.errors import EclipseError, InterruptedRunError
 from eclipse_ray.experiments import materials, tuner

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eclipse_ray.cluster.fetch import local_denoiser
+from eclipse_ray.cluster.connect import local_denoiser
 from eclipse_ray.config import Config, digest
 from eclipse_ray.datasets.memory import ImageSet, load_images
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, read_card, weights_digest

@@ -17,9 +17,9 @@ from ray import tune
 from ray.exceptions import RayError
 from ray.tune.schedulers import ASHAScheduler
 
-from eclipse_ray.cluster.board import BoardWatcher, start_board
-from eclipse_ray.cluster.connect import connect, message_of, refuse_process_local, require_place
-from eclipse_ray.cluster.loggers import open_curves
+from eclipse_ray.cluster.connect import connect, refuse_process_local, require_place
+from eclipse_ray.cluster.metrics import open_curves
+from eclipse_ray.cluster.work import BoardWatcher, message_of, start_board
 from eclipse_ray.config import Config, Range, to_yaml, with_overrides
 from eclipse_ray.errors import ConfigError, EclipseError
 from eclipse_ray.experiments import materials, space, sweep_sets, tuner

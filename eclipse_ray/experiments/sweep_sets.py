@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from eclipse_ray.cluster.fetch import local_denoiser
+from eclipse_ray.cluster.connect import local_denoiser
 from eclipse_ray.config import Config
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images, load_mixed, load_sample

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eclipse_ray.cluster.connect import Resources
-from eclipse_ray.cluster.fetch import local_denoiser, open_denoiser
+from eclipse_ray.cluster.connect import Resources, local_denoiser, open_denoiser
 from eclipse_ray.config import Config, Range
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.network import default_device

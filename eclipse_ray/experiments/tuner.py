@@ -10,7 +10,8 @@ from typing import Any
 
 from ray import tune
 
-from eclipse_ray.cluster.connect import Resources, message_of, on_a_thread, require_gpus
+from eclipse_ray.cluster.connect import Resources, require_gpus
+from eclipse_ray.cluster.work import message_of, on_a_thread
 
 RETRIES = 2
 """How often a trial whose process died is begun again."""

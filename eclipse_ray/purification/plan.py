@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eclipse_ray import ledger
-from eclipse_ray.cluster.connect import refuse_process_local
-from eclipse_ray.cluster.fetch import local_denoiser
+from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
 from eclipse_ray.config import Config, to_yaml
 from eclipse_ray.datasets.formats import Source, open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import (
@@ -27,8 +26,8 @@ from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, purify_i
 from eclipse_ray.diffusion.tiling import MIN_SIDE
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
-from eclipse_ray.purification.purifier import purify_batch
 from eclipse_ray.purification.shard import Job, Pixels, same_size_batches
+from eclipse_ray.purification.stages import purify_batch
 from eclipse_ray.results import DryRunResult
 from eclipse_ray.storage.store import Store
 
@@ -66,7 +65,7 @@ WARN_DB = 3.0
 
 @dataclass(frozen=True)
 class Sample:
-    """An image looked at before the run: its size in pixels, and its middle, at most SAMPLE_SIDE a side."""
+    """An image read before the run: its size in pixels, and its middle of at most SAMPLE_SIDE pixels each way."""
 
     height: int
     width: int
@@ -286,7 +285,7 @@ def _sample(prepared: Prepared) -> Sampled:
 
 
 def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
-    """Return the time on this machine's device for each pixel, after one pass to warm up."""
+    """Return the seconds per pixel on the device of this machine, after one pass to warm up."""
     settings = prepared.config.purify
     images = largest_batch(middles, settings.batch_size, settings.batch_pixels)
     if images is None:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from eclipse_ray import ledger, log
-from eclipse_ray.cluster.connect import Resources, connect, message_of, require_cpus, require_gpus, require_place
+from eclipse_ray.cluster.connect import Resources, connect, require_cpus, require_gpus, require_place
+from eclipse_ray.cluster.work import Watch, watched
 from eclipse_ray.config import Config
-from eclipse_ray.errors import EclipseError, InterruptedRunError
+from eclipse_ray.errors import error_of_note
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.plan import Prepared, prepare, warn_if_unsuitable
-from eclipse_ray.purification.purifier import Purifier
-from eclipse_ray.purification.shard import BUSY_COLUMN, Job, Task, fatal_error, task_rows
-from eclipse_ray.purification.stages import encode_and_commit, read_and_decode
+from eclipse_ray.purification.shard import BUSY_COLUMN, Job, Task, task_rows
+from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
 from eclipse_ray.results import PurifyResult
 
-# Reading and encoding mostly wait; and a share other than the actors' keeps Ray from fusing them into the actors.
+# Reading and encoding mostly wait. A share other than that of the actors keeps Ray from fusing them with these.
 IO_CPUS = 0.5
-# A shard may take so many times as long as the slowest one yet before the run is taken for dead.
-PATIENCE = 10
-T = TypeVar("T")
 
 
 def purify(config: Config, *, retry_failed: bool = False, extend: bool = False) -> PurifyResult:
@@ -59,7 +55,7 @@ def purify(config: Config, *, retry_failed: bool = False, extend: bool = False) 
 
 
 def _run(prepared: Prepared, tasks: list[Task]) -> float:
-    """Stream the tasks; return images a second of this run."""
+    """Stream the tasks; return images per second of this run."""
     config, shards = prepared.config, prepared.plan.shards
     resources = connect(config)
     actors, gpus = pool(config, resources, len(tasks))
@@ -68,11 +64,11 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
     if done:
         say(f"purify: resuming, {len(shards) - len(tasks)} of {len(shards)} shards are already committed")
     job = replace(prepared.job, session=ledger.session(prepared.store), run=prepared.fingerprint.value)
-    results = _stream(job, tasks, actors, gpus)
-    patience = config.purify.watchdog_seconds
+    on_hang = partial(ledger.hand_over, prepared.store, job.session)
+    watch = Watch("purify", "shard", config.run.watchdog_seconds, on_hang)
     usage = _Usage("GPUs" if gpus else "actors", actors)
     with ProgressLine("purify", "images", total, config.run.progress_seconds, done) as line:
-        for shard in _watched(results, patience, lambda: ledger.hand_over(prepared.store, job.session)):
+        for shard in watched(_stream(job, tasks, actors, gpus), watch):
             line.advance(shard.ok + shard.failed, shard.failed, usage.note(shard.busy_seconds))
         return line.rate
 
@@ -87,7 +83,7 @@ class Committed:
 
 
 class _Usage:
-    """Says which share of the time since the first shard began the pool has been at work."""
+    """Says for which part of the time since the first shard began the pool has been at work."""
 
     def __init__(self, what: str, actors: int) -> None:
         self.what, self.actors = what, actors
@@ -118,7 +114,7 @@ def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]
 
 
 def on_actors(dataset: Dataset, actor: Callable[[Any], Any], job: Any, actors: int, gpus: float) -> Dataset:
-    """Return the dataset with each block handed to one of a pool of `actor(job)`, a CPU or `gpus` GPUs each."""
+    """Return the dataset with each block handled by a pool of `actor(job)`, each with one CPU or `gpus` GPUs."""
     return dataset.map_batches(
         actor,
         fn_constructor_args=(job,),
@@ -130,55 +126,11 @@ def on_actors(dataset: Dataset, actor: Callable[[Any], Any], job: Any, actors: i
     )
 
 
-def _watched(results: Iterator[T], patience: float, on_hang: Callable[[], None]) -> Iterator[T]:
-    """Yield results as they come; raises InterruptedRunError when none comes for too long, or Ray gives up.
-
-    Ray does not notice an actor that ends by sys.exit or sleeps for ever. The stream is read on a thread of its
-    own, so that this one can stop waiting for it.
-    """
-    ready: queue.SimpleQueue[T | Exception | None] = queue.SimpleQueue()
-    threading.Thread(target=_forward, args=(results, ready.put), daemon=True).start()
-    last, slowest = time.monotonic(), None
-    while True:
-        limit = max(patience, PATIENCE * (slowest or 0.0))
-        try:
-            result = ready.get(timeout=limit)
-        except queue.Empty:
-            on_hang()
-            raise InterruptedRunError(
-                f"purify stopped: no shard was finished for {limit:.0f} s (purify.watchdog_seconds), so a worker "
-                "hangs or was lost; run the same command again to resume"
-            ) from None
-        if result is None:
-            return
-        if isinstance(result, EclipseError):
-            raise result
-        if isinstance(result, Exception):
-            raise InterruptedRunError(
-                f"purify stopped: {message_of(result)}; run the same command again to resume"
-            ) from result
-        now = time.monotonic()
-        # The first shard also waits for actors to start, which says nothing of how long a shard takes.
-        slowest = 0.0 if slowest is None else max(slowest, now - last)
-        last = now
-        yield result
-
-
-def _forward(results: Iterator[T], put: Callable[[T | Exception | None], None]) -> None:
-    try:
-        for result in results:
-            put(result)
-    except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
-        put(error)
-    else:
-        put(None)
-
-
 def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[Committed]:
     """Yield each shard as it is committed."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
-    # Off: this run has a watchdog of its own, which knows how long a shard takes here.
+    # Off, because `watched` knows how long a shard takes here.
     context.execution_no_progress_timeout_s = -1
     dataset = ray.data.from_arrow(task_rows(tasks))
     dataset = dataset.map_batches(
@@ -195,6 +147,6 @@ def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[C
                 noted.add(row["note"])
                 say(f"note: {row['note']}")
             if row["fatal"]:
-                raise fatal_error(row["fatal"])
+                raise error_of_note(row["fatal"])
             log.event("shard", shard=row["shard"], ok=row["ok"], failed=row["failed"])
             yield Committed(row["ok"], row["failed"], row[BUSY_COLUMN])

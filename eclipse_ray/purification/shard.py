@@ -2,8 +2,8 @@
 
 Columns carry only strings, numbers and contiguous buffers, never Python objects (Ray would pickle them):
 `task` and `failures` are JSON, `table` is an Arrow stream of ids, labels and extra columns, `pixels` one uint8
-buffer of all images in order, `shapes` their (height, width) as int32 pairs. No torch here: CPU workers start in a
-second or two without it.
+buffer of all images in order, `shapes` their (height, width) as int32 pairs. There is no torch here, so that CPU
+workers start in a second or two.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from eclipse_ray import ledger
 from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, DataConfig, PurifyConfig
-from eclipse_ray.errors import ConfigError, EclipseError, InputError, ResumeError, StorageError
 from eclipse_ray.storage.store import Store
 
 Pixels = NDArray[np.uint8]
@@ -42,7 +41,7 @@ class Job:
     compensation: CompensationConfig
     sparse_hashes: frozenset[str]
     session: str = ""
-    """Of one driver, or of those after it whose predecessor a hanging worker stopped (`ledger.session`)."""
+    """Name of the driver's session; the driver after one that hung takes it over (`ledger.session`)."""
     run: str = ""
     """The run's fingerprint, under which workers count."""
 
@@ -51,7 +50,7 @@ class Job:
         return Store(self.output, self.purify.single_writer)
 
     def stage(self, name: str) -> str:
-        """Return under what a stage's starts are counted: who kills a driver kills innocent shards with it."""
+        """Return the key under which starts of a stage are counted, so that a killed driver blames no shard."""
         return f"{self.session}-{name}"
 
 
@@ -75,17 +74,19 @@ def task_of(batch: pa.Table) -> Task:
     return Task(ledger.Shard(tree["shard"]["name"], spans), tree["generation"])
 
 
-def fatal_note(error: EclipseError) -> str:
-    """Return what `fatal_error` makes an error of again, in the driver."""
-    return json.dumps([type(error).__name__, str(error)])
+Kind = Literal["killed", "memory", "small", "large", "undecodable"]
+"""Why an image has no pixels, as dashboards show it."""
 
 
-def fatal_error(note: str) -> EclipseError:
-    """Return the error that a worker wrote down, of its own class, hence with its exit code."""
-    name, text = json.loads(note)
-    return {kind.__name__: kind for kind in (ConfigError, InputError, ResumeError, StorageError)}.get(
-        name, EclipseError
-    )(text)
+class Failure(NamedTuple):
+    """Why an image became an error row: a sentence for people, and its kind."""
+
+    error: str
+    kind: Kind = "undecodable"
+
+    def row(self, image_id: str, key: str = "") -> dict[str, str]:
+        """Return the error row of an image that came from the source object `key`."""
+        return {"id": image_id, "key": key, **self._asdict()}
 
 
 def same_size_batches(
@@ -115,7 +116,7 @@ def pack(
 ) -> pa.Table:
     """Return a shard between two stages as one row; `table` holds everything but the images.
 
-    `fatal` ends the run with what `fatal_error` makes of it; `note` is for people, said once.
+    `fatal` is the note of an error that ends the run (`errors.error_of_note`); `note` is for people, said once.
     """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -140,7 +141,7 @@ def _binary(buffer: pa.Buffer) -> pa.Array:
 
 
 def take_rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
-    """Return these rows; of no rows too, where a bare empty list would have no type that pyarrow could take."""
+    """Return these rows. An empty list is given the type that pyarrow needs."""
     return table.take(pa.array(rows, pa.int64()))
 
 

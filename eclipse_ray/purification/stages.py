@@ -1,4 +1,7 @@
-"""What CPU workers do to a shard: read and decode it before the denoiser, encode and commit it afterwards."""
+"""The stages of a shard in their order: read and decode, denoise, encode and commit.
+
+Torch is imported by the denoising actor alone, so that the CPU workers of the other stages start without it.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,44 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from eclipse_ray import ledger
 from eclipse_ray.cluster import metrics
+from eclipse_ray.cluster.connect import open_denoiser
+from eclipse_ray.config import PurifyConfig
 from eclipse_ray.datasets.formats import read_parts
-from eclipse_ray.datasets.images import ImageError, content_hash, decode_stored, encode_image, resize_image
+from eclipse_ray.datasets.images import (
+    ImageError,
+    LargeImageError,
+    content_hash,
+    decode_stored,
+    encode_image,
+    resize_image,
+)
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
-from eclipse_ray.errors import EclipseError, InputError, StorageError
+from eclipse_ray.errors import EclipseError, InputError, StorageError, note_of_error
 from eclipse_ray.purification.shard import (
     BUSY_COLUMN,
+    Failure,
     Job,
     Pixels,
     Task,
-    fatal_note,
     pack,
+    same_size_batches,
     take_rows,
     task_of,
     unpack,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from eclipse_ray.diffusion.network import Denoiser
 
 # Where the image's own file name waits while its pixels travel.
 PATH_COLUMN = ".image_path"
@@ -50,7 +70,7 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
         else:
             packed = _read_and_decode(task, job, attempt)
     except EclipseError as error:
-        packed = _nothing(fatal=fatal_note(error))
+        packed = _nothing(fatal=note_of_error(error))
     columns = {"task": batch["task"], "seconds": pa.array([time.monotonic() - started])}
     for column, value in columns.items():
         packed = packed.append_column(column, value)
@@ -70,12 +90,13 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     pixels: list[Pixels] = []
     kept: list[int] = []
     for index, image in zip(rows, _decoded(job, task, attempt, [encoded[row] for row in rows]), strict=True):
-        if isinstance(image, str):
+        if isinstance(image, Failure):
             if job.data.on_error == "stop":
                 raise InputError(
-                    f"{job.source}: image {order[index]}: {image}; mend it, leave it out, or set data.on_error=row"
+                    f"{job.source}: image {order[index]}: {image.error}; mend it, leave it out, "
+                    "or set data.on_error=row"
                 )
-            failures.append({"id": order[index], "key": keys[index], "error": image})
+            failures.append(image.row(order[index], keys[index]))
             continue
         # Before it is resized: hashes are of images as they are stored, whatever size either run works at.
         _refuse_leakage(job, order[index], image)
@@ -108,19 +129,19 @@ def _read(task: Task, job: Job) -> tuple[pa.Table, list[ledger.Span], list[dict[
             read([span])
             good.append(span)
         except InputError as error:
-            failures += _unread(job, span, str(error))
+            failures += _unread(job, span, Failure(str(error)))
     return (read(good) if good else _EMPTY), good, failures
 
 
-def _unread(job: Job, span: ledger.Span, reason: str) -> list[dict[str, str]]:
-    """Return error rows for images that nobody could read, so that only a folder's ids are known."""
+def _unread(job: Job, span: ledger.Span, failure: Failure) -> list[dict[str, str]]:
+    """Return error rows for images that could not be read, so that only the ids of a folder are known."""
     return [
-        {"id": span.key if job.format == "folder" else f"{span.key}#{row}", "key": span.key, "error": reason}
+        failure.row(span.key if job.format == "folder" else f"{span.key}#{row}", span.key)
         for row in range(span.start, span.stop)
     ]
 
 
-def _decoded(job: Job, task: Task, attempt: int, encoded: Sequence[bytes]) -> Iterator[Pixels | str]:
+def _decoded(job: Job, task: Task, attempt: int, encoded: Sequence[bytes]) -> Iterator[Outcome]:
     """Yield each image, or why it cannot be had; those that kill their worker are found by earlier attempts."""
     store, name, stage = job.store(), task.shard.name, job.stage("decode")
     blamed, care = ledger.try_alone(
@@ -128,18 +149,23 @@ def _decoded(job: Job, task: Task, attempt: int, encoded: Sequence[bytes]) -> It
     )
     for row, data in enumerate(encoded):
         if row in blamed:
-            yield "decoding this image kills the worker, also when tried alone"
+            yield Failure("decoding this image kills the worker, also when tried alone", "killed")
         elif care is ledger.Care.GIVE_UP:
-            yield "decoding its shard kills the worker, though no image does so alone; lower purify.shard_images"
+            reason = (
+                "decoding its shard kills the worker, though no image does so alone; lower purify.shard_images"
+            )
+            yield Failure(reason, "killed")
         else:
             yield _decode(job, data)
 
 
-def _decode(job: Job, data: bytes) -> Pixels | str:
+def _decode(job: Job, data: bytes) -> Outcome:
     try:
         return decode_stored(data, job.data)
+    except LargeImageError as error:
+        return Failure(str(error), "large")
     except ImageError as error:
-        return str(error)
+        return Failure(str(error))
 
 
 def _rows_to_do(job: Job, task: Task, order: Sequence[str]) -> list[int]:
@@ -164,8 +190,8 @@ def _done_before(job: Job, task: Task) -> pa.Table | None:
 
 
 def _given_up(task: Task, job: Job) -> pa.Table:
-    reason = "reading its shard kills the worker, before any image is decoded"
-    return _nothing(failures=[row for span in task.shard.spans for row in _unread(job, span, reason)])
+    failure = Failure("reading its shard kills the worker, before any image is decoded", "killed")
+    return _nothing(failures=[row for span in task.shard.spans for row in _unread(job, span, failure)])
 
 
 def _nothing(failures: Sequence[dict[str, str]] = (), fatal: str = "") -> pa.Table:
@@ -187,6 +213,127 @@ def _refuse_leakage(job: Job, name: str, image: Pixels) -> None:
         )
 
 
+Outcome = Pixels | Failure
+"""Purified pixels (H, W, 3), or why there are none."""
+
+
+def purify_batch(
+    denoiser: Denoiser, images: Pixels, ids: Sequence[str], settings: PurifyConfig, seed: int
+) -> torch.Tensor:
+    """Return uint8 images (B, H, W, 3) of one size purified as `settings` say. Raises InputError if too small."""
+    from eclipse_ray.diffusion.sampling import purify_images
+
+    return purify_images(
+        images,
+        denoiser,
+        t_star=settings.t_star,
+        num_inference_steps=settings.num_inference_steps,
+        sampler=settings.sampler,
+        seed=seed,
+        ids=ids,
+        tile=settings.tile,
+        tile_overlap=settings.tile_overlap,
+        batch_pixels=settings.batch_pixels,
+    )
+
+
+class Purifier:
+    """The actor of the pool: holds a denoiser on its device and purifies shard after shard."""
+
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        # One thread each, because threads change how sums are split, and so the bytes.
+        torch.set_num_threads(1)
+        self.job = job
+        self.note = ""
+        self.idle_since = time.monotonic()
+        self.denoiser = open_denoiser(job.denoiser, job.purify.precision)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Return the shard with its images purified; those that are too small or kill the actor fail."""
+        if batch["fatal"][0].as_py():
+            return batch
+        started = time.monotonic()
+        waited = started - self.idle_since
+        table, images, failures = unpack(batch)
+        ids: list[str] = table["id"].to_pylist()
+        outcomes: dict[int, Outcome] = {}
+        fatal, self.note = "", ""
+        try:
+            outcomes = self._outcomes(task_of(batch), images, ids)
+        except StorageError as error:
+            fatal = note_of_error(error)
+        kept, done = [], []
+        for place, outcome in sorted(outcomes.items(), key=lambda item: item[0]):
+            if isinstance(outcome, Failure):
+                failures.append(outcome.row(ids[place]))
+            else:
+                kept.append(place)
+                done.append(outcome)
+        columns = {name: batch[name].to_pylist() for name in ("task", "input_sha256", "order")}
+        took = time.monotonic() - started
+        columns["seconds"] = [batch["seconds"][0].as_py() + took]
+        self.idle_since = started + took
+        metrics.observe({"denoise_seconds": took, "input_wait_seconds": waited}, self.job.run)
+        columns[BUSY_COLUMN] = [took]
+        return pack(columns, take_rows(table, kept), done, failures, fatal, self.note)
+
+    def _outcomes(self, task: Task, images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
+        """Return what became of every image; those that kill this actor are found by its earlier lives."""
+        store, shard, settings = self.job.store(), task.shard.name, self.job.purify
+        stage = self.job.stage("purify")
+
+        def alone(place: int) -> object:
+            return self._batch([place], images, ids)
+
+        attempt = ledger.begin(store, shard, task.generation, stage)
+        blamed, care = ledger.try_alone(store, shard, task.generation, stage, attempt, len(images), alone)
+        if care is ledger.Care.GIVE_UP:
+            together = Failure("purifying its shard kills the worker, though no image does so alone", "killed")
+            return dict.fromkeys(range(len(images)), together)
+        killer = Failure("purifying this image kills the worker, also when tried alone", "killed")
+        outcomes: dict[int, Outcome] = dict.fromkeys(blamed, killer)
+        size = settings.batch_size if care is ledger.Care.USUAL else 1
+        for places in same_size_batches(images, size, settings.batch_pixels):
+            outcomes |= self._batch([place for place in places if place not in blamed], images, ids)
+        return outcomes
+
+    def _batch(self, places: Sequence[int], images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
+        """Purify some images of one size at once, or in halves where there is too little memory for that."""
+        import torch
+
+        from eclipse_ray.diffusion.tiling import MIN_SIDE
+
+        if not places:
+            return {}
+        try:
+            done = self._purify(np.stack([images[place] for place in places]), [ids[place] for place in places])
+            return dict(zip(places, done, strict=True))
+        except InputError as error:
+            return dict.fromkeys(places, Failure(str(error), "small"))
+        except (MemoryError, torch.OutOfMemoryError):
+            pass
+        except RuntimeError:
+            # Torch has no class for want of memory on a CPU. Any other error occurs with the smallest image, too.
+            self._purify(np.zeros((1, MIN_SIDE, MIN_SIDE, 3), np.uint8), ["smallest"])
+        if len(places) == 1:
+            alone = Failure("too little memory for this image alone; lower purify.tile", "memory")
+            return dict.fromkeys(places, alone)
+        middle = len(places) // 2
+        self.note = self.note or f"too little memory for batches of {len(places)} images; lower purify.batch_size"
+        return self._batch(places[:middle], images, ids) | self._batch(places[middle:], images, ids)
+
+    def _purify(self, images: Pixels, ids: Sequence[str]) -> Pixels:
+        from eclipse_ray import compensation
+
+        job = self.job
+        purified = purify_batch(self.denoiser, images, ids, job.purify, job.seed)
+        if job.compensation.mode == "baked":
+            purified = compensation.bake(purified, ids, job.compensation, job.seed)
+        return purified.numpy()
+
+
 def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     """Encode a purified shard and commit it; return one row of what now stands.
 
@@ -199,7 +346,7 @@ def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
             status = _encode_and_commit(batch, task, job)
             ok, failed = status.ok, status.failed
         except EclipseError as error:
-            fatal = fatal_note(error)
+            fatal = note_of_error(error)
     found = {
         "shard": task.shard.name,
         "ok": ok,
@@ -223,7 +370,7 @@ def _encode_and_commit(batch: pa.Table, task: Task, job: Job) -> ledger.Status:
         task.shard,
         ok=data,
         ok_count=done.num_rows if done else 0,
-        errors=[ledger.ImageFailure(**failure) for failure in failures],
+        errors=[ledger.ImageFailure(failure["id"], failure["key"], failure["error"]) for failure in failures],
         input_sha256=batch["input_sha256"][0].as_py(),
         seconds=batch["seconds"][0].as_py() + time.monotonic() - started,
         generation=task.generation,
@@ -231,7 +378,7 @@ def _encode_and_commit(batch: pa.Table, task: Task, job: Job) -> ledger.Status:
     metrics.count("shards", 1, job.run)
     metrics.count("images", table.num_rows, job.run)
     metrics.count("written_bytes", len(data or b""), job.run)
-    metrics.count_failures([failure["error"] for failure in failures], job.run)
+    metrics.count_failures([failure["kind"] for failure in failures], job.run)
     return status
 
 

@@ -22,9 +22,8 @@ import yaml
 from eclipse_ray import api
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.purification.plan import prepare
-from eclipse_ray.purification.purifier import Purifier
 from eclipse_ray.purification.shard import Task, task_rows
-from eclipse_ray.purification.stages import encode_and_commit, read_and_decode
+from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
 from tests.chaos.test_workers import PURIFY, command, done, fault, objects
 from tests.support import DEBUG
 

@@ -182,17 +182,43 @@ def test_a_worker_that_ends_or_hangs_ends_the_run_and_the_next_run_completes_it(
     output, log = tmp_path / "out", tmp_path / "fired"
     # Longer than it takes to start Ray and load the denoiser here.
     limit = 45.0
-    words = command(world, output, **{"purify.watchdog_seconds": limit})
+    words = command(world, output, **{"run.watchdog_seconds": limit})
     started = time.monotonic()
     code, _, said = run(words, **fault(log, PURIFY, how, an_id(world, 130), times=1))
     assert fired(log) == 1, "no fault fired"
-    if code != 0:
-        assert code == 75, said
-        assert "run the same command again to resume" in said
-        assert time.monotonic() - started < 4 * limit
-        code, _, said = run(words)
+    assert code == 75, said
+    assert "run the same command again to resume" in said
+    assert time.monotonic() - started < 4 * limit
+    code, _, said = run(words)
     assert code == 0, said
     assert objects(output) == objects(undisturbed)
+
+
+def verb_with(name: str, world, output) -> tuple[list[str], str]:
+    """Return the words of another verb than purify, and a function that its workers call."""
+    train = ["train", "--clean", world.clean, "--out", str(output), "--set", "denoiser.num_workers=1"]
+    return {
+        "train": (train, "eclipse_ray.diffusion.training.run_fit"),
+        "poison": (["poison", "em", world.rest, str(output)], "eclipse_ray.poisoning.fit_stored"),
+        "audit": (["audit", world.rest, "--out", str(output)], DECODE),
+    }[name]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("verb", ["train", "poison", "audit"])
+def test_a_worker_that_hangs_ends_every_verb_with_75_and_a_sentence(verb, world, tmp_path):
+    words, function = verb_with(verb, world, tmp_path / "out")
+    log, limit = tmp_path / "fired", 30.0
+    start = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *words]
+    for key, value in {**DEBUG, "run.watchdog_seconds": limit}.items():
+        start += ["--set", f"{key}={value}"]
+    started = time.monotonic()
+    code, _, said = run(start, **fault(log, function, "sleep", "always"))
+    assert fired(log) >= 1, "no fault fired"
+    assert code == 75, said
+    assert "(run.watchdog_seconds), so a worker hangs or was lost; run the same command again to resume" in said
+    assert "Traceback" not in said
+    assert time.monotonic() - started < 4 * limit
 
 
 @pytest.mark.chaos

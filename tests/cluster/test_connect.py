@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from threading import Lock
 
 import pytest
 import ray
 
-from eclipse_ray.cluster.connect import _counted, connect, on_threads
+from eclipse_ray.cluster.connect import _counted, connect
 from eclipse_ray.config import load_config
-from eclipse_ray.errors import ConfigError, EclipseError
+from eclipse_ray.errors import ConfigError
 from eclipse_ray.purification.run import pool
 
 EMPTY: dict[str, float] = {"node:__internal_head__": 1.0}
@@ -60,33 +58,3 @@ def test_threads_that_connect_together_start_one_cluster(monkeypatch):
     with ThreadPoolExecutor(3) as threads:
         found = list(threads.map(connect, [load_config(None, {})] * 3))
     assert (started, [each.cpus for each in found]) == ([1], [4, 4, 4])
-
-
-def test_works_run_on_so_many_threads_and_return_in_order():
-    running, most, lock = 0, 0, Lock()
-
-    def work(number):
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        time.sleep(0.02)
-        with lock:
-            running -= 1
-        return number * number
-
-    squares = on_threads([partial(work, number) for number in range(9)], 3, "work")
-    assert squares == [number * number for number in range(9)]
-    assert most == 3
-    assert on_threads([], 3, "work") == []
-
-
-def test_what_stops_on_a_thread_is_said_on_the_one_that_waits():
-    with pytest.raises(ConfigError, match="as it is"):
-        on_threads([partial(_raise, ConfigError("as it is"))], 1, "work")
-    with pytest.raises(EclipseError, match=r"work stopped: by zero; run the same command again"):
-        on_threads([partial(_raise, ZeroDivisionError("by zero")), lambda: None], 2, "work")
-
-
-def _raise(error: Exception) -> None:
-    raise error

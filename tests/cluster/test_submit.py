@@ -13,7 +13,6 @@ from eclipse_ray.cli import submit as command
 from eclipse_ray.cluster import jobs as room
 from eclipse_ray.cluster.connect import Resources, require_gpus, require_place
 from eclipse_ray.cluster.jobs import Order, exit_code, find_token, open_cluster, pinned, runtime_env
-from eclipse_ray.cluster.metrics import kind_of
 from eclipse_ray.config import load_config
 from eclipse_ray.errors import ConfigError, InterruptedRunError
 
@@ -150,6 +149,23 @@ def test_a_run_is_joined_resumed_or_begun(before, again, name, attached):
     cluster = Cluster(*jobs)
     assert room._place(cluster, order(again=again, image_has_deps=True)) == (base + name, attached)
     assert len(cluster.sent) == (not attached)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_refused_submission_is_told_from_one_that_came_second_by_the_list_of_jobs(elsewhere):
+    cluster = Cluster()
+
+    def refuse(**request):
+        if elsewhere:
+            cluster.jobs.append(details("RUNNING", name=request["submission_id"]))
+        raise RuntimeError("Request failed with status code 500: it already went wrong")
+
+    cluster.submit_job = refuse
+    if elsewhere:
+        assert room._place(cluster, order(image_has_deps=True)) == (order().identity, True)
+    else:
+        with pytest.raises(ConfigError, match="the cluster refused the job"):
+            room._place(cluster, order(image_has_deps=True))
 
 
 def test_interrupting_asks_and_leaves_the_job_alone_unless_told(monkeypatch):
@@ -302,9 +318,3 @@ def test_what_no_machine_can_hold_is_refused():
         require_place(cluster, 5, 0, "work")
     with pytest.raises(ConfigError, match="needs 3 GPUs, the Ray cluster has 2"):
         require_gpus(cluster, 3, "purify.actors=3 with purify.num_gpus=1")
-
-
-def test_failures_have_kinds():
-    assert kind_of("purifying this image kills the worker, also when tried alone") == "killed"
-    assert kind_of("too little memory for this image alone; lower purify.tile") == "memory"
-    assert kind_of("the image is empty (0 bytes)") == "undecodable"

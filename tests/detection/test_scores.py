@@ -78,7 +78,7 @@ def test_a_weak_pattern_that_a_class_shares_is_told_by_its_colour(drawn):
 
 
 def judge_as_predictable(sample: Images):
-    return judge(sample, [Score("predictability", 1.0, 0.0, 1e-4, "mirror", True, "")], 0.01)
+    return judge(sample, [Score("predictability", 1.0, 0.0, 1e-4, "mirror", "")], 0.01)
 
 
 def test_the_share_of_class_means_is_unbiased():
@@ -101,13 +101,11 @@ def test_a_pattern_that_respects_the_mirror_is_found_with_a_clean_set(drawn):
     stripes = waves[sample.labels].view(COUNT, 1, 1, 32) * strength
     striped = Images((sample.images + stripes).round().clamp(0, 255).to(torch.uint8), sample.labels)
     assert judge(striped, mirror(striped, 0), 0.01).verdict == "clean"
-    for labelled in (True, False):
-        evidence = compare(striped, clean_of(drawn, labelled), 0)
-        scores = {score.name: score for score in evidence}
-        assert scores["transfer"].p_value <= 0.001, labelled
-        assert scores["transfer"].counted is labelled
-        verdict = judge(striped, [*mirror(striped, 0), *evidence], 0.01).verdict
-        assert verdict == ("poisoned" if labelled else "clean")
+    (transfer,) = compare(striped, clean_of(drawn), 0)
+    assert transfer.name == "transfer"
+    assert transfer.p_value <= 0.001
+    assert judge(striped, [*mirror(striped, 0), transfer], 0.01).verdict == "poisoned"
+    assert compare(striped, clean_of(drawn, labelled=False), 0) == []
 
 
 def test_scores_are_the_same_for_the_same_seed(drawn):
@@ -130,20 +128,6 @@ def test_p_values_are_uniform_where_the_null_holds():
         for level in (0.1, 0.5):
             # Four standard deviations of a proportion of 200.
             assert abs(float((p_values <= level).float().mean()) - level) < 4 * (level * (1 - level) / 200) ** 0.5
-
-
-def test_the_most_excess_band_has_a_uniform_p_value_and_is_found():
-    generator = torch.Generator().manual_seed(1)
-    p_values = []
-    for _ in range(100):
-        rows = torch.randn(50, 3, generator=generator)
-        p_values.append(nulls.most_excess([(rows[:25], rows[25:40]), (rows[:20], rows[40:])], 99, generator)[1])
-    assert 0.3 < sum(p_values) / 100 < 0.7
-    rows = torch.randn(80, 3, generator=generator)
-    rows[:50, 1] += 2
-    effects, p_value = nulls.most_excess([(rows[:50], rows[50:])], 199, generator)
-    assert int(effects[0].argmax()) == 1
-    assert p_value == 1 / 200
 
 
 def test_a_tolerated_effect_is_not_significant():

@@ -10,16 +10,12 @@ from eclipse_ray.diffusion.network import build_denoiser
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.diffusion.training import (
     _draw_batch,
-    draw_timesteps,
     enlarged_batch,
     learning_rate_at,
     loss_hybrid,
-    record_losses,
     run_fit,
     start_ema,
     start_fit,
-    start_losses,
-    timestep_probabilities,
     update_ema,
     worker_slice,
 )
@@ -87,7 +83,7 @@ def test_the_published_options_learn_too():
     assert reports[-1].loss < reports[0].loss
 
 
-@pytest.mark.parametrize("options", [{}, {**PAPER, "timestep_sampler": "loss_second_moment"}])
+@pytest.mark.parametrize("options", [{}, PAPER])
 def test_resumed_training_equals_an_uninterrupted_one(options):
     config = debug(iterations=40, checkpoint_every=20, **options)
     whole, _, states = fit_all(config)
@@ -95,14 +91,10 @@ def test_resumed_training_equals_an_uninterrupted_one(options):
     resumed = start_fit(config, 5, CPU)
     resumed.restore(states[0]["state"])
     assert resumed.iteration == 20
-    if options:
-        assert timestep_probabilities(resumed.timestep_losses).std() > 0
     run_fit(resumed, images[4:], images[:4], 0, lambda _: None, lambda _: None)
     for name, value in whole.average.items():
         assert torch.equal(value, resumed.average[name]), name
     assert resumed.history == whole.history
-    if options:
-        assert torch.equal(whole.timestep_losses["losses"], resumed.timestep_losses["losses"])
 
 
 def test_training_shows_the_network_what_sampling_shows_it():
@@ -120,33 +112,25 @@ def test_training_shows_the_network_what_sampling_shows_it():
     assert torch.equal(seen[0], t * 50.0)
 
 
-def warmed(t_max):
-    history = start_losses(t_max)
-    record_losses(history, torch.arange(t_max).repeat(10), torch.rand(10 * t_max))
-    return history
-
-
 @pytest.mark.parametrize("workers", [2, 3])
-@pytest.mark.parametrize("history", [None, warmed(5)])
-def test_several_workers_see_the_batch_of_one(workers, history):
+def test_several_workers_see_the_batch_of_one(workers):
     config, images = debug(batch_size=16), smooth_images(40)
-    whole = _draw_batch(config, images, 3, 0, 0, 1, history)
-    parts = [_draw_batch(config, images, 3, 0, rank, workers, history) for rank in range(workers)]
-    for index in range(4):
+    whole = _draw_batch(config, images, 3, 0, 0, 1)
+    parts = [_draw_batch(config, images, 3, 0, rank, workers) for rank in range(workers)]
+    for index in range(3):
         assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
     assert [len(part[2]) for part in parts] == [
         len(range(16)[worker_slice(16, r, workers)]) for r in range(workers)
     ]
-    assert (whole[3].std() > 0) == (history is not None)
 
 
 def test_the_mean_gradient_of_two_slices_is_that_of_the_batch():
-    config, images, history = debug(**{**PAPER, "dropout": 0.0}), smooth_images(40), warmed(5)
+    config, images = debug(**{**PAPER, "dropout": 0.0}), smooth_images(40)
     network, schedule = build_denoiser(start_fit(config, 0, CPU).unet, config), cosine_alphas_cumprod(20)
 
     def gradient(rank, world_size):
-        x0, epsilon, t, weights = _draw_batch(config, images, 3, 0, rank, world_size, history)
-        loss = (weights * loss_hybrid(network, x0, epsilon, t, schedule, 1e-3)).mean()
+        x0, epsilon, t = _draw_batch(config, images, 3, 0, rank, world_size)
+        loss = loss_hybrid(network, x0, epsilon, t, schedule, 1e-3).mean()
         return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(network.parameters()))])
 
     halves = torch.stack([gradient(rank, 2) for rank in range(2)]).mean(dim=0)
@@ -155,9 +139,6 @@ def test_the_mean_gradient_of_two_slices_is_that_of_the_batch():
 
 def test_timesteps_stay_below_t_max():
     config = debug(batch_size=256)
-    for history in (None, warmed(5)):
-        drawn = draw_timesteps(5, 2000, torch.Generator().manual_seed(0), history)[0]
-        assert (drawn.min(), drawn.max()) == (0, 4)
     drawn = torch.cat([_draw_batch(config, smooth_images(4), i, 0, 0, 1)[2] for i in range(4)])
     assert drawn.min() == 0
     assert drawn.max() == config.t_max - 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +13,13 @@ import torch
 from eclipse_ray import api
 from eclipse_ray.config import CompensationConfig
 from eclipse_ray.datasets.formats import open_source
-from eclipse_ray.datasets.images import ImageError
-from eclipse_ray.errors import InputError, InterruptedRunError, StorageError
+from eclipse_ray.datasets.images import ImageError, encode_image
+from eclipse_ray.diffusion import sampling
+from eclipse_ray.errors import StorageError, error_of_note
 from eclipse_ray.ledger import open_run, plan_shards, read_statuses, session
-from eclipse_ray.purification import purifier, stages
-from eclipse_ray.purification.run import _watched
-from eclipse_ray.purification.shard import Job, Task, fatal_error, task_rows, unpack
-from eclipse_ray.purification.stages import encode_and_commit, read_and_decode
+from eclipse_ray.purification import stages
+from eclipse_ray.purification.shard import Failure, Job, Task, task_rows, unpack
+from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
 from tests.ledger.helpers import make_fingerprint, plan_of
 from tests.support import DEBUG
 
@@ -55,8 +55,8 @@ def shard_of_sixteen(world, output) -> tuple[Job, Task]:
 def test_a_batch_without_memory_is_halved_until_it_fits(world, tmp_path, monkeypatch, error):
     job, task = shard_of_sixteen(world, tmp_path / "out")
     decoded = read_and_decode(task_rows([task])[0], job)
-    _, whole, _ = unpack(purifier.Purifier(job)(decoded))
-    genuine, fired = purifier.purify_images, []
+    _, whole, _ = unpack(Purifier(job)(decoded))
+    genuine, fired = sampling.purify_images, []
 
     def short_of_memory(images, *arguments, **named):
         if len(images) > 2:
@@ -64,8 +64,8 @@ def test_a_batch_without_memory_is_halved_until_it_fits(world, tmp_path, monkeyp
             raise error
         return genuine(images, *arguments, **named)
 
-    monkeypatch.setattr(purifier, "purify_images", short_of_memory)
-    purified = purifier.Purifier(job)(decoded)
+    monkeypatch.setattr(sampling, "purify_images", short_of_memory)
+    purified = Purifier(job)(decoded)
     _, images, failures = unpack(purified)
     assert fired == [8, 4, 4] * 2
     assert failures == []
@@ -75,18 +75,21 @@ def test_a_batch_without_memory_is_halved_until_it_fits(world, tmp_path, monkeyp
     assert (difference > 0).mean() <= 1e-3
 
 
-def test_an_image_without_memory_alone_becomes_an_error_row(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator gives nothing")])
+def test_an_image_without_memory_alone_becomes_an_error_row(world, tmp_path, monkeypatch, error):
     job, task = shard_of_sixteen(world, tmp_path / "out")
     decoded = read_and_decode(task_rows([task])[0], job)
-    genuine, victim = purifier.purify_images, unpack(decoded)[0]["id"][5].as_py()
+    genuine, victim = sampling.purify_images, unpack(decoded)[0]["id"][5].as_py()
 
     def short_of_memory(images, *arguments, ids, **named):
         if victim in ids:
-            raise MemoryError
+            raise error
         return genuine(images, *arguments, ids=ids, **named)
 
-    monkeypatch.setattr(purifier, "purify_images", short_of_memory)
-    row = encode_and_commit(purifier.Purifier(job)(decoded), job).to_pylist()[0]
+    monkeypatch.setattr(sampling, "purify_images", short_of_memory)
+    purified = Purifier(job)(decoded)
+    assert [failure["kind"] for failure in unpack(purified)[2]] == ["memory"]
+    row = encode_and_commit(purified, job).to_pylist()[0]
     assert (row["ok"], row["failed"], row["fatal"]) == (15, 1, "")
     assert read_statuses(job.store())[task.shard.name].failed == 1
 
@@ -98,9 +101,9 @@ def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(world, tmp
     def broken(*arguments, **named):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(purifier, "purify_images", broken)
+    monkeypatch.setattr(sampling, "purify_images", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        purifier.Purifier(job)(decoded)
+        Purifier(job)(decoded)
 
 
 @pytest.mark.parametrize("where", ["decoding", "purifying"])
@@ -114,11 +117,11 @@ def test_a_shard_of_which_nothing_is_left_is_committed_with_its_errors(world, tm
         monkeypatch.setattr(stages, "decode_stored", refuse)
     else:
         monkeypatch.setattr(
-            purifier.Purifier,
+            Purifier,
             "_outcomes",
-            lambda self, _, images, ids: dict.fromkeys(range(len(ids)), "too small"),
+            lambda self, _, images, ids: dict.fromkeys(range(len(ids)), Failure("too small", "small")),
         )
-    found = encode_and_commit(purifier.Purifier(job)(read_and_decode(task_rows([task])[0], job)), job)
+    found = encode_and_commit(Purifier(job)(read_and_decode(task_rows([task])[0], job)), job)
     assert found.select(["ok", "failed", "fatal"]).to_pylist() == [{"ok": 0, "failed": 16, "fatal": ""}]
     status = read_statuses(job.store())[task.shard.name]
     assert (status.object, status.ok, status.failed) == (None, 0, 16)
@@ -131,61 +134,44 @@ def test_a_store_that_fails_under_the_actor_is_reported_as_itself(world, tmp_pat
     def away(*_):
         raise StorageError("the store stays away")
 
-    monkeypatch.setattr(purifier.Purifier, "_outcomes", away)
-    found = encode_and_commit(purifier.Purifier(job)(decoded), job)
-    assert "the store stays away" in str(fatal_error(found["fatal"][0].as_py()))
+    monkeypatch.setattr(Purifier, "_outcomes", away)
+    found = encode_and_commit(Purifier(job)(decoded), job)
+    assert "the store stays away" in str(error_of_note(found["fatal"][0].as_py()))
     assert read_statuses(job.store()) == {}
 
 
 def test_drivers_that_die_again_and_again_blame_no_image(world, tmp_path):
     job, task = shard_of_sixteen(world, tmp_path / "out")
-    whole = purifier.Purifier(job)(read_and_decode(task_rows([task])[0], job))
+    whole = Purifier(job)(read_and_decode(task_rows([task])[0], job))
     for _ in range(12):
         mine = replace(job, session=session(job.store()))
         # Each driver dies after this: nothing is committed.
-        found = purifier.Purifier(mine)(read_and_decode(task_rows([task])[0], mine))
+        found = Purifier(mine)(read_and_decode(task_rows([task])[0], mine))
         assert unpack(found)[2] == []
         assert found["pixels"] == whole["pixels"], "images were done one by one"
 
 
-def hanging() -> Iterator[tuple[int, int]]:
-    yield 1, 0
-    time.sleep(60)
+@pytest.mark.parametrize(
+    ("side", "settings", "kind"),
+    [(40, {"data.max_pixels": 1000}, "large"), (12, {}, "small"), (None, {}, "undecodable")],
+)
+def test_a_failure_has_its_kind_whatever_its_words(world, tmp_path, side, settings, kind):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    image = encode_image(np.zeros((side or 16, side or 16, 3), np.uint8), "png")
+    # A name that tells of another kind.
+    (folder / "too little memory kills.png").write_bytes(image if side else image[:40])
+    (folder / "whole.png").write_bytes(encode_image(np.zeros((16, 16, 3), np.uint8), "png"))
+    job, _ = shard_of_sixteen(world, tmp_path / "out")
+    config = api.resolve(None, {**DEBUG, **settings}, {})
+    source = open_source(str(folder), config.data)
+    mine = replace(job, source=source.url, format=source.format, data=config.data)
+    decoded = read_and_decode(task_rows([Task(plan_shards(source.parts, 16)[0])])[0], mine)
+    _, images, failures = unpack(Purifier(mine)(decoded))
+    assert len(images) == 1
+    assert [(failure["id"], failure["kind"]) for failure in failures] == [("too little memory kills.png", kind)]
 
 
-def failing(error: Exception) -> Iterator[tuple[int, int]]:
-    yield 1, 0
-    raise error
-
-
-def test_a_stream_that_stands_still_is_given_up():
-    told: list[int] = []
-    results = _watched(hanging(), 0.2, lambda: told.append(1))
-    assert next(results) == (1, 0)
-    with pytest.raises(InterruptedRunError, match=r"no shard was finished for .* run the same command again"):
-        next(results)
-    assert told == [1]
-    assert InterruptedRunError.exit_code == 75
-
-
-def slow_to_start() -> Iterator[tuple[int, int]]:
-    time.sleep(0.5)
-    yield 1, 0
-    yield 1, 0
-    time.sleep(60)
-
-
-def test_waiting_for_the_first_shard_does_not_make_the_watchdog_more_patient():
-    results = _watched(slow_to_start(), 1.0, lambda: None)
-    assert [next(results), next(results)] == [(1, 0), (1, 0)]
-    # Ten times the half second of the start would be five.
-    with pytest.raises(InterruptedRunError, match="no shard was finished for 1 s"):
-        next(results)
-
-
-def test_a_stream_that_breaks_says_why_and_a_users_mistake_stays_one():
-    with pytest.raises(InterruptedRunError, match="the last line; run the same command again"):
-        list(_watched(failing(OSError("a traceback\nthe last line")), 5, exit))
-    with pytest.raises(InputError, match="as it was"):
-        list(_watched(failing(InputError("as it was")), 5, exit))
-    assert list(_watched(iter([(1, 0), (2, 1)]), 5, exit)) == [(1, 0), (2, 1)]
+def test_the_workers_of_the_other_stages_start_without_torch():
+    program = "import sys, eclipse_ray.purification.stages; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from eclipse_ray.cluster import loggers
-from eclipse_ray.cluster.loggers import open_curves
+from eclipse_ray.cluster import metrics
+from eclipse_ray.cluster.metrics import open_curves
 from eclipse_ray.config import load_config
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments import evaluate, matrix
@@ -28,9 +28,9 @@ def test_a_logger_that_fails_is_given_up_and_said_once(tmp_path, monkeypatch, ca
     def broken(values, step):
         raise ConnectionError("server is away")
 
-    monkeypatch.setitem(loggers.MODULES, "mlflow", "json")
-    monkeypatch.setitem(loggers.OPEN, "mlflow", lambda folder, run: broken)
-    monkeypatch.setitem(loggers.OPEN, "tensorboard", lambda folder, run: lambda values, step: told.append(step))
+    monkeypatch.setitem(metrics.MODULES, "mlflow", "json")
+    monkeypatch.setitem(metrics.OPEN, "mlflow", lambda folder, run: broken)
+    monkeypatch.setitem(metrics.OPEN, "tensorboard", lambda folder, run: lambda values, step: told.append(step))
     curves = open_curves(["mlflow", "tensorboard"], str(tmp_path))
     for step in (1, 2, 3):
         curves.log({"loss": 0.5}, step)
@@ -39,14 +39,14 @@ def test_a_logger_that_fails_is_given_up_and_said_once(tmp_path, monkeypatch, ca
 
 
 def test_one_that_cannot_be_opened_is_given_up_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(loggers.MODULES, "wandb", "json")
+    monkeypatch.setitem(metrics.MODULES, "wandb", "json")
     open_curves(["wandb"], str(tmp_path)).log({"loss": 0.5}, 1)
     assert "note: wandb gets no more curves" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_a_logger_that_is_not_installed_is_refused(name, monkeypatch):
-    monkeypatch.setitem(loggers.MODULES, name, "no_such_module")
+    monkeypatch.setitem(metrics.MODULES, name, "no_such_module")
     with pytest.raises(ConfigError, match=f"{name} needs no_such_module, which is not installed"):
         open_curves([name], "out")
 
@@ -70,7 +70,7 @@ def test_nothing_starts_before_a_missing_logger_is_refused(module, begin, world,
     def start(_):
         raise AssertionError("Ray was started")
 
-    monkeypatch.setitem(loggers.MODULES, "mlflow", "no_such_module")
+    monkeypatch.setitem(metrics.MODULES, "mlflow", "no_such_module")
     monkeypatch.setattr(module, "connect", start)
     sets = {"data.source": world.rest, "data.test": world.test, "data.output": str(tmp_path)}
     cells = {"matrix.clean": True, "matrix.defenses": ["none"], "run.loggers": ["mlflow"]}

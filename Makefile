@@ -16,7 +16,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP) ## poison, train, purify and evaluate on synthetic data; a table and one picture
-	$(BIN)/eclipse-ray demo --output runs/demo
+	$(BIN)/eclipse-ray demo --out runs/demo
 
 # Two files at a time, for much of a Ray test is waiting; threads of two processes would fight over two cores.
 test: $(STAMP) ## every test but the long fault tests

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.auditing import Crop, balanced, common_side
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.synthetic import write_synthetic
@@ -33,21 +33,21 @@ def test_a_poisoned_dataset(world, tmp_path):
 
 @pytest.mark.chaos
 def test_the_residual_of_a_denoiser(world):
-    clean = api.audit(world.rest, denoiser=world.denoiser)
+    clean = verbs.audit(world.rest, denoiser=world.denoiser)
     assert (clean.verdict, clean.frequency, clean.scope) == ("clean", None, None)
     assert clean.recommended == {"t_star": None, "p": None, "sigma": None}
-    poisoned = api.audit(world.poisoned, denoiser=world.denoiser)
+    poisoned = verbs.audit(world.poisoned, denoiser=world.denoiser)
     assert poisoned.verdict == "poisoned"
 
 
 def test_refusals(world, tmp_path):
     with pytest.raises(ConfigError, match="audit needs a dataset"):
-        api.audit()
+        verbs.audit()
     with pytest.raises(InputError, match="share 20 images"):
-        api.audit(world.clean, clean=world.clean)
+        verbs.audit(world.clean, clean=world.clean)
     write_synthetic(str(tmp_path / "few"), 40, 16, 0)
     with pytest.raises(InputError, match="40 images of 10 classes"):
-        api.audit(str(tmp_path / "few"))
+        verbs.audit(str(tmp_path / "few"))
 
 
 def test_the_sample_is_balanced_over_the_largest_classes():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import encode_image
@@ -165,7 +165,7 @@ def test_arrays_need_images_of_one_size_that_can_be_decoded(tmp_path, layout):
 def test_many_cifar_images_fill_several_batches(tmp_path, monkeypatch):
     monkeypatch.setattr("eclipse_ray.datasets.cifar_writer._BATCH_IMAGES", 3)
     source = put(tmp_path / "src", pixels(8), [0, 1, 2, 0, 1, 2, 0, 1])
-    result = api.convert(source, str(tmp_path / "out"), layout="cifar")
+    result = verbs.convert(source, str(tmp_path / "out"), layout="cifar")
     assert result.images == 8
     assert [part.rows for part in open_source(str(tmp_path / "out"), CONFIG).parts] == [3, 3, 2]
     assert np.array_equal(load_images(str(tmp_path / "out"), CONFIG).images, pixels(8))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.config import CompensationConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import ImageError
@@ -25,7 +25,7 @@ from tests.support import DEBUG
 
 
 def shard_of_sixteen(world, output) -> tuple[Job, Task]:
-    config = api.resolve(None, DEBUG, {"purify.batch_size": 8})
+    config = verbs.resolve(None, DEBUG, {"purify.batch_size": 8})
     source = open_source(world.poisoned, config.data)
     shards = plan_shards(source.parts, 16)[:1]
     job = Job(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["eclipse_ray.data", "PIL", "zipfile"]):
+with atheris.instrument_imports(include=["eclipse_ray.datasets", "PIL", "zipfile"]):
     from eclipse_ray.datasets.images import ImageError
     from eclipse_ray.errors import InputError
     from tests.fuzz.fuzz_decode import TARGETS, seeds

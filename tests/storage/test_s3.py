@@ -211,7 +211,7 @@ def test_an_upload_that_somebody_aborts_is_begun_anew(proxy, faulty_url, small_p
 
 UPLOAD = """
 import sys
-from eclipse_ray.data import s3
+from eclipse_ray.storage import s3
 from eclipse_ray.storage.store import Store
 s3.PART_BYTES = 5 << 20
 Store(sys.argv[1]).create("data/x", bytes(16 << 20))

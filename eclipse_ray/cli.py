@@ -64,7 +64,8 @@ def _add(name: str, verb: Verb) -> None:
     command.__annotations__ = {one.name: one.annotation for one in (context, *parameters)}
     app.command(
         name,
-        help=inspect.getdoc(verb.function),
+        # Without the line breaks within a paragraph, which Typer would keep.
+        help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(verb.function) or ""),
         epilog="\n\n".join(["Examples:", *verb.examples]),
         rich_help_panel=verb.group,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True} if name == "submit" else None,
@@ -120,7 +121,10 @@ def _run(name: str, verb: Verb, values: dict[str, Any], more: list[str]) -> None
             values[key] = dict(map(declaration.pair, values[key] or []))
     if name == "submit":
         values |= _order(values["verb"], more, values["again"])
-    config = resolved(verb.function, values) if "config" in declared(verb.function) else None
+    config = None
+    if any(one.setting for _, one in declared(verb.function).values()):
+        # Read once, so that a file that changes meanwhile changes nothing.
+        config = values["config"] = resolved(verb.function, values)
     if verb.interruptible and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     result = function(**values)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
 
-from eclipse_ray import log
+from eclipse_ray import log, results
 from eclipse_ray.config import (
     Config,
     Layout,
@@ -34,28 +34,6 @@ from eclipse_ray.config import (
 )
 from eclipse_ray.errors import ConfigError, InterruptedRunError
 from eclipse_ray.progress import ProgressLine
-from eclipse_ray.results import (
-    EVALUATION_FILE,
-    AuditResult,
-    DatasetResult,
-    DemoResult,
-    DoctorResult,
-    DryRunResult,
-    EvaluateResult,
-    GcResult,
-    ImportResult,
-    MatrixPlan,
-    MatrixResult,
-    PurifyResult,
-    ReportResult,
-    StatusResult,
-    SubmitResult,
-    SweepPlan,
-    SweepResult,
-    TrainResult,
-    VerifyResult,
-    to_json,
-)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,8 +52,8 @@ class Parameter:
 
     help: str = ""
     metavar: str | None = None
-    panel: str = DATA
     setting: str = ""
+    panel: str = DATA
     minimum: float | None = None
     option: str = ""
     pair: Callable[[str], tuple[str, Any]] | None = None
@@ -181,27 +159,27 @@ def _read_anywhere(url: str) -> bytes:
 
 # Parameters that several verbs share.
 
-ConfigFile = Annotated[ConfigLike, Parameter("YAML file with settings.", "FILE", OUTPUT)]
+ConfigFile = Annotated[ConfigLike, Parameter("YAML file with settings.", "FILE", panel=OUTPUT)]
 Assignments = Annotated[
     Settings | None,
     Parameter(
         "Override one setting; repeat for more.",
         "SECTION.KEY=VALUE",
-        OUTPUT,
+        panel=OUTPUT,
         option="--set",
         pair=parse_assignment,
     ),
 ]
 Resize = Annotated[
     int | None,
-    Parameter("Resize the central square of every image to N pixels", "N", METHOD, setting="data.resize"),
+    Parameter("Resize the central square of every image to N pixels", "N", "data.resize", METHOD),
 ]
 OutputFolder = Annotated[str, Parameter("Output folder of purify.", "DST")]
-ResultFolder = Annotated[str | None, Parameter("Folder of results.", "DIR", setting="data.output")]
+ResultFolder = Annotated[str | None, Parameter("Folder of results.", "DIR", "data.output")]
 DenoiserFolder = Annotated[str, Parameter("Folder of the denoiser.", "DIR")]
-ReadableSource = Annotated[str, Parameter("Any readable dataset.", "SRC", setting="data.source")]
-LabelledSource = Annotated[str, Parameter("Labelled dataset.", "SRC", setting="data.source")]
-NewFolder = Annotated[str, Parameter("New folder.", "DST", setting="data.output")]
+ReadableSource = Annotated[str, Parameter("Any readable dataset.", "SRC", "data.source")]
+LabelledSource = Annotated[str, Parameter("Labelled dataset.", "SRC", "data.source")]
+NewFolder = Annotated[str, Parameter("New folder.", "DST", "data.output")]
 
 
 @_verb("Start here", "eclipse-ray doctor", "eclipse-ray doctor --store s3://bucket/purified")
@@ -212,7 +190,7 @@ def doctor(
     ] = None,
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> DoctorResult:
+) -> results.DoctorResult:
     """Say whether machine, Ray cluster and store are fit for a run, and what to mend; exit 1 if not."""
     from eclipse_ray.cluster import doctor as room
 
@@ -231,7 +209,7 @@ def demo(
     out: Annotated[str, Parameter("Folder for everything the demo makes.", "DIR")] = "runs/demo",
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> DemoResult:
+) -> results.DemoResult:
     """Poison a synthetic dataset, train a denoiser, purify, evaluate: a table and one picture.
 
     Run again, it keeps everything that was made with the same settings.
@@ -248,14 +226,12 @@ def demo(
 )
 def train(
     *,
-    clean: Annotated[
-        str | None, Parameter("Sparse clean set: trusted images.", "SRC", setting="data.clean")
-    ] = None,
-    out: Annotated[str | None, Parameter("Folder of the denoiser.", "DIR", setting="denoiser.output")] = None,
+    clean: Annotated[str | None, Parameter("Sparse clean set: trusted images.", "SRC", "data.clean")] = None,
+    out: Annotated[str | None, Parameter("Folder of the denoiser.", "DIR", "denoiser.output")] = None,
     resize: Resize = None,
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> TrainResult:
+) -> results.TrainResult:
     """Fit a denoiser on a sparse clean set; run again, it resumes."""
     from eclipse_ray import training as room
 
@@ -270,10 +246,10 @@ def train(
     report=True,
 )
 def purify(
-    source: Annotated[str | None, Parameter("Dataset to purify.", "SRC", setting="data.source")] = None,
-    output: Annotated[str | None, Parameter("Output folder.", "DST", setting="data.output")] = None,
+    source: Annotated[str | None, Parameter("Dataset to purify.", "SRC", "data.source")] = None,
+    output: Annotated[str | None, Parameter("Output folder.", "DST", "data.output")] = None,
     *,
-    denoiser: Annotated[str | None, Parameter("Folder of the denoiser.", "DIR", setting="purify.denoiser")] = None,
+    denoiser: Annotated[str | None, Parameter("Folder of the denoiser.", "DIR", "purify.denoiser")] = None,
     resize: Resize = None,
     retry_failed: Annotated[bool, Parameter("Do failed images again, and keep all others.", panel=RUN)] = False,
     extend: Annotated[bool, Parameter("Also do objects that SRC has gained.", panel=RUN)] = False,
@@ -290,7 +266,7 @@ def purify(
     ] = None,
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> PurifyResult:
+) -> results.PurifyResult:
     """Purify a dataset; run again, it resumes, and more failed images than allowed end in exit 3."""
     from eclipse_ray.purification import run as room
 
@@ -298,7 +274,7 @@ def purify(
 
 
 @_plan_of(purify)
-def purify_plan(config: Config, given: dict[str, Any]) -> DryRunResult:
+def purify_plan(config: Config, given: dict[str, Any]) -> results.DryRunResult:
     """Return what `purify` would do and about how long it would take; nothing is written, no cluster is asked."""
     from eclipse_ray.purification import plan as room
 
@@ -311,7 +287,7 @@ def status(
     *,
     watch: Annotated[bool, Parameter("Look again until the run is done or you stop it.", panel=RUN)] = False,
     every: Annotated[float, Parameter("Seconds between two looks, with watch.", panel=RUN, minimum=0.1)] = 5,
-) -> StatusResult:
+) -> results.StatusResult:
     """Say how far a run is, also while it runs."""
     from eclipse_ray import ledger
     from eclipse_ray.storage.store import Store
@@ -319,7 +295,7 @@ def status(
     return _watched(output, every) if watch else ledger.summarise(Store(output))
 
 
-def _watched(output: str, every: float) -> StatusResult:
+def _watched(output: str, every: float) -> results.StatusResult:
     """Show the progress of a run until it is done or the user stops watching; return the last look."""
     found = status(output)
     with ProgressLine("status", "images", found.planned, every, found.ok + found.failed) as line:
@@ -337,7 +313,7 @@ def _watched(output: str, every: float) -> StatusResult:
 
 
 @_verb("Purify", "eclipse-ray verify my/purified", "eclipse-ray verify s3://out/set --json")
-def verify(output: OutputFolder) -> VerifyResult:
+def verify(output: OutputFolder) -> results.VerifyResult:
     """Prove from the bytes that every planned image is there once; exit 1 if not."""
     from eclipse_ray import ledger
     from eclipse_ray.storage.store import Store
@@ -353,14 +329,14 @@ def gc(
         bool,
         Parameter("No run is writing there: files and uploads of unfinished shards go too.", panel=RUN),
     ] = False,
-) -> GcResult:
+) -> results.GcResult:
     """Remove what dead workers left behind; never what a status names."""
     from eclipse_ray import ledger
     from eclipse_ray.storage.store import Store
 
     store = Store(output)
     removed = ledger.collect(store, idle)
-    return GcResult(removed, store.abort_uploads() if idle else 0, store.url)
+    return results.GcResult(removed, store.abort_uploads() if idle else 0, store.url)
 
 
 @_verb(
@@ -370,19 +346,15 @@ def gc(
     report=True,
 )
 def audit(
-    source: Annotated[str | None, Parameter("Labelled dataset.", "SRC", setting="data.source")] = None,
+    source: Annotated[str | None, Parameter("Labelled dataset.", "SRC", "data.source")] = None,
     *,
-    clean: Annotated[
-        str | None, Parameter("Clean set of the same kind, disjoint.", "SRC", setting="data.clean")
-    ] = None,
-    denoiser: Annotated[str | None, Parameter("Look at what it removes.", "DIR", setting="audit.denoiser")] = None,
-    out: Annotated[
-        str | None, Parameter("Folder for audit.json and audit.png.", "DIR", setting="audit.output")
-    ] = None,
+    clean: Annotated[str | None, Parameter("Clean set of the same kind, disjoint.", "SRC", "data.clean")] = None,
+    denoiser: Annotated[str | None, Parameter("Look at what it removes.", "DIR", "audit.denoiser")] = None,
+    out: Annotated[str | None, Parameter("Folder for audit.json and audit.png.", "DIR", "audit.output")] = None,
     resize: Resize = None,
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> AuditResult:
+) -> results.AuditResult:
     """Say whether a dataset is poisoned, how sure that is, and by what kind of poison.
 
     No clean set is needed, but with one more poisons are detected.
@@ -390,7 +362,7 @@ def audit(
     return _audited(resolved(audit, locals()))
 
 
-def _audited(config: Config) -> AuditResult:
+def _audited(config: Config) -> results.AuditResult:
     from eclipse_ray import auditing as room
 
     done = room.audit(config)
@@ -408,16 +380,14 @@ def _audited(config: Config) -> AuditResult:
     report=True,
 )
 def evaluate(
-    source: Annotated[str | None, Parameter("Training set.", "SRC", setting="data.source")] = None,
+    source: Annotated[str | None, Parameter("Training set.", "SRC", "data.source")] = None,
     *,
-    test: Annotated[str | None, Parameter("Clean labelled test set.", "SRC", setting="data.test")] = None,
-    clean: Annotated[
-        str | None, Parameter("Sparse set, checked to be disjoint.", "SRC", setting="data.clean")
-    ] = None,
+    test: Annotated[str | None, Parameter("Clean labelled test set.", "SRC", "data.test")] = None,
+    clean: Annotated[str | None, Parameter("Sparse set, checked to be disjoint.", "SRC", "data.clean")] = None,
     out: ResultFolder = None,
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> EvaluateResult | MatrixResult:
+) -> results.EvaluateResult | results.MatrixResult:
     """Train victims on a dataset and print their test accuracy after the last epoch.
 
     With a section matrix in the config: poisons x defenses x victims x seeds, into a folder of results. Run again,
@@ -428,7 +398,7 @@ def evaluate(
 
 
 @_plan_of(evaluate)
-def evaluate_plan(config: Config, given: dict[str, Any]) -> MatrixPlan:
+def evaluate_plan(config: Config, given: dict[str, Any]) -> results.MatrixPlan:
     """Return which cells of a matrix are missing and about how long they will take; nothing is written."""
     from eclipse_ray.experiments import matrix as room
     from eclipse_ray.experiments import tidy
@@ -442,7 +412,7 @@ def _is_matrix(config: Config) -> bool:
     return bool(config.matrix.poisons) or config.matrix.clean
 
 
-def _measure(config: Config) -> MatrixResult:
+def _measure(config: Config) -> results.MatrixResult:
     from eclipse_ray.experiments import matrix as room
     from eclipse_ray.experiments import tidy
     from eclipse_ray.reports.tables import write_tables
@@ -450,7 +420,7 @@ def _measure(config: Config) -> MatrixResult:
     matrix = room.open_matrix(config)
     room.run(matrix, lambda: write_tables(matrix.store.url, tidy.view(matrix)))
     done = matrix.done()
-    return MatrixResult(
+    return results.MatrixResult(
         cells=len(matrix.grid.cells),
         done=sum(cell.key in done for cell in matrix.grid.cells),
         failed=len(matrix.failures),
@@ -460,7 +430,7 @@ def _measure(config: Config) -> MatrixResult:
     )
 
 
-def _evaluated(config: Config) -> EvaluateResult:
+def _evaluated(config: Config) -> results.EvaluateResult:
     """Judge one dataset; leave the result and the resolved settings in data.output, if it is set.
 
     Raises InputError if that folder holds anything but an earlier evaluation, whose settings would be lost.
@@ -470,13 +440,13 @@ def _evaluated(config: Config) -> EvaluateResult:
     from eclipse_ray.storage.store import Store
 
     store = Store(config.data.output) if config.data.output else None
-    if store and not store.exists(EVALUATION_FILE):
+    if store and not store.exists(results.EVALUATION_FILE):
         refuse_existing(store)
     result = room.evaluate(config)
     if store:
-        note = {**to_json(result), "train": config.data.source, "test": config.data.test}
+        note = {**results.to_json(result), "train": config.data.source, "test": config.data.test}
         store.write("_eclipse/config.yaml", to_yaml(config).encode())
-        store.write(EVALUATION_FILE, json.dumps(note, indent=2).encode())
+        store.write(results.EVALUATION_FILE, json.dumps(note, indent=2).encode())
     return result
 
 
@@ -487,19 +457,17 @@ def _evaluated(config: Config) -> EvaluateResult:
     report=True,
 )
 def sweep(
-    source: Annotated[
-        str | None, Parameter("Labelled dataset to purify later.", "SRC", setting="data.source")
-    ] = None,
+    source: Annotated[str | None, Parameter("Labelled dataset to purify later.", "SRC", "data.source")] = None,
     *,
-    clean: Annotated[str | None, Parameter("Sparse clean set.", "SRC", setting="data.clean")] = None,
+    clean: Annotated[str | None, Parameter("Sparse clean set.", "SRC", "data.clean")] = None,
     denoiser: Annotated[
         str | None,
-        Parameter("Denoiser; without one, a part of the clean set trains them.", "DIR", setting="purify.denoiser"),
+        Parameter("Denoiser; without one, a part of the clean set trains them.", "DIR", "purify.denoiser"),
     ] = None,
     out: ResultFolder = None,
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> SweepResult:
+) -> results.SweepResult:
     """Search for the settings to purify a dataset with, without a test set; run again, it goes on.
 
     Settings are judged on clean images that trained no denoiser. The folder of results gets results.parquet, two
@@ -508,7 +476,7 @@ def sweep(
     return _swept(resolved(sweep, locals()))
 
 
-def _swept(config: Config) -> SweepResult:
+def _swept(config: Config) -> results.SweepResult:
     from eclipse_ray.experiments import sweep as room
     from eclipse_ray.experiments import sweep_view
 
@@ -522,7 +490,7 @@ def _swept(config: Config) -> SweepResult:
 
 
 @_plan_of(sweep)
-def sweep_plan(config: Config, given: dict[str, Any]) -> SweepPlan:
+def sweep_plan(config: Config, given: dict[str, Any]) -> results.SweepPlan:
     """Return which trials of a sweep are missing and about how long they take; nothing is written."""
     from eclipse_ray.experiments import sweep as room
     from eclipse_ray.experiments import sweep_view
@@ -533,7 +501,7 @@ def sweep_plan(config: Config, given: dict[str, Any]) -> SweepPlan:
 @_verb("Judge and tune", "eclipse-ray report my/purified", "eclipse-ray report runs/demo --json", here=True)
 def report(
     output: Annotated[str, Parameter("Output of train, purify, evaluate, sweep, audit or demo.", "DIR")],
-) -> ReportResult:
+) -> results.ReportResult:
     """Write DIR/report/index.html: one page, complete in itself, on what an output folder holds."""
     try:
         from eclipse_ray.reports.page import write_report
@@ -561,12 +529,12 @@ def convert(
     resize: Resize = None,
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> DatasetResult:
+) -> results.DatasetResult:
     """Rewrite a dataset as canonical Parquet or in another layout; only resizing changes pixels."""
     from eclipse_ray.datasets import transform as room
 
     found = resolved(convert, locals())
-    return _recorded(found, DatasetResult(room.convert(source, output, found.data, layout), output))
+    return _recorded(found, results.DatasetResult(room.convert(source, output, found.data, layout), output))
 
 
 @_verb(
@@ -577,18 +545,18 @@ def convert(
 def split(
     source: ReadableSource,
     *,
-    clean: Annotated[int, Parameter("Images of the sparse clean set.", "N", METHOD, minimum=1)],
-    out: Annotated[str, Parameter("Gets DIR/clean and DIR/rest.", "DIR", setting="data.output")],
+    clean: Annotated[int, Parameter("Images of the sparse clean set.", "N", panel=METHOD, minimum=1)],
+    out: Annotated[str, Parameter("Gets DIR/clean and DIR/rest.", "DIR", "data.output")],
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> DatasetResult:
+) -> results.DatasetResult:
     """Divide a dataset into a sparse clean set and the rest, disjoint by content, stratified by label."""
     from eclipse_ray.datasets import transform as room
 
     found = resolved(split, locals())
     counts = room.split(source, out, clean, found.run.seed, found.data)
     sizes = {"clean": int(counts["clean"]), "rest": int(counts["rest"])}
-    return _recorded(found, DatasetResult(sum(sizes.values()), out, dict(sizes)))
+    return _recorded(found, results.DatasetResult(sum(sizes.values()), out, dict(sizes)))
 
 
 @_verb(
@@ -598,14 +566,14 @@ def split(
 )
 def poison(
     name: Annotated[
-        str, Parameter("urp lsp ar cuda em tap rem sep efp adp (docs/poisons.md).", "NAME", setting="poison.name")
+        str, Parameter("urp lsp ar cuda em tap rem sep efp adp (docs/poisons.md).", "NAME", "poison.name")
     ],
     source: LabelledSource,
     output: NewFolder,
     *,
     config: ConfigFile = None,
     settings: Assignments = None,
-) -> DatasetResult:
+) -> results.DatasetResult:
     """Write a poisoned copy of a labelled dataset, its norm checked after 8-bit storage; resumes if optimised."""
     from eclipse_ray import poisoning as room
     from eclipse_ray.poisons.costs import resolved_poison
@@ -615,7 +583,7 @@ def poison(
     return _recorded(found, room.poison(found))
 
 
-def _recorded(config: Config, result: DatasetResult) -> DatasetResult:
+def _recorded(config: Config, result: results.DatasetResult) -> results.DatasetResult:
     """Leave the resolved settings beside a dataset."""
     from eclipse_ray.storage.store import Store
 
@@ -634,11 +602,11 @@ def import_checkpoint(
     *,
     out: DenoiserFolder,
     heads: Annotated[
-        int, Parameter("Attention heads, which the file does not tell.", None, METHOD, minimum=1)
+        int, Parameter("Attention heads, which the file does not tell.", panel=METHOD, minimum=1)
     ] = 4,
-    timesteps: Annotated[int, Parameter("T of the training.", None, METHOD, minimum=2)] = 4000,
-    schedule: Annotated[ScheduleName, Parameter("Noise schedule of the training.", None, METHOD)] = "cosine",
-) -> ImportResult:
+    timesteps: Annotated[int, Parameter("T of the training.", panel=METHOD, minimum=2)] = 4000,
+    schedule: Annotated[ScheduleName, Parameter("Noise schedule of the training.", panel=METHOD)] = "cosine",
+) -> results.ImportResult:
     """Make a denoiser of weights saved by improved-diffusion or guided-diffusion."""
     from eclipse_ray.diffusion import improved_diffusion as room
 
@@ -665,7 +633,7 @@ def submit(
     arguments: Sequence[str] = (),
     *,
     address: Annotated[
-        str | None, Parameter("Dashboard, http://host:8265; else RAY_API_SERVER_ADDRESS.", "URL", RUN)
+        str | None, Parameter("Dashboard, http://host:8265; else RAY_API_SERVER_ADDRESS.", "URL", panel=RUN)
     ] = None,
     insecure: Annotated[bool, Parameter("Submit to a cluster without tokens.", panel=RUN)] = False,
     image_has_deps: Annotated[
@@ -673,7 +641,9 @@ def submit(
     ] = False,
     env: Annotated[
         Mapping[str, str] | None,
-        Parameter("Variable of the job and its workers; repeat for more.", "NAME=VALUE", RUN, pair=_variable),
+        Parameter(
+            "Variable of the job and its workers; repeat for more.", "NAME=VALUE", panel=RUN, pair=_variable
+        ),
     ] = None,
     wait: Annotated[bool, Parameter("Return once it is submitted.", panel=RUN, option="--no-wait")] = True,
     again: Annotated[bool, Parameter("Run it anew although it succeeded before.", panel=RUN)] = False,
@@ -681,7 +651,7 @@ def submit(
     show: Callable[[str], None] = lambda text: print(text, end="", flush=True),
     config: ConfigLike = None,
     settings: Settings | None = None,
-) -> SubmitResult:
+) -> results.SubmitResult:
     """Run a command on a Ray cluster: follow its log, end with its exit code.
 
     Submitted again, a run is joined while it runs and resumed if it was stopped. Ctrl-C asks whether to stop it;

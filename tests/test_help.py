@@ -111,12 +111,44 @@ def test_a_parameter_of_a_verb_is_on_the_command_line_or_known_to_be_for_python_
     assert found == {("submit", key) for key in python_only}
 
 
-def test_a_parameter_sets_its_setting_and_the_command_line_takes_it_along(monkeypatch, capfd):
+def test_an_argument_overrides_the_setting_that_it_names():
     given = {"clean": "c", "out": "o", "resize": 48, "config": None, "settings": {"data.clean": "other"}}
     config = verbs.resolved(verbs.train, given)
     assert (config.data.clean, config.denoiser.output, config.data.resize) == ("c", "o", 48)
     kept = verbs.resolved(verbs.train, {**given, "clean": None})
     assert kept.data.clean == "other"
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("torch", "ray", "pyarrow", "fsspec", "numpy", "PIL")
+    code = (
+        "import sys\nfrom eclipse_ray.cli import main\n"
+        "try:\n    main(['purify', '--help'])\n"
+        f"finally:\n    print([name for name in {heavy} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert "--denoiser" in done.stdout
+
+
+def test_the_package_offers_every_verb_and_every_dry_run():
+    import eclipse_ray
+
+    for function in (*(verb.function for verb in verbs.VERBS.values()), *verbs.PLANS.values()):
+        assert getattr(eclipse_ray, function.__name__) is function
+        assert function.__name__ in eclipse_ray.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = eclipse_ray.nothing
+
+
+def test_a_config_is_read_once(monkeypatch, tmp_path):
+    read = []
+    monkeypatch.setattr(verbs, "_read_anywhere", lambda url: read.append(url) or b"run: {seed: 7}")
+    seen = []
+    monkeypatch.setattr("eclipse_ray.datasets.transform.split", lambda *given: seen.append(given[3]) or {})
+    with pytest.raises(KeyError, match="clean"):
+        cli.app(["split", "a", "--clean", "1", "--out", str(tmp_path), "--config", "x"], standalone_mode=False)
+    assert (read, seen) == (["x"], [7])
 
 
 def test_a_dry_run_has_the_parameters_of_its_verb():

@@ -120,7 +120,8 @@ def _in_python(function: Any) -> str:
     signature = inspect.signature(function)
     plain = [one.replace(annotation=one.empty) for one in signature.parameters.values() if one.name != "show"]
     shown = inspect.Signature(plain)
-    return f"{function.__name__}{shown} -> {signature.return_annotation}"
+    returned = str(signature.return_annotation).replace("results.", "")
+    return f"{function.__name__}{shown} -> {returned}"
 
 
 def settings() -> str:

@@ -110,7 +110,8 @@ def _prepare(config: Config, folders: dict[str, str]) -> None:
 
 
 def _accuracy(config: Config, train: str, test: str, clean: str) -> EvaluateResult:
-    result = verbs.evaluate(train, test=test, clean=clean, config=config)
+    # The results go into the table of the demo only.
+    result = verbs.evaluate(train, test=test, clean=clean, config=config, settings={"data.output": None})
     assert isinstance(result, EvaluateResult), "the demo judges one dataset at a time"
     return result
 

@@ -212,7 +212,7 @@ def demo(
 ) -> results.DemoResult:
     """Poison a synthetic dataset, train a denoiser, purify, evaluate: a table and one picture.
 
-    Run again, it keeps everything that was made with the same settings.
+    Running it again keeps everything that was made with the same settings.
     """
     from eclipse_ray import demonstration as room
 
@@ -232,7 +232,7 @@ def train(
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.TrainResult:
-    """Fit a denoiser on a sparse clean set; run again, it resumes."""
+    """Fit a denoiser on a sparse clean set; running it again resumes."""
     from eclipse_ray import training as room
 
     return room.train(resolved(train, locals()))
@@ -251,8 +251,8 @@ def purify(
     *,
     denoiser: Annotated[str | None, Parameter("Folder of the denoiser.", "DIR", "purify.denoiser")] = None,
     resize: Resize = None,
-    retry_failed: Annotated[bool, Parameter("Do failed images again, and keep all others.", panel=RUN)] = False,
-    extend: Annotated[bool, Parameter("Also do objects that SRC has gained.", panel=RUN)] = False,
+    retry_failed: Annotated[bool, Parameter("Process failed images again, keep all others.", panel=RUN)] = False,
+    extend: Annotated[bool, Parameter("Also process objects that were added to SRC.", panel=RUN)] = False,
     max_failed_fraction: Annotated[
         float | None, Parameter(panel=RUN, setting="purify.max_failed_fraction")
     ] = None,
@@ -267,7 +267,7 @@ def purify(
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.PurifyResult:
-    """Purify a dataset; run again, it resumes, and more failed images than allowed end in exit 3."""
+    """Purify a dataset; running it again resumes, and more failed images than allowed end in exit 3."""
     from eclipse_ray.purification import run as room
 
     return room.purify(resolved(purify, locals()), retry_failed=retry_failed, extend=extend)
@@ -285,7 +285,7 @@ def purify_plan(config: Config, given: dict[str, Any]) -> results.DryRunResult:
 def status(
     output: OutputFolder,
     *,
-    watch: Annotated[bool, Parameter("Look again until the run is done or you stop it.", panel=RUN)] = False,
+    watch: Annotated[bool, Parameter("Repeat until the run is done or you stop it.", panel=RUN)] = False,
     every: Annotated[float, Parameter("Seconds between two looks, with watch.", panel=RUN, minimum=0.1)] = 5,
 ) -> results.StatusResult:
     """Say how far a run is, also while it runs."""
@@ -330,7 +330,7 @@ def gc(
         Parameter("No run is writing there: files and uploads of unfinished shards go too.", panel=RUN),
     ] = False,
 ) -> results.GcResult:
-    """Remove what dead workers left behind; never what a status names."""
+    """Remove files that dead workers left behind; never one that a status names."""
     from eclipse_ray import ledger
     from eclipse_ray.storage.store import Store
 
@@ -349,7 +349,9 @@ def audit(
     source: Annotated[str | None, Parameter("Labelled dataset.", "SRC", "data.source")] = None,
     *,
     clean: Annotated[str | None, Parameter("Clean set of the same kind, disjoint.", "SRC", "data.clean")] = None,
-    denoiser: Annotated[str | None, Parameter("Look at what it removes.", "DIR", "audit.denoiser")] = None,
+    denoiser: Annotated[
+        str | None, Parameter("Also test what this denoiser removes.", "DIR", "audit.denoiser")
+    ] = None,
     out: Annotated[str | None, Parameter("Folder for audit.json and audit.png.", "DIR", "audit.output")] = None,
     resize: Resize = None,
     config: ConfigFile = None,
@@ -390,8 +392,8 @@ def evaluate(
 ) -> results.EvaluateResult | results.MatrixResult:
     """Train victims on a dataset and print their test accuracy after the last epoch.
 
-    With a section matrix in the config: poisons x defenses x victims x seeds, into a folder of results. Run again,
-    it measures what is missing or has failed.
+    With a section matrix in the config: poisons x defenses x victims x seeds, into a folder of results.
+    Running it again measures what is missing or has failed.
     """
     found = resolved(evaluate, locals())
     return _measure(found) if _is_matrix(found) else _evaluated(found)
@@ -462,13 +464,13 @@ def sweep(
     clean: Annotated[str | None, Parameter("Sparse clean set.", "SRC", "data.clean")] = None,
     denoiser: Annotated[
         str | None,
-        Parameter("Denoiser; without one, a part of the clean set trains them.", "DIR", "purify.denoiser"),
+        Parameter("Denoiser; without it, some are trained on a part of the clean set.", "DIR", "purify.denoiser"),
     ] = None,
     out: ResultFolder = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.SweepResult:
-    """Search for the settings to purify a dataset with, without a test set; run again, it goes on.
+    """Search for the best settings to purify a dataset, without a test set; running it again resumes.
 
     Settings are judged on clean images that trained no denoiser. The folder of results gets results.parquet, two
     pictures, and best.yaml for purify.
@@ -546,7 +548,7 @@ def split(
     source: ReadableSource,
     *,
     clean: Annotated[int, Parameter("Images of the sparse clean set.", "N", panel=METHOD, minimum=1)],
-    out: Annotated[str, Parameter("Gets DIR/clean and DIR/rest.", "DIR", "data.output")],
+    out: Annotated[str, Parameter("Folder for DIR/clean and DIR/rest.", "DIR", "data.output")],
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.DatasetResult:
@@ -602,10 +604,10 @@ def import_checkpoint(
     *,
     out: DenoiserFolder,
     heads: Annotated[
-        int, Parameter("Attention heads, which the file does not tell.", panel=METHOD, minimum=1)
+        int, Parameter("Attention heads; the file does not contain it.", panel=METHOD, minimum=1)
     ] = 4,
-    timesteps: Annotated[int, Parameter("T of the training.", panel=METHOD, minimum=2)] = 4000,
-    schedule: Annotated[ScheduleName, Parameter("Noise schedule of the training.", panel=METHOD)] = "cosine",
+    timesteps: Annotated[int, Parameter("T in training.", panel=METHOD, minimum=2)] = 4000,
+    schedule: Annotated[ScheduleName, Parameter("Noise schedule in training.", panel=METHOD)] = "cosine",
 ) -> results.ImportResult:
     """Make a denoiser of weights saved by improved-diffusion or guided-diffusion."""
     from eclipse_ray.diffusion import improved_diffusion as room
@@ -645,8 +647,8 @@ def submit(
             "Variable of the job and its workers; repeat for more.", "NAME=VALUE", panel=RUN, pair=_variable
         ),
     ] = None,
-    wait: Annotated[bool, Parameter("Return once it is submitted.", panel=RUN, option="--no-wait")] = True,
-    again: Annotated[bool, Parameter("Run it anew although it succeeded before.", panel=RUN)] = False,
+    wait: Annotated[bool, Parameter("Do not wait for the end.", panel=RUN, option="--no-wait")] = True,
+    again: Annotated[bool, Parameter("Run it again although it succeeded before.", panel=RUN)] = False,
     stop_on_interrupt: Callable[[str], bool] | None = None,
     show: Callable[[str], None] = lambda text: print(text, end="", flush=True),
     config: ConfigLike = None,

@@ -248,3 +248,5 @@ def test_the_verb_is_the_package_s_whatever_was_imported_before():
 def test_an_evaluation_is_not_written_over_another_run(world, folders):
     with pytest.raises(InputError, match="already holds data"):
         verbs.evaluate(world.rest, test=world.test, out=str(folders["purify"]))
+    with pytest.raises(InputError, match="already holds data"):
+        verbs.evaluate(world.rest, test=world.test, settings={"data.output": str(folders["purify"])})

@@ -24,7 +24,7 @@ $(STAMP): $(DEMO)
 	@touch $(STAMP)
 
 demo: $(DEMO) ## poison, train, purify and evaluate on synthetic data; a table and one picture
-	$(BIN)/eclipse-ray demo --output runs/demo
+	$(BIN)/eclipse-ray demo --out runs/demo
 
 # Two files run at a time, because tests with Ray mostly wait; one thread each, so that two processes share two cores.
 # At the end: the twenty slowest tests, and every skipped test with its reason.

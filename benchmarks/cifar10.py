@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from common import SHALLOW
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.cluster.connect import connect
 from eclipse_ray.config import Settings, load_config
 from eclipse_ray.diffusion.checkpoint import read_card
@@ -54,22 +54,22 @@ def rows(work: Path) -> list[tuple[str, str, str, Settings]]:
 def prepare(data: str, work: Path) -> None:
     """Choose disjoint sparse, training and test sets, stratified by label, and poison the training set."""
     if not (work / "pool").exists():
-        api.split(f"{data}/train-*.parquet", clean=TRAIN_IMAGES + SPARSE[0], output=str(work / "pool"))
+        verbs.split(f"{data}/train-*.parquet", clean=TRAIN_IMAGES + SPARSE[0], out=str(work / "pool"))
     if not (work / "sets").exists():
-        api.split(str(work / "pool/clean"), clean=SPARSE[0], output=str(work / "sets"))
+        verbs.split(str(work / "pool/clean"), clean=SPARSE[0], out=str(work / "sets"))
     if not (work / "fewer").exists():
-        api.split(str(work / "sets/clean"), clean=SPARSE[1], output=str(work / "fewer"))
+        verbs.split(str(work / "sets/clean"), clean=SPARSE[1], out=str(work / "fewer"))
     if not (work / "test").exists():
-        api.split(f"{data}/test-*.parquet", clean=TEST_IMAGES, output=str(work / "test"))
+        verbs.split(f"{data}/test-*.parquet", clean=TEST_IMAGES, out=str(work / "test"))
     for name in POISONS:
         if not (work / name).exists():
-            api.poison(name, str(work / "sets/rest"), str(work / name))
+            verbs.poison(name, str(work / "sets/rest"), str(work / name))
 
 
 def train(work: Path) -> None:
     """Fit one denoiser on each sparse set."""
     for sparse, clean in zip(SPARSE, ("sets/clean", "fewer/clean"), strict=True):
-        found = api.train(clean=str(work / clean), out=str(work / f"denoiser-{sparse}"), settings=SHALLOW)
+        found = verbs.train(clean=str(work / clean), out=str(work / f"denoiser-{sparse}"), settings=SHALLOW)
         print(found, flush=True)
 
 
@@ -79,7 +79,7 @@ def purify(work: Path) -> None:
     for sparse in SPARSE:
         for column, source in sources.items():
             output = str(work / f"purified-{sparse}-{column}")
-            print(api.purify(str(source), output, denoiser=str(work / f"denoiser-{sparse}")), flush=True)
+            print(verbs.purify(str(source), output, denoiser=str(work / f"denoiser-{sparse}")), flush=True)
 
 
 def evaluate(work: Path) -> list[dict[str, object]]:
@@ -92,8 +92,8 @@ def evaluate(work: Path) -> list[dict[str, object]]:
     def one(row: tuple[str, str, str, Settings]) -> dict[str, object]:
         defense, column, source, compensation = row
         settings = {**compensation, "evaluate.seeds": SEEDS}
-        result = api.evaluate(
-            train=source, test=str(work / "test/clean"), clean=str(work / "sets/clean"), settings=settings
+        result = verbs.evaluate(
+            source, test=str(work / "test/clean"), clean=str(work / "sets/clean"), settings=settings
         )
         assert isinstance(result, EvaluateResult)
         print(f"{defense}, {column}: {result.test_accuracy} ± {result.test_accuracy_std}", flush=True)

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from eclipse_ray import api, ledger
+from eclipse_ray import ledger, verbs
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import Part, canonical_table, table_to_parquet
@@ -86,7 +86,7 @@ def soak(url: str, rows: int, shards: int) -> dict[str, Any]:
         _write_denoiser(denoiser)
         memory = Memory()
         started = time.perf_counter()
-        result = api.purify(
+        result = verbs.purify(
             source,
             f"{url}/soak",
             denoiser=denoiser,
@@ -94,10 +94,10 @@ def soak(url: str, rows: int, shards: int) -> dict[str, Any]:
         )
         seconds = time.perf_counter() - started
         growth = memory.stop()
-    checked = api.verify(f"{url}/soak")
+    checked = verbs.verify(f"{url}/soak")
     return {
         "rows": rows,
-        "shards": api.status(f"{url}/soak").shards,
+        "shards": verbs.status(f"{url}/soak").shards,
         "ok": result.ok,
         "verified": checked.ok,
         "seconds": seconds,

@@ -26,7 +26,7 @@ import ray
 from ledger import _write_denoiser as write_denoiser
 
 import eclipse_ray.purification.run as room
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table, table_to_parquet
 from eclipse_ray.purification.shard import Pixels, Task
@@ -68,7 +68,7 @@ def measure(folder: Path, workers: int, shards: int) -> dict[str, Any]:
         address="local", num_cpus=workers + 4, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
     )
     began, used = time.time(), time.process_time()
-    api.purify(
+    verbs.purify(
         str(folder / f"source-{workers}"),
         str(output),
         denoiser=str(folder / "denoiser"),
@@ -76,7 +76,7 @@ def measure(folder: Path, workers: int, shards: int) -> dict[str, Any]:
     )
     ended, used = time.time(), time.process_time() - used
     ray.shutdown()
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
     commits = sorted(path.stat().st_mtime for path in (output / "_eclipse/status").glob("*/*.json"))
     steady = commits[-1] - commits[workers - 1]
     return {

@@ -21,7 +21,7 @@ import numpy as np
 from aiobotocore.client import AioBaseClient
 from moto.server import ThreadedMotoServer
 
-from eclipse_ray import api, ledger
+from eclipse_ray import ledger, verbs
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table, table_to_parquet
@@ -61,7 +61,7 @@ def purify_one(job: Job, task: Task) -> None:
 
 def job_for(source: str, output: str) -> Job:
     """Return the job of a purification with default settings."""
-    config = api.resolve(None, None, {"purify.shard_images": ROWS})
+    config = verbs.resolve(None, None, {"purify.shard_images": ROWS})
     opened = open_source(source, config.data)
     return Job(
         source=opened.url,

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from common import SHALLOW, machine, markdown
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.config import Settings, load_config
 from eclipse_ray.experiments.matrix import open_matrix
 from eclipse_ray.experiments.objectives import spearman
@@ -56,11 +56,11 @@ def prepare(options: argparse.Namespace) -> str:
     sparse = options.work / "fewer/clean"
     if not parts.exists():
         count = load_count(str(sparse))
-        api.split(str(sparse), clean=count // 2, output=str(parts))
+        verbs.split(str(sparse), clean=count // 2, out=str(parts))
     settings: dict[str, Any] = {**SHALLOW, "denoiser.t_max": T_MAX}
     if options.iterations:
         settings["denoiser.iterations"] = options.iterations
-    print(api.train(clean=str(parts / "clean"), out=denoiser, settings=settings), flush=True)
+    print(verbs.train(clean=str(parts / "clean"), out=denoiser, settings=settings), flush=True)
     return denoiser
 
 
@@ -90,7 +90,7 @@ def matrix_settings(options: argparse.Namespace, denoiser: str, points: list[Poi
 
 def truth(options: argparse.Namespace, settings: Settings) -> dict[str, dict[str, float]]:
     """Return {poison: {point: mean test accuracy}}, measured by the matrix."""
-    print(api.evaluate(settings=settings), flush=True)
+    print(verbs.evaluate(settings=settings), flush=True)
     rows = pq.read_table(options.out / "truth/results.parquet").to_pylist()
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
@@ -104,8 +104,8 @@ def truth(options: argparse.Namespace, settings: Settings) -> dict[str, dict[str
 def swept(options: argparse.Namespace, poison: str, source: str, denoiser: str) -> list[dict[str, Any]]:
     """Return the rows of the sweep over one poisoned set."""
     out = options.out / f"sweep-{poison}"
-    result = api.sweep(
-        data=source,
+    result = verbs.sweep(
+        source,
         clean=str(options.work / "fewer/clean"),
         denoiser=denoiser,
         out=str(out),

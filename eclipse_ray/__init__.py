@@ -1,6 +1,7 @@
 """Purify availability-poisoned image datasets with sparse diffusion denoisers, on Ray.
 
-Nothing heavy is imported before it is used: `load_denoiser` and `purify_images` need neither Ray nor Arrow.
+The verbs of `eclipse_ray.verbs`, and what is listed below. Nothing heavy is imported before it is used:
+`load_denoiser` and `purify_images` need neither Ray nor Arrow.
 """
 
 from __future__ import annotations
@@ -10,31 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from eclipse_ray.api import (
-        audit,
-        convert,
-        doctor,
-        dry_run,
-        evaluate,
-        evaluate_plan,
-        gc,
-        import_checkpoint,
-        poison,
-        purify,
-        report,
-        split,
-        status,
-        submit,
-        sweep,
-        sweep_plan,
-        train,
-        verify,
-    )
-    from eclipse_ray.config import Config, load_config
-    from eclipse_ray.demonstration import demo
-    from eclipse_ray.diffusion.checkpoint import load_denoiser
-    from eclipse_ray.diffusion.noise import noise
-    from eclipse_ray.diffusion.sampling import purify_images
+    from eclipse_ray.config import Config as Config
+    from eclipse_ray.config import load_config as load_config
+    from eclipse_ray.diffusion.checkpoint import load_denoiser as load_denoiser
+    from eclipse_ray.diffusion.noise import noise as noise
+    from eclipse_ray.diffusion.sampling import purify_images as purify_images
+    from eclipse_ray.verbs import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -43,25 +25,6 @@ __version__ = "0.1.0"
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 _HOMES = {
-    "audit": "eclipse_ray.api",
-    "convert": "eclipse_ray.api",
-    "doctor": "eclipse_ray.api",
-    "dry_run": "eclipse_ray.api",
-    "evaluate": "eclipse_ray.api",
-    "evaluate_plan": "eclipse_ray.api",
-    "gc": "eclipse_ray.api",
-    "import_checkpoint": "eclipse_ray.api",
-    "poison": "eclipse_ray.api",
-    "purify": "eclipse_ray.api",
-    "report": "eclipse_ray.api",
-    "split": "eclipse_ray.api",
-    "status": "eclipse_ray.api",
-    "sweep": "eclipse_ray.api",
-    "sweep_plan": "eclipse_ray.api",
-    "submit": "eclipse_ray.api",
-    "train": "eclipse_ray.api",
-    "verify": "eclipse_ray.api",
-    "demo": "eclipse_ray.demonstration",
     "Config": "eclipse_ray.config",
     "load_config": "eclipse_ray.config",
     "load_denoiser": "eclipse_ray.diffusion.checkpoint",
@@ -69,40 +32,21 @@ _HOMES = {
     "purify_images": "eclipse_ray.diffusion.sampling",
 }
 
-__all__ = [
-    "Config",
-    "audit",
-    "convert",
-    "demo",
-    "doctor",
-    "dry_run",
-    "evaluate",
-    "evaluate_plan",
-    "gc",
-    "import_checkpoint",
-    "load_config",
-    "load_denoiser",
-    "noise",
-    "poison",
-    "purify",
-    "purify_images",
-    "report",
-    "split",
-    "status",
-    "submit",
-    "sweep",
-    "sweep_plan",
-    "train",
-    "verify",
-]
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        verbs = vars(import_module("eclipse_ray.verbs"))
+        public = verbs.get("PUBLIC", ())
+        if name != "__all__" and name not in public:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = [*_HOMES, *public] if name == "__all__" else verbs[name]
+    globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eclipse_ray import api
-from eclipse_ray.api import ConfigLike
+from eclipse_ray import verbs
 from eclipse_ray.config import Config, Settings
 from eclipse_ray.datasets.memory import ImageSet, load_images
 from eclipse_ray.datasets.synthetic import write_synthetic
@@ -23,6 +22,7 @@ from eclipse_ray.reports.charts import image_grid
 from eclipse_ray.reports.measures import amplified
 from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult, to_json
 from eclipse_ray.storage.store import Store
+from eclipse_ray.verbs import ConfigLike
 
 PICTURE = "demo.png"
 # A laptop's share of every step: 2 cores finish in minutes.
@@ -45,14 +45,16 @@ def demo(output: str = "runs/demo", *, config: ConfigLike = None, settings: Sett
     The same call resumes; everything already made with the same settings is kept.
     """
     started = time.monotonic()
-    resolved = api.resolve(config, {**SETTINGS, **(settings or {})}, {})
+    resolved = verbs.resolve(config, {**SETTINGS, **(settings or {})}, {})
     folders = {
         name: f"{output}/{name}" for name in ("source", "test", "split", "poisoned", "denoiser", "purified")
     }
     _prepare(resolved, folders)
     clean, rest = f"{folders['split']}/clean", f"{folders['split']}/rest"
-    api.train(clean=clean, out=folders["denoiser"], config=resolved)
-    purified = api.purify(folders["poisoned"], folders["purified"], denoiser=folders["denoiser"], config=resolved)
+    verbs.train(clean=clean, out=folders["denoiser"], config=resolved)
+    purified = verbs.purify(
+        folders["poisoned"], folders["purified"], denoiser=folders["denoiser"], config=resolved
+    )
     sources = {"clean": rest, "poisoned": folders["poisoned"], "purified": folders["purified"]}
     # Two at a time, so that no core waits while the workers of the next one start.
     with ThreadPoolExecutor(2) as pool:
@@ -102,13 +104,14 @@ def _prepare(config: Config, folders: dict[str, str]) -> None:
     if "test" not in made:
         write_synthetic(folders["test"], SIZES["test"], size, seed + 1)
     if "split" not in made:
-        api.split(folders["source"], clean=SIZES["clean"], output=folders["split"], config=config)
+        verbs.split(folders["source"], clean=SIZES["clean"], out=folders["split"], config=config)
     if "poisoned" not in made:
-        api.poison("ar", f"{folders['split']}/rest", folders["poisoned"], config=config)
+        verbs.poison("ar", f"{folders['split']}/rest", folders["poisoned"], config=config)
 
 
 def _accuracy(config: Config, train: str, test: str, clean: str) -> EvaluateResult:
-    result = api.evaluate(train=train, test=test, clean=clean, config=config)
+    # The results go into the table of the demo only.
+    result = verbs.evaluate(train, test=test, clean=clean, config=config, settings={"data.output": None})
     assert isinstance(result, EvaluateResult), "the demo judges one dataset at a time"
     return result
 

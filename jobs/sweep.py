@@ -1,11 +1,12 @@
-"""ray job submit --address ... --working-dir . -- python jobs/sweep.py --config s3://bucket/run.yaml
+"""The verb that this file is named after, as a Ray job: `ray job submit ... -- python jobs/VERB.py ARGUMENTS`.
 
-Arguments, output and exit codes are those of `eclipse-ray sweep`.
+Arguments, output and exit codes are those of `eclipse-ray VERB`.
 """
 
 import sys
+from pathlib import Path
 
 from eclipse_ray.cli import main
 
 if __name__ == "__main__":
-    main(["sweep", *sys.argv[1:]])
+    main([Path(__file__).stem, *sys.argv[1:]])

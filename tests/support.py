@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.memory import load_images
@@ -44,8 +44,8 @@ def make_world(root: Path) -> World:
     """Build the world: 240 images to purify, 20 sparse ones, 60 test images, and a denoiser."""
     write_synthetic(str(root / "source"), 260, 16, 0)
     write_synthetic(str(root / "test"), 60, 16, 1)
-    api.split(str(root / "source"), clean=20, output=str(root / "split"), settings=DEBUG)
-    api.poison("ar", str(root / "split/rest"), str(root / "poisoned"), settings=DEBUG)
+    verbs.split(str(root / "source"), clean=20, out=str(root / "split"), settings=DEBUG)
+    verbs.poison("ar", str(root / "split/rest"), str(root / "poisoned"), settings=DEBUG)
     world = World(
         root,
         clean=str(root / "split/clean"),

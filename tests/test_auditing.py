@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ray.exceptions import NodeDiedError
 
-from eclipse_ray import api, auditing
+from eclipse_ray import auditing, verbs
 from eclipse_ray.auditing import Crop, balanced, common_side
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.synthetic import write_synthetic
@@ -36,10 +36,10 @@ def test_a_poisoned_dataset(world, tmp_path):
 
 @pytest.mark.chaos
 def test_the_residual_of_a_denoiser(world):
-    clean = api.audit(world.rest, denoiser=world.denoiser)
+    clean = verbs.audit(world.rest, denoiser=world.denoiser)
     assert (clean.verdict, clean.frequency, clean.scope) == ("clean", None, None)
     assert clean.recommended == {"t_star": None, "p": None, "sigma": None}
-    poisoned = api.audit(world.poisoned, denoiser=world.denoiser)
+    poisoned = verbs.audit(world.poisoned, denoiser=world.denoiser)
     assert poisoned.verdict == "poisoned"
 
 
@@ -60,18 +60,18 @@ def break_down(*_):
 def test_an_audit_whose_workers_hang_or_are_lost_ends_with_75_and_a_sentence(world, monkeypatch, stream, words):
     monkeypatch.setattr(auditing, "_stream", stream)
     with pytest.raises(InterruptedRunError, match=words + ".*; run the same command again to resume") as caught:
-        api.audit(world.rest, settings={"run.watchdog_seconds": 0.5})
+        verbs.audit(world.rest, settings={"run.watchdog_seconds": 0.5})
     assert caught.value.exit_code == 75
 
 
 def test_refusals(world, tmp_path):
     with pytest.raises(ConfigError, match="audit needs a dataset"):
-        api.audit()
+        verbs.audit()
     with pytest.raises(InputError, match="share 20 images"):
-        api.audit(world.clean, clean=world.clean)
+        verbs.audit(world.clean, clean=world.clean)
     write_synthetic(str(tmp_path / "few"), 40, 16, 0)
     with pytest.raises(InputError, match="40 images of 10 classes"):
-        api.audit(str(tmp_path / "few"))
+        verbs.audit(str(tmp_path / "few"))
 
 
 def test_the_sample_is_balanced_over_the_largest_classes():

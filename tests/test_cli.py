@@ -1,8 +1,10 @@
 """The command line: exit codes, one clear sentence for a mistake, one JSON object for machines."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ import torch
 
 from eclipse_ray import cli
 from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.verbs import VERBS
 from tests.diffusion.original_unet import Original, original_unet
 from tests.support import run_cli
 
+ROOT = Path(__file__).resolve().parents[1]
 PRESET = ["--set", "denoiser.preset=debug"]
 
 
@@ -51,7 +55,7 @@ def bad_inputs(world, tmp_path, finished) -> dict[str, tuple[list[str], str]]:
         ),
         "image size": (["purify", odd, out, *den], "images are 15x15 pixels"),
         "t_star": (["purify", world.poisoned, out, *den, "--set", "purify.t_star=6"], "outside 1..5"),
-        "no labels": (["evaluate", "--train", unlabelled, "--test", world.test], "label"),
+        "no labels": (["evaluate", unlabelled, "--test", world.test], "label"),
         "other config": (["purify", world.poisoned, finished, *den, "--set", "run.seed=9"], "run.seed: 0 -> 9"),
         "unknown setting": (["purify", world.poisoned, out, *den, "--set", "purify.tstar=6"], "purify.t_star"),
         "no source": (["purify"], "data.source is not set"),
@@ -171,6 +175,16 @@ def test_help_names_every_command():
     assert "import-checkpoint" in done.stdout
 
 
+def test_each_verb_that_a_job_can_run_has_a_script_of_its_name():
+    scripts = {path.stem: path for path in (ROOT / "jobs").glob("*.py")}
+    assert scripts.keys() == {name for name, verb in VERBS.items() if not verb.here}
+    assert len({path.read_text() for path in scripts.values()}) == 1
+    command = [sys.executable, str(scripts["verify"]), "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert "Prove from the bytes" in done.stdout, done.stderr
+
+
 def test_import_checkpoint(monkeypatch, capfd, tmp_path):
     file, out = tmp_path / "ema_0.9999_000010.pt", str(tmp_path / "denoiser")
     network = original_unet(Original(multipliers=(1, 2), blocks=1))
@@ -201,7 +215,7 @@ def test_importing_the_package_imports_neither_ray_nor_arrow(world):
         "images = numpy.zeros((2, 16, 16, 3), numpy.uint8)\n"
         "result = eclipse_ray.purify_images(images, denoiser, ids=['a', 'b'])\n"
         "assert result.shape == (2, 16, 16, 3) and str(result.dtype) == 'torch.uint8'\n"
-        "print(json.dumps([name for name in ('ray', 'pyarrow', 'fsspec') if name in sys.modules]))\n"
+        "print(json.dumps([name for name in ('ray', 'pyarrow', 'fsspec', 'typer') if name in sys.modules]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, world.denoiser], capture_output=True, text=True, timeout=120

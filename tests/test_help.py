@@ -1,4 +1,4 @@
-"""The face of the command line: help of every command, words for mistakes, the same defaults as the API."""
+"""The face of the command line: help of every command, words for mistakes, the whole surface frozen in a file."""
 
 import inspect
 import os
@@ -6,24 +6,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 
-from eclipse_ray import api, cli
-from eclipse_ray.cli.common import examples, setting
+from eclipse_ray import cli, verbs
 from eclipse_ray.config import load_config, parse_assignment
-from eclipse_ray.demonstration import demo
 from eclipse_ray.results import Result
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = GROUP.commands
-FUNCTIONS = {info.name or info.callback.__name__: info.callback for info in cli.app.registered_commands}
-# What the command line adds to the functions of the API, and how it names what it takes from them.
-ONLY_HERE = {"as_json", "dry_run", "watch", "every", "max_failed_fraction", "single_writer", "no_report"}
-# Takes another command with its own options.
-UNLIKE = {"submit"}
+SURFACE = ROOT / "tests" / "command_line.txt"
 
 
 def example_lines(name: str) -> list[str]:
@@ -48,13 +43,13 @@ def test_every_command_says_its_purpose_in_a_sentence(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_two_examples_that_its_own_parser_takes(name):
     lines = example_lines(name)
-    assert len(lines) >= 2, f"{name}: give two examples: @app.command(epilog=examples(...))"
+    assert len(lines) >= 2, f"{name}: give two examples to @_verb"
     for line in lines:
         assert len(line) <= 78, f"{line}: too long for a terminal"
         program, verb, *words = shlex.split(line)
         assert (program, verb) == ("eclipse-ray", name)
         context = COMMANDS[name].make_context(name, list(words))
-        assignments = dict(parse_assignment(text) for text in context.params.get("assign") or [])
+        assignments = dict(map(parse_assignment, context.params.get("settings") or []))
         file = context.params.get("config")
         load_config(str(ROOT / file) if file else None, assignments)
 
@@ -74,17 +69,101 @@ def test_every_option_is_explained_and_stands_in_a_group(name):
             assert one.rich_help_panel, f"{name} --{one.name}: name a rich_help_panel"
 
 
-@pytest.mark.parametrize("name", sorted(FUNCTIONS.keys() - UNLIKE))
-def test_a_command_and_its_function_share_names_and_defaults(name):
-    verb = name.replace("-", "_")
-    function = demo if verb == "demo" else getattr(api, verb)
-    typed = inspect.signature(FUNCTIONS[name]).parameters
-    called = inspect.signature(function).parameters
-    shown = {
-        ("settings" if key == "assign" else key): one.default for key, one in typed.items() if key not in ONLY_HERE
+def surface() -> list[str]:
+    """Return one line for each parameter of each command: command, name, type, default."""
+    lines = []
+    for info in cli.app.registered_commands:
+        typed = inspect.signature(info.callback).parameters
+        for one in COMMANDS[info.name].params:
+            if one.name == "help":
+                continue
+            argument = one.param_type_name == "argument"
+            shown = one.metavar if argument else " ".join([*one.opts, *one.secondary_opts]).strip()
+            kind = get_args(typed[one.name].annotation)[0]
+            kind = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
+            default = "required" if one.required else "" if one.default is None else repr(one.default)
+            lines.append(f"{info.name:<17} {shown:<21} {kind.removeprefix('typing.')} {default}".rstrip())
+    return sorted(lines)
+
+
+def test_the_command_line_is_the_one_that_is_frozen():
+    """After a change that is meant: `python -m tests.test_help` writes the file anew."""
+    assert surface() == SURFACE.read_text().splitlines()
+
+
+def test_what_sets_the_same_thing_has_the_same_name_in_every_verb():
+    names: dict[str, set[str]] = {}
+    for verb in verbs.VERBS.values():
+        for name, (parameter, declaration) in verbs.declared(verb.function).items():
+            if declaration.setting and parameter.kind is parameter.KEYWORD_ONLY:
+                names.setdefault(declaration.setting, set()).add(name)
+    assert len(names) > 8
+    assert {key: found for key, found in names.items() if len(found) > 1} == {}
+
+
+def test_a_parameter_of_a_verb_is_on_the_command_line_or_known_to_be_for_python_only():
+    found = {
+        (name, key)
+        for name, verb in verbs.VERBS.items()
+        for key in inspect.signature(verb.function).parameters.keys() - verbs.declared(verb.function)
     }
-    expected = {key: one.default for key, one in called.items()}
-    assert shown == expected
+    python_only = ("arguments", "stop_on_interrupt", "show", "config", "settings")
+    assert found == {("submit", key) for key in python_only}
+
+
+def test_an_argument_overrides_the_setting_that_it_names():
+    given = {"clean": "c", "out": "o", "resize": 48, "config": None, "settings": {"data.clean": "other"}}
+    config = verbs.resolved(verbs.train, given)
+    assert (config.data.clean, config.denoiser.output, config.data.resize) == ("c", "o", 48)
+    kept = verbs.resolved(verbs.train, {**given, "clean": None})
+    assert kept.data.clean == "other"
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("torch", "ray", "pyarrow", "fsspec", "numpy", "PIL")
+    code = (
+        "import sys\nfrom eclipse_ray.cli import main\n"
+        "try:\n    main(['purify', '--help'])\n"
+        f"finally:\n    print([name for name in {heavy} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert "--denoiser" in done.stdout
+
+
+def test_the_package_offers_every_verb_and_every_dry_run():
+    import eclipse_ray
+
+    for function in (*(verb.function for verb in verbs.VERBS.values()), *verbs.PLANS.values()):
+        assert getattr(eclipse_ray, function.__name__) is function
+        assert function.__name__ in eclipse_ray.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = eclipse_ray.nothing
+
+
+def test_a_config_is_read_once(monkeypatch, tmp_path):
+    read = []
+    monkeypatch.setattr(verbs, "_read_anywhere", lambda url: read.append(url) or b"run: {seed: 7}")
+    seen = []
+    monkeypatch.setattr("eclipse_ray.datasets.transform.split", lambda *given: seen.append(given[3]) or {})
+    with pytest.raises(KeyError, match="clean"):
+        cli.app(["split", "a", "--clean", "1", "--out", str(tmp_path), "--config", "x"], standalone_mode=False)
+    assert (read, seen) == (["x"], [7])
+
+
+def test_a_dry_run_has_the_parameters_of_its_verb():
+    for verb, plan in verbs.PLANS.items():
+        assert inspect.signature(plan).parameters == inspect.signature(verb).parameters
+    with pytest.raises(TypeError, match="nonsense"):
+        verbs.sweep_plan(nonsense=1)
+
+
+def test_every_result_of_a_verb_has_words():
+    from eclipse_ray import outcome
+
+    source = inspect.getsource(outcome)
+    for one in get_args(Result):
+        assert f"made.{one.__name__}" in source, f"{one.__name__}: say it in outcome.in_words"
 
 
 @pytest.mark.parametrize(
@@ -118,12 +197,8 @@ def test_an_unknown_defense_names_the_nearest():
 
 
 def test_help_shows_default_and_range_of_a_setting():
-    option = setting("purify.max_failed_fraction", "--max-failed-fraction")
+    (option,) = [one for one in COMMANDS["purify"].params if one.name == "max_failed_fraction"]
     assert option.help == "More failed images end in exit 3; 0 to 1 (default 0.01)."
-
-
-def test_examples_end_the_help():
-    assert examples("eclipse-ray demo") == "Examples:\n\neclipse-ray demo"
 
 
 def test_every_result_shows_itself_in_a_notebook_escaped():
@@ -186,3 +261,7 @@ def test_no_subpackage_hides_the_verb_of_its_name():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+if __name__ == "__main__":
+    SURFACE.write_text("\n".join(surface()) + "\n")

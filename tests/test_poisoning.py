@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-from eclipse_ray import api
 from eclipse_ray import poisoning as room
+from eclipse_ray import verbs
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.synthetic import CLASSES, write_synthetic
@@ -42,7 +42,7 @@ def words(source, output, **settings) -> list[str]:
 
 def test_em_on_ray_within_its_bound_and_done_once(source, tmp_path):
     output = str(tmp_path / "em")
-    done = api.poison("em", source, output, settings=TINY)
+    done = verbs.poison("em", source, output, settings=TINY)
     assert done.images == 40
     assert done.details == {
         "poison": "em",
@@ -63,10 +63,10 @@ def test_em_on_ray_within_its_bound_and_done_once(source, tmp_path):
     resolved = yaml.safe_load(Store(output).read("_eclipse/config.yaml"))["poison"]
     assert (resolved["surrogate"], resolved["steps"], resolved["step_size_255"]) == ("small", 2, 2.0)
     before = Store(output).entry("_eclipse/poison/result.json").version
-    assert api.poison("em", source, output, settings=TINY) == done
+    assert verbs.poison("em", source, output, settings=TINY) == done
     assert Store(output).entry("_eclipse/poison/result.json").version == before, "it was written again"
     with pytest.raises(ResumeError, match=r"run.seed: 0 -> 1"):
-        api.poison("em", source, output, settings={**TINY, "run.seed": 1})
+        verbs.poison("em", source, output, settings={**TINY, "run.seed": 1})
 
 
 @pytest.mark.chaos
@@ -77,7 +77,7 @@ def test_em_killed_while_it_fits_and_run_again(source, tmp_path):
     with pytest.raises(InputError, match="interrupted"):
         load_images(str(output), load_config().data)
     with pytest.raises(ResumeError, match=r"poison\.steps: 2 -> 3"):
-        api.poison("em", source, str(output), settings={**TINY, "poison.steps": 3})
+        verbs.poison("em", source, str(output), settings={**TINY, "poison.steps": 3})
     result, whole = run_cli(*words(source, output)), run_cli(*words(source, undisturbed))
     assert result["details"] == whole["details"]
     assert Store(str(output)).read(STATE_KEY) == Store(str(undisturbed)).read(STATE_KEY)
@@ -85,10 +85,10 @@ def test_em_killed_while_it_fits_and_run_again(source, tmp_path):
 
 
 def test_spread_closed_forms_are_those_of_one_process(source, tmp_path, monkeypatch):
-    here = api.poison("ar", source, str(tmp_path / "here"))
+    here = verbs.poison("ar", source, str(tmp_path / "here"))
     monkeypatch.setattr(room, "SPREAD_CHUNKS", 1)
     monkeypatch.setattr(room, "CHUNK_IMAGES", 16)
-    spread = api.poison("ar", source, str(tmp_path / "spread"))
+    spread = verbs.poison("ar", source, str(tmp_path / "spread"))
     assert spread.details == here.details
     first, second = (load_images(str(tmp_path / name), load_config().data) for name in ("here", "spread"))
     assert first.ids == second.ids

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.config import Config, holds_secret, load_config
 from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.errors import ConfigError
@@ -24,7 +24,7 @@ def test_a_url_with_a_secret_is_refused_without_showing_it(url):
     assert holds_secret(url)
     for use in (
         lambda: load_config(None, {"data.source": url}),
-        lambda: api.resolve(Config(), {"data.output": url}, {}),
+        lambda: verbs.resolve(Config(), {"data.output": url}, {}),
         lambda: load_config(None, {"matrix.poisons": [{"name": "ar", "data.source": url}]}),
     ):
         with pytest.raises(ConfigError, match="holds a password, token or signature") as caught:
@@ -42,7 +42,7 @@ def test_other_locations_are_taken(url):
 def test_a_refused_call_writes_nothing(tmp_path):
     write_synthetic(str(tmp_path / "src"), 4, 16, 0)
     with pytest.raises(ConfigError):
-        api.convert(
+        verbs.convert(
             str(tmp_path / "src"), str(tmp_path / "dst"), settings={"data.test": "https://x/y?token=hunter2"}
         )
     assert not (tmp_path / "dst").exists()
@@ -50,10 +50,10 @@ def test_a_refused_call_writes_nothing(tmp_path):
 
 def test_a_config_file_may_lie_at_any_url(tmp_path):
     (tmp_path / "run.yaml").write_text("purify: {t_star: 7}\nrun: {seed: 3}\n")
-    config = api.resolve(f"file://{tmp_path}/run.yaml", {"run.seed": 4}, {})
+    config = verbs.resolve(f"file://{tmp_path}/run.yaml", {"run.seed": 4}, {})
     assert (config.purify.t_star, config.run.seed) == (7, 4)
     with pytest.raises(ConfigError, match="there is no such file"):
-        api.resolve(f"file://{tmp_path}/none.yaml", None, {})
+        verbs.resolve(f"file://{tmp_path}/none.yaml", None, {})
     with pytest.raises(ConfigError) as caught:
-        api.resolve("https://me:hunter2@host/run.yaml", None, {})
+        verbs.resolve("https://me:hunter2@host/run.yaml", None, {})
     assert "hunter2" not in str(caught.value)

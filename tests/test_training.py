@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
@@ -22,7 +22,7 @@ SHORT = {**DEBUG, "denoiser.iterations": 20, "denoiser.checkpoint_every": 10, "d
 
 
 def train(world, output, **settings):
-    return api.train(clean=world.clean, out=str(output), settings={**SHORT, **settings})
+    return verbs.train(clean=world.clean, out=str(output), settings={**SHORT, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_the_folder_is_a_denoiser(world, trained):
     UNet2DModel.from_pretrained(output)
     card = read_card(output)
     assert sorted(card.sparse_hashes) == sorted(
-        load_images(world.clean, api.resolve(None, None, {}).data).hashes()
+        load_images(world.clean, verbs.resolve(None, None, {}).data).hashes()
     )
     assert [point["iteration"] for point in card.history] == [10, 20]
     assert load_denoiser(output).t_max == 5
@@ -89,7 +89,7 @@ def test_a_killed_training_continues(world, trained, tmp_path):
         return any(output.glob("_eclipse/train/*/checkpoint_*"))
 
     kill_when(arguments, checkpointed, tmp_path / "killed.log")
-    result = api.train(clean=world.clean, out=str(output), settings=settings)
+    result = verbs.train(clean=world.clean, out=str(output), settings=settings)
     assert result.iterations == 90
     card = read_card(output)
     iterations = [point["iteration"] for point in card.history]
@@ -105,7 +105,7 @@ def test_images_of_several_sizes_are_trained_on_by_crops(tmp_path):
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         (tmp_path / f"src/{index}.png").write_bytes(encode_image(image, "png"))
     settings = {**SHORT, "denoiser.iterations": 4, "denoiser.num_workers": 2}
-    result = api.train(clean=str(tmp_path / "src"), out=str(tmp_path / "out"), settings=settings)
+    result = verbs.train(clean=str(tmp_path / "src"), out=str(tmp_path / "out"), settings=settings)
     assert result.iterations == 4
     assert read_card(tmp_path / "out").sparse_images == 4
 

@@ -2,23 +2,23 @@
 
 import pytest
 
-from eclipse_ray import api
-from eclipse_ray.cli import runs
+from eclipse_ray import ledger, verbs
 from eclipse_ray.errors import InterruptedRunError
 from eclipse_ray.results import StatusResult
+from eclipse_ray.storage.store import Store
 from tests.test_help import call
 
 
 def looks(monkeypatch, *done: int) -> list[int]:
-    """Let api.status see so many of four shards done, look by look; return the list of what is left to see."""
+    """Let verbs.status see so many of four shards done, look by look; return the list of what is left to see."""
     left = list(done)
 
-    def status(output: str) -> StatusResult:
+    def summarise(store: Store) -> StatusResult:
         shards = left.pop(0)
         return StatusResult(40, 10 * shards - bool(shards), int(bool(shards)), 4, shards)
 
-    monkeypatch.setattr(api, "status", status)
-    monkeypatch.setattr(runs.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(ledger, "summarise", summarise)
+    monkeypatch.setattr(verbs.time, "sleep", lambda seconds: None)
     return left
 
 
@@ -47,5 +47,5 @@ def test_whoever_has_seen_enough_leaves_with_the_last_look(monkeypatch, stop):
         if len(calls) == 2:
             raise stop
 
-    monkeypatch.setattr(runs.time, "sleep", sleep)
-    assert runs._watch("somewhere", 0.1).shards_done == 2
+    monkeypatch.setattr(verbs.time, "sleep", sleep)
+    assert verbs.status("somewhere", watch=True, every=0.1).shards_done == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -67,42 +68,60 @@ def _link(match: re.Match[str], base: Path) -> str:
 
 
 def commands() -> str:
-    """Return the page of all commands, made from the command line itself."""
-    import typer
+    """Return the page of all verbs, made from their declarations: on the command line and in Python."""
+    from eclipse_ray.verbs import VERBS
 
-    from eclipse_ray.cli import PANELS, app
-
-    group: Any = typer.main.get_command(app)
-    parts = ["# Commands\n", "Made from the command line itself; `eclipse-ray COMMAND --help` says the same.\n"]
-    panels = dict.fromkeys([*PANELS.values(), "More"])
-    for panel in panels:
-        names = [name for name in group.commands if PANELS.get(name, "More") == panel]
-        if names:
-            parts += [f"## {panel}\n", *(_command(name, group.commands[name]) for name in names)]
+    parts = [
+        "# Commands\n",
+        "Made from the functions of `eclipse_ray/verbs.py`, like `eclipse-ray COMMAND --help`. `--json`, which "
+        "every command has, prints one JSON object on standard output. From Python, the verbs are functions of "
+        "`eclipse_ray` with the same names and defaults, and return a typed result "
+        "([Python reference](reference.md)).\n",
+    ]
+    for group in dict.fromkeys(verb.group for verb in VERBS.values()):
+        parts += [f"## {group}\n", *(_command(name, verb) for name, verb in VERBS.items() if verb.group == group)]
     return "\n".join(parts)
 
 
-def _command(name: str, command: Any) -> str:
-    arguments = [one for one in command.params if one.param_type_name == "argument"]
-    options = [one for one in command.params if one.param_type_name == "option" and one.name != "help"]
-    usage = " ".join(["eclipse-ray", name, *(one.metavar or one.name.upper() for one in arguments), "[OPTIONS]"])
-    examples = [line for line in (command.epilog or "").split("\n\n") if line.startswith("eclipse-ray ")]
-    rows = [f"| `{one.metavar or one.name.upper()}` | {_cell(one.help)} | |" for one in arguments]
-    rows += [f"| `{', '.join(one.opts)}` | {_cell(one.help)} | {_default(one)} |" for one in options]
+def _command(name: str, verb: Any) -> str:
+    from eclipse_ray.cli import help_of
+    from eclipse_ray.verbs import PLANS, declared
+
+    arguments, options = [], []
+    for parameter, one in declared(verb.function).values():
+        said = _cell(help_of(one, parameter.default))
+        default = parameter.default
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            arguments.append((one.metavar or parameter.name.upper(), said, ""))
+            continue
+        option = one.option or f"--{parameter.name.replace('_', '-')}"
+        plain = default in (None, True, False) or default is parameter.empty
+        options.append((f"{option} {one.metavar or ''}".strip(), said, "" if plain else f"`{default}`"))
+    if verb.function in PLANS:
+        options.append(
+            ("--dry-run", f"Only say what would be done; in Python `{PLANS[verb.function].__name__}`.", "")
+        )
+    usage = " ".join(["eclipse-ray", name, *(shown for shown, *_ in arguments), "[OPTIONS]"])
+    lines = [usage, "", *verb.examples, "", _in_python(verb.function)]
     return "\n".join(
         [
             f"### {name}\n",
-            f"{(command.help or '').strip()}\n",
-            "\n".join(f"    {line}" for line in [usage, "", *examples]) + "\n",
+            f"{inspect.getdoc(verb.function)}\n",
+            "\n".join(f"    {line}".rstrip() for line in lines) + "\n",
             "| | | default |\n|---|---|---|",
-            *rows,
+            *(f"| `{shown}` | {said} | {default} |" for shown, said, default in [*arguments, *options]),
             "",
         ]
     )
 
 
-def _default(option: Any) -> str:
-    return "" if option.default in (None, False) or callable(option.default) else f"`{option.default}`"
+def _in_python(function: Any) -> str:
+    """Return the signature of a verb without types."""
+    signature = inspect.signature(function)
+    plain = [one.replace(annotation=one.empty) for one in signature.parameters.values() if one.name != "show"]
+    shown = inspect.Signature(plain)
+    returned = str(signature.return_annotation).replace("results.", "")
+    return f"{function.__name__}{shown} -> {returned}"
 
 
 def settings() -> str:

@@ -34,7 +34,7 @@ def evaluate(config: Config) -> EvaluateResult:
     """
     source, test_url = config.data.source, config.data.test
     if not source or not test_url:
-        raise ConfigError("evaluate needs both: eclipse-ray evaluate --train SRC --test SRC")
+        raise ConfigError("evaluate needs both: eclipse-ray evaluate SRC --test SRC")
     train = load_images(source, config.data, require_labels=True)
     test = load_images(test_url, config.data, require_labels=True)
     _check_disjoint(config, source, train, test_url, test)

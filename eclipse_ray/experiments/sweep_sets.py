@@ -44,7 +44,7 @@ def load_sets(config: Config) -> SweepSets:
     """
     data, sweep = config.data, config.sweep
     if not data.source or not data.clean or not data.output:
-        raise ConfigError("a sweep needs --data SRC, --clean SRC and --out DIR")
+        raise ConfigError("a sweep needs SRC, --clean SRC and --out DIR")
     clean = load_images(data.clean, data)
     # The denoiser's card names images as they are stored.
     hashes = load_mixed(data.clean, data.model_copy(update={"resize": None})).hashes

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eclipse_ray import api, ledger
+from eclipse_ray import ledger, verbs
 from eclipse_ray.storage.store import Store
 from tests.support import DEBUG, kill_when, read_output, run_cli
 
@@ -37,7 +37,7 @@ def kill_at(world, output, shards: int) -> int:
 def finish_and_check(world, output, undisturbed) -> None:
     result = run_cli(*arguments(world, output))
     assert (result["planned"], result["ok"], result["failed"]) == (240, 240, 0)
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
     names = {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
     assert names == undisturbed
     assert len(set(read_output(output)["id"].to_pylist())) == 240
@@ -46,7 +46,7 @@ def finish_and_check(world, output, undisturbed) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    api.purify(world.poisoned, str(output), denoiser=world.denoiser, settings=SETTINGS)
+    verbs.purify(world.poisoned, str(output), denoiser=world.denoiser, settings=SETTINGS)
     return {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.purification.plan import prepare
 from eclipse_ray.purification.shard import Task, task_rows
@@ -45,7 +45,7 @@ def undisturbed(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     named = {"data.source": world.poisoned, "data.output": str(output), "purify.denoiser": world.denoiser}
     settings = {**DEBUG, **{key: yaml.safe_load(str(value)) for key, value in SETTINGS.items()}}
-    prepared = prepare(api.resolve(None, settings, named))
+    prepared = prepare(verbs.resolve(None, settings, named))
     prepared.claim()
     purifier = Purifier(prepared.job)
     for shard in prepared.plan.shards:
@@ -142,7 +142,7 @@ def test_one_node_is_lost_and_another_comes_late(world, tmp_path, undisturbed, m
     assert 4 <= lost_at < SHARDS, "no node was lost"
     assert came_at < SHARDS, "the late node came too late"
     assert objects(output) == undisturbed
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
     assert redone(output) <= in_flight, "a shard that nobody had in hand was done again"
 
 
@@ -259,4 +259,4 @@ def test_a_node_cut_off_for_twenty_seconds_changes_nothing(world, tmp_path, undi
     assert driver.returncode == 0, said
     assert 4 <= at < SHARDS, "no fault fired"
     assert objects(output) == undisturbed
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok

@@ -38,7 +38,7 @@ def words(world, output) -> dict[str, list[str]]:
             "--set",
             "denoiser.iterations=1000000",
         ],
-        "evaluate": ["evaluate", "--train", world.poisoned, "--test", world.test, *sets],
+        "evaluate": ["evaluate", world.poisoned, "--test", world.test, *sets],
         "matrix": ["evaluate", "--config", str(configs["grid"]), *sets],
         "fit of a poison": ["evaluate", "--config", str(configs["fit"]), *sets],
     }

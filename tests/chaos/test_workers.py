@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray import api, ledger
+from eclipse_ray import ledger, verbs
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.storage.store import Store
@@ -33,7 +33,7 @@ FAULTS = Path(__file__).parent / "faults"
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    api.purify(world.poisoned, str(output), denoiser=world.denoiser, settings=SETTINGS)
+    verbs.purify(world.poisoned, str(output), denoiser=world.denoiser, settings=SETTINGS)
     return output
 
 
@@ -111,7 +111,7 @@ def test_an_image_that_kills_its_actor_becomes_an_error_row_then_a_retry_mends_i
     code, printed, said = run(command(world, output, "--retry-failed"))
     assert code == 0, said
     assert json.loads(printed)["failed"] == 0
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
     after = objects(output)
     assert sum(before[name] != after[name] for name in before) == 1
     assert read_output(output)["id"].to_pylist() == read_output(undisturbed)["id"].to_pylist()
@@ -121,7 +121,7 @@ def test_an_image_that_kills_its_actor_becomes_an_error_row_then_a_retry_mends_i
 def test_an_image_that_kills_its_decoder_becomes_an_error_row(world, tmp_path):
     source, output, log = tmp_path / "source", tmp_path / "out", tmp_path / "fired"
     write_synthetic(str(tmp_path / "images"), 96, 16, 5)
-    api.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
+    verbs.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
     victim = sorted(source.rglob("*.png"))[80]
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     # Bytes after the end of a PNG are no part of it.
@@ -132,7 +132,7 @@ def test_an_image_that_kills_its_decoder_becomes_an_error_row(world, tmp_path):
     assert (code, fired(log)) == (3, 5), said
     assert json.loads(printed)["failed"] == 1
     assert list(errors(output)) == [str(victim.relative_to(source))]
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
 
 
 def actors() -> list[int]:
@@ -173,7 +173,7 @@ def test_three_killed_actors_change_nothing(world, tmp_path, undisturbed):
     assert code == 0, said
     assert len(killed) == 3, "no fault fired"
     assert objects(output) == objects(undisturbed)
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
 
 
 @pytest.mark.chaos
@@ -242,7 +242,7 @@ def test_two_drivers_on_one_output_agree(world, tmp_path, undisturbed):
         assert driver.returncode == 0, said
         assert json.loads(printed)["ok"] == IMAGES
     assert objects(output) == objects(undisturbed)
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
     assert [path.name for path in (output / "data").iterdir() if path.name.startswith(".tmp")] == []
 
 
@@ -269,7 +269,7 @@ def test_sigterm_says_that_the_run_can_be_resumed(world, tmp_path, undisturbed):
 def test_unreadable_images_decide_the_exit_code(bad, code, tmp_path, world):
     source, output = tmp_path / "source", tmp_path / "out"
     write_synthetic(str(tmp_path / "images"), 100, 16, 5)
-    api.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
+    verbs.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
     for file in sorted(source.rglob("*.png"))[:bad]:
         file.write_bytes(file.read_bytes()[:40])
     words = command(world, output)
@@ -279,14 +279,14 @@ def test_unreadable_images_decide_the_exit_code(bad, code, tmp_path, world):
     result = json.loads(printed)
     assert (result["planned"], result["ok"], result["failed"]) == (100, 100 - bad, bad)
     assert len(errors(output)) == bad
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
 
 
 @pytest.mark.chaos
 def test_a_strict_run_ends_at_the_first_unreadable_image_and_says_which(tmp_path, world):
     source, output = tmp_path / "source", tmp_path / "out"
     write_synthetic(str(tmp_path / "images"), 32, 16, 5)
-    api.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
+    verbs.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
     damaged = sorted(source.rglob("*.png"))[7]
     damaged.write_bytes(damaged.read_bytes()[:40])
     words = command(world, output, **{"data.on_error": "stop"})
@@ -327,4 +327,4 @@ def test_a_node_that_disappears_costs_only_its_shards(world, tmp_path, undisturb
         cluster.shutdown()
     assert 3 <= lost_at < len(objects(undisturbed)), "no fault fired"
     assert objects(output) == objects(undisturbed)
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok

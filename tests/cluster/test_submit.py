@@ -9,7 +9,7 @@ import pytest
 import yaml
 from ray.job_submission import JobDetails, JobStatus
 
-from eclipse_ray.cli import submit as command
+from eclipse_ray import cli as command
 from eclipse_ray.cluster import jobs as room
 from eclipse_ray.cluster.connect import Resources, require_gpus, require_place
 from eclipse_ray.cluster.jobs import Order, exit_code, find_token, open_cluster, pinned, runtime_env
@@ -45,7 +45,7 @@ def test_arguments_are_spelled_in_one_way():
     )
     short = command.translated("purify", ["s3://b/in", "--denoiser=/d", "s3://b/out", "--extend", "--json"])
     assert long[0] == short[0] == ["s3://b/in", "s3://b/out", "--denoiser", "/d", "--extend"]
-    assert long[1]["assign"] == ["a.b=1"]
+    assert long[1]["settings"] == {"a.b": 1}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.cluster.connect import Resources
 from eclipse_ray.config import load_config
 from eclipse_ray.errors import ConfigError, InputError
@@ -61,8 +61,8 @@ def written(output: Path) -> dict[str, int]:
 def measured(world, tmp_path_factory) -> Run:
     output = tmp_path_factory.mktemp("matrix") / "out"
     settings = settings_for(world, output)
-    plan = api.evaluate_plan(settings=settings)
-    result = api.evaluate(settings=settings)
+    plan = verbs.evaluate_plan(settings=settings)
+    result = verbs.evaluate(settings=settings)
     assert isinstance(result, MatrixResult)
     return Run(settings, plan, result, output)
 
@@ -71,7 +71,7 @@ def test_the_plan_names_what_is_missing_and_writes_nothing(measured, world, tmp_
     assert (measured.plan.cells, measured.plan.done, len(measured.plan.missing)) == (12, 0, 12)
     assert measured.plan.missing[0] == "ar, none, small, seed 0"
     assert "poison ar" in measured.plan.unknown
-    api.evaluate_plan(settings=settings_for(world, tmp_path / "new"))
+    verbs.evaluate_plan(settings=settings_for(world, tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
@@ -106,11 +106,11 @@ def test_the_table_has_the_layout_of_the_paper(measured):
 
 def test_running_again_does_nothing(measured):
     before = written(measured.output)
-    result = api.evaluate(settings=measured.settings)
+    result = verbs.evaluate(settings=measured.settings)
     assert isinstance(result, MatrixResult)
     assert result.done == 12
     assert written(measured.output) == before
-    assert api.evaluate_plan(settings=measured.settings).missing == []
+    assert verbs.evaluate_plan(settings=measured.settings).missing == []
 
 
 @pytest.mark.chaos
@@ -118,10 +118,10 @@ def test_a_grown_grid_does_the_new_cells_only(measured, world):
     before = written(measured.output)
     defenses = ["cutout", "none", "iss-g", "eclipse"]
     grown = settings_for(world, measured.output, matrix__clean=True, matrix__defenses=defenses, evaluate__seeds=1)
-    plan = api.evaluate_plan(settings=grown)
+    plan = verbs.evaluate_plan(settings=grown)
     assert (plan.cells, plan.done) == (12, 6)
     assert plan.seconds_left > 0
-    result = api.evaluate(settings=grown)
+    result = verbs.evaluate(settings=grown)
     assert isinstance(result, MatrixResult)
     assert result.done == 12
     after = written(measured.output)
@@ -134,7 +134,7 @@ def test_a_failing_row_does_not_hold_up_the_others(measured, world):
     # 100 images are too few for a depth that the denoiser was never trained at; `none` is measured already.
     broken = {"name": "eclipse", "label": "too deep", "purify.t_star": 19}
     settings = settings_for(world, measured.output, matrix__defenses=["none", broken], evaluate__seeds=1)
-    result = api.evaluate(settings=settings)
+    result = verbs.evaluate(settings=settings)
     assert isinstance(result, MatrixResult)
     assert (result.cells, result.done, result.failed) == (4, 2, 2)
     assert list(result.failures) == [f"{poison}, too deep, small, seed 0" for poison in ("ar", "urp")]
@@ -154,7 +154,7 @@ def test_a_sparse_set_that_overlaps_is_refused_before_anything_is_written(world,
     places = {"data.clean": getattr(world, sparse), "data.test": getattr(world, test)}
     settings = {**settings_for(world, tmp_path / "out"), **places, "purify.denoiser": None}
     with pytest.raises(InputError, match=words):
-        api.evaluate(settings=settings)
+        verbs.evaluate(settings=settings)
     assert not (tmp_path / "out").exists()
 
 
@@ -162,26 +162,26 @@ def test_a_denoiser_fitted_on_the_training_images_is_refused(world, tmp_path):
     # The poison changes every image, so it is the clean originals that are compared.
     settings = settings_for(world, tmp_path / "out", data__source=world.clean, matrix__limit=None)
     with pytest.raises(InputError, match="sparse clean set and training set share 20"):
-        api.evaluate(settings={**settings, "data.clean": None, "matrix.defenses": ["none"]})
+        verbs.evaluate(settings={**settings, "data.clean": None, "matrix.defenses": ["none"]})
 
 
 def test_only_a_matrix_can_be_planned_and_a_matrix_needs_a_folder(world, tmp_path):
     with pytest.raises(ConfigError, match=r"matrix\.poisons"):
-        api.evaluate_plan(train=world.rest, test=world.test)
+        verbs.evaluate_plan(world.rest, test=world.test)
     with pytest.raises(ConfigError, match=r"data\.output is not set"):
-        api.evaluate_plan(settings={**settings_for(world, tmp_path), "data.output": None})
+        verbs.evaluate_plan(settings={**settings_for(world, tmp_path), "data.output": None})
 
 
 def test_dilution_needs_labels(world, tmp_path):
     unlabelled = tmp_path / "flat"
-    api.convert(world.clean, str(unlabelled), layout="folder")
+    verbs.convert(world.clean, str(unlabelled), layout="folder")
     flat = tmp_path / "images"
     flat.mkdir()
     for number, file in enumerate(sorted(unlabelled.glob("*/*.png"))):
         file.rename(flat / f"{number}.png")
     settings = settings_for(world, tmp_path / "out", matrix__defenses=["dilution"])
     with pytest.raises(InputError, match="dilution needs labels"):
-        api.evaluate_plan(settings={**settings, "data.clean": str(flat)})
+        verbs.evaluate_plan(settings={**settings, "data.clean": str(flat)})
 
 
 def test_groups_are_of_whole_columns_and_large_enough(world, tmp_path):
@@ -204,7 +204,7 @@ def test_columns_made_at_once_are_those_made_one_by_one(measured, world, tmp_pat
     # One group holds every cell.
     monkeypatch.setattr(room, "CELLS_AHEAD", 99)
     settings = settings_for(world, tmp_path / "out", matrix__defenses=["none"], evaluate__seeds=1)
-    result = api.evaluate(settings=settings)
+    result = verbs.evaluate(settings=settings)
     assert isinstance(result, MatrixResult)
     assert (result.done, result.failed) == (2, 0)
     before = {row["fingerprint"]: row for row in pq.read_table(measured.output / "results.parquet").to_pylist()}

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.diffusion.checkpoint import read_card
@@ -45,7 +45,7 @@ class Run:
 def half(world, tmp_path_factory) -> str:
     """A denoiser trained on half of the sparse set."""
     folder = tmp_path_factory.mktemp("half")
-    api.split(world.clean, clean=10, output=str(folder / "sets"), settings=DEBUG)
+    verbs.split(world.clean, clean=10, out=str(folder / "sets"), settings=DEBUG)
     train_denoiser(str(folder / "sets/clean"), str(folder / "denoiser"))
     return str(folder / "denoiser")
 
@@ -72,9 +72,9 @@ def setup_of(settings: dict[str, object]) -> tuple[room.Sweep, Setup]:
 def swept(world, half, tmp_path_factory) -> Run:
     output = tmp_path_factory.mktemp("sweep") / "out"
     settings = settings_for(world, output, half)
-    plan = api.sweep_plan(settings=settings)
+    plan = verbs.sweep_plan(settings=settings)
     assert not output.exists()
-    return Run(settings, plan, api.sweep(settings=settings), output)
+    return Run(settings, plan, verbs.sweep(settings=settings), output)
 
 
 def test_trials_find_what_was_named_by_relative_paths(world, half, tmp_path, monkeypatch):
@@ -120,15 +120,15 @@ def test_trials_that_differ_in_compensation_share_the_purified_images(swept):
 
 def test_running_again_does_nothing(swept):
     before = written(swept.output)
-    assert api.sweep(settings=swept.settings).best == swept.result.best
+    assert verbs.sweep(settings=swept.settings).best == swept.result.best
     assert written(swept.output) == before
-    assert api.sweep_plan(settings=swept.settings).missing == []
+    assert verbs.sweep_plan(settings=swept.settings).missing == []
 
 
 @pytest.mark.chaos
 def test_purify_takes_the_best_settings(swept, world, half, tmp_path):
     output = tmp_path / "purified"
-    result = api.purify(world.poisoned, str(output), config=str(swept.output / "best.yaml"))
+    result = verbs.purify(world.poisoned, str(output), config=str(swept.output / "best.yaml"))
     assert (result.planned, result.ok) == (240, 240)
     used = yaml.safe_load((output / "_eclipse/config.yaml").read_text())
     for section, keys in swept.result.best.items():
@@ -158,19 +158,19 @@ def test_without_a_denoiser_a_part_of_the_clean_set_trains_and_the_rest_scores(w
 def test_a_clean_set_that_all_trained_the_denoiser_cannot_score_a_victim(world, tmp_path):
     settings = settings_for(world, tmp_path / "out", world.denoiser)
     with pytest.raises(InputError, match=r"all 20 images trained .*eclipse-ray split .* --clean 10"):
-        api.sweep(settings=settings)
+        verbs.sweep(settings=settings)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_sparse_set_without_labels_is_judged_by_what_purification_removed(world, half, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
-    api.convert(world.clean, str(tmp_path / "folder"), layout="folder")
+    verbs.convert(world.clean, str(tmp_path / "folder"), layout="folder")
     for number, file in enumerate(sorted((tmp_path / "folder").glob("*/*.png"))):
         file.rename(flat / f"{number}.png")
     changes = {"data__clean": str(flat), "sweep__space": {"purify.t_star": [2, 4]}}
     with pytest.raises(InputError, match="labels of clean images"):
-        api.sweep_plan(settings=settings_for(world, tmp_path / "out", half, **changes))
+        verbs.sweep_plan(settings=settings_for(world, tmp_path / "out", half, **changes))
     changes["sweep__objective"] = "shortcut_score"
     sweep, setup = setup_of(settings_for(world, tmp_path / "out", world.denoiser, **changes))
     assert sweep_sets.notes(sweep.config, sweep.sets)[-1].startswith("every clean image trained the denoiser")
@@ -252,7 +252,7 @@ def test_a_failing_point_does_not_hold_up_the_others(world, half, tmp_path):
     assert sweep.listed is not None
     # The cache says that the images of depth 2 are there, but they are not.
     sweep.cache.finish("defended", sweep.listed[0].purified, {"psnr": None})
-    result = api.sweep(settings=settings)
+    result = verbs.sweep(settings=settings)
     assert (result.trials, result.failed) == (1, 1)
     assert list(result.failures) == ["t_star 2"]
     assert result.best["purify"]["t_star"] == 4
@@ -262,10 +262,10 @@ def test_a_failing_point_does_not_hold_up_the_others(world, half, tmp_path):
 def test_optuna_learns_from_results_and_goes_on(world, half, tmp_path):
     space = {"purify.t_star": [2, 3, 4], "compensation.p": {"low": 0.0, "high": 1.0}}
     settings = settings_for(world, tmp_path / "out", half, sweep__space=space, sweep__search="optuna")
-    first = api.sweep(settings={**settings, "sweep.trials": 2})
+    first = verbs.sweep(settings={**settings, "sweep.trials": 2})
     assert first.trials == 2
     kept = written(tmp_path / "out")
-    second = api.sweep(settings={**settings, "sweep.trials": 4})
+    second = verbs.sweep(settings={**settings, "sweep.trials": 4})
     assert second.trials == 4
     after = written(tmp_path / "out")
     assert {name: after[name] for name in kept} == kept
@@ -276,7 +276,7 @@ def test_optuna_learns_from_results_and_goes_on(world, half, tmp_path):
 def test_asha_stops_victims_and_keeps_what_they_reached(world, half, tmp_path):
     space = {"compensation.p": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}
     asha = {"sweep__asha": True, "sweep__grace_epochs": 1, "sweep__reduction_factor": 2, "victim__epochs": 4}
-    result = api.sweep(settings=settings_for(world, tmp_path / "out", half, sweep__space=space, **asha))
+    result = verbs.sweep(settings=settings_for(world, tmp_path / "out", half, sweep__space=space, **asha))
     assert (result.trials, result.failed) == (6, 0)
     rows = pq.read_table(tmp_path / "out/results.parquet").to_pylist()
     assert {row["epochs"] for row in rows if not row["stopped"]} == {4}
@@ -288,8 +288,8 @@ def test_asha_stops_victims_and_keeps_what_they_reached(world, half, tmp_path):
 def test_denoisers_are_trained_on_parts_of_the_clean_set(world, tmp_path):
     space = {"denoiser.replication": [0, 2], "sweep.sparse_percent": [2.5]}
     settings = settings_for(world, tmp_path / "out", None, sweep__space=space, denoiser__iterations=20)
-    assert api.sweep_plan(settings=settings).denoisers == 2
-    result = api.sweep(settings=settings)
+    assert verbs.sweep_plan(settings=settings).denoisers == 2
+    result = verbs.sweep(settings=settings)
     assert (result.trials, result.failed) == (2, 0)
     best = yaml.safe_load((tmp_path / "out/best.yaml").read_text())
     card = read_card(best["purify"]["denoiser"])

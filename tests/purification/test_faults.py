@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.config import CompensationConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import ImageError, encode_image
@@ -25,7 +25,7 @@ from tests.support import DEBUG
 
 
 def shard_of_sixteen(world, output) -> tuple[Job, Task]:
-    config = api.resolve(None, DEBUG, {"purify.batch_size": 8})
+    config = verbs.resolve(None, DEBUG, {"purify.batch_size": 8})
     source = open_source(world.poisoned, config.data)
     shards = plan_shards(source.parts, 16)[:1]
     job = Job(
@@ -163,7 +163,7 @@ def test_a_failure_has_its_kind_whatever_its_words(world, tmp_path, side, settin
     (folder / "too little memory kills.png").write_bytes(image if side else image[:40])
     (folder / "whole.png").write_bytes(encode_image(np.zeros((16, 16, 3), np.uint8), "png"))
     job, _ = shard_of_sixteen(world, tmp_path / "out")
-    config = api.resolve(None, {**DEBUG, **settings}, {})
+    config = load_config(None, {**DEBUG, **settings})
     source = open_source(str(folder), config.data)
     mine = replace(job, source=source.url, format=source.format, data=config.data)
     decoded = read_and_decode(task_rows([Task(plan_shards(source.parts, 16)[0])])[0], mine)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.errors import InputError, ResumeError, error_of_note
@@ -26,7 +26,7 @@ SHARDS = {**DEBUG, "purify.shard_images": 32, "purify.actors": 2}
 
 
 def purify(world: World, output, **settings):
-    return api.purify(world.poisoned, str(output), denoiser=world.denoiser, settings={**SHARDS, **settings})
+    return verbs.purify(world.poisoned, str(output), denoiser=world.denoiser, settings={**SHARDS, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,13 @@ def test_every_image_arrives_once_with_its_label(world, purified):
     assert table["label"].to_pylist() == source["label"].to_pylist()
     changed = pixels_of(table).astype(int) - pixels_of(source).astype(int)
     assert 0.5 < np.abs(changed).mean() < 40
-    assert api.verify(str(output)).ok
-    assert api.status(str(output)) == StatusResult(240, 240, 0, 8, 8)
+    assert verbs.verify(str(output)).ok
+    assert verbs.status(str(output)) == StatusResult(240, 240, 0, 8, 8)
 
 
 def test_order_within_a_shard_is_the_sources(world, purified):
     output, _ = purified
-    ids = load_images(world.poisoned, api.resolve(None, None, {}).data).ids
+    ids = load_images(world.poisoned, verbs.resolve(None, None, {}).data).ids
     for status in read_statuses(Store(str(output))).values():
         shard_ids = pq.read_table(output / status.object)["id"].to_pylist()
         first = ids.index(shard_ids[0])
@@ -106,10 +106,10 @@ def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
     (output / "_eclipse/status/000003/0.json").unlink()
     (output / "_eclipse/manifest.parquet").unlink()
     with pytest.raises(InputError, match="not finished"):
-        open_source(str(output), api.resolve(None, None, {}).data)
+        open_source(str(output), verbs.resolve(None, None, {}).data)
     purify(world, output)
     assert lost.read_bytes() == content
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_an_output_of_other_settings_is_refused_with_the_difference(world, purif
 def test_an_output_of_other_weights_is_refused(world, purified, tmp_path):
     train_denoiser(world.clean, str(tmp_path / "other"), iterations=2)
     with pytest.raises(ResumeError, match="weights"):
-        api.purify(world.poisoned, str(purified[0]), denoiser=str(tmp_path / "other"), settings=SHARDS)
+        verbs.purify(world.poisoned, str(purified[0]), denoiser=str(tmp_path / "other"), settings=SHARDS)
 
 
 @pytest.mark.chaos
@@ -157,7 +157,7 @@ def test_undecodable_images_become_error_rows(world, tmp_path):
     broken = broken.append_column("source_url", pa.array([f"u{i}" for i in range(40)]))
     (tmp_path / "src").mkdir()
     pq.write_table(broken, tmp_path / "src/part.parquet")
-    result = api.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
+    result = verbs.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
     assert (result.planned, result.ok, result.failed) == (40, 29, 11)
     errors = pa.concat_tables(pq.read_table(f) for f in (tmp_path / "out/_eclipse/errors").glob("*.parquet"))
     assert sorted(errors["id"].to_pylist()) == sorted(
@@ -167,12 +167,12 @@ def test_undecodable_images_become_error_rows(world, tmp_path):
     output = read_output(tmp_path / "out")
     urls = dict(zip(table["id"].to_pylist(), broken["source_url"].to_pylist(), strict=True))
     assert output["source_url"].to_pylist() == [urls[name] for name in output["id"].to_pylist()]
-    assert api.verify(str(tmp_path / "out")).ok
+    assert verbs.verify(str(tmp_path / "out")).ok
 
 
 def test_images_of_the_sparse_set_fail_the_run(world, tmp_path):
     with pytest.raises(InputError, match="sparse clean set"):
-        api.purify(world.clean, str(tmp_path / "leak"), denoiser=world.denoiser, settings=SHARDS)
+        verbs.purify(world.clean, str(tmp_path / "leak"), denoiser=world.denoiser, settings=SHARDS)
 
 
 def make_job(source, config, world, output):
@@ -201,7 +201,7 @@ def test_samples_of_large_images_are_their_middles(world, tmp_path):
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.png").write_bytes(encode_image(np.zeros((400, 90, 3), np.uint8), "png"))
-    config = api.resolve(None, None, {})
+    config = verbs.resolve(None, None, {})
     sample = prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)[0]
     assert (sample.height, sample.width, sample.crop.shape) == (400, 90, (64, 64, 3))
     config.data.resize = 32
@@ -209,19 +209,19 @@ def test_samples_of_large_images_are_their_middles(world, tmp_path):
 
 
 def test_leakage_is_found_whatever_the_size_worked_at(world, tmp_path):
-    config = api.resolve(None, {**SHARDS, "data.resize": 24}, {})
+    config = verbs.resolve(None, {**SHARDS, "data.resize": 24}, {})
     source = open_source(world.clean, config.data)
     batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
     job = make_job(source, config, world, str(tmp_path / "out"))
     _, images, _ = rows.unpack(stages.read_and_decode(batch, job))
     assert {image.shape for image in images} == {(24, 24, 3)}
-    stored = load_images(world.clean, api.resolve(None, None, {}).data).hashes()
+    stored = load_images(world.clean, verbs.resolve(None, None, {}).data).hashes()
     fatal = stages.read_and_decode(batch, replace(job, sparse_hashes=frozenset(stored)))["fatal"][0].as_py()
     assert "is in the sparse clean set" in fatal
 
 
 def test_no_column_between_stages_is_a_python_object(world, tmp_path):
-    config = api.resolve(None, SHARDS, {})
+    config = verbs.resolve(None, SHARDS, {})
     source = open_source(world.poisoned, config.data)
     job = make_job(source, config, world, str(tmp_path / "out"))
     batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
@@ -240,7 +240,7 @@ def test_the_wrong_denoiser_is_noticed(world, tmp_path, capsys):
     from eclipse_ray.diffusion.checkpoint import load_denoiser
 
     write_synthetic(str(tmp_path / "src"), 8, 16, 3)
-    images = load_images(str(tmp_path / "src"), api.resolve(None, None, {}).data)
+    images = load_images(str(tmp_path / "src"), verbs.resolve(None, None, {}).data)
     denoiser = load_denoiser(world.denoiser)
     prepare.warn_if_unsuitable(denoiser, list(images.images), 15.0, denoiser.t_star)
     assert "warning" not in capsys.readouterr().err
@@ -254,7 +254,7 @@ def test_an_imported_denoiser_must_leave_no_more_than_the_noise(capsys):
 
     from eclipse_ray.diffusion.network import build_denoiser, build_unet
 
-    config = api.resolve(None, {"denoiser.preset": "debug"}, {}).denoiser
+    config = verbs.resolve(None, {"denoiser.preset": "debug"}, {}).denoiser
     denoiser = build_denoiser(build_unet(config), config).eval()
     images = list(np.random.default_rng(0).integers(60, 200, (8, 16, 16, 3), dtype=np.uint8))
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
         height, width = sizes[index % 4]
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         (folder / f"{index:02d}.png").write_bytes(encode_image(image, "png"))
-    result = api.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
+    result = verbs.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
     # 15 pixels are too few: those three are error rows.
     assert (result.ok, result.failed) == (9, 3)
     errors = pa.concat_tables(pq.read_table(f) for f in (tmp_path / "out/_eclipse/errors").glob("*.parquet"))
@@ -293,7 +293,7 @@ def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
 
 
 def test_a_dry_run_writes_nothing_and_counts_what_is_left(world, purified, tmp_path):
-    plan = api.dry_run(world.poisoned, str(tmp_path / "new"), denoiser=world.denoiser, settings=SHARDS)
+    plan = verbs.purify_plan(world.poisoned, str(tmp_path / "new"), denoiser=world.denoiser, settings=SHARDS)
     assert (plan.planned, plan.images_left, plan.shards, plan.shards_left) == (240, 240, 8, 8)
     written = sum(file.stat().st_size for file in (purified[0] / "data").glob("*.parquet"))
     assert plan.input_bytes == sum(f.stat().st_size for f in (world.root / "poisoned/data").glob("*.parquet"))
@@ -302,7 +302,7 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(world, purified, tmp_p
     assert plan.cpu_hours > 0
     assert plan.device_hours > 0
     assert not (tmp_path / "new").exists()
-    again = api.dry_run(world.poisoned, str(purified[0]), denoiser=world.denoiser, settings=SHARDS)
+    again = verbs.purify_plan(world.poisoned, str(purified[0]), denoiser=world.denoiser, settings=SHARDS)
     assert (again.images_left, again.shards_left, again.output_bytes) == (0, 0, 0)
 
 
@@ -311,18 +311,18 @@ def test_a_source_that_grew_is_extended(world, tmp_path):
     source, output = tmp_path / "source", tmp_path / "out"
     shutil.copytree(world.poisoned, source)
     settings = {**SHARDS, "purify.shard_images": 120}
-    first = api.purify(str(source), str(output), denoiser=world.denoiser, settings=settings)
+    first = verbs.purify(str(source), str(output), denoiser=world.denoiser, settings=settings)
     before = object_names(output)
     table = pq.read_table(sorted((source / "data").glob("*.parquet"))[0]).slice(0, 8)
     ids = pa.array([f"new-{row}" for row in range(8)])
     pq.write_table(table.set_column(table.column_names.index("id"), "id", ids), source / "data/a-new.parquet")
     with pytest.raises(ResumeError, match="add --extend"):
-        api.purify(str(source), str(output), denoiser=world.denoiser, settings=settings)
-    grown = api.purify(str(source), str(output), denoiser=world.denoiser, extend=True, settings=settings)
+        verbs.purify(str(source), str(output), denoiser=world.denoiser, settings=settings)
+    grown = verbs.purify(str(source), str(output), denoiser=world.denoiser, extend=True, settings=settings)
     assert (first.planned, grown.planned, grown.ok) == (240, 248, 248)
     after = object_names(output)
     assert {name: after[name] for name in before} == before
-    assert api.verify(str(output)).ok
+    assert verbs.verify(str(output)).ok
 
 
 def test_two_images_of_one_id_are_refused(world, tmp_path):
@@ -330,7 +330,7 @@ def test_two_images_of_one_id_are_refused(world, tmp_path):
     table = pq.read_table(sorted((world.root / "poisoned/data").glob("*.parquet"))[0]).slice(0, 4)
     ids = pa.array(["a", "b", "b", "c"])
     pq.write_table(table.set_column(table.column_names.index("id"), "id", ids), tmp_path / "source/x.parquet")
-    config = api.resolve(None, SHARDS, {})
+    config = verbs.resolve(None, SHARDS, {})
     source = open_source(str(tmp_path / "source"), config.data)
     task = rows.Task(plan_shards(source.parts, 16)[0])
     job = make_job(source, config, world, str(tmp_path / "out"))
@@ -341,8 +341,8 @@ def test_two_images_of_one_id_are_refused(world, tmp_path):
 
 
 def test_what_cannot_be_read_becomes_error_rows_of_its_own(world, tmp_path):
-    api.convert(world.test, str(tmp_path / "source"), layout="folder", settings=DEBUG)
-    config = api.resolve(None, SHARDS, {})
+    verbs.convert(world.test, str(tmp_path / "source"), layout="folder", settings=DEBUG)
+    config = verbs.resolve(None, SHARDS, {})
     source = open_source(str(tmp_path / "source"), config.data)
     task = rows.Task(plan_shards(source.parts, 16)[0])
     gone = [span.key for span in task.shard.spans][3]

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray import api
-from eclipse_ray.cli.reports import conclude
+from eclipse_ray import verbs
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table
 from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.errors import InputError
+from eclipse_ray.outcome import conclude
 from eclipse_ray.reports.experiments import _drawn, write_sweep
 from eclipse_ray.reports.folder import record_command
 from eclipse_ray.reports.page import write_report
@@ -195,7 +195,7 @@ def test_an_unfinished_run_and_a_lost_source_can_be_reported(world, tmp_path):
 def test_a_report_does_not_touch_the_dataset_it_lies_in(folders):
     output = str(folders["purify"])
     write_report(output)
-    assert api.verify(output).ok
+    assert verbs.verify(output).ok
     assert open_source(output, DataConfig()).images == 240
 
 
@@ -241,9 +241,11 @@ def test_a_finished_run_stays_finished_when_no_report_can_be_written(world, tmp_
 def test_the_verb_is_the_package_s_whatever_was_imported_before():
     import eclipse_ray
 
-    assert eclipse_ray.report is api.report
+    assert eclipse_ray.report is verbs.report
 
 
 def test_an_evaluation_is_not_written_over_another_run(world, folders):
     with pytest.raises(InputError, match="already holds data"):
-        api.evaluate(train=world.rest, test=world.test, out=str(folders["purify"]))
+        verbs.evaluate(world.rest, test=world.test, out=str(folders["purify"]))
+    with pytest.raises(InputError, match="already holds data"):
+        verbs.evaluate(world.rest, test=world.test, settings={"data.output": str(folders["purify"])})

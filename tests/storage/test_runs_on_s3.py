@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from eclipse_ray import api
+from eclipse_ray import verbs
 from eclipse_ray.ledger import finalise, named_objects, pending, read_statuses, summarise, verify
 from eclipse_ray.storage import retries as transient
 from eclipse_ray.storage.retries import Patience
@@ -139,6 +139,6 @@ def test_purify_from_s3_to_s3_through_faults_gives_the_bytes_of_a_run_on_disk(
     names = {shard: status.object for shard, status in read_statuses(Store(output)).items()}
     assert names == {shard: status.object for shard, status in read_statuses(Store(disk)).items()}
     point_at(monkeypatch, proxy.server_port)
-    assert api.verify(output).ok
-    assert api.status(output).shards_done == 4
+    assert verbs.verify(output).ok
+    assert verbs.status(output).shards_done == 4
     assert Store(output).abort_uploads() == 0

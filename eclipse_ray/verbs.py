@@ -1,0 +1,676 @@
+"""The verbs: one function for each, which declares its parameters; `eclipse_ray` offers all of them.
+
+The annotation of a parameter holds its type, its help and, if it sets a setting, the name of that setting, from
+which range and default come. The command line (cli.py) and the reference (tools/pages.py) are made from these
+functions: a positional parameter is an argument there, a keyword is an option of the same name. A parameter that
+has no `Parameter` exists in Python only. The functions stand in the order of `eclipse-ray --help`.
+
+`config` is a Config, or the path or URL of a YAML file; `settings` ({"section.key": value}) override it; arguments
+override both. Heavy libraries are imported by the verbs that need them, when they are called.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
+
+from eclipse_ray import log, results
+from eclipse_ray.config import (
+    Config,
+    Layout,
+    ScheduleName,
+    Settings,
+    holds_secret,
+    load_config,
+    parse_assignment,
+    to_yaml,
+    with_overrides,
+)
+from eclipse_ray.errors import ConfigError, InterruptedRunError
+from eclipse_ray.progress import ProgressLine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Groups of options in --help, in the order in which people ask: where, how, by what means, in which form.
+DATA, METHOD, RUN, OUTPUT = "Data", "Method", "Run", "Settings and output"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What the command line and the reference say about a parameter, besides its name, type and default.
+
+    `setting` is the setting that it sets, which gives the help unless there is another one. `option` is its name
+    on the command line where that differs. `pair` reads one NAME=VALUE of an option that fills a mapping.
+    """
+
+    help: str = ""
+    metavar: str | None = None
+    setting: str = ""
+    panel: str = DATA
+    minimum: float | None = None
+    option: str = ""
+    pair: Callable[[str], tuple[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A function as a command, its group in --help and its examples.
+
+    `report`: it leaves a report in its output folder. `here`: it works on files of this machine, so it cannot be
+    submitted. `interruptible`: it decides itself what Ctrl-C means.
+    """
+
+    function: Callable[..., Any]
+    group: str
+    examples: tuple[str, ...]
+    report: bool = False
+    here: bool = False
+    interruptible: bool = False
+
+
+VERBS: dict[str, Verb] = {}
+"""All verbs by their name on the command line; filled by the functions below."""
+PLANS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""The dry runs, by the function of the verb."""
+
+
+def _verb(
+    group: str, *examples: str, report: bool = False, here: bool = False, interruptible: bool = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function a verb. A test parses each example as a command line, and asks for two at least."""
+
+    def declare(function: Callable[P, R]) -> Callable[P, R]:
+        name = function.__name__.replace("_", "-")
+        VERBS[name] = Verb(function, group, examples, report, here, interruptible)
+        return function
+
+    return declare
+
+
+def _plan_of(verb: Callable[P, Any]) -> Callable[[Callable[[Config, dict[str, Any]], R]], Callable[P, R]]:
+    """Make a function the dry run of a verb: it gets the resolved settings and the arguments by name."""
+
+    def declare(body: Callable[[Config, dict[str, Any]], R]) -> Callable[P, R]:
+        @functools.wraps(body)
+        def plan(*arguments: P.args, **keywords: P.kwargs) -> R:
+            bound = signature.bind(*arguments, **keywords)
+            bound.apply_defaults()
+            return body(resolved(verb, bound.arguments), bound.arguments)
+
+        signature = inspect.signature(verb)
+        returned = inspect.signature(body).return_annotation
+        vars(plan)["__signature__"] = signature.replace(return_annotation=returned)
+        PLANS[verb] = plan
+        return plan
+
+    return declare
+
+
+@functools.cache
+def declared(verb: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Parameter]]:
+    """Return the parameters of a verb that the command line has too, with plain types, and their declarations."""
+    found = {}
+    for name, one in inspect.signature(verb, eval_str=True).parameters.items():
+        if get_origin(one.annotation) is Annotated:
+            plain, declaration = get_args(one.annotation)
+            found[name] = (one.replace(annotation=plain), declaration)
+    return found
+
+
+ConfigLike = Config | str | None
+
+
+def resolved(verb: Callable[..., Any], given: Mapping[str, Any]) -> Config:
+    """Return the settings of a call of `verb` with the arguments `given`: the named ones override the others."""
+    named = {one.setting: given[name] for name, (_, one) in declared(verb).items() if one.setting}
+    return resolve(given["config"], given["settings"], named)
+
+
+def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> Config:
+    """Return the settings of one call: `config` <- `settings` <- those of `named` that are not None.
+
+    A config file may lie at a path or any fsspec URL. From here on messages have the form of run.log_format.
+    """
+    overrides = {**(settings or {}), **{key: value for key, value in named.items() if value is not None}}
+    if isinstance(config, Config):
+        found = with_overrides(config, overrides)
+    else:
+        found = load_config(config, overrides, _read_anywhere)
+    log.set_format(found.run.log_format)
+    return found
+
+
+def _read_anywhere(url: str) -> bytes:
+    if "://" not in url:
+        return Path(url).read_bytes()
+    from eclipse_ray.storage.store import Store
+
+    if holds_secret(url):
+        raise ConfigError("--config: the URL holds a password or token; give credentials by environment variables")
+    return Store(url).read()
+
+
+# Parameters that several verbs share.
+
+ConfigFile = Annotated[ConfigLike, Parameter("YAML file with settings.", "FILE", panel=OUTPUT)]
+Assignments = Annotated[
+    Settings | None,
+    Parameter(
+        "Override one setting; repeat for more.",
+        "SECTION.KEY=VALUE",
+        panel=OUTPUT,
+        option="--set",
+        pair=parse_assignment,
+    ),
+]
+Resize = Annotated[
+    int | None,
+    Parameter("Resize the central square of every image to N pixels", "N", "data.resize", METHOD),
+]
+OutputFolder = Annotated[str, Parameter("Output folder of purify.", "DST")]
+ResultFolder = Annotated[str | None, Parameter("Folder of results.", "DIR", "data.output")]
+DenoiserFolder = Annotated[str, Parameter("Folder of the denoiser.", "DIR")]
+ReadableSource = Annotated[str, Parameter("Any readable dataset.", "SRC", "data.source")]
+LabelledSource = Annotated[str, Parameter("Labelled dataset.", "SRC", "data.source")]
+NewFolder = Annotated[str, Parameter("New folder.", "DST", "data.output")]
+
+
+@_verb("Start here", "eclipse-ray doctor", "eclipse-ray doctor --store s3://bucket/purified")
+def doctor(
+    *,
+    store: Annotated[
+        str | None, Parameter("Folder for outputs to test; one object is written and removed.", "URL")
+    ] = None,
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.DoctorResult:
+    """Say whether machine, Ray cluster and store are fit for a run, and what to mend; exit 1 if not."""
+    from eclipse_ray.cluster import doctor as room
+
+    return room.doctor(resolved(doctor, locals()), store)
+
+
+@_verb(
+    "Start here",
+    "eclipse-ray demo",
+    "eclipse-ray demo --out runs/short --set denoiser.iterations=100",
+    report=True,
+    here=True,
+)
+def demo(
+    *,
+    out: Annotated[str, Parameter("Folder for everything the demo makes.", "DIR")] = "runs/demo",
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.DemoResult:
+    """Poison a synthetic dataset, train a denoiser, purify, evaluate: a table and one picture.
+
+    Running it again keeps everything that was made with the same settings.
+    """
+    from eclipse_ray import demonstration as room
+
+    return room.demo(out, config=config, settings=settings)
+
+
+@_verb(
+    "Purify",
+    "eclipse-ray train --clean my/trusted --out my/denoiser",
+    "eclipse-ray train --clean my/trusted --out my/den --set denoiser.preset=paper",
+)
+def train(
+    *,
+    clean: Annotated[str | None, Parameter("Sparse clean set: trusted images.", "SRC", "data.clean")] = None,
+    out: Annotated[str | None, Parameter("Folder of the denoiser.", "DIR", "denoiser.output")] = None,
+    resize: Resize = None,
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.TrainResult:
+    """Fit a denoiser on a sparse clean set; running it again resumes."""
+    from eclipse_ray import training as room
+
+    return room.train(resolved(train, locals()))
+
+
+@_verb(
+    "Purify",
+    "eclipse-ray purify my/dataset my/purified --denoiser my/denoiser",
+    "eclipse-ray purify s3://in/set s3://out/set --denoiser s3://out/denoiser",
+    "eclipse-ray purify my/dataset my/purified --denoiser my/denoiser --dry-run",
+    report=True,
+)
+def purify(
+    source: Annotated[str | None, Parameter("Dataset to purify.", "SRC", "data.source")] = None,
+    output: Annotated[str | None, Parameter("Output folder.", "DST", "data.output")] = None,
+    *,
+    denoiser: Annotated[str | None, Parameter("Folder of the denoiser.", "DIR", "purify.denoiser")] = None,
+    resize: Resize = None,
+    retry_failed: Annotated[bool, Parameter("Process failed images again, keep all others.", panel=RUN)] = False,
+    extend: Annotated[bool, Parameter("Also process objects that were added to SRC.", panel=RUN)] = False,
+    max_failed_fraction: Annotated[
+        float | None, Parameter(panel=RUN, setting="purify.max_failed_fraction")
+    ] = None,
+    single_writer: Annotated[
+        bool | None,
+        Parameter(
+            "DST has no conditional writes, and nobody else writes there",
+            panel=RUN,
+            setting="purify.single_writer",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.PurifyResult:
+    """Purify a dataset; running it again resumes, and more failed images than allowed end in exit 3."""
+    from eclipse_ray.purification import run as room
+
+    return room.purify(resolved(purify, locals()), retry_failed=retry_failed, extend=extend)
+
+
+@_plan_of(purify)
+def purify_plan(config: Config, given: dict[str, Any]) -> results.DryRunResult:
+    """Return what `purify` would do and about how long it would take; nothing is written, no cluster is asked."""
+    from eclipse_ray.purification import plan as room
+
+    return room.estimate(config, extend=given["extend"])
+
+
+@_verb("Purify", "eclipse-ray status my/purified", "eclipse-ray status my/purified --watch", interruptible=True)
+def status(
+    output: OutputFolder,
+    *,
+    watch: Annotated[bool, Parameter("Repeat until the run is done or you stop it.", panel=RUN)] = False,
+    every: Annotated[float, Parameter("Seconds between two looks, with watch.", panel=RUN, minimum=0.1)] = 5,
+) -> results.StatusResult:
+    """Say how far a run is, also while it runs."""
+    from eclipse_ray import ledger
+    from eclipse_ray.storage.store import Store
+
+    return _watched(output, every) if watch else ledger.summarise(Store(output))
+
+
+def _watched(output: str, every: float) -> results.StatusResult:
+    """Show the progress of a run until it is done or the user stops watching; return the last look."""
+    found = status(output)
+    with ProgressLine("status", "images", found.planned, every, found.ok + found.failed) as line:
+        line.failed = found.failed
+        try:
+            while found.shards_done < found.shards:
+                time.sleep(every)
+                found = status(output)
+                line.total = found.planned
+                line.advance(found.ok + found.failed - line.done, found.failed - line.failed)
+        except (KeyboardInterrupt, InterruptedRunError):
+            # Only the watching was stopped.
+            pass
+    return found
+
+
+@_verb("Purify", "eclipse-ray verify my/purified", "eclipse-ray verify s3://out/set --json")
+def verify(output: OutputFolder) -> results.VerifyResult:
+    """Prove from the bytes that every planned image is there once; exit 1 if not."""
+    from eclipse_ray import ledger
+    from eclipse_ray.storage.store import Store
+
+    return ledger.verify(Store(output))
+
+
+@_verb("Purify", "eclipse-ray gc my/purified", "eclipse-ray gc s3://out/set --idle")
+def gc(
+    output: OutputFolder,
+    *,
+    idle: Annotated[
+        bool,
+        Parameter("No run is writing there: files and uploads of unfinished shards go too.", panel=RUN),
+    ] = False,
+) -> results.GcResult:
+    """Remove files that dead workers left behind; never one that a status names."""
+    from eclipse_ray import ledger
+    from eclipse_ray.storage.store import Store
+
+    store = Store(output)
+    removed = ledger.collect(store, idle)
+    return results.GcResult(removed, store.abort_uploads() if idle else 0, store.url)
+
+
+@_verb(
+    "Judge and tune",
+    "eclipse-ray audit my/dataset",
+    "eclipse-ray audit my/dataset --clean my/trusted --out my/audit",
+    report=True,
+)
+def audit(
+    source: Annotated[str | None, Parameter("Labelled dataset.", "SRC", "data.source")] = None,
+    *,
+    clean: Annotated[str | None, Parameter("Clean set of the same kind, disjoint.", "SRC", "data.clean")] = None,
+    denoiser: Annotated[
+        str | None, Parameter("Also test what this denoiser removes.", "DIR", "audit.denoiser")
+    ] = None,
+    out: Annotated[str | None, Parameter("Folder for audit.json and audit.png.", "DIR", "audit.output")] = None,
+    resize: Resize = None,
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.AuditResult:
+    """Say whether a dataset is poisoned, how sure that is, and by what kind of poison.
+
+    No clean set is needed, but with one more poisons are detected.
+    """
+    return _audited(resolved(audit, locals()))
+
+
+def _audited(config: Config) -> results.AuditResult:
+    from eclipse_ray import auditing as room
+
+    done = room.audit(config)
+    if config.audit.output:
+        from eclipse_ray.reports.sections import write_audit
+
+        write_audit(config.audit.output, to_yaml(config), done.result, done.sample, done.clean)
+    return done.result
+
+
+@_verb(
+    "Judge and tune",
+    "eclipse-ray evaluate my/purified --test my/test",
+    "eclipse-ray evaluate --config configs/quick.yaml --dry-run",
+    report=True,
+)
+def evaluate(
+    source: Annotated[str | None, Parameter("Training set.", "SRC", "data.source")] = None,
+    *,
+    test: Annotated[str | None, Parameter("Clean labelled test set.", "SRC", "data.test")] = None,
+    clean: Annotated[str | None, Parameter("Sparse set, checked to be disjoint.", "SRC", "data.clean")] = None,
+    out: ResultFolder = None,
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.EvaluateResult | results.MatrixResult:
+    """Train victims on a dataset and print their test accuracy after the last epoch.
+
+    With a section matrix in the config: poisons x defenses x victims x seeds, into a folder of results.
+    Running it again measures what is missing or has failed.
+    """
+    found = resolved(evaluate, locals())
+    return _measure(found) if _is_matrix(found) else _evaluated(found)
+
+
+@_plan_of(evaluate)
+def evaluate_plan(config: Config, given: dict[str, Any]) -> results.MatrixPlan:
+    """Return which cells of a matrix are missing and about how long they will take; nothing is written."""
+    from eclipse_ray.experiments import matrix as room
+    from eclipse_ray.experiments import tidy
+
+    if not _is_matrix(config):
+        raise ConfigError("only a matrix can be planned; list its columns in matrix.poisons")
+    return tidy.plan(room.open_matrix(config))
+
+
+def _is_matrix(config: Config) -> bool:
+    return bool(config.matrix.poisons) or config.matrix.clean
+
+
+def _measure(config: Config) -> results.MatrixResult:
+    from eclipse_ray.experiments import matrix as room
+    from eclipse_ray.experiments import tidy
+    from eclipse_ray.reports.tables import write_tables
+
+    matrix = room.open_matrix(config)
+    room.run(matrix, lambda: write_tables(matrix.store.url, tidy.view(matrix)))
+    done = matrix.done()
+    return results.MatrixResult(
+        cells=len(matrix.grid.cells),
+        done=sum(cell.key in done for cell in matrix.grid.cells),
+        failed=len(matrix.failures),
+        output=matrix.store.url,
+        table=f"{matrix.store.url}/table.md",
+        failures=matrix.failures,
+    )
+
+
+def _evaluated(config: Config) -> results.EvaluateResult:
+    """Judge one dataset; leave the result and the resolved settings in data.output, if it is set.
+
+    Raises InputError if that folder holds anything but an earlier evaluation, whose settings would be lost.
+    """
+    from eclipse_ray.datasets.write import refuse_existing
+    from eclipse_ray.experiments import evaluate as room
+    from eclipse_ray.storage.store import Store
+
+    store = Store(config.data.output) if config.data.output else None
+    if store and not store.exists(results.EVALUATION_FILE):
+        refuse_existing(store)
+    result = room.evaluate(config)
+    if store:
+        note = {**results.to_json(result), "train": config.data.source, "test": config.data.test}
+        store.write("_eclipse/config.yaml", to_yaml(config).encode())
+        store.write(results.EVALUATION_FILE, json.dumps(note, indent=2).encode())
+    return result
+
+
+@_verb(
+    "Judge and tune",
+    "eclipse-ray sweep my/data --clean my/held --denoiser my/den --out sweep",
+    "eclipse-ray sweep --config configs/sweep-quick.yaml --dry-run",
+    report=True,
+)
+def sweep(
+    source: Annotated[str | None, Parameter("Labelled dataset to purify later.", "SRC", "data.source")] = None,
+    *,
+    clean: Annotated[str | None, Parameter("Sparse clean set.", "SRC", "data.clean")] = None,
+    denoiser: Annotated[
+        str | None,
+        Parameter("Denoiser; without it, some are trained on a part of the clean set.", "DIR", "purify.denoiser"),
+    ] = None,
+    out: ResultFolder = None,
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.SweepResult:
+    """Search for the best settings to purify a dataset, without a test set; running it again resumes.
+
+    Settings are judged on clean images that trained no denoiser. The folder of results gets results.parquet, two
+    pictures, and best.yaml for purify.
+    """
+    return _swept(resolved(sweep, locals()))
+
+
+def _swept(config: Config) -> results.SweepResult:
+    from eclipse_ray.experiments import sweep as room
+    from eclipse_ray.experiments import sweep_view
+
+    try:
+        from eclipse_ray.reports.experiments import write_sweep
+    except ImportError:
+        raise ConfigError("a sweep draws pictures: pip install 'eclipse-ray[report]'") from None
+    opened = room.open_sweep(config)
+    room.run(opened, lambda: write_sweep(opened.store.url, sweep_view.view(opened)))
+    return sweep_view.result(opened)
+
+
+@_plan_of(sweep)
+def sweep_plan(config: Config, given: dict[str, Any]) -> results.SweepPlan:
+    """Return which trials of a sweep are missing and about how long they take; nothing is written."""
+    from eclipse_ray.experiments import sweep as room
+    from eclipse_ray.experiments import sweep_view
+
+    return sweep_view.plan(room.open_sweep(config))
+
+
+@_verb("Judge and tune", "eclipse-ray report my/purified", "eclipse-ray report runs/demo --json", here=True)
+def report(
+    output: Annotated[str, Parameter("Output of train, purify, evaluate, sweep, audit or demo.", "DIR")],
+) -> results.ReportResult:
+    """Write DIR/report/index.html: one page, complete in itself, on what an output folder holds."""
+    try:
+        from eclipse_ray.reports.page import write_report
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "jinja2"):
+            raise
+        raise ConfigError(
+            f"a report needs {error.name}; install it with: pip install 'eclipse-ray[report]'"
+        ) from error
+    return write_report(output)
+
+
+@_verb(
+    "Datasets and weights",
+    "eclipse-ray convert my/photographs my/parquet --resize 64",
+    "eclipse-ray convert s3://bucket/tars my/folders --layout folder",
+)
+def convert(
+    source: ReadableSource,
+    output: NewFolder,
+    *,
+    layout: Annotated[
+        Layout, Parameter("folder: one folder for each class; cifar: 32 x 32 pixels only.")
+    ] = "parquet",
+    resize: Resize = None,
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.DatasetResult:
+    """Rewrite a dataset as canonical Parquet or in another layout; only resizing changes pixels."""
+    from eclipse_ray.datasets import write as room
+
+    found = resolved(convert, locals())
+    return _recorded(found, results.DatasetResult(room.convert(source, output, found.data, layout), output))
+
+
+@_verb(
+    "Datasets and weights",
+    "eclipse-ray split my/dataset --clean 500 --out my/split",
+    "eclipse-ray split my/dataset --clean 500 --out my/split --set run.seed=1",
+)
+def split(
+    source: ReadableSource,
+    *,
+    clean: Annotated[int, Parameter("Images of the sparse clean set.", "N", panel=METHOD, minimum=1)],
+    out: Annotated[str, Parameter("Folder for DIR/clean and DIR/rest.", "DIR", "data.output")],
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.DatasetResult:
+    """Divide a dataset into a sparse clean set and the rest, disjoint by content, stratified by label."""
+    from eclipse_ray.datasets import write as room
+
+    found = resolved(split, locals())
+    counts = room.split(source, out, clean, found.run.seed, found.data)
+    sizes = {"clean": int(counts["clean"]), "rest": int(counts["rest"])}
+    return _recorded(found, results.DatasetResult(sum(sizes.values()), out, dict(sizes)))
+
+
+@_verb(
+    "Datasets and weights",
+    "eclipse-ray poison ar my/dataset my/poisoned",
+    "eclipse-ray poison em my/dataset my/poisoned --set poison.cost=reduced",
+)
+def poison(
+    name: Annotated[
+        str, Parameter("urp lsp ar cuda em tap rem sep efp adp (docs/poisons.md).", "NAME", "poison.name")
+    ],
+    source: LabelledSource,
+    output: NewFolder,
+    *,
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.DatasetResult:
+    """Write a poisoned copy of a labelled dataset, its norm checked after 8-bit storage; resumes if optimised."""
+    from eclipse_ray import poisoning as room
+    from eclipse_ray.poisons import resolved_poison
+
+    found = resolved(poison, locals())
+    found = found.model_copy(update={"poison": resolved_poison(found.poison)})
+    return _recorded(found, room.poison(found))
+
+
+def _recorded(config: Config, result: results.DatasetResult) -> results.DatasetResult:
+    """Leave the resolved settings beside a dataset."""
+    from eclipse_ray.storage.store import Store
+
+    Store(result.output).write("_eclipse/config.yaml", to_yaml(config).encode())
+    return result
+
+
+@_verb(
+    "Datasets and weights",
+    "eclipse-ray import-checkpoint ema_0.9999_250000.pt --out my/denoiser",
+    "eclipse-ray import-checkpoint 64x64_diffusion.pt --out my/denoiser --heads 1",
+    here=True,
+)
+def import_checkpoint(
+    file: Annotated[str, Parameter("State dict, such as ema_0.9999_250000.pt.", "FILE")],
+    *,
+    out: DenoiserFolder,
+    heads: Annotated[
+        int, Parameter("Attention heads; the file does not contain it.", panel=METHOD, minimum=1)
+    ] = 4,
+    timesteps: Annotated[int, Parameter("T in training.", panel=METHOD, minimum=2)] = 4000,
+    schedule: Annotated[ScheduleName, Parameter("Noise schedule in training.", panel=METHOD)] = "cosine",
+) -> results.ImportResult:
+    """Make a denoiser of weights saved by improved-diffusion or guided-diffusion."""
+    from eclipse_ray.diffusion import improved_diffusion as room
+
+    return room.import_checkpoint(file, out=out, heads=heads, timesteps=timesteps, schedule=schedule)
+
+
+def _variable(text: str) -> tuple[str, str]:
+    """Split one --env NAME=VALUE. Raises ConfigError."""
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise ConfigError(f"--env {name}: expected NAME=VALUE")
+    return name, value
+
+
+@_verb(
+    "On a cluster",
+    "eclipse-ray submit purify --config s3://bucket/run.yaml",
+    "eclipse-ray submit train --config s3://bucket/run.yaml --no-wait",
+    here=True,
+    interruptible=True,
+)
+def submit(
+    verb: Annotated[str, Parameter("Another command, followed by its arguments.", "VERB")],
+    arguments: Sequence[str] = (),
+    *,
+    address: Annotated[
+        str | None, Parameter("Dashboard, http://host:8265; else RAY_API_SERVER_ADDRESS.", "URL", panel=RUN)
+    ] = None,
+    insecure: Annotated[bool, Parameter("Submit to a cluster without tokens.", panel=RUN)] = False,
+    image_has_deps: Annotated[
+        bool, Parameter("Install nothing: the nodes have torch and the rest.", panel=RUN)
+    ] = False,
+    env: Annotated[
+        Mapping[str, str] | None,
+        Parameter(
+            "Variable of the job and its workers; repeat for more.", "NAME=VALUE", panel=RUN, pair=_variable
+        ),
+    ] = None,
+    wait: Annotated[bool, Parameter("Do not wait for the end.", panel=RUN, option="--no-wait")] = True,
+    again: Annotated[bool, Parameter("Run it again although it succeeded before.", panel=RUN)] = False,
+    stop_on_interrupt: Callable[[str], bool] | None = None,
+    show: Callable[[str], None] = lambda text: print(text, end="", flush=True),
+    config: ConfigLike = None,
+    settings: Settings | None = None,
+) -> results.SubmitResult:
+    """Run a command on a Ray cluster: follow its log, end with its exit code.
+
+    Submitted again, a run is joined while it runs and resumed if it was stopped. Ctrl-C asks whether to stop it;
+    off a terminal it goes on.
+    """
+    from eclipse_ray.cluster import jobs as room
+
+    order = room.Order(verb, tuple(arguments), resolve(config, settings, {}), again, image_has_deps, env)
+    return room.submit(
+        order,
+        address=address,
+        insecure=insecure,
+        wait=wait,
+        stop_on_interrupt=stop_on_interrupt,
+        show=show,
+    )
+
+
+PUBLIC = [function.__name__ for function in (*(one.function for one in VERBS.values()), *PLANS.values())]
+"""What `eclipse_ray` offers of this module."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eclipse_ray import verbs
-from eclipse_ray.config import CompensationConfig
+from eclipse_ray.config import CompensationConfig, load_config
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import ImageError, encode_image
 from eclipse_ray.diffusion import sampling

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from eclipse_ray.config import Config, MatrixItem, VictimConfig, digest, with_overrides
-from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, Defense, Transform, combine
-from eclipse_ray.defenses.eclipse import purify, purify_and_bake
+from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, Defense, combine
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.costs import resolved_poison
@@ -212,12 +211,16 @@ def _row(config: Config, entry: Entry, facts: Facts) -> Row:
 
 def needs_denoiser(name: str) -> bool:
     """Return whether a defense, or a part of it, denoises."""
-    return any(transform in PURIFICATIONS for transform in transforms(name))
+    return any(DEFENSES[one].transform in PURIFICATIONS for one in transforms(name))
 
 
-def transforms(name: str) -> list[Transform]:
-    """Return what changes the stored images under a defense, in order."""
-    return [found for part in name.split("+") if (found := DEFENSES[part].transform)]
+def transforms(name: str) -> list[str]:
+    """Return the names of the transforms of a defense, in order.
+
+    A transform is named after the first of DEFENSES that has it, wherever its code is: keys are made of the names.
+    """
+    used = [found for part in name.split("+") if (found := DEFENSES[part].transform)]
+    return [next(key for key, defense in DEFENSES.items() if defense.transform is one) for one in used]
 
 
 def denoiser_key(config: Config, facts: Facts) -> str:
@@ -279,13 +282,13 @@ def _training_key(column: Column, row: Row) -> str:
     if not used:
         return column.key
     config = row.config
-    settings: list[Any] = [[f"{one.__module__}.{one.__qualname__}" for one in used], config.run.seed]
-    # These two are told nothing of the section `defense`.
-    if any(one not in (purify, purify_and_bake) for one in used):
+    settings: list[Any] = [used, config.run.seed]
+    # These two do not read the section `defense`.
+    if any(one not in ("eclipse", "eclipse-baked") for one in used):
         settings.append(_defense_settings(config))
     if row.denoiser:
         settings += purification(config, row.denoiser)
-    if purify_and_bake in used:
+    if "eclipse-baked" in used:
         settings.append(config.compensation.model_dump(mode="json"))
     return digest(["defended", VERSION, column.key, settings])
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from eclipse_ray.config import Config, Range, digest, with_overrides
-from eclipse_ray.defenses.eclipse import purify
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments.grid import VERSION, purification, trained_key
 
@@ -182,7 +181,7 @@ def make_trial(config: Config, point: Point, facts: SweepFacts) -> Trial:
     """Return the trial of a point. Raises ConfigError for a value that cannot be, naming its key."""
     chosen = _resolved(with_overrides(config, point), facts)
     denoiser = digest(["weights", facts.weights]) if facts.weights else _trained(chosen, facts)
-    own = [[f"{purify.__module__}.{purify.__qualname__}"], chosen.run.seed, *purification(chosen, denoiser)]
+    own = [["eclipse"], chosen.run.seed, *purification(chosen, denoiser)]
     purified, scored = (digest(["defended", VERSION, images, own]) for images in (facts.source, facts.scored))
     parts = ["trial", VERSION, purified, scored, facts.scored, chosen.run.seed, _judged(chosen)]
     return Trial(point, chosen, denoiser, purified, scored, digest(parts))

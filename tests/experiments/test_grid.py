@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from eclipse_ray.config import load_config
+from eclipse_ray.defenses import DEFENSES
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments.grid import Facts, Grid, build_grid
 
@@ -94,6 +95,15 @@ def test_rows_that_train_on_the_same_images_share_one_transformed_set():
     sets = {cell.row.entry.label: cell.training for cell in made.cells if cell.column.entry.label == "ar"}
     assert len({sets[name] for name in ("eclipse", "eclipse-a", "eclipse-ab", "eclipse-published")}) == 1
     assert sets["none"] == sets["eclipse-c"] == next(c.key for c in made.columns if c.entry.label == "ar")
+
+
+def test_a_transform_that_moves_to_another_module_keeps_its_keys(monkeypatch):
+    rows = ["eclipse", "eclipse-baked", "eclipse-draws", "iss-g", "iss-j", "op", "avatar", "iss-j+eclipse"]
+    before = keys(grid(matrix__defenses=rows))
+    for one in {defense.transform for defense in DEFENSES.values() if defense.transform}:
+        monkeypatch.setattr(one, "__module__", "somewhere.else")
+        monkeypatch.setattr(one, "__qualname__", "renamed")
+    assert keys(grid(matrix__defenses=rows)) == before
 
 
 def test_what_is_listed_first_is_done_first():

@@ -120,7 +120,7 @@ class VerifyResult(Shown):
 class EvaluateResult(Shown):
     """Test accuracy (0-100) after the last epoch: mean and standard deviation over victims.
 
-    `curves` has the test accuracy after every epoch, one list a victim.
+    `curves` has the test accuracy after every epoch, one list per victim.
     """
 
     test_accuracy: float
@@ -189,7 +189,6 @@ class SweepResult(Shown):
     trials: int
     best: dict[str, dict[str, Any]]
     score: float
-    objective: str
     failed: int
     output: str
     failures: dict[str, str] = field(default_factory=dict)
@@ -211,9 +210,8 @@ class SweepPlan(Shown):
 
 @dataclass(frozen=True)
 class SweepView:
-    """What files of a sweep are made of: a tidy row a trial, the columns that vary, best.yaml as a tree."""
+    """What the files of a sweep are made of: a tidy row per trial, the columns that vary, best.yaml as a tree."""
 
-    objective: str
     axes: list[str]
     rows: list[dict[str, Any]]
     best: dict[str, dict[str, Any]]

@@ -39,14 +39,16 @@ def evaluate(
     is missing. What fails is left out and named in `failures`; the same call tries it again. One dataset's result
     is written to out/evaluate.json when `out` is given.
     """
+    from eclipse_ray.experiments import run
+
     resolved = resolve(config, settings, _evaluate_settings(train, test, clean, out))
     if _is_matrix(resolved):
-        return _measure(resolved)
-    from eclipse_ray.experiments import evaluate as room
+        from eclipse_ray.reports.tables import write_tables
 
+        return run.matrix(resolved, write_tables)
     if out:
         _refuse_others(out)
-    result = room.evaluate(resolved)
+    result = run.evaluate(resolved)
     if out:
         _keep_evaluation(out, resolved, result)
     return result
@@ -62,13 +64,12 @@ def evaluate_plan(
     settings: Settings | None = None,
 ) -> MatrixPlan:
     """Return which cells of a matrix are missing and about how long they will take; nothing is written."""
-    from eclipse_ray.experiments import matrix as room
-    from eclipse_ray.experiments import tidy
+    from eclipse_ray.experiments import run
 
     resolved = resolve(config, settings, _evaluate_settings(train, test, clean, out))
     if not _is_matrix(resolved):
         raise ConfigError("only a matrix can be planned; list its columns in matrix.poisons")
-    return tidy.plan(room.open_matrix(resolved))
+    return run.plan_matrix(resolved)
 
 
 def _evaluate_settings(
@@ -79,24 +80,6 @@ def _evaluate_settings(
 
 def _is_matrix(config: Config) -> bool:
     return bool(config.matrix.poisons) or config.matrix.clean
-
-
-def _measure(config: Config) -> MatrixResult:
-    from eclipse_ray.experiments import matrix as room
-    from eclipse_ray.experiments import tidy
-    from eclipse_ray.reports.tables import write_tables
-
-    matrix = room.open_matrix(config)
-    room.run(matrix, lambda: write_tables(matrix.store.url, tidy.view(matrix)))
-    done = matrix.done()
-    return MatrixResult(
-        cells=len(matrix.grid.cells),
-        done=sum(cell.key in done for cell in matrix.grid.cells),
-        failed=len(matrix.failures),
-        output=matrix.store.url,
-        table=f"{matrix.store.url}/table.md",
-        failures=matrix.failures,
-    )
 
 
 def _refuse_others(output: str) -> None:
@@ -166,16 +149,13 @@ def sweep(
     Writes results.parquet, best.yaml for `purify` and two pictures into `out`; the same call goes on with what is
     missing. Without `denoiser`, denoisers are trained on a part of `clean`.
     """
-    from eclipse_ray.experiments import sweep as room
-    from eclipse_ray.experiments import sweep_view
+    from eclipse_ray.experiments import run
 
     try:
         from eclipse_ray.reports.sweep import write_sweep
     except ImportError:
         raise ConfigError("a sweep draws pictures: pip install 'eclipse-ray[report]'") from None
-    opened = room.open_sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out)))
-    room.run(opened, lambda: write_sweep(opened.store.url, sweep_view.view(opened)))
-    return sweep_view.result(opened)
+    return run.sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out)), write_sweep)
 
 
 def sweep_plan(
@@ -188,10 +168,9 @@ def sweep_plan(
     settings: Settings | None = None,
 ) -> SweepPlan:
     """Return which trials of a sweep are missing and about how long they take; nothing is written."""
-    from eclipse_ray.experiments import sweep as room
-    from eclipse_ray.experiments import sweep_view
+    from eclipse_ray.experiments import run
 
-    return sweep_view.plan(room.open_sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out))))
+    return run.plan_sweep(resolve(config, settings, _sweep_settings(data, clean, denoiser, out)))
 
 
 def _sweep_settings(

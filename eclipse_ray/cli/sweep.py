@@ -72,7 +72,7 @@ def _describe(result: SweepResult) -> str:
     return "\n".join(
         [
             *lines,
-            f"best of {result.trials:,} trials by {result.objective} (score {result.score:.2f}): "
+            f"best of {result.trials:,} trials (score {result.score:.2f}): "
             + ", ".join(f"{key} {value}" for key, value in best.items()),
         ]
     )

@@ -37,16 +37,30 @@ Writer = Callable[[Store, Iterable[pa.Table], Sequence[str] | None, DataConfig],
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded images: ids (N), images uint8 (N, H, W, 3), labels int64 (N) or None, class names or None."""
+    """Decoded images: ids (N), images uint8 (N, H, W, 3), labels int64 (N) or None, class names or None.
+
+    `stored` (N) are content hashes of the images as they are stored, before data.resize, 32 hex digits each.
+    """
 
     ids: list[str]
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
     classes: list[str] | None
+    stored: list[str]
 
     def hashes(self) -> list[str]:
-        """Return the content hash of every image, 32 hex digits each."""
-        return [content_hash(image) for image in self.images]
+        """Return the content hash of every image as it is stored, whatever its size in memory."""
+        return self.stored
+
+    def take(self, places: Sequence[int] | NDArray[np.int64]) -> ImageSet:
+        """Return the images at `places`, in that order."""
+        return ImageSet(
+            [self.ids[place] for place in places],
+            self.images[places],
+            None if self.labels is None else self.labels[places],
+            self.classes,
+            [self.stored[place] for place in places],
+        )
 
 
 def load_images(
@@ -63,12 +77,15 @@ def load_images(
         raise InputError(f"{url}: limit {limit} leaves no images; ask for at least one")
     ids: list[str] = []
     labels: list[int] = []
+    hashes: list[str] = []
     images: NDArray[np.uint8] | None = None
     labelled = False
     for table in read_tables(source, data_config, max_images=min(count, 2048)):
         wanted = table.slice(0, count - len(ids))
         for name, data in zip(wanted["id"].to_pylist(), image_bytes(wanted), strict=True):
-            pixels = decode_resized(url, name, data, data_config)
+            stored = decode_required(f"{url}: image {name}", data, data_config)
+            pixels = resize_image(stored, data_config.resize)
+            hashes.append(content_hash(stored))
             if images is None:
                 images = np.empty((count, *pixels.shape), np.uint8)
             elif pixels.shape != images.shape[1:]:
@@ -86,7 +103,7 @@ def load_images(
     _refuse_repeated_ids(url, ids)
     if require_labels:
         _require_labels(url, ids, labels if labelled else None, source.classes, data_config)
-    return ImageSet(ids, images, np.array(labels, np.int64) if labelled else None, source.classes)
+    return ImageSet(ids, images, np.array(labels, np.int64) if labelled else None, source.classes, hashes)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import Source, chunk_spans, open_source, read_parts
-from eclipse_ray.datasets.images import ImageError, decode_stored, resize_image
+from eclipse_ray.datasets.images import ImageError, content_hash, decode_stored, resize_image
 from eclipse_ray.datasets.memory import ImageSet
 from eclipse_ray.datasets.table import Part, Span, image_bytes
 from eclipse_ray.datasets.transform import choose_clean
@@ -52,14 +52,17 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
         chosen = choose_clean(list(ids), list(labels), count, seed)
     wanted = {name: label for name, label, take in zip(ids, labels, chosen, strict=True) if take}
     found: dict[str, np.ndarray] = {}
+    hashes: list[str] = []
     for table in _tables(source, chunks, data_config):
         for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
             if name not in wanted:
                 continue
             try:
-                found[name] = resize_image(decode_stored(data, data_config), data_config.resize)
+                stored = decode_stored(data, data_config)
             except ImageError:
                 continue
+            found[name] = resize_image(stored, data_config.resize)
+            hashes.append(content_hash(stored))
     sizes = sorted({image.shape[:2] for image in found.values()})
     if len(sizes) != 1:
         raise InputError(f"{url}: expected readable images of one size, found {sizes}; set data.resize")
@@ -69,6 +72,7 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
         np.stack(list(found.values())),
         np.array([wanted[name] for name in kept], np.int64),
         source.classes,
+        hashes,
     )
 
 

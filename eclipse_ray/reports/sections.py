@@ -45,7 +45,7 @@ from eclipse_ray.reports.folder import (
 )
 from eclipse_ray.reports.learning import denoiser
 from eclipse_ray.reports.pictures import assimilation, pictures, spectra
-from eclipse_ray.reports.sweep import TIDY, best_first, heat_map, pareto_chart
+from eclipse_ray.reports.sweep import OBJECTIVE, TIDY, best_first, heat_map, pareto_chart
 from eclipse_ray.results import AuditResult, SweepView, to_json
 from eclipse_ray.storage.store import Store
 
@@ -291,10 +291,8 @@ def sweep(store: Store) -> Section:
 
 
 def _view(rows: list[dict[str, Any]], best: dict[str, Any]) -> SweepView:
-    trained = all(row["proxy_accuracy"] is not None for row in rows)
     axes = [name for name in SETTINGS if len({str(row[name]) for row in rows}) > 1]
-    objective = "proxy_accuracy" if trained else "shortcut_score"
-    return SweepView(objective, axes, rows, best, f"{len(rows):,} trials")
+    return SweepView(axes, rows, best, f"{len(rows):,} trials")
 
 
 def _found(view: SweepView) -> str:
@@ -302,19 +300,16 @@ def _found(view: SweepView) -> str:
     settings = ", ".join(
         f"{name} {value_words(best[name])}" for name in view.axes or ["t_star", "num_inference_steps"]
     )
-    reached = (
-        f"a victim trained on what it purifies is right on {best['proxy_accuracy']:.1f} % of held-out clean images"
-        if view.objective == "proxy_accuracy"
-        else f"its shortcut score is {best['shortcut_score']:.1f} points"
-    )
     return (
-        f"The best of {view.summary} has {settings}: {reached}, and clean images keep {best['psnr']:.1f} dB PSNR."
+        f"The best of {view.summary} has {settings}: a victim trained on what it purifies is right on "
+        f"{best['proxy_accuracy']:.1f} % of held-out clean images, "
+        f"and clean images keep {best['psnr']:.1f} dB PSNR."
     )
 
 
 def _trials(view: SweepView) -> Table:
     """Return the trials, best first, with the columns that differ; results.parquet holds all of them."""
-    head = [*view.axes, view.objective, "psnr", "score", "pareto", "stopped", "seconds"]
+    head = [*view.axes, OBJECTIVE, "psnr", "score", "pareto", "stopped", "seconds"]
     ranked = best_first(view.rows)
     shown = [[value_words(row[name]) for name in head] for row in ranked[:TRIALS_SHOWN]]
     first = f"the best {TRIALS_SHOWN} of " if len(ranked) > TRIALS_SHOWN else ""

@@ -33,9 +33,6 @@ TIDY = pa.schema(
         ("sparse_percent", pa.float64()),
         ("point", pa.string()),
         ("proxy_accuracy", pa.float64()),
-        ("shortcut_score", pa.float64()),
-        ("removed_accuracy", pa.float64()),
-        ("clean_confidence", pa.float64()),
         ("psnr", pa.float64()),
         ("score", pa.float64()),
         ("pareto", pa.bool_()),
@@ -48,8 +45,8 @@ TIDY = pa.schema(
         ("fingerprint", pa.string()),
     ]
 )
-"""Columns of results.parquet: one row a trial; accuracies, scores and sparse_percent in per cent, psnr in dB."""
-WORDS = {"proxy_accuracy": "proxy accuracy, %", "shortcut_score": "shortcut score, points"}
+"""Columns of results.parquet: one row per trial; accuracies, scores and sparse_percent in per cent, psnr in dB."""
+OBJECTIVE, WORDS = "proxy_accuracy", "proxy accuracy, %"
 
 
 def write_sweep(output: str, view: SweepView) -> None:
@@ -60,7 +57,7 @@ def write_sweep(output: str, view: SweepView) -> None:
     store.write("results.parquet", sink.getvalue().to_pybytes())
     if not view.rows:
         return
-    head = f"# eclipse-ray purify SRC DST --config best.yaml\n# The best by {view.objective} of {view.summary}.\n"
+    head = f"# eclipse-ray purify SRC DST --config best.yaml\n# The best of {view.summary}.\n"
     store.write("best.yaml", (head + yaml.safe_dump(view.best, sort_keys=False)).encode())
     store.write("pareto.png", pareto_chart(view).png)
     store.write("heatmap.png", heat_map(view).png)
@@ -69,21 +66,21 @@ def write_sweep(output: str, view: SweepView) -> None:
 def pareto_chart(view: SweepView) -> Chart:
     """Return defense against fidelity, a point a trial, coloured by t_star, the front joined."""
     rows = [row for row in view.rows if not row["stopped"]] or view.rows
-    front = sorted((row["psnr"], row[view.objective]) for row in rows if row["pareto"])
+    front = sorted((row["psnr"], row[OBJECTIVE]) for row in rows if row["pareto"])
     best = best_first(rows)[0]
 
     def paint(axes: Axes, theme: Theme) -> None:
         dots = axes.scatter(
             [row["psnr"] for row in rows],
-            [row[view.objective] for row in rows],
+            [row[OBJECTIVE] for row in rows],
             c=[row["t_star"] for row in rows],
             cmap="viridis",
             zorder=2,
         )
         axes.plot(*zip(*front, strict=True), color=theme.muted, linewidth=1, zorder=1, label="Pareto front")
-        place = [best["psnr"]], [best[view.objective]]
+        place = [best["psnr"]], [best[OBJECTIVE]]
         axes.scatter(*place, s=140, facecolors="none", edgecolors=theme.series[1], label="best")
-        axes.set(xlabel="fidelity: PSNR of purified clean images, dB", ylabel=f"defense: {WORDS[view.objective]}")
+        axes.set(xlabel="fidelity: PSNR of purified clean images, dB", ylabel=f"defense: {WORDS}")
         axes.legend()
         axes.figure.colorbar(dots, ax=axes, label="t_star")
 
@@ -109,9 +106,9 @@ def heat_map(view: SweepView) -> Chart:
         axes.set_xticks(range(len(columns)), [value_words(value) for value in columns])
         axes.set_yticks(range(len(lines)), [value_words(value) for value in lines])
         axes.set(xlabel=names[0], ylabel=names[1] if len(names) > 1 else "")
-        axes.figure.colorbar(shown, ax=axes, label=f"mean {WORDS[view.objective]}")
+        axes.figure.colorbar(shown, ax=axes, label=f"mean {WORDS}")
 
-    caption = f"Mean {WORDS[view.objective]}, by {' and '.join(names)}; other settings are averaged over."
+    caption = f"Mean {WORDS}, by {' and '.join(names)}; other settings are averaged over."
     return draw("heatmap", f"Mean objective by {' and '.join(names)}.", caption, paint)
 
 
@@ -131,5 +128,5 @@ def _sorted_values(rows: list[dict[str, Any]], name: str) -> list[Any]:
 
 
 def _mean(view: SweepView, place: dict[str, Any]) -> float:
-    found = [row[view.objective] for row in view.rows if all(row[name] == value for name, value in place.items())]
+    found = [row[OBJECTIVE] for row in view.rows if all(row[name] == value for name, value in place.items())]
     return statistics.fmean(found) if found else float("nan")

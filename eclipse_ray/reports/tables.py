@@ -57,7 +57,7 @@ def write_tables(output: str, view: MatrixView) -> str:
     pq.write_table(pa.Table.from_pylist(view.rows, schema=TIDY), sink)
     store.write("results.parquet", sink.getvalue().to_pybytes())
     text = io.StringIO()
-    writer = csv.DictWriter(text, TIDY.names, lineterminator="\n")
+    writer = csv.DictWriter(text, TIDY.names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(view.rows)
     store.write("results.csv", text.getvalue().encode())

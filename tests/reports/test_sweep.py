@@ -29,7 +29,7 @@ BEST = {"purify": {"t_star": 100}, "compensation": {"sigma": 0.1}}
 
 
 def view(rows: list[dict[str, object]], axes: list[str]) -> SweepView:
-    return SweepView("proxy_accuracy", axes, rows, BEST if rows else {}, "6 of 6 trials")
+    return SweepView(axes, rows, BEST if rows else {}, "6 of 6 trials")
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,9 @@ class _Runner:
         for recipe in experiment.grid.recipes:
             self.copies[recipe.key] = self.copies.get(recipe.key, 0) + 1
         self.finished = self.total - sum(self.copies[recipe.key] for recipe in missing)
-        self.best: tuple[float, str] | None = None
+        trials = experiment.measured_trials() if experiment.space else []
+        scores = [(rows.trial_score(experiment, trial), trial.title) for trial in trials]
+        self.best: tuple[float, str] | None = max(scores, default=None)
 
     def prepare_and_train(self, recipes: list[Recipe]) -> None:
         """Make what the recipes need, then train their victims."""
@@ -184,11 +186,7 @@ class _Runner:
 
     def train(self, recipes: list[Recipe], columns: dict[str, Any]) -> None:
         """Train the victims of recipes whose sets are there; `columns` are references to poisoned images."""
-        task = self._task(measure)
-        works = {
-            recipe.key: partial(task.remote, recipe, self.bench, columns.get(recipe.column.key), self.board)
-            for recipe in recipes
-        }
+        jobs = {one.key: (one, self.bench, columns.get(one.column.key), self.board) for one in recipes}
         by_key = {recipe.key: recipe for recipe in recipes}
 
         def take(key: str, result: Measured | RayError) -> None:
@@ -198,7 +196,7 @@ class _Runner:
                 self.experiment.results[key] = result
 
         with BoardWatcher(self.board, self._show):
-            self._each(works, take)
+            self._each(measure, jobs, take)
 
     def make_sets(self, recipes: list[Recipe], columns: dict[str, Any]) -> set[str]:
         """Make the transformed sets of `recipes`; return the keys of all that are there."""
@@ -226,12 +224,11 @@ class _Runner:
     def _make(
         self, wanted: dict[str, Need], columns: dict[str, Any], failed: dict[str, BaseException]
     ) -> set[str]:
-        task = self._task(defend)
-        works = {
-            key: partial(task.remote, need, self.bench, columns.get(need.column.key) if need.column else None)
+        jobs = {
+            key: (need, self.bench, columns.get(need.column.key) if need.column else None)
             for key, need in wanted.items()
         }
-        line = ProgressLine("transform", "sets", len(works), self.config.run.progress_seconds)
+        line = ProgressLine("transform", "sets", len(jobs), self.config.run.progress_seconds)
 
         def take(key: str, result: object) -> None:
             if isinstance(result, RayError):
@@ -239,7 +236,7 @@ class _Runner:
             line.advance(1, failed=int(key in failed))
 
         with line:
-            self._each(works, take)
+            self._each(defend, jobs, take)
         return wanted.keys() - failed.keys()
 
     def denoiser(self, config: Config, key: str) -> str:
@@ -310,15 +307,18 @@ class _Runner:
         for parameters, message in failed:
             experiment.failures[search.title_of(search.tuned_point(parameters))] = message
 
-    def _each(self, works: Mapping[str, Callable[[], Any]], take: Callable[[str, Any], None]) -> None:
-        """Run tasks of Ray, `concurrent` at the same time, and hand each result, or its error, to `take`."""
+    def _each(
+        self, function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], take: Callable[[str, Any], None]
+    ) -> None:
+        """Run `function` as a task of Ray for each job and hand each result, or its error, to `take`."""
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=RETRIES)(function)
 
         def run() -> None:
             pending: dict[Any, str] = {}
-            for key, begin in works.items():
+            for key, arguments in jobs.items():
                 if len(pending) >= self.concurrent:
                     settle(pending)
-                pending[begin()] = key
+                pending[task.remote(*arguments)] = key
             while pending:
                 settle(pending)
 
@@ -330,10 +330,7 @@ class _Runner:
             except RayError as error:
                 take(key, error)
 
-        on_a_thread(run, "work on Ray")
-
-    def _task(self, function: Callable[..., Any]) -> Any:
-        return ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=RETRIES)(function)
+        on_a_thread(run, f"the work of {self.name}")
 
     def _io_task(self, function: Callable[..., Any]) -> Any:
         return ray.remote(num_cpus=self.resources.cpus_per_core)(function)

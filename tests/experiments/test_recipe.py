@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eclipse_ray.config import load_config
+from eclipse_ray.config import Config, load_config
 from eclipse_ray.defenses import DEFENSES
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments.recipe import Facts, Grid, build_grid
@@ -163,6 +163,14 @@ def test_the_ready_configs_are_grids(file):
     assert config.data.output
     if file.stem == "quick":
         assert (len(made.columns), len(made.rows), config.matrix.limit) == (6, 6, 3000)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_ready_config_that_is_written_out_in_full_is_the_same_grid(file):
+    short = load_config(str(file))
+    facts = Facts("source", "test", dict.fromkeys([None, 150, 1000, 2000, 3000, 4000], "sparse"))
+    full = Config.model_validate(short.model_dump(mode="json"))
+    assert keys(build_grid(full, facts)) == keys(build_grid(short, facts))
 
 
 def test_all_tables_and_the_figure_have_a_config():

@@ -30,9 +30,9 @@ TRAIN_IMAGES, TEST_IMAGES = 10_000, 5_000
 SPARSE = (2000, 500)
 POISONS = ("ar", "lsp", "urp")
 SEEDS = 3
-NO_COMPENSATION: Settings = {"compensation.mode": "none"}
-COMPENSATION: Settings = {"compensation.mode": "augment"}
-PUBLISHED: Settings = {"compensation.mode": "augment", "compensation.coarse_sigma": 0}
+NO_COMPENSATION: Settings = {"evaluate.compensation": "none"}
+COMPENSATION: Settings = {"evaluate.compensation": "augment"}
+PUBLISHED: Settings = {"evaluate.compensation": "augment", "compensation.coarse_sigma": 0}
 
 
 def rows(work: Path) -> list[tuple[str, str, str, Settings]]:

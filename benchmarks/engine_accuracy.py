@@ -123,9 +123,9 @@ def _cell(value: tuple[float, float]) -> str:
 
 def _purify_piece(work: Path, images: ImageSet, start: int, sampler: Sampler, steps: int) -> Pixels:
     torch.set_num_threads(1)
-    part = slice(start, start + PIECE)
+    part = range(start, min(start + PIECE, len(images.ids)))
     denoiser = load_denoiser(work / "denoiser-2000", default_device())
-    piece = ImageSet(images.ids[part], images.images[part], None, None)
+    piece = images.take(part)
     return purified(denoiser, piece, 100, steps, sampler)
 
 

@@ -219,7 +219,7 @@ def _experiment(
         if isinstance(result, made.MatrixResult):
             return "\n".join([*lines, f"{result.done:,} of {result.cells:,} cells measured; see {result.table}"])
         best = [f"{section}.{key} {value}" for section, keys in result.best.items() for key, value in keys.items()]
-        found = f"best of {result.trials:,} trials by {result.objective} (score {result.score:.2f})"
+        found = f"best of {result.trials:,} trials (score {result.score:.2f})"
         return "\n".join([*lines, f"{found}: {', '.join(best)}"])
     unknown = f", and what was never measured here: {', '.join(result.unknown)}" if result.unknown else ""
     if isinstance(result, made.MatrixPlan):

@@ -120,7 +120,7 @@ class VerifyResult(Shown):
 class EvaluateResult(Shown):
     """Test accuracy (0-100) after the last epoch: mean and standard deviation over victims.
 
-    `curves` has the test accuracy after every epoch, one list a victim.
+    `curves` has the test accuracy after every epoch, one list per victim.
     """
 
     test_accuracy: float
@@ -189,7 +189,6 @@ class SweepResult(Shown):
     trials: int
     best: dict[str, dict[str, Any]]
     score: float
-    objective: str
     failed: int
     output: str
     failures: dict[str, str] = field(default_factory=dict)

@@ -402,12 +402,11 @@ def evaluate(
 @_plan_of(evaluate)
 def evaluate_plan(config: Config, given: dict[str, Any]) -> results.MatrixPlan:
     """Return which cells of a matrix are missing and about how long they will take; nothing is written."""
-    from eclipse_ray.experiments import matrix as room
-    from eclipse_ray.experiments import tidy
+    from eclipse_ray.experiments import run
 
     if not _is_matrix(config):
         raise ConfigError("only a matrix can be planned; list its columns in matrix.poisons")
-    return tidy.plan(room.open_matrix(config))
+    return run.plan_matrix(config)
 
 
 def _is_matrix(config: Config) -> bool:
@@ -415,21 +414,10 @@ def _is_matrix(config: Config) -> bool:
 
 
 def _measure(config: Config) -> results.MatrixResult:
-    from eclipse_ray.experiments import matrix as room
-    from eclipse_ray.experiments import tidy
+    from eclipse_ray.experiments import run
     from eclipse_ray.reports.tables import write_tables
 
-    matrix = room.open_matrix(config)
-    room.run(matrix, lambda: write_tables(matrix.store.url, tidy.view(matrix)))
-    done = matrix.done()
-    return results.MatrixResult(
-        cells=len(matrix.grid.cells),
-        done=sum(cell.key in done for cell in matrix.grid.cells),
-        failed=len(matrix.failures),
-        output=matrix.store.url,
-        table=f"{matrix.store.url}/table.md",
-        failures=matrix.failures,
-    )
+    return run.matrix(config, write_tables)
 
 
 def _evaluated(config: Config) -> results.EvaluateResult:
@@ -438,13 +426,13 @@ def _evaluated(config: Config) -> results.EvaluateResult:
     Raises InputError if that folder holds anything but an earlier evaluation, whose settings would be lost.
     """
     from eclipse_ray.datasets.write import refuse_existing
-    from eclipse_ray.experiments import evaluate as room
+    from eclipse_ray.experiments import run
     from eclipse_ray.storage.store import Store
 
     store = Store(config.data.output) if config.data.output else None
     if store and not store.exists(results.EVALUATION_FILE):
         refuse_existing(store)
-    result = room.evaluate(config)
+    result = run.evaluate(config)
     if store:
         note = {**results.to_json(result), "train": config.data.source, "test": config.data.test}
         store.write("_eclipse/config.yaml", to_yaml(config).encode())
@@ -479,25 +467,21 @@ def sweep(
 
 
 def _swept(config: Config) -> results.SweepResult:
-    from eclipse_ray.experiments import sweep as room
-    from eclipse_ray.experiments import sweep_view
+    from eclipse_ray.experiments import run
 
     try:
         from eclipse_ray.reports.experiments import write_sweep
     except ImportError:
         raise ConfigError("a sweep draws pictures: pip install 'eclipse-ray[report]'") from None
-    opened = room.open_sweep(config)
-    room.run(opened, lambda: write_sweep(opened.store.url, sweep_view.view(opened)))
-    return sweep_view.result(opened)
+    return run.sweep(config, write_sweep)
 
 
 @_plan_of(sweep)
 def sweep_plan(config: Config, given: dict[str, Any]) -> results.SweepPlan:
     """Return which trials of a sweep are missing and about how long they take; nothing is written."""
-    from eclipse_ray.experiments import sweep as room
-    from eclipse_ray.experiments import sweep_view
+    from eclipse_ray.experiments import run
 
-    return sweep_view.plan(room.open_sweep(config))
+    return run.plan_sweep(config)
 
 
 @_verb("Judge and tune", "eclipse-ray report my/purified", "eclipse-ray report runs/demo --json", here=True)

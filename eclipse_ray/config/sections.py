@@ -349,7 +349,12 @@ class PrivacyConfig(Section):
 class EvaluateConfig(Section):
     """How a dataset is judged."""
 
-    seeds: int = Field(3, ge=1, description="Victims trained, with seeds run.seed, run.seed + 1, ...")
+    seeds: int = Field(3, ge=1, description="Victims trained, with seeds run.seed, run.seed + 1 and so on.")
+    compensation: Literal["recorded", "augment", "none"] = Field(
+        "recorded",
+        description="Of one dataset. recorded: as the run that wrote it says, else none; augment: as section "
+        "compensation says, anew for every image and epoch.",
+    )
 
 
 MatrixItem = str | dict[str, Any]
@@ -358,37 +363,38 @@ MatrixItem = str | dict[str, Any]
 class MatrixConfig(Section):
     """The grid that `evaluate` measures: poisons x defenses x victims x seeds. Without a column it is off.
 
-    An entry is a name, or a mapping with `name`, an optional `label` for tables and `published` (the row or column
-    of the paper's numbers), and settings that differ from the rest of the file.
+    An entry is a name or a mapping. A mapping has `name`, an optional `label` for the tables, an optional
+    `published` (the row or column of the paper's numbers), and settings that differ from the rest of the file.
     """
 
-    poisons: tuple[MatrixItem, ...] = Field((), description="Columns, in the order in which they are done.")
-    clean: bool = Field(False, description="A column of unpoisoned images too, done first.")
-    defenses: tuple[MatrixItem, ...] = Field(("none", "eclipse"), description="Rows; parts are joined by +.")
-    victims: tuple[MatrixItem, ...] = Field((), description="Architectures; none: the one of section victim.")
-    first_poisons: tuple[str, ...] = Field((), description="Labels of columns done before others; none: all.")
-    first_defenses: tuple[str, ...] = Field((), description="Labels of rows done before others; none: all.")
-    limit: int | None = Field(None, ge=2, description="First so many training images; null: all.")
-    sparse_limit: int | None = Field(None, ge=2, description="First so many sparse images; null: all.")
-    test_limit: int | None = Field(None, ge=1, description="First so many test images; null: all.")
-    max_concurrent: int | None = Field(None, ge=1, description="Trials at once; null: as many as have room.")
-    num_gpus: float | None = Field(None, ge=0, le=1, description="GPUs of a trial; null: a quarter if any.")
+    poisons: tuple[MatrixItem, ...] = Field((), description="Columns, in the order in which they are measured.")
+    clean: bool = Field(False, description="Add a column of unpoisoned images and measure it first.")
+    defenses: tuple[MatrixItem, ...] = Field(("none", "eclipse"), description="Rows; + joins several defenses.")
+    victims: tuple[MatrixItem, ...] = Field((), description="Architectures; empty: the one of section victim.")
+    first_poisons: tuple[str, ...] = Field((), description="Labels of columns to measure first; empty: all.")
+    first_defenses: tuple[str, ...] = Field((), description="Labels of rows to measure first; empty: all.")
+    limit: int | None = Field(None, ge=2, description="Number of training images, the first ones; null: all.")
+    sparse_limit: int | None = Field(None, ge=2, description="Number of sparse images, the first ones; null: all.")
+    test_limit: int | None = Field(None, ge=1, description="Number of test images, the first ones; null: all.")
+    max_concurrent: int | None = Field(
+        None, ge=1, description="Most victims at the same time; null: as many as fit."
+    )
+    num_gpus: float | None = Field(None, ge=0, le=1, description="GPUs per victim; null: 0.25 if there is a GPU.")
     published: Literal["cifar10", "imagenet"] | None = Field(
-        None, description="The paper's dataset whose numbers stand beside ours; null: none."
+        None, description="Dataset of the paper whose numbers are printed beside ours; null: none."
     )
 
 
-Objective = Literal["proxy_accuracy", "shortcut_score"]
 Search = Literal["grid", "random", "optuna"]
 
 
 class Range(Section):
-    """Numbers from `low` to `high`, both included; integers if both and the step are."""
+    """Numbers from `low` to `high`, both included; integers if low, high and step are integers."""
 
     low: int | float
     high: int | float
-    step: int | float | None = Field(None, gt=0, description="Distance of two values; null: all between.")
-    log: bool = Field(False, description="Draw evenly over the logarithm.")
+    step: int | float | None = Field(None, gt=0, description="Distance between two values; null: any value.")
+    log: bool = Field(False, description="Draw uniformly on a logarithmic scale.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Range:
@@ -404,43 +410,43 @@ class SweepConfig(Section):
 
     space: dict[str, list[Any] | Range] = Field(
         default_factory=dict,
-        description="Keys of purify, compensation, denoiser, or sweep.sparse_percent: values, or low, high, step, "
-        "log; empty: depth, steps, p and sigma around what the denoiser was trained for.",
+        description="Keys of purify, compensation or denoiser, or sweep.sparse_percent, each with its values or "
+        "with low, high, step, log. Empty: depth, steps, p, sigma around what the denoiser was trained for.",
     )
-    search: Search = Field("grid", description="grid: all points; random: draws; optuna: learns from results.")
-    trials: int = Field(36, ge=1, description="Most settings tried; a larger grid is sampled.")
-    objective: Objective = Field(
-        "proxy_accuracy",
-        description="proxy_accuracy: a victim scored on held-out labelled clean images; shortcut_score: a linear "
-        "probe on what purification removed, without labels of clean images.",
-    )
-    images: int = Field(2000, ge=10, description="Images of data.source purified for each setting, by class.")
+    search: Search = Field("grid", description="grid: every point; random: draws; optuna: learns from results.")
+    trials: int = Field(36, ge=1, description="Most points tried; a larger grid is sampled.")
+    images: int = Field(2000, ge=10, description="Images of data.source per point, stratified by class.")
     holdout: float = Field(
         0.5,
         gt=0,
         lt=1,
-        description="Part of data.clean that trains no denoiser, where denoisers are trained here.",
+        description="Part of data.clean that only scores, when the sweep trains denoisers itself.",
     )
     sparse_percent: float | None = Field(
-        None, gt=0, le=100, description="B/N: images that train a denoiser here, in % of data.source; null: all."
+        None,
+        gt=0,
+        le=100,
+        description="B/N: images that train a denoiser here, in % of data.source; null: all.",
     )
-    seeds: int = Field(1, ge=1, description="Victims of a trial; their mean counts.")
+    seeds: int = Field(1, ge=1, description="Victims per point; their mean accuracy counts.")
     fidelity_weight: float = Field(
-        0.1, ge=0, description="Points of the objective that 1 dB of PSNR on held-out clean images is worth."
+        0.1, ge=0, description="Points of accuracy that 1 dB of PSNR on held-out clean images is worth."
     )
-    asha: bool = Field(False, description="Stop the worse victims early, epoch by epoch.")
-    grace_epochs: int = Field(3, ge=1, description="asha: epochs that every victim has.")
-    reduction_factor: int = Field(3, ge=2, description="asha: one of so many goes on at each halt.")
-    max_concurrent: int | None = Field(None, ge=1, description="Trials at once; null: as many as have room.")
-    num_gpus: float | None = Field(None, ge=0, le=1, description="GPUs of a trial; null: a quarter if any.")
+    asha: bool = Field(False, description="Stop the worse victims early.")
+    grace_epochs: int = Field(3, ge=1, description="asha: epochs that every victim is trained for.")
+    reduction_factor: int = Field(3, ge=2, description="asha: at each rung, one in this many trials continues.")
+    max_concurrent: int | None = Field(
+        None, ge=1, description="Most victims at the same time; null: as many as fit."
+    )
+    num_gpus: float | None = Field(None, ge=0, le=1, description="GPUs per victim; null: 0.25 if there is a GPU.")
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
         for key, values in self.space.items():
             if isinstance(values, list) and not values:
                 raise ValueError(f"space: {key} lists no value")
-        if self.asha and (self.seeds > 1 or self.objective != "proxy_accuracy"):
-            raise ValueError("asha stops single victims: it needs objective proxy_accuracy and seeds 1")
+        if self.asha and self.seeds > 1:
+            raise ValueError("asha stops single victims: it needs seeds 1")
         return self
 
 

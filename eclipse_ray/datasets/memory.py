@@ -26,16 +26,30 @@ CANDIDATES = 20
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded images: ids (N), images uint8 (N, H, W, 3), labels int64 (N) or None, class names or None."""
+    """Decoded images: ids (N), images uint8 (N, H, W, 3), labels int64 (N) or None, class names or None.
+
+    `stored` (N) are content hashes of the images as they are stored, before data.resize, 32 hex digits each.
+    """
 
     ids: list[str]
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
     classes: list[str] | None
+    stored: list[str]
 
     def hashes(self) -> list[str]:
-        """Return the content hash of each image, 32 hex digits."""
-        return [content_hash(image) for image in self.images]
+        """Return the content hash of every image as it is stored, whatever its size in memory."""
+        return self.stored
+
+    def take(self, places: Sequence[int] | NDArray[np.int64]) -> ImageSet:
+        """Return the images at `places`, in that order."""
+        return ImageSet(
+            [self.ids[place] for place in places],
+            self.images[places],
+            None if self.labels is None else self.labels[places],
+            self.classes,
+            [self.stored[place] for place in places],
+        )
 
 
 def load_images(
@@ -52,12 +66,15 @@ def load_images(
         raise InputError(f"{url}: limit {limit} leaves no images; ask for at least one")
     ids: list[str] = []
     labels: list[int] = []
+    hashes: list[str] = []
     images: NDArray[np.uint8] | None = None
     labelled = False
     for table in read_tables(source, data_config, max_images=min(count, 2048)):
         wanted = table.slice(0, count - len(ids))
         for name, data in zip(wanted["id"].to_pylist(), image_bytes(wanted), strict=True):
-            pixels = decode_resized(url, name, data, data_config)
+            stored = decode_required(f"{url}: image {name}", data, data_config)
+            pixels = resize_image(stored, data_config.resize)
+            hashes.append(content_hash(stored))
             if images is None:
                 images = np.empty((count, *pixels.shape), np.uint8)
             elif pixels.shape != images.shape[1:]:
@@ -75,7 +92,7 @@ def load_images(
     _refuse_repeated_ids(url, ids)
     if require_labels:
         _require_labels(url, ids, labels if labelled else None, source.classes, data_config)
-    return ImageSet(ids, images, np.array(labels, np.int64) if labelled else None, source.classes)
+    return ImageSet(ids, images, np.array(labels, np.int64) if labelled else None, source.classes, hashes)
 
 
 @dataclass(frozen=True)
@@ -142,14 +159,17 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
         chosen = choose_clean(list(ids), list(labels), count, seed)
     wanted = {name: label for name, label, take in zip(ids, labels, chosen, strict=True) if take}
     found: dict[str, np.ndarray] = {}
+    hashes: list[str] = []
     for table in _tables(source, chunks, data_config):
         for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
             if name not in wanted:
                 continue
             try:
-                found[name] = resize_image(decode_stored(data, data_config), data_config.resize)
+                stored = decode_stored(data, data_config)
             except ImageError:
                 continue
+            found[name] = resize_image(stored, data_config.resize)
+            hashes.append(content_hash(stored))
     sizes = sorted({image.shape[:2] for image in found.values()})
     if len(sizes) != 1:
         raise InputError(f"{url}: expected readable images of one size, found {sizes}; set data.resize")
@@ -159,6 +179,7 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
         np.stack(list(found.values())),
         np.array([wanted[name] for name in kept], np.int64),
         source.classes,
+        hashes,
     )
 
 

@@ -156,7 +156,6 @@ def test_every_job_script_runs_by_ray_job_submit(head, world, tmp_path):
             "data.output": f"{tmp_path}/sweep",
             "purify.denoiser": None,
             "denoiser.iterations": 4,
-            "sweep.objective": "shortcut_score",
             "sweep.images": 40,
             "sweep.space": {"purify.t_star": [2]},
         },

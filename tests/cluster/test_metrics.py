@@ -4,11 +4,11 @@ import time
 
 import pytest
 
+from eclipse_ray import verbs
 from eclipse_ray.cluster import metrics
 from eclipse_ray.cluster.metrics import open_curves
-from eclipse_ray.config import load_config
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.experiments import evaluate, matrix
+from eclipse_ray.experiments import run
 from tests.support import DEBUG
 
 
@@ -58,21 +58,14 @@ def test_tensorboard_needs_a_folder():
         open_curves(["tensorboard"], None)
 
 
-@pytest.mark.parametrize(
-    ("module", "begin"),
-    [
-        (evaluate, evaluate.evaluate),
-        (matrix, lambda config: matrix.run(matrix.open_matrix(config), lambda: None)),
-    ],
-    ids=["evaluate", "matrix"],
-)
-def test_nothing_starts_before_a_missing_logger_is_refused(module, begin, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("clean", [False, True], ids=["evaluate", "matrix"])
+def test_nothing_starts_before_a_missing_logger_is_refused(clean, world, tmp_path, monkeypatch):
     def start(_):
         raise AssertionError("Ray was started")
 
     monkeypatch.setitem(metrics.MODULES, "mlflow", "no_such_module")
-    monkeypatch.setattr(module, "connect", start)
+    monkeypatch.setattr(run, "connect", start)
     sets = {"data.source": world.rest, "data.test": world.test, "data.output": str(tmp_path)}
-    cells = {"matrix.clean": True, "matrix.defenses": ["none"], "run.loggers": ["mlflow"]}
+    cells = {"matrix.clean": clean, "matrix.defenses": ["none"], "run.loggers": ["mlflow"]}
     with pytest.raises(ConfigError, match="no_such_module"):
-        begin(load_config(None, {**DEBUG, **sets, **cells}))
+        verbs.evaluate(settings={**DEBUG, **sets, **cells})

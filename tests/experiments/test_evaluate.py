@@ -1,11 +1,17 @@
 """Victims on Ray: seeds, compensation read from the source, and honest splits."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
-from eclipse_ray import verbs
-from eclipse_ray.config import load_config
+from eclipse_ray import ledger, verbs
+from eclipse_ray.config import CompensationConfig, Config, load_config
+from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.errors import InputError
-from eclipse_ray.experiments.evaluate import source_compensation
+from eclipse_ray.experiments import worker
+from eclipse_ray.experiments.experiment import evaluated_compensation, open_evaluation
+from eclipse_ray.storage.store import Store
 from tests.support import DEBUG
 
 QUICK = {**DEBUG, "victim.epochs": 2, "evaluate.seeds": 2, "victim.batch_size": 32}
@@ -22,22 +28,64 @@ def test_mean_and_deviation_over_seeds(world):
     assert again.accuracies == result.accuracies
 
 
+def compensation_of(source: str, **changes: object) -> CompensationConfig:
+    """What a victim of `source` trains with, whether the settings are given or written out in full."""
+    settings = {key.replace("__", "."): value for key, value in changes.items()}
+    short = load_config(None, settings)
+    full = Config.model_validate(short.model_dump(mode="json"))
+    recorded = ledger.recorded_settings(Store(source))
+    found = evaluated_compensation(short, recorded, source)
+    assert evaluated_compensation(full, recorded, source) == found
+    return found
+
+
 def test_compensation_is_what_the_purification_recorded(world, tmp_path):
     settings = {**DEBUG, "compensation.p": 0.25}
-    verbs.purify(world.poisoned, str(tmp_path / "out"), denoiser=world.denoiser, settings=settings)
-    found = source_compensation(load_config(), str(tmp_path / "out"))
+    output = str(tmp_path / "out")
+    verbs.purify(world.poisoned, output, denoiser=world.denoiser, settings=settings)
+    found = compensation_of(output)
     assert (found.mode, found.p) == ("augment", 0.25)
-    overridden = load_config(None, {"compensation.mode": "none"})
-    assert source_compensation(overridden, str(tmp_path / "out")).mode == "none"
-    assert source_compensation(load_config(), world.poisoned).mode == "none"
+    assert compensation_of(output, evaluate__compensation="none").mode == "none"
+    assert compensation_of(output, evaluate__compensation="augment").p == load_config().compensation.p
+    assert compensation_of(world.poisoned).mode == "none"
 
 
 def test_a_setting_without_effect_is_not_passed_over_in_silence(world, capsys):
-    assert source_compensation(load_config(None, {"compensation.p": 0.3}), world.poisoned).mode == "none"
+    assert compensation_of(world.poisoned, compensation__p=0.3).mode == "none"
     assert "compensation.p has no effect" in capsys.readouterr().err
-    both = load_config(None, {"compensation.p": 0.3, "compensation.mode": "augment"})
-    assert source_compensation(both, world.poisoned).p == 0.3
+    both = compensation_of(world.poisoned, compensation__p=0.3, evaluate__compensation="augment")
+    assert (both.mode, both.p) == ("augment", 0.3)
     assert capsys.readouterr().err == ""
+
+
+def test_a_victim_of_a_baked_set_sees_its_images_as_they_are_stored(world, tmp_path, monkeypatch):
+    seen = []
+
+    def train(images, labels, test_images, test_labels, victim, compensation, *rest, **others):
+        seen.append((images, compensation.mode))
+        rest[-1](1, 50.0, 0.0)
+
+    monkeypatch.setattr(worker, "train_victim", train)
+    output = str(tmp_path / "out")
+    baked = {**DEBUG, "compensation.mode": "baked"}
+    verbs.purify(world.poisoned, output, denoiser=world.denoiser, settings=baked)
+    opened = open_evaluation(load_config(None, {"data.source": output, "data.test": world.test}))
+    board = SimpleNamespace(post=SimpleNamespace(remote=lambda entry: None))
+    worker.measure(opened.grid.recipes[0], worker.Bench(opened.sets, opened.cache, 1, 0.1), None, board)
+    ((images, mode),) = seen
+    assert mode == "baked"
+    assert np.array_equal(images, load_images(output, load_config().data).images)
+
+
+def test_a_purified_set_whose_denoiser_saw_its_images_is_refused_whatever_their_size_in_memory(world, tmp_path):
+    """The denoiser's card names the images as they are stored, and data.resize changes them afterwards."""
+    output = tmp_path / "out"
+    verbs.purify(world.rest, str(output), denoiser=world.denoiser, settings=DEBUG)
+    settings = {**QUICK, "data.resize": 24}
+    with pytest.raises(InputError, match="sparse clean set and test set share 20"):
+        verbs.evaluate(train=str(output), test=world.clean, settings=settings)
+    with pytest.raises(InputError, match="training and test set share 240"):
+        verbs.evaluate(train=world.rest, test=world.rest, settings=settings)
 
 
 @pytest.mark.parametrize(

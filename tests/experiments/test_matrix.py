@@ -16,9 +16,9 @@ from eclipse_ray import verbs
 from eclipse_ray.cluster.connect import Resources
 from eclipse_ray.config import load_config
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.experiments import materials
-from eclipse_ray.experiments import matrix as room
-from eclipse_ray.experiments.matrix import groups, share
+from eclipse_ray.experiments import artifacts, run
+from eclipse_ray.experiments.experiment import open_matrix
+from eclipse_ray.experiments.run import groups, share
 from eclipse_ray.poisoning import fits_at_once
 from eclipse_ray.results import MatrixPlan, MatrixResult
 from tests.support import DEBUG, kill_when, run_cli
@@ -165,6 +165,13 @@ def test_a_denoiser_fitted_on_the_training_images_is_refused(world, tmp_path):
         verbs.evaluate(settings={**settings, "data.clean": None, "matrix.defenses": ["none"]})
 
 
+def test_a_denoiser_fitted_on_the_training_images_is_refused_whatever_their_size_in_memory(world, tmp_path):
+    settings = settings_for(world, tmp_path / "out", data__source=world.clean, matrix__limit=None)
+    own = {"data.clean": None, "matrix.defenses": ["none"], "data.resize": 24}
+    with pytest.raises(InputError, match="sparse clean set and training set share 20"):
+        verbs.evaluate(settings={**settings, **own})
+
+
 def test_only_a_matrix_can_be_planned_and_a_matrix_needs_a_folder(world, tmp_path):
     with pytest.raises(ConfigError, match=r"matrix\.poisons"):
         verbs.evaluate_plan(world.rest, test=world.test)
@@ -185,7 +192,7 @@ def test_dilution_needs_labels(world, tmp_path):
 
 
 def test_groups_are_of_whole_columns_and_large_enough(world, tmp_path):
-    cells = room.open_matrix(load_config(None, settings_for(world, tmp_path / "out"))).grid.cells
+    cells = open_matrix(load_config(None, settings_for(world, tmp_path / "out"))).grid.recipes
     assert [len(group) for group in groups(cells, 4)] == [6, 6]
     assert [len(group) for group in groups(cells, 1)] == [3, 3, 3, 3]
     assert [len(group) for group in groups(cells, 99)] == [12]
@@ -193,16 +200,16 @@ def test_groups_are_of_whole_columns_and_large_enough(world, tmp_path):
 
 def test_columns_made_at_once_are_those_made_one_by_one(measured, world, tmp_path, monkeypatch, capfd):
     """Both poisons wait for each other, which only two threads can do; they share the part and the denoiser."""
-    together, ensure = Barrier(2, timeout=60), materials.ensure_poison
+    together, ensure = Barrier(2, timeout=60), artifacts.ensure_poison
 
     def wait_and_ensure(*arguments):
         together.wait()
         ensure(*arguments)
 
-    monkeypatch.setattr(room, "fits_at_once", lambda _resources: 2)
-    monkeypatch.setattr(materials, "ensure_poison", wait_and_ensure)
+    monkeypatch.setattr(run, "fits_at_once", lambda _resources: 2)
+    monkeypatch.setattr(artifacts, "ensure_poison", wait_and_ensure)
     # One group holds every cell.
-    monkeypatch.setattr(room, "CELLS_AHEAD", 99)
+    monkeypatch.setattr(run, "CELLS_AHEAD", 99)
     settings = settings_for(world, tmp_path / "out", matrix__defenses=["none"], evaluate__seeds=1)
     result = verbs.evaluate(settings=settings)
     assert isinstance(result, MatrixResult)
@@ -226,12 +233,16 @@ def test_as_many_poisons_are_fitted_at_once_as_there_are_gpus_or_else_machines()
 
 def test_trials_share_the_machine(world):
     two_cores = Resources(cpus=4, gpus=0, cores=2, local=True)
-    assert share(load_config(), two_cores) == (0.0, 2, 1)
-    assert share(load_config(None, {"matrix.max_concurrent": 1}), two_cores) == (0.0, 1, 2)
+    assert share(load_config(), "matrix", two_cores) == (0.0, 2, 1)
+    assert share(load_config(None, {"matrix.max_concurrent": 1}), "matrix", two_cores) == (0.0, 1, 2)
     gpu = Resources(cpus=32, gpus=1, cores=16, local=True)
-    assert share(load_config(), gpu) == (0.25, 4, 1)
-    assert share(load_config(None, {"matrix.num_gpus": 0.5, "matrix.max_concurrent": 1}), gpu) == (0.5, 1, 1)
-    assert share(load_config(None, {"matrix.num_gpus": 0}), gpu) == (0.0, 16, 1)
+    assert share(load_config(), "matrix", gpu) == (0.25, 4, 1)
+    assert share(load_config(None, {"matrix.num_gpus": 0.5, "matrix.max_concurrent": 1}), "matrix", gpu) == (
+        0.5,
+        1,
+        1,
+    )
+    assert share(load_config(None, {"matrix.num_gpus": 0}), "matrix", gpu) == (0.0, 16, 1)
 
 
 # Three drivers and as many clusters, one of which fits the denoiser.

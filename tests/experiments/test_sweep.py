@@ -5,6 +5,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,13 +13,22 @@ import pytest
 import yaml
 
 from eclipse_ray import verbs
-from eclipse_ray.config import load_config
+from eclipse_ray.config import Config, load_config
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.experiments import sweep as room
-from eclipse_ray.experiments import sweep_sets, sweep_trial
-from eclipse_ray.experiments.sweep_trial import Setup, measure
+from eclipse_ray.experiments import rows as tidy
+from eclipse_ray.experiments import worker
+from eclipse_ray.experiments.experiment import (
+    Experiment,
+    of_classes,
+    open_sweep,
+    sweep_notes,
+    sweep_sets,
+)
+from eclipse_ray.experiments.recipe import Measured
+from eclipse_ray.experiments.search import Trial
+from eclipse_ray.experiments.worker import Bench, defend, measure
 from eclipse_ray.results import SweepPlan, SweepResult
 from tests.support import DEBUG, kill_when, run_cli, train_denoiser
 
@@ -62,10 +72,13 @@ def written(output: Path) -> dict[str, int]:
     return {str(file.relative_to(output)): file.stat().st_mtime_ns for file in files}
 
 
-def setup_of(settings: dict[str, object]) -> tuple[room.Sweep, Setup]:
-    """A sweep and what its trials get, to run them in this process."""
-    sweep = room.open_sweep(load_config(None, settings))
-    return sweep, Setup(sweep.config, sweep.facts, sweep.sets.source, sweep.sets.scored, 1)
+def measured_here(sweep: Experiment, trial: Trial) -> Measured:
+    """What the first victim of a trial gives, in this process."""
+    board = SimpleNamespace(post=SimpleNamespace(remote=lambda entry: None))
+    bench = Bench(sweep.sets, sweep.cache, 1, 0.1)
+    for need in trial.recipes[0].needs:
+        defend(need, bench, None)
+    return measure(trial.recipes[0], bench, None, board)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +93,7 @@ def swept(world, half, tmp_path_factory) -> Run:
 def test_trials_find_what_was_named_by_relative_paths(world, half, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(half).parent)
     settings = settings_for(world, Path("out"), "denoiser")
-    config = room.open_sweep(load_config(None, settings)).config
+    config = open_sweep(load_config(None, settings)).config
     assert (config.data.output, config.purify.denoiser) == (str(Path(half).parent / "out"), half)
 
 
@@ -98,7 +111,6 @@ def test_every_trial_is_measured_and_the_best_is_named(swept):
         assert 0 <= row["proxy_accuracy"] <= 100
         assert 10 < row["psnr"] < 100
         assert row["score"] == pytest.approx(row["proxy_accuracy"] + 0.1 * row["psnr"])
-        assert row["shortcut_score"] == pytest.approx(row["removed_accuracy"] - row["clean_confidence"])
         assert (row["images"], row["scored_images"], row["sparse"], row["epochs"]) == (40, 10, 10, 2)
         assert not row["stopped"]
     assert any(row["pareto"] for row in rows)
@@ -138,21 +150,21 @@ def test_purify_takes_the_best_settings(swept, world, half, tmp_path):
 
 
 def test_images_that_score_trained_no_denoiser(swept, half):
-    sets = sweep_sets.load_sets(load_config(None, swept.settings))
+    sets = sweep_sets(load_config(None, swept.settings))
     trained = set(read_card(half).sparse_hashes)
-    assert len(sets.scored.ids) == 10
-    assert trained.isdisjoint(sets.scored.hashes())
+    assert len(sets.test.ids) == 10
+    assert trained.isdisjoint(sets.test.hashes())
 
 
 def test_without_a_denoiser_a_part_of_the_clean_set_trains_and_the_rest_scores(world, tmp_path):
     space = {"sweep.sparse_percent": [2.5, 4.0]}
     config = load_config(None, settings_for(world, tmp_path, None, sweep__space=space))
-    sets = sweep_sets.load_sets(config)
+    sets = sweep_sets(config)
     assert {percent: len(part.ids) for percent, part in sets.parts.items()} == {None: 10, 2.5: 6, 4.0: 10}
     for part in sets.parts.values():
-        assert set(part.hashes()).isdisjoint(sets.scored.hashes())
+        assert set(part.hashes()).isdisjoint(sets.test.hashes())
     with pytest.raises(InputError, match="may train a denoiser"):
-        sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None, sweep__sparse_percent=8)))
+        sweep_sets(load_config(None, settings_for(world, tmp_path, None, sweep__sparse_percent=8)))
 
 
 def test_a_clean_set_that_all_trained_the_denoiser_cannot_score_a_victim(world, tmp_path):
@@ -162,7 +174,7 @@ def test_a_clean_set_that_all_trained_the_denoiser_cannot_score_a_victim(world, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sparse_set_without_labels_is_judged_by_what_purification_removed(world, half, tmp_path):
+def test_a_clean_set_without_labels_is_refused(world, half, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     verbs.convert(world.clean, str(tmp_path / "folder"), layout="folder")
@@ -171,33 +183,32 @@ def test_a_sparse_set_without_labels_is_judged_by_what_purification_removed(worl
     changes = {"data__clean": str(flat), "sweep__space": {"purify.t_star": [2, 4]}}
     with pytest.raises(InputError, match="labels of clean images"):
         verbs.sweep_plan(settings=settings_for(world, tmp_path / "out", half, **changes))
-    changes["sweep__objective"] = "shortcut_score"
-    sweep, setup = setup_of(settings_for(world, tmp_path / "out", world.denoiser, **changes))
-    assert sweep_sets.notes(sweep.config, sweep.sets)[-1].startswith("every clean image trained the denoiser")
-    assert sweep.listed is not None
-    result = measure(setup, sweep.listed[0], lambda _: None)
-    assert (result["proxy_accuracy"], result["epochs"]) == (None, 0)
-    assert result["shortcut_score"] == result["removed_accuracy"] - result["clean_confidence"]
+
+
+def test_images_that_score_trained_no_denoiser_whatever_their_size_in_memory(world, half, tmp_path):
+    sets = sweep_sets(load_config(None, settings_for(world, tmp_path, half, data__resize=24)))
+    assert sets.test.images.shape == (10, 24, 24, 3)
+    assert set(read_card(half).sparse_hashes).isdisjoint(sets.test.hashes())
 
 
 def test_a_trial_sees_neither_test_images_nor_their_labels(world, half, tmp_path):
     config = load_config(None, settings_for(world, tmp_path / "out", half, data__test=str(tmp_path / "missing")))
-    assert room.open_sweep(config).left() == 4
+    assert open_sweep(config).trials_left() == 4
 
 
 def test_baked_compensation_is_written_into_the_images_that_train(world, half, tmp_path, monkeypatch):
     seen = []
 
-    def train(images, labels, test_images, test_labels, victim, compensation, *rest):
+    def train(images, labels, test_images, test_labels, victim, compensation, *rest, **others):
         seen.append((np.array(images), compensation.mode))
         rest[-1](victim.epochs, 50.0, 0.0)
 
-    monkeypatch.setattr(sweep_trial, "train_victim", train)
+    monkeypatch.setattr(worker, "train_victim", train)
     space = {"compensation.mode": ["none", "augment", "baked"]}
-    sweep, setup = setup_of(settings_for(world, tmp_path / "out", half, sweep__space=space))
-    assert sweep.listed is not None
-    for trial in sweep.listed:
-        assert measure(setup, trial, lambda _: None)["proxy_accuracy"] == 50.0
+    sweep = open_sweep(load_config(None, settings_for(world, tmp_path / "out", half, sweep__space=space)))
+    assert sweep.trials is not None
+    for trial in sweep.trials:
+        assert measured_here(sweep, trial).test_accuracy == [50.0]
     assert [mode for _, mode in seen] == ["none", "augment", "none"]
     plain, augmented, baked = (images for images, _ in seen)
     assert np.array_equal(plain, augmented)
@@ -206,7 +217,7 @@ def test_baked_compensation_is_written_into_the_images_that_train(world, half, t
 
 def test_a_sample_is_of_all_classes_and_does_not_change(world, tmp_path):
     sets = [
-        sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None, sweep__images=count)))
+        sweep_sets(load_config(None, settings_for(world, tmp_path, None, sweep__images=count)))
         for count in (40, 40, 20)
     ]
     assert sets[0].source.ids == sets[1].source.ids
@@ -218,40 +229,55 @@ def test_a_sample_is_of_all_classes_and_does_not_change(world, tmp_path):
 
 
 def test_clean_images_of_classes_that_the_sample_lacks_score_nothing(world, tmp_path):
-    sets = sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None)))
+    sets = sweep_sets(load_config(None, settings_for(world, tmp_path, None)))
     part = np.isin(sets.source.labels, [2, 5])
     source = replace(sets.source, images=sets.source.images[part], labels=sets.source.labels[part])
-    scored = replace(sets.scored, labels=np.where(np.arange(len(sets.scored.ids)) == 0, -1, sets.scored.labels))
-    kept = sweep_sets._of_classes(scored, source)
+    scored = replace(sets.test, labels=np.where(np.arange(len(sets.test.ids)) == 0, -1, sets.test.labels))
+    kept = of_classes(scored, source)
     assert set(kept.labels) <= {-1, 2, 5}
     assert len(kept.ids) == np.isin(scored.labels, [-1, 2, 5]).sum() > 1
     note = "the sample has images of 2 of 10 classes"
-    assert note in " ".join(sweep_sets.notes(load_config(), replace(sets, source=source)))
+    assert note in " ".join(sweep_notes(load_config(), replace(sets, source=source)))
 
 
 def test_a_poisoned_set_that_holds_clean_images_is_refused(world, tmp_path):
     with pytest.raises(InputError, match="sparse clean set and training set share 20"):
-        sweep_sets.load_sets(load_config(None, settings_for(world, tmp_path, None, data__source=world.clean)))
+        sweep_sets(load_config(None, settings_for(world, tmp_path, None, data__source=world.clean)))
     with pytest.raises(ConfigError, match="--out DIR"):
-        sweep_sets.load_sets(load_config(None, {**SETTINGS, "data.source": world.rest}))
+        sweep_sets(load_config(None, {**SETTINGS, "data.source": world.rest}))
 
 
 def test_a_stopped_trial_is_the_best_only_if_there_is_no_other(swept):
-    sweep = room.open_sweep(load_config(None, swept.settings))
-    done = sweep.done()
-    stopped = [(trial, {**result, "stopped": True, "proxy_accuracy": 100.0}) for trial, result in done[1:]]
-    fake = replace(sweep)
-    fake.done = lambda: [done[0], *stopped]  # type: ignore[method-assign]
-    assert room.best_of(fake)[0].key == done[0][0].key
+    sweep = open_sweep(load_config(None, swept.settings))
+    first, *others = sweep.measured_trials()
+    for trial in others:
+        key = trial.recipes[0].key
+        sweep.results[key] = replace(sweep.result(key), stopped=True, test_accuracy=[100.0])
+    assert tidy.best_trial(sweep) == first
+    key = first.recipes[0].key
+    sweep.results[key] = replace(sweep.result(key), stopped=True)
+    assert tidy.best_trial(sweep) in others
+
+
+def test_the_best_settings_are_the_same_when_every_setting_was_written_out(swept):
+    short = load_config(None, swept.settings)
+    full = Config.model_validate(short.model_dump(mode="json"))
+    assert tidy.sweep_view(open_sweep(full)).best == tidy.sweep_view(open_sweep(short)).best
+
+
+def test_more_victims_of_a_trial_keep_those_that_are_measured(swept):
+    more = open_sweep(load_config(None, {**swept.settings, "sweep.seeds": 2}))
+    assert more.measured_trials() == []
+    assert len(more.missing()) == len(more.grid.recipes) / 2 == 4
 
 
 @pytest.mark.chaos
 def test_a_failing_point_does_not_hold_up_the_others(world, half, tmp_path):
     settings = settings_for(world, tmp_path / "out", half, sweep__space={"purify.t_star": [2, 4]})
-    sweep = room.open_sweep(load_config(None, settings))
-    assert sweep.listed is not None
+    sweep = open_sweep(load_config(None, settings))
+    assert sweep.trials is not None
     # The cache says that the images of depth 2 are there, but they are not.
-    sweep.cache.finish("defended", sweep.listed[0].purified, {"psnr": None})
+    sweep.cache.finish("defended", sweep.trials[0].recipes[0].training, {"psnr": None})
     result = verbs.sweep(settings=settings)
     assert (result.trials, result.failed) == (1, 1)
     assert list(result.failures) == ["t_star 2"]
@@ -293,9 +319,9 @@ def test_denoisers_are_trained_on_parts_of_the_clean_set(world, tmp_path):
     assert (result.trials, result.failed) == (2, 0)
     best = yaml.safe_load((tmp_path / "out/best.yaml").read_text())
     card = read_card(best["purify"]["denoiser"])
-    sets = sweep_sets.load_sets(load_config(None, settings))
+    sets = sweep_sets(load_config(None, settings))
     assert card.sparse_images == 6
-    assert set(card.sparse_hashes).isdisjoint(sets.scored.hashes())
+    assert set(card.sparse_hashes).isdisjoint(sets.test.hashes())
 
 
 # Two drivers and as many clusters.
@@ -320,7 +346,7 @@ def test_a_driver_killed_on_the_way_goes_on_with_what_is_missing(world, half, tm
     assert set(result["best"]["compensation"]) >= {"p", "sigma"}
     after = written(output)
     assert {name: after[name] for name in before} == before
-    assert json.loads((results / os.listdir(results)[0]).read_text())["curves"]
+    assert json.loads((results / os.listdir(results)[0]).read_text())["test_accuracy"]
 
 
 def _assignments(settings: dict[str, object]) -> list[str]:

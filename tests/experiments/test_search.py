@@ -4,9 +4,8 @@ import pytest
 
 from eclipse_ray.config import Config, load_config
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.experiments.space import (
-    Recommended,
-    SweepFacts,
+from eclipse_ray.experiments.recipe import Facts, Recommended
+from eclipse_ray.experiments.search import (
     choose_trials,
     deepest_points,
     default_space,
@@ -16,8 +15,8 @@ from eclipse_ray.experiments.space import (
 )
 
 CARD = Recommended(t_max=125, t_star=100, num_inference_steps=1, sampler="ddpm")
-GIVEN = SweepFacts("source", "scored", {}, "weights", CARD)
-TRAINED = SweepFacts("source", "scored", {None: "all", 2.0: "two", 4.0: "four"})
+GIVEN = Facts("source", "scored", {}, "weights", CARD)
+TRAINED = Facts("source", "scored", {None: "all", 2.0: "two", 4.0: "four"})
 
 
 def config_for(space: dict[str, object], given: bool = True, **settings: object) -> Config:
@@ -38,14 +37,14 @@ def test_a_grid_has_every_point_once():
     assert [tuple(trial.point.values()) for trial in found] == [
         (depth, p) for depth in (50, 100) for p in (0.2, 0.4, 0.6)
     ]
-    assert len({trial.key for trial in found}) == 6
-    assert len({trial.purified for trial in found}) == 2
+    assert len({trial.recipes[0].key for trial in found}) == 6
+    assert len({trial.recipes[0].training for trial in found}) == 2
     assert found[0].title == "t_star 50, p 0.2"
 
 
 def test_trials_that_share_a_purification_are_neighbours():
     found = trials({"compensation.p": [0.2, 0.4], "purify.t_star": [50, 100]})
-    assert [trial.config.purify.t_star for trial in found] == [50, 50, 100, 100]
+    assert [trial.row.config.purify.t_star for trial in found] == [50, 50, 100, 100]
 
 
 def test_points_that_come_to_the_same_are_tried_once():
@@ -56,23 +55,21 @@ def test_points_that_come_to_the_same_are_tried_once():
 
 
 def test_a_recommended_value_and_the_same_value_are_one():
-    assert trials({"purify.t_star": [100]})[0].key == trials({"purify.num_inference_steps": [1]})[0].key
+    assert (
+        trials({"purify.t_star": [100]})[0].recipes[0].key
+        == trials({"purify.num_inference_steps": [1]})[0].recipes[0].key
+    )
 
 
 def test_what_is_no_part_of_a_result_is_no_part_of_its_key():
     space = {"purify.t_star": [50]}
-    key = trials(space)[0].key
-    assert trials(space, search="random")[0].key == key
-    assert trials(space, max_concurrent=1, fidelity_weight=3)[0].key == key
-    assert trials(space, seeds=2)[0].key != key
-    assert trials(space, victim__epochs=3)[0].key != key
-    assert trials(space, objective="shortcut_score")[0].key != key
-
-
-def test_a_sweep_of_probes_does_not_depend_on_victims():
-    space = {"purify.t_star": [50]}
-    one = trials(space, objective="shortcut_score")[0].key
-    assert trials(space, objective="shortcut_score", victim__epochs=3)[0].key == one
+    key = trials(space)[0].recipes[0].key
+    assert trials(space, search="random")[0].recipes[0].key == key
+    assert trials(space, max_concurrent=1, fidelity_weight=3)[0].recipes[0].key == key
+    first, second = trials(space, seeds=2)[0].recipes
+    assert first.key == key != second.key
+    assert trials(space, victim__epochs=3)[0].recipes[0].key != key
+    assert trials(space, asha=True)[0].recipes[0].key != key
 
 
 def test_more_steps_than_timesteps_are_left_out():
@@ -90,18 +87,18 @@ def test_a_depth_beyond_the_training_is_refused_before_anything_runs():
 def test_trials_bound_a_grid_and_a_random_search():
     grid = {"compensation.p": [0.1, 0.2, 0.3, 0.4], "compensation.sigma": [0.01, 0.02, 0.03]}
     some = trials(grid, trials=5)
-    assert len({trial.key for trial in some}) == 5
-    assert [trial.key for trial in some] == [trial.key for trial in trials(grid, trials=5)]
+    assert len({trial.recipes[0].key for trial in some}) == 5
+    assert [trial.recipes[0].key for trial in some] == [trial.recipes[0].key for trial in trials(grid, trials=5)]
     ranges = {
         "compensation.p": {"low": 0.2, "high": 0.6},
         "compensation.sigma": {"low": 0.01, "high": 1, "log": True},
     }
     drawn = trials(ranges, search="random", trials=20)
     assert len(drawn) == 20
-    assert all(0.2 <= trial.config.compensation.p <= 0.6 for trial in drawn)
-    assert all(0.01 <= trial.config.compensation.sigma <= 1 for trial in drawn)
+    assert all(0.2 <= trial.row.config.compensation.p <= 0.6 for trial in drawn)
+    assert all(0.01 <= trial.row.config.compensation.sigma <= 1 for trial in drawn)
     # Half of a logarithmic range lies below its geometric mean.
-    assert 4 < sum(trial.config.compensation.sigma < 0.1 for trial in drawn) < 16
+    assert 4 < sum(trial.row.config.compensation.sigma < 0.1 for trial in drawn) < 16
     depths = trials({"purify.t_star": {"low": 10, "high": 12}}, search="random", trials=9)
     assert sorted(trial.point["purify.t_star"] for trial in depths) == [10, 11, 12]
 
@@ -113,7 +110,6 @@ def test_trials_bound_a_grid_and_a_random_search():
         ({"purify.batch_size": [1]}, {}, "no axis"),
         ({"denoiser.replication": [0, 4]}, {}, "leave --denoiser out"),
         ({"denoiser.iterations": {"low": 1, "high": 9}}, {"given": False}, "trains a denoiser"),
-        ({"compensation.p": [0.1]}, {"objective": "shortcut_score"}, "cannot judge compensation.p"),
         ({"compensation.p": {"low": 0, "high": 1}}, {}, "a grid needs the values"),
         ({"compensation.p": [3]}, {}, "compensation.p"),
         ({"compensation.p": []}, {}, "no value"),
@@ -131,7 +127,7 @@ def test_denoisers_are_keyed_by_what_trains_them():
     config = config_for(space, given=False)
     found = choose_trials(config, space_of(config, None), TRAINED)
     assert len(found) == 8
-    assert len({trial.denoiser for trial in found}) == 4
+    assert len({trial.row.denoiser for trial in found}) == 4
     assert training_points(space_of(config, None)) == [
         {"denoiser.replication": copies, "sweep.sparse_percent": percent}
         for copies in (0, 4)
@@ -144,20 +140,19 @@ def test_a_preset_is_an_axis_with_all_its_values():
     space = {"denoiser.preset": ["debug", "small"]}
     config = config_for(space, given=False, denoiser__batch_size=8)
     debug, small = (
-        make_trial(config, {"denoiser.preset": name}, TRAINED).config.denoiser for name in space["denoiser.preset"]
+        make_trial(config, {"denoiser.preset": name}, TRAINED).row.config.denoiser
+        for name in space["denoiser.preset"]
     )
     assert (debug.image_size, debug.num_train_timesteps, debug.batch_size) == (16, 20, 8)
     assert (small.image_size, small.num_train_timesteps, small.batch_size) == (32, 4000, 8)
     back = make_trial(
         config_for(space, given=False, denoiser__preset="debug"), {"denoiser.preset": "small"}, TRAINED
     )
-    assert back.config.denoiser == load_config().denoiser
+    assert back.row.config.denoiser == load_config().denoiser
 
 
-def test_the_default_space_suits_the_denoiser_and_the_objective():
+def test_the_default_space_suits_the_denoiser():
     config = config_for({})
     axes = default_space(config, CARD)
     assert max(axes["purify.t_star"]) <= CARD.t_max
     assert len(choose_trials(config, axes, GIVEN)) == config.sweep.trials
-    probes = default_space(config_for({}, objective="shortcut_score"), CARD)
-    assert all(key.startswith("purify.") for key in probes)

@@ -1,22 +1,34 @@
-"""The settings that a sweep tries: the space, its points, and the key of each trial. No Ray in here.
+"""The settings that a sweep tries: the space, its points, their recipes, and who chooses among them.
 
-A key is a digest of everything that decides what a trial measures, and of nothing else: so a space that grows, or
-is searched in another way, finds what it has measured before.
+Grid and random search list their points before anything runs. Optuna chooses each point after it has seen the
+results of others, and ASHA stops victims early; both run inside Ray Tune.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from eclipse_ray.config import Config, Range, digest, with_overrides
-from eclipse_ray.defenses.eclipse import purify
+from eclipse_ray.config import Config, Range, with_overrides
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.experiments.grid import VERSION, purification, trained_key
+from eclipse_ray.experiments.recipe import (
+    Entry,
+    Facts,
+    Recipe,
+    Recommended,
+    Row,
+    Victim,
+    defended_key,
+    denoiser_key,
+    images_key,
+    make_recipe,
+    source_column,
+)
 
 Space = dict[str, list[Any] | Range]
 Point = dict[str, Any]
@@ -26,56 +38,27 @@ PURIFY_AXES = ("t_star", "num_inference_steps", "sampler")
 COMPENSATION_AXES = ("mode", "p", "sigma", "coarse_sigma", "coarse_grid")
 NO_DENOISER_AXES = ("output", "num_workers", "use_gpu", "report_every", "checkpoint_every")
 DRAWS_PER_TRIAL = 50
-"""Random points drawn for each one wanted, before a small space counts as exhausted."""
-
-
-@dataclass(frozen=True)
-class Recommended:
-    """What a denoiser's card says: trained range of t, and what purification takes where nothing is set."""
-
-    t_max: int
-    t_star: int
-    num_inference_steps: int
-    sampler: str
-
-
-@dataclass(frozen=True)
-class SweepFacts:
-    """Digests of what trials are measured on, as grid.Facts.
-
-    `sparse` identifies the images that train a denoiser here, by sparse_percent; `weights` and `recommended` are
-    of a given denoiser, and empty and None when denoisers are trained here.
-    """
-
-    source: str
-    scored: str
-    sparse: Mapping[float | None, str]
-    weights: str = ""
-    recommended: Recommended | None = None
+"""Random points drawn per wanted point before a small space counts as exhausted."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting: its point, all settings resolved, and the keys of what it needs and of what it gives."""
+    """One point of the space: its row with all settings resolved, and one recipe per seed."""
 
     point: Point
-    config: Config
-    denoiser: str
-    purified: str
-    scored: str
-    key: str
+    row: Row
+    recipes: tuple[Recipe, ...]
 
     @property
     def title(self) -> str:
         """The point in words."""
-        return ", ".join(f"{key.split('.')[1]} {value}" for key, value in self.point.items())
+        return title_of(self.point)
 
 
 def space_of(config: Config, recommended: Recommended | None) -> Space:
-    """Return the space of the section `sweep`, or the default one. Raises ConfigError for axes that cannot be."""
+    """Return the space of the section `sweep`, or the default one. Raises ConfigError for an impossible axis."""
     space = dict(config.sweep.space) or default_space(config, recommended)
     for key, values in space.items():
-        section = key.split(".")[0]
         if not _is_axis(key):
             raise ConfigError(
                 f"sweep.space: {key} is no axis; vary purify.{', '.join(PURIFY_AXES)}, "
@@ -86,23 +69,16 @@ def space_of(config: Config, recommended: Recommended | None) -> Space:
                 raise ConfigError(f"sweep.space varies {key}, which a given denoiser cannot: leave --denoiser out")
             if isinstance(values, Range) and values.step is None:
                 raise ConfigError(f"sweep.space: {key} needs listed values or a step, as each trains a denoiser")
-        if section == "compensation" and config.sweep.objective == "shortcut_score":
-            raise ConfigError(
-                f"sweep.space: shortcut_score looks at what purification removed and cannot judge {key}; use "
-                "objective proxy_accuracy, which needs labelled clean images, or leave that axis out"
-            )
     return space
 
 
 def default_space(config: Config, recommended: Recommended | None) -> Space:
-    """Return depths that the denoiser was trained for, few and more steps, and compensation if it is judged."""
+    """Return depths that the denoiser was trained for, one and more steps, and values of compensation."""
     t_max = recommended.t_max if recommended else int(config.denoiser.t_max or 0)
     depths = sorted({max(1, round(part * t_max)) for part in (0.25, 0.5, 0.8)})
     steps = sorted({1, min(4, depths[0])})
-    space: Space = {"purify.t_star": list(depths), "purify.num_inference_steps": list(steps)}
-    if config.sweep.objective == "proxy_accuracy":
-        space |= {"compensation.p": [0.2, 0.4, 0.6], "compensation.sigma": [0.05, 0.1]}
-    return space
+    compensation: Space = {"compensation.p": [0.2, 0.4, 0.6], "compensation.sigma": [0.05, 0.1]}
+    return {"purify.t_star": list(depths), "purify.num_inference_steps": list(steps), **compensation}
 
 
 def training_points(space: Space) -> list[Point]:
@@ -122,10 +98,10 @@ def deepest_points(space: Space) -> list[Point]:
     return [first | point for point in training_points(space)]
 
 
-def choose_trials(config: Config, space: Space, facts: SweepFacts) -> list[Trial]:
+def choose_trials(config: Config, space: Space, facts: Facts) -> list[Trial]:
     """Return at most sweep.trials distinct trials of a grid, a random sample of a larger one, or random draws.
 
-    Points with more steps than timesteps are left out. Raises ConfigError for other values that cannot be, and for
+    Points with more steps than timesteps are left out. Raises ConfigError for any other impossible value, and for
     a grid over a range without a step.
     """
     sweep = config.sweep
@@ -135,14 +111,14 @@ def choose_trials(config: Config, space: Space, facts: SweepFacts) -> list[Trial
             break
         if feasible(config, point, facts):
             trial = make_trial(config, point, facts)
-            found.setdefault(trial.key, trial)
+            found.setdefault(trial.recipes[0].key, trial)
     if not found:
         raise ConfigError(
             "sweep.space: every point has more num_inference_steps than t_star; nothing can be tried"
         )
     # Neighbours share the purified images.
-    first = {trial.purified: place for place, trial in reversed(list(enumerate(found.values())))}
-    return sorted(found.values(), key=lambda trial: first[trial.purified])
+    first = {trial.recipes[0].training: place for place, trial in reversed(list(enumerate(found.values())))}
+    return sorted(found.values(), key=lambda trial: first[trial.recipes[0].training])
 
 
 def _candidates(space: Space, search: str, trials: int, seed: int) -> Iterator[Point]:
@@ -171,24 +147,52 @@ def listed(values: list[Any] | Range) -> list[Any]:
     return [_tidy(values.low + index * values.step) for index in range(count + 1)]
 
 
-def feasible(config: Config, point: Point, facts: SweepFacts) -> bool:
-    """Return whether there are no more steps than timesteps. Raises ConfigError for values that cannot be."""
+def feasible(config: Config, point: Point, facts: Facts) -> bool:
+    """Return whether there are no more steps than timesteps. Raises ConfigError for impossible values."""
     chosen = with_overrides(config, point)
     depth = chosen.purify.t_star or (facts.recommended or trained_recommendation(chosen)).t_star
     return (chosen.purify.num_inference_steps or 1) <= depth
 
 
-def make_trial(config: Config, point: Point, facts: SweepFacts) -> Trial:
-    """Return the trial of a point. Raises ConfigError for a value that cannot be, naming its key."""
+def make_trial(config: Config, point: Point, facts: Facts) -> Trial:
+    """Return the trial of a point. Raises ConfigError for an impossible value, naming its key."""
     chosen = _resolved(with_overrides(config, point), facts)
-    denoiser = digest(["weights", facts.weights]) if facts.weights else _trained(chosen, facts)
-    own = [[f"{purify.__module__}.{purify.__qualname__}"], chosen.run.seed, *purification(chosen, denoiser)]
-    purified, scored = (digest(["defended", VERSION, images, own]) for images in (facts.source, facts.scored))
-    parts = ["trial", VERSION, purified, scored, facts.scored, chosen.run.seed, _judged(chosen)]
-    return Trial(point, chosen, denoiser, purified, scored, digest(parts))
+    sweep, title = chosen.sweep, title_of(point)
+    denoiser = denoiser_key(chosen, facts, sweep.sparse_percent)
+    row = Row(Entry(title, "eclipse", "", point), chosen, chosen.compensation, denoiser)
+    victim = Victim(Entry(chosen.victim.arch, chosen.victim.arch, "", {}), chosen.victim)
+    scored = defended_key(images_key(facts.test), row)
+    rungs = [sweep.grace_epochs, sweep.reduction_factor] if sweep.asha else None
+    recipes = [
+        make_recipe(
+            source_column(facts, "data"),
+            row,
+            victim,
+            chosen.run.seed + index,
+            facts,
+            title if sweep.seeds == 1 else f"{title}, seed {chosen.run.seed + index}",
+            scored=scored,
+            rungs=rungs,
+        )
+        for index in range(sweep.seeds)
+    ]
+    return Trial(point, row, tuple(recipes))
 
 
-def _resolved(config: Config, facts: SweepFacts) -> Config:
+def title_of(point: Point) -> str:
+    """Return a point in words."""
+    return ", ".join(f"{key.split('.')[1]} {value}" for key, value in point.items())
+
+
+def contains(space: Space, point: Point) -> bool:
+    """Return whether a point lies in the space."""
+    return point.keys() == space.keys() and all(
+        value in axis if isinstance(axis, list) else axis.low <= value <= axis.high
+        for axis, value in ((space[name], value) for name, value in point.items())
+    )
+
+
+def _resolved(config: Config, facts: Facts) -> Config:
     """Return the settings with the denoiser's recommendations where purification has none."""
     known = facts.recommended or trained_recommendation(config)
     depth = config.purify.t_star or known.t_star
@@ -210,22 +214,6 @@ def trained_recommendation(config: Config) -> Recommended:
     """Return what the card of a denoiser trained with these settings will say."""
     own = config.denoiser
     return Recommended(int(own.t_max or 0), own.t_star, own.num_inference_steps, own.sampler)
-
-
-def _trained(config: Config, facts: SweepFacts) -> str:
-    return trained_key(config, facts.sparse[config.sweep.sparse_percent])
-
-
-def _judged(config: Config) -> list[Any]:
-    """Return the settings that decide a trial's numbers beside the purified images."""
-    sweep = config.sweep
-    if sweep.objective == "shortcut_score":
-        return ["shortcut_score"]
-    compensation = config.compensation.model_dump(mode="json")
-    if config.compensation.mode == "none":
-        compensation = {"mode": "none"}
-    rungs = [sweep.grace_epochs, sweep.reduction_factor] if sweep.asha else None
-    return ["proxy_accuracy", compensation, config.victim.model_dump(mode="json"), sweep.seeds, rungs]
 
 
 def _is_axis(key: str) -> bool:
@@ -264,5 +252,84 @@ def _draw(values: list[Any] | Range, rng: random.Random) -> Any:
 
 
 def _tidy(value: float) -> float:
-    """Return a number without the last digits of binary fractions."""
+    """Return a number rounded to six digits."""
     return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def tune_config(
+    config: Config, space: Space, done: list[tuple[Point, float]], left: int | None, concurrent: int
+) -> Any:
+    """Return what Ray Tune is told: who chooses points, who stops trials, and how many run at the same time.
+
+    `done` are points with their scores. `left` is how many points Optuna still chooses; None: they are listed.
+    """
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    sweep, scheduler = config.sweep, None
+    if sweep.asha:
+        epochs = config.victim.epochs
+        scheduler = ASHAScheduler(
+            time_attr="epoch",
+            metric="score",
+            mode="max",
+            max_t=epochs,
+            grace_period=min(sweep.grace_epochs, epochs),
+            reduction_factor=sweep.reduction_factor,
+        )
+    return tune.TuneConfig(
+        search_alg=None if left is None else _searcher(space, done, config.run.seed),
+        num_samples=left or 1,
+        scheduler=scheduler,
+        max_concurrent_trials=concurrent,
+        reuse_actors=True,
+    )
+
+
+def tune_space(points: list[Point] | None) -> dict[str, Any]:
+    """Return the parameters of Ray Tune for listed points, or none when Optuna chooses."""
+    from ray import tune
+
+    return {} if points is None else {"point": tune.grid_search([json.dumps(point) for point in points])}
+
+
+def tuned_point(parameters: dict[str, Any]) -> Point:
+    """Return the point that the parameters of a trial of Ray Tune stand for."""
+    return json.loads(parameters["point"]) if "point" in parameters else parameters
+
+
+def _searcher(space: Space, done: list[tuple[Point, float]], seed: int) -> Any:
+    """Return Optuna's search, which is told what was measured before."""
+    optuna = require_optuna()
+    from ray.tune.search.optuna import OptunaSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return OptunaSearch(
+        space={key: _distribution(optuna, values) for key, values in space.items()},
+        metric="score",
+        mode="max",
+        # Each run draws anew, because with the same seed it would ask for the first points again.
+        seed=seed + len(done),
+        points_to_evaluate=[point for point, _ in done] or None,
+        evaluated_rewards=[score for _, score in done] or None,
+    )
+
+
+def require_optuna() -> Any:
+    """Return the module optuna. Raises ConfigError if it is not installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError(
+            "sweep.search optuna needs Optuna: pip install 'eclipse-ray[sweep]', or search by grid or random"
+        ) from None
+    return optuna
+
+
+def _distribution(optuna: Any, values: list[Any] | Range) -> Any:
+    kinds = optuna.distributions
+    if not isinstance(values, Range):
+        return kinds.CategoricalDistribution(values)
+    if all(isinstance(one, int) for one in (values.low, values.high, values.step or 1)):
+        return kinds.IntDistribution(values.low, values.high, log=values.log, step=values.step or 1)
+    return kinds.FloatDistribution(values.low, values.high, log=values.log, step=values.step)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from eclipse_ray.config import load_config
+from eclipse_ray.config import Config, load_config
+from eclipse_ray.defenses import DEFENSES
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.experiments.grid import Facts, Grid, build_grid
+from eclipse_ray.experiments.recipe import Facts, Grid, build_grid
 
-FACTS = Facts("source", "test", {0: "sparse", 5: "five"})
+FACTS = Facts("source", "test", {None: "sparse", 5: "five"})
 BASE = {
     "denoiser.preset": "debug",
     "evaluate.seeds": 2,
@@ -24,7 +25,7 @@ def grid(facts: Facts = FACTS, **changes: object) -> Grid:
 
 
 def keys(made: Grid) -> dict[str, str]:
-    return {cell.title: cell.key for cell in made.cells}
+    return {cell.title: cell.key for cell in made.recipes}
 
 
 def changed(before: Grid, after: Grid) -> set[str]:
@@ -35,8 +36,8 @@ def changed(before: Grid, after: Grid) -> set[str]:
 
 def test_there_is_a_cell_for_each_combination_and_each_has_a_key_of_its_own():
     made = grid()
-    assert len(made.cells) == 3 * 3 * 2
-    assert len(set(keys(made).values())) == len(made.cells)
+    assert len(made.recipes) == 3 * 3 * 2
+    assert len(set(keys(made).values())) == len(made.recipes)
 
 
 def test_a_grown_grid_keeps_the_keys_it_had():
@@ -48,7 +49,7 @@ def test_a_grown_grid_keeps_the_keys_it_had():
         evaluate__seeds=3,
     )
     assert changed(before, after) == set()
-    assert len(after.cells) == 4 * 4 * 2 * 3
+    assert len(after.recipes) == 4 * 4 * 2 * 3
 
 
 def test_labels_limits_of_speed_and_published_names_change_no_key():
@@ -83,22 +84,31 @@ def test_a_setting_of_a_poison_changes_its_column_only():
 
 
 def test_other_images_change_every_key_and_another_sparse_set_those_that_use_it():
-    assert len(changed(grid(), grid(Facts("other", "test", {0: "sparse"})))) == 9
-    assert len(changed(grid(), grid(Facts("source", "other", {0: "sparse"})))) == 9
-    titles = changed(grid(), grid(Facts("source", "test", {0: "other"})))
+    assert len(changed(grid(), grid(Facts("other", "test", {None: "sparse"})))) == 9
+    assert len(changed(grid(), grid(Facts("source", "other", {None: "sparse"})))) == 9
+    titles = changed(grid(), grid(Facts("source", "test", {None: "other"})))
     assert {title.split(", ")[1] for title in titles} == {"eclipse"}
 
 
 def test_rows_that_train_on_the_same_images_share_one_transformed_set():
     made = grid(matrix__defenses=["eclipse", "eclipse-a", "eclipse-ab", "eclipse-published", "eclipse-c", "none"])
-    sets = {cell.row.entry.label: cell.training for cell in made.cells if cell.column.entry.label == "ar"}
+    sets = {cell.row.entry.label: cell.training for cell in made.recipes if cell.column.entry.label == "ar"}
     assert len({sets[name] for name in ("eclipse", "eclipse-a", "eclipse-ab", "eclipse-published")}) == 1
     assert sets["none"] == sets["eclipse-c"] == next(c.key for c in made.columns if c.entry.label == "ar")
 
 
+def test_a_transform_that_moves_to_another_module_keeps_its_keys(monkeypatch):
+    rows = ["eclipse", "eclipse-baked", "eclipse-draws", "iss-g", "iss-j", "op", "avatar", "iss-j+eclipse"]
+    before = keys(grid(matrix__defenses=rows))
+    for one in {defense.transform for defense in DEFENSES.values() if defense.transform}:
+        monkeypatch.setattr(one, "__module__", "somewhere.else")
+        monkeypatch.setattr(one, "__qualname__", "renamed")
+    assert keys(grid(matrix__defenses=rows)) == before
+
+
 def test_what_is_listed_first_is_done_first():
     made = grid(matrix__first_poisons=["urp"], matrix__first_defenses=["eclipse"])
-    early = [(cell.column.entry.label, cell.row.entry.label, cell.seed) for cell in made.cells[:4]]
+    early = [(cell.column.entry.label, cell.row.entry.label, cell.seed) for cell in made.recipes[:4]]
     assert early == [(label, "eclipse", seed) for seed in (0, 1) for label in ("clean", "urp")]
     with pytest.raises(ConfigError, match="first_poisons: tap is not listed"):
         grid(matrix__first_poisons=["tap"])
@@ -137,7 +147,7 @@ def test_what_cannot_be_measured_is_said_at_once(changes, words):
 def test_a_defense_that_needs_the_sparse_set_is_refused_without_one():
     with pytest.raises(ConfigError, match=r"data\.clean"):
         grid(Facts("source", "test", {}))
-    assert len(grid(Facts("source", "test", {}), matrix__defenses=["none", "iss-g"]).cells) == 12
+    assert len(grid(Facts("source", "test", {}), matrix__defenses=["none", "iss-g"]).recipes) == 12
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
@@ -147,12 +157,20 @@ CONFIGS = sorted(file for file in FOLDER.glob("*.yaml") if not file.stem.startsw
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_the_ready_configs_are_grids(file):
     config = load_config(str(file))
-    counts = {0: "all", 150: "150", 1000: "1", 2000: "2", 3000: "3", 4000: "4"}
+    counts = {None: "all", 150: "150", 1000: "1", 2000: "2", 3000: "3", 4000: "4"}
     made = build_grid(config, Facts("source", "test", counts))
-    assert len({cell.title for cell in made.cells}) == len(made.cells)
+    assert len({cell.title for cell in made.recipes}) == len(made.recipes)
     assert config.data.output
     if file.stem == "quick":
         assert (len(made.columns), len(made.rows), config.matrix.limit) == (6, 6, 3000)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_ready_config_that_is_written_out_in_full_is_the_same_grid(file):
+    short = load_config(str(file))
+    facts = Facts("source", "test", dict.fromkeys([None, 150, 1000, 2000, 3000, 4000], "sparse"))
+    full = Config.model_validate(short.model_dump(mode="json"))
+    assert keys(build_grid(full, facts)) == keys(build_grid(short, facts))
 
 
 def test_all_tables_and_the_figure_have_a_config():

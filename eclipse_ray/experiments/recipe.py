@@ -1,0 +1,398 @@
+"""The recipes of an experiment: which there are, the key of each, and the order in which they are measured.
+
+A recipe is one cell: a victim trained with one seed on the images of a column under a defense. `evaluate` of one
+dataset has one column and one row, a matrix has many, and a sweep has one column whose rows are searched. A key is
+a digest of everything that decides the number of a cell and of nothing else, so a grid that grows, or is searched
+in another way, finds what it has measured before. No Ray in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eclipse_ray.config import CompensationConfig, Config, MatrixItem, VictimConfig, digest, with_overrides
+from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, Defense, combine, resolved_defense
+from eclipse_ray.diffusion.sampling import ENGINE_VERSION
+from eclipse_ray.errors import ConfigError
+from eclipse_ray.poisons import resolved_poison
+from eclipse_ray.purification.plan import PURIFY_IN_FINGERPRINT
+
+VERSION = 2
+"""Increased when a change of the code makes old cells, poisons or transformed sets wrong."""
+CLEAN = "clean"
+
+# How a poison is computed and stored does not decide its pixels.
+POISON_NOT_IN_KEY = {"store_perturbation", "save_seconds", "chunk_images", "denoiser"}
+# An experiment purifies whole sets in memory, so how a run is cut into shards does not matter.
+PURIFY_IN_KEY = PURIFY_IN_FINGERPRINT - {"shard_images", "shard_bytes"}
+RESERVED = ("name", "label", "published")
+DEFENSE_SECTIONS = ("defense", "purify", "compensation", "denoiser", "matrix")
+"""Sections whose settings a defense entry may override; a setting without a section belongs to the first."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One poison, defense or victim of the config: its label, its name, and the settings that are its own."""
+
+    label: str
+    name: str
+    published: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """What the card of a denoiser says: trained range of t, and the settings that purification uses by default."""
+
+    t_max: int
+    t_star: int
+    num_inference_steps: int
+    sampler: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Digests of the images that an experiment reads.
+
+    `sparse` are the images that train a denoiser, by the setting that chooses them (matrix.sparse_limit, or
+    sweep.sparse_percent); None stands for all of them. `weights` and `recommended` describe a given denoiser; they
+    are empty and None when the denoiser is trained here.
+    """
+
+    source: str
+    test: str
+    sparse: Mapping[float | None, str]
+    weights: str = ""
+    recommended: Recommended | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A poison, or the images of data.source as they are (`config` None); `key` identifies the images."""
+
+    entry: Entry
+    config: Config | None
+    key: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A defense with its settings; `denoiser` is the key of the denoiser that it needs, or empty.
+
+    `compensation` is what a victim trains with.
+    """
+
+    entry: Entry
+    config: Config
+    compensation: CompensationConfig
+    denoiser: str = ""
+
+    @property
+    def defense(self) -> Defense:
+        """The functions of the defense."""
+        return combine(self.entry.name)
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A classifier and how it is trained."""
+
+    entry: Entry
+    config: VictimConfig
+
+
+@dataclass(frozen=True)
+class Need:
+    """A transformed set that has to be made: the images of `column`, or the test images (None), under `row`."""
+
+    key: str
+    row: Row
+    column: Column | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One cell, whose result has the key `key`; `training` identifies the images that the victim is trained on.
+
+    `scored` identifies the test images under the same defense, which tell its fidelity; empty: nobody asks for it.
+    """
+
+    key: str
+    title: str
+    column: Column
+    row: Row
+    victim: Victim
+    seed: int
+    training: str
+    scored: str = ""
+
+    @property
+    def needs(self) -> list[Need]:
+        """The transformed sets that the cell needs."""
+        own = [Need(self.training, self.row, self.column)] if self.training != self.column.key else []
+        return own + ([Need(self.scored, self.row, None)] if self.scored else [])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The result of a recipe: test accuracy (0-100) and training loss after each epoch, and how it was measured.
+
+    `psnr` is the fidelity in dB where a recipe asks for it. `stopped` results were ended early by ASHA. `point`
+    holds the settings of the row that are its own.
+    """
+
+    title: str
+    test_accuracy: list[float]
+    train_loss: list[float]
+    seconds: float
+    device: str
+    threads: int
+    images: int
+    seed: int
+    victim: dict[str, Any]
+    compensation: dict[str, Any]
+    point: dict[str, Any]
+    psnr: float | None = None
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All recipes in the order in which they are measured, and the axes in the order in which they are printed."""
+
+    columns: list[Column]
+    rows: list[Row]
+    victims: list[Victim]
+    seeds: list[int]
+    recipes: list[Recipe]
+
+
+def single_grid(config: Config, compensation: CompensationConfig) -> Grid:
+    """Return the grid of one dataset that is judged as it is, with one recipe per seed."""
+    facts = Facts("source", "test", {})
+    column, row = source_column(facts, CLEAN), Row(_plain("none"), config, compensation)
+    victim = Victim(_plain(config.victim.arch), config.victim)
+    seeds = _seeds(config, config.evaluate.seeds)
+    recipes = [make_recipe(column, row, victim, seed, facts, f"seed {seed}") for seed in seeds]
+    return Grid([column], [row], [victim], seeds, recipes)
+
+
+def build_grid(config: Config, facts: Facts) -> Grid:
+    """Return the grid of the section `matrix`. Raises ConfigError for unknown names and for two equal labels."""
+    matrix = config.matrix
+    columns = _columns(config, facts)
+    rows = [_row(config, entry, facts) for entry in _required(matrix.defenses, "defense", DEFENSE_SECTIONS)]
+    named = entries(matrix.victims or (config.victim.arch,), ("victim",))
+    victims = [_victim(config, entry) for entry in named]
+    seeds = _seeds(config, config.evaluate.seeds)
+    _check_first("first_poisons", matrix.first_poisons, [column.entry for column in columns])
+    _check_first("first_defenses", matrix.first_defenses, [row.entry for row in rows])
+    recipes = [
+        make_recipe(column, row, victim, seed, facts, _title(column, row, victim, seed))
+        for first in (True, False)
+        for seed in seeds
+        for column in columns
+        for victim in victims
+        for row in rows
+        if first == _comes_first(config, column, row)
+    ]
+    return Grid(columns, rows, victims, seeds, recipes)
+
+
+def make_recipe(
+    column: Column,
+    row: Row,
+    victim: Victim,
+    seed: int,
+    facts: Facts,
+    title: str,
+    *,
+    scored: str = "",
+    rungs: Sequence[int] | None = None,
+) -> Recipe:
+    """Return the recipe of a cell; `rungs` are the numbers of ASHA that decide when a victim is stopped."""
+    training = defended_key(column.key, row)
+    loader = [part for part in row.entry.name.split("+") if DEFENSES[part].augmentation or DEFENSES[part].privacy]
+    compensation = row.compensation.model_dump(mode="json") if row.compensation.mode != "none" else None
+    parts = [
+        ["cell", VERSION, training, facts.test, seed, victim.config.model_dump(mode="json")],
+        [loader, _defense_settings(row.config) if loader else None],
+        compensation,
+        sparse_of(facts, row.config.matrix.sparse_limit, row.entry.label) if row.defense.dilution else None,
+        [scored, rungs] if scored else None,
+    ]
+    return Recipe(digest(parts), title, column, row, victim, seed, training, scored)
+
+
+def entries(items: Sequence[MatrixItem], sections: Sequence[str]) -> list[Entry]:
+    """Return names and mappings as entries; a setting without a section belongs to the first of `sections`.
+
+    Raises ConfigError for an entry without a name, a setting of another section, and two equal labels.
+    """
+    found = [_entry(item, sections) for item in items]
+    labels = [entry.label for entry in found]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(
+                f"matrix: two {sections[0]} entries are called {label}; give each a label of its own"
+            )
+    return found
+
+
+def _required(items: Sequence[MatrixItem], kind: str, sections: Sequence[str]) -> list[Entry]:
+    found = entries(items, sections)
+    if not found:
+        raise ConfigError(f"matrix: no {kind} is listed; name at least one")
+    return found
+
+
+def _entry(item: MatrixItem, sections: Sequence[str]) -> Entry:
+    if isinstance(item, str):
+        return _plain(item)
+    name = item.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"matrix: {item!r} has no name; an entry is a name or a mapping with `name`")
+    own = {key: value for key, value in item.items() if key not in RESERVED}
+    settings = {key if "." in key else f"{sections[0]}.{key}": value for key, value in own.items()}
+    for key in settings:
+        if key.split(".")[0] not in sections:
+            raise ConfigError(f"matrix: {name} cannot set {key}; an entry sets keys of {', '.join(sections)}")
+    words = ", ".join(f"{key}={value}" for key, value in own.items())
+    label = str(item.get("label", f"{name} ({words})" if words else name))
+    # A variant is compared with no number of the paper unless its entry names one.
+    return Entry(label, name, str(item.get("published", "" if words else name)), settings)
+
+
+def _plain(name: str) -> Entry:
+    return Entry(name, name, name, {})
+
+
+def source_column(facts: Facts, label: str) -> Column:
+    """Return the column of the images of data.source as they are."""
+    return Column(_plain(label), None, images_key(facts.source))
+
+
+def images_key(identity: str) -> str:
+    """Return the key of images that nothing has changed."""
+    return digest(["clean", VERSION, identity])
+
+
+def _columns(config: Config, facts: Facts) -> list[Column]:
+    columns = [source_column(facts, CLEAN)] if config.matrix.clean else []
+    for entry in entries(config.matrix.poisons, ("poison",)):
+        if entry.label == CLEAN:
+            raise ConfigError("matrix.poisons: `clean` is no poison; set matrix.clean: true")
+        chosen = with_overrides(config, {"poison.name": entry.name, **entry.settings})
+        poison = resolved_poison(chosen.poison)
+        numbers = poison.model_dump(mode="json", exclude=POISON_NOT_IN_KEY)
+        parts = ["poison", VERSION, facts.source, numbers, config.run.seed]
+        if attacks_denoiser(chosen):
+            parts.append(chosen.poison.denoiser or denoiser_key(chosen, facts, chosen.matrix.sparse_limit))
+        columns.append(Column(entry, chosen.model_copy(update={"poison": poison}), digest(parts)))
+    return columns
+
+
+def attacks_denoiser(config: Config) -> bool:
+    """Return whether the poison is made against a denoiser, which must be there first."""
+    return config.poison.name == "adp" and config.poison.variant == "strong"
+
+
+def _row(config: Config, entry: Entry, facts: Facts) -> Row:
+    defense = combine(entry.name)
+    chosen = with_overrides(config, entry.settings)
+    chosen = chosen.model_copy(update={"defense": resolved_defense(chosen.defense)})
+    denoiser = ""
+    if any(DEFENSES[one].transform in PURIFICATIONS for one in transforms(entry.name)):
+        denoiser = denoiser_key(chosen, facts, chosen.matrix.sparse_limit)
+    if defense.dilution:
+        sparse_of(facts, chosen.matrix.sparse_limit, entry.label)
+    compensation = defense.compensation(chosen) if defense.compensation else CompensationConfig(mode="none")
+    return Row(entry, chosen, compensation, denoiser)
+
+
+def transforms(name: str) -> list[str]:
+    """Return the names of the transforms of a defense, in order.
+
+    A transform is named after the first of DEFENSES that has it, wherever its code is: keys are made of the names.
+    """
+    used = [found for part in name.split("+") if (found := DEFENSES[part].transform)]
+    return [next(key for key, defense in DEFENSES.items() if defense.transform is one) for one in used]
+
+
+def denoiser_key(config: Config, facts: Facts, part: float | None) -> str:
+    """Return the key of the denoiser of `config`, made of the weights of a given one, else of what trains it.
+
+    `part` is the setting that chooses its sparse images.
+    """
+    from eclipse_ray.training import NOT_IN_FINGERPRINT
+
+    if config.purify.denoiser:
+        return digest(["weights", facts.weights])
+    sparse = sparse_of(facts, part, "the denoiser")
+    settings = config.denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
+    return digest(["denoiser", VERSION, settings, sparse, config.data.resize, config.run.seed])
+
+
+def sparse_of(facts: Facts, part: float | None, who: str) -> str:
+    """Return the digest of sparse images. Raises ConfigError if there are none; `who` needs them."""
+    if part not in facts.sparse:
+        raise ConfigError(f"{who} needs the sparse clean set; name it in data.clean")
+    return facts.sparse[part]
+
+
+def sparse_counts(config: Config) -> set[int | None]:
+    """Return every number of sparse images that a row of the matrix asks for; None stands for all."""
+    own = [entry.settings for entry in entries(config.matrix.defenses, DEFENSE_SECTIONS)]
+    return {config.matrix.sparse_limit, *(one.get("matrix.sparse_limit") for one in own)}
+
+
+def _victim(config: Config, entry: Entry) -> Victim:
+    return Victim(entry, with_overrides(config, {"victim.arch": entry.name, **entry.settings}).victim)
+
+
+def defended_key(images: str, row: Row) -> str:
+    """Return the key of the images `images` under the transforms of a row: the same key when nothing changes them.
+
+    Rows with the same transforms, such as ECLIPSE and its ablations A, AB and AC, share one set.
+    """
+    used = transforms(row.entry.name)
+    if not used:
+        return images
+    config = row.config
+    settings: list[Any] = [used, config.run.seed]
+    # These two do not read the section `defense`.
+    if any(one not in ("eclipse", "eclipse-baked") for one in used):
+        settings.append(_defense_settings(config))
+    if row.denoiser:
+        purify = config.purify.model_dump(mode="json", include=PURIFY_IN_KEY)
+        settings += [row.denoiser, purify, ENGINE_VERSION]
+    if "eclipse-baked" in used:
+        settings.append(config.compensation.model_dump(mode="json"))
+    return digest(["defended", VERSION, images, settings])
+
+
+def _defense_settings(config: Config) -> dict[str, Any]:
+    return config.defense.model_dump(mode="json")
+
+
+def _title(column: Column, row: Row, victim: Victim, seed: int) -> str:
+    return f"{column.entry.label}, {row.entry.label}, {victim.entry.label}, seed {seed}"
+
+
+def _seeds(config: Config, count: int) -> list[int]:
+    return [config.run.seed + index for index in range(count)]
+
+
+def _comes_first(config: Config, column: Column, row: Row) -> bool:
+    poisons, defenses = config.matrix.first_poisons, config.matrix.first_defenses
+    early = column.config is None or not poisons or column.entry.label in poisons
+    return early and (not defenses or row.entry.label in defenses)
+
+
+def _check_first(name: str, first: Sequence[str], found: Sequence[Entry]) -> None:
+    labels = [entry.label for entry in found]
+    for label in first:
+        if label not in labels:
+            raise ConfigError(f"matrix.{name}: {label} is not listed; it has {', '.join(labels)}")

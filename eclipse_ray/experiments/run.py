@@ -1,0 +1,359 @@
+"""Run an experiment: make what its recipes need, measure what is missing, and go on after any end.
+
+The ledger is ours: a finished recipe is an object results/<key>.json, written by put-if-absent. So a grid may grow
+between two runs, its order may change, and nothing of Ray has to be restored. The cells of a grid run as tasks of Ray,
+the trials of a sweep in Ray Tune.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+import ray
+from ray import tune
+
+from eclipse_ray.cluster.connect import Resources, connect, require_place
+from eclipse_ray.cluster.metrics import open_curves
+from eclipse_ray.cluster.work import (
+    BoardWatcher,
+    Done,
+    Tasks,
+    Watch,
+    message_of,
+    on_threads,
+    run_tasks,
+    run_trials,
+    shares,
+    start_board,
+)
+from eclipse_ray.config import Config, to_yaml
+from eclipse_ray.errors import EclipseError, InterruptedRunError
+from eclipse_ray.experiments import artifacts, rows, search
+from eclipse_ray.experiments.experiment import Experiment, open_evaluation, open_matrix, open_sweep
+from eclipse_ray.experiments.recipe import Column, Need, Recipe, attacks_denoiser, denoiser_key
+from eclipse_ray.experiments.worker import Bench, KeepStopped, Progress, defend, likeness, measure, try_point
+from eclipse_ray.log import say
+from eclipse_ray.poisoning import fits_at_once
+from eclipse_ray.progress import ProgressLine
+from eclipse_ray.results import (
+    EvaluateResult,
+    MatrixPlan,
+    MatrixResult,
+    MatrixView,
+    SweepPlan,
+    SweepResult,
+    SweepView,
+)
+
+CELLS_AHEAD = 4
+"""Size of a group of recipes that is made ready together, in recipes per concurrent victim."""
+RETRIES = 2
+"""How often a task whose process died is begun again."""
+
+
+def evaluate(config: Config) -> EvaluateResult:
+    """Train evaluate.seeds victims on data.source and test them on data.test; the last epoch decides.
+
+    Raises InputError for missing labels, sets that share images, or images of two sizes.
+    """
+    experiment = open_evaluation(config)
+    runner = _Runner(experiment, f"evaluate {PurePosixPath(str(config.data.source)).name}", config.data.output)
+    with runner.line:
+        runner.train(experiment.grid.recipes, {})
+    if experiment.failures:
+        message = next(iter(experiment.failures.values()))
+        raise EclipseError(f"training of a victim stopped: {message}; run the same command again to resume")
+    return rows.evaluation(experiment)
+
+
+def matrix(config: Config, write: Callable[[str, MatrixView], object]) -> MatrixResult:
+    """Measure what is missing of the section `matrix`; `write` is given the folder and all rows after each group.
+
+    A cell that fails does not hold up the others and stands in `failures` by its title.
+    """
+    experiment = open_matrix(config)
+    _measure(experiment, lambda: write(experiment.store.url, rows.matrix_view(experiment)))
+    return rows.matrix_result(experiment)
+
+
+def sweep(config: Config, write: Callable[[str, SweepView], object]) -> SweepResult:
+    """Search as the section `sweep` says; `write` is given the folder and all rows at the end, in any case.
+
+    A trial that fails does not hold up the others and stands in `failures` by its title.
+    """
+    experiment = open_sweep(config)
+    _search(experiment, lambda: write(experiment.store.url, rows.sweep_view(experiment)))
+    return rows.sweep_result(experiment)
+
+
+def plan_matrix(config: Config) -> MatrixPlan:
+    """Return which cells a run would measure and about how long it would take; nothing is written."""
+    return rows.matrix_plan(open_matrix(config))
+
+
+def plan_sweep(config: Config) -> SweepPlan:
+    """Return which trials a run would do and about how long it would take; nothing is written."""
+    return rows.sweep_plan(open_sweep(config))
+
+
+def _measure(experiment: Experiment, publish: Callable[[], object]) -> None:
+    _start(experiment)
+    try:
+        missing = experiment.missing()
+        if not missing:
+            say(f"matrix: all {len(experiment.grid.recipes)} cells are measured already")
+            return
+        runner = _Runner(experiment, "matrix", experiment.output)
+        with runner.line:
+            for group in groups(missing, CELLS_AHEAD * runner.concurrent):
+                runner.prepare_and_train(group)
+                publish()
+    finally:
+        publish()
+
+
+def _search(experiment: Experiment, publish: Callable[[], object]) -> None:
+    _start(experiment)
+    try:
+        left = experiment.trials_left()
+        if left <= 0:
+            say(f"sweep: all {len(experiment.measured_trials())} trials are measured already")
+            return
+        runner = _Runner(experiment, "sweep", experiment.output)
+        for key, chosen in rows.denoisers_to_train(experiment).items():
+            runner.denoiser(chosen, key)
+        runner.make_sets(experiment.missing(), {})
+        with runner.line:
+            runner.tune(left)
+    finally:
+        publish()
+
+
+def _start(experiment: Experiment) -> None:
+    experiment.store.probe()
+    experiment.store.write("_eclipse/config.yaml", to_yaml(experiment.config).encode())
+
+
+def groups(recipes: list[Recipe], size: int) -> Iterator[list[Recipe]]:
+    """Yield the recipes in order, at least `size` at a time, never parting those of one column."""
+    group: list[Recipe] = []
+    for index, recipe in enumerate(recipes):
+        if len(group) >= size and recipes[index - 1].column.key != recipe.column.key:
+            yield group
+            group = []
+        group.append(recipe)
+    if group:
+        yield group
+
+
+class _Runner:
+    """Makes what recipes need and trains their victims; what fails is written down and left out."""
+
+    def __init__(self, experiment: Experiment, name: str, output: str | None) -> None:
+        self.experiment, self.config, self.name = experiment, experiment.config, name.split()[0]
+        # First, so that a logger that is not there is refused before Ray starts.
+        self.curves = open_curves(self.config.run.loggers, output)
+        self.resources = connect(self.config)
+        self.gpus, self.concurrent, self.threads = share(self.config, self.name, self.resources)
+        self.cpus = self.threads * self.resources.cpus_per_core
+        require_place(self.resources, self.cpus, self.gpus, f"a victim of {self.name}")
+        sets, weight = experiment.sets, self.config.sweep.fidelity_weight
+        self.bench = ray.put(Bench(replace(sets, sparse=None), experiment.cache, self.threads, weight))
+        self.board = start_board()
+        missing = experiment.missing() if experiment.output else experiment.grid.recipes
+        epochs = sum(recipe.victim.config.epochs for recipe in missing)
+        if experiment.space and experiment.trials is None:
+            epochs = experiment.trials_left() * self.config.sweep.seeds * self.config.victim.epochs
+        self.line = ProgressLine(name, "epochs", epochs, self.config.run.progress_seconds)
+        self.total, self.seen = len(experiment.grid.recipes), set[tuple[str, int]]()
+        self.copies: dict[str, int] = {}
+        for recipe in experiment.grid.recipes:
+            self.copies[recipe.key] = self.copies.get(recipe.key, 0) + 1
+        self.finished = self.total - sum(self.copies[recipe.key] for recipe in missing)
+        trials = experiment.measured_trials() if experiment.space else []
+        scores = [(rows.trial_score(experiment, trial), trial.title) for trial in trials]
+        self.best: tuple[float, str] | None = max(scores, default=None)
+
+    def prepare_and_train(self, recipes: list[Recipe]) -> None:
+        """Make what the recipes need, then train their victims."""
+        columns = self._columns(recipes)
+        recipes = [recipe for recipe in recipes if recipe.column.key in columns]
+        looks = [self._likeness(key, ref) for key, ref in columns.items() if ref is not None]
+        made = self.make_sets(recipes, columns)
+        if looks:
+            ray.wait(looks, num_returns=len(looks))
+        ready = [recipe for recipe in recipes if all(need.key in made for need in recipe.needs)]
+        self.train(ready, columns)
+
+    def train(self, recipes: list[Recipe], columns: dict[str, Any]) -> None:
+        """Train the victims of recipes whose sets are there; `columns` are references to poisoned images."""
+        jobs = {one.key: (one, self.bench, columns.get(one.column.key), self.board) for one in recipes}
+        by_key = {recipe.key: recipe for recipe in recipes}
+
+        watch = Watch(self.name, "epoch", self.config.run.watchdog_seconds)
+        with BoardWatcher(self.board, self._show, watch):
+            for key, done in self._each(measure, jobs, watch):
+                if done.error:
+                    self._failed([by_key[key]], done.error)
+                else:
+                    self.experiment.results[key] = done.value()
+
+    def make_sets(self, recipes: list[Recipe], columns: dict[str, Any]) -> set[str]:
+        """Make the transformed sets of `recipes`; return the keys of all that are there."""
+        needs = {need.key: need for recipe in recipes for need in recipe.needs}
+        cache = self.experiment.cache
+        made = {key for key in needs if cache.note("defended", key) is not None}
+        wanted = {key: need for key, need in needs.items() if key not in made}
+        failed: dict[str, BaseException] = {}
+        for key, need in list(wanted.items()):
+            try:
+                if need.row.denoiser:
+                    self.denoiser(need.row.config, need.row.denoiser)
+            except InterruptedRunError:
+                raise
+            except EclipseError as error:
+                failed[key] = error
+                del wanted[key]
+        if wanted:
+            say(f"{self.name}: {self._so_far()}; {len(wanted)} transformed sets")
+            made |= self._make(wanted, columns, failed)
+        for key, cause in failed.items():
+            self._failed([one for one in recipes if any(need.key == key for need in one.needs)], cause)
+        return made
+
+    def _make(
+        self, wanted: dict[str, Need], columns: dict[str, Any], failed: dict[str, BaseException]
+    ) -> set[str]:
+        jobs = {
+            key: (need, self.bench, columns.get(need.column.key) if need.column else None)
+            for key, need in wanted.items()
+        }
+        line = ProgressLine("transform", "sets", len(jobs), self.config.run.progress_seconds)
+
+        with line:
+            # A set is made in one task that tells nothing on the way: it may take any time.
+            for key, done in self._each(defend, jobs, Watch(self.name, "set")):
+                if done.error:
+                    failed[key] = done.error
+                line.advance(1, failed=int(key in failed))
+        return wanted.keys() - failed.keys()
+
+    def denoiser(self, config: Config, key: str) -> str:
+        """Return the folder of the denoiser `key`, which a row or a poison needs, fitted if it was not before."""
+        experiment = self.experiment
+        part = config.sweep.sparse_percent if experiment.space else config.matrix.sparse_limit
+        images, clean = experiment.sets.parts.get(part), experiment.sets.sparse
+        whole = images is None or clean is None or len(images.ids) == len(clean.ids)
+        ids = None if images is None or whole else images.ids
+        return artifacts.fit_denoiser(config, experiment.cache, key, ids, experiment.facts.sparse.get(part, ""))
+
+    def _columns(self, recipes: list[Recipe]) -> dict[str, Any]:
+        """Return references to the images of columns, by key; None for those that no poison changes.
+
+        Poisons are fitted side by side if there is room; a column that cannot be made is left out.
+        """
+        columns = {recipe.column.key: recipe.column for recipe in recipes}
+        works = [partial(self._column, column, recipes) for column in columns.values() if column.config]
+        made = on_threads(works, fits_at_once(self.resources), "the making of poisons")
+        poisoned = [key for key, column in columns.items() if column.config]
+        found = {key: ref for key, ref in zip(poisoned, made, strict=True) if ref is not None}
+        return {key: found.get(key) for key, column in columns.items() if not column.config or key in found}
+
+    def _column(self, column: Column, recipes: list[Recipe]) -> Any:
+        """Return a reference to the column's images, or None after a failure."""
+        experiment, config = self.experiment, column.config
+        sets, facts = experiment.sets, experiment.facts
+        assert config is not None
+        try:
+            denoiser = None
+            if attacks_denoiser(config):
+                denoiser = self.denoiser(config, denoiser_key(config, facts, config.matrix.sparse_limit))
+            ids = None if len(sets.source.ids) == sets.total else sets.source.ids
+            artifacts.ensure_poison(column, experiment.cache, denoiser, ids, facts)
+        except EclipseError as error:
+            self._failed([recipe for recipe in recipes if recipe.column.key == column.key], error)
+            return None
+        url = experiment.cache.url("poisons", column.key)
+        return self._io_task(artifacts.load_column).remote(url, sets.source.ids, self.config.data.max_pixels)
+
+    def _likeness(self, key: str, images: Any) -> Any:
+        return self._io_task(likeness).remote(key, self.bench, images)
+
+    def tune(self, left: int) -> None:
+        """Run the missing trials of a sweep inside Ray Tune, or as many as Optuna may still choose."""
+        experiment = self.experiment
+        optuna = experiment.trials is None
+        done = experiment.measured_trials() if optuna else []
+        scores = [(trial.point, rows.trial_score(experiment, trial)) for trial in done]
+        missing = {recipe.key for recipe in experiment.missing()}
+        points = [one.point for one in experiment.trials or [] if missing & {each.key for each in one.recipes}]
+        trial = tune.with_parameters(
+            try_point, config=self.config, facts=experiment.facts, bench=[self.bench], board=self.board
+        )
+        # A trial that fails reports its message and no score.
+        os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+        with BoardWatcher(self.board, self._show):
+            failed = run_trials(
+                trial,
+                search.tune_space(None if optuna else points),
+                {"cpu": self.cpus, "gpu": self.gpus},
+                search.tune_config(
+                    self.config, experiment.space, scores, left if optuna else None, self.concurrent
+                ),
+                # A trial may have to purify first, which tells nothing on the way: it may take any time.
+                Watch(self.name, "trial"),
+                [KeepStopped(experiment.store)],
+            )
+        for parameters, message in failed:
+            experiment.failures[search.title_of(search.tuned_point(parameters))] = message
+
+    def _each(
+        self, function: Callable[..., Any], jobs: Mapping[str, tuple[Any, ...]], watch: Watch
+    ) -> Iterator[tuple[str, Done]]:
+        """Run `function` as a task of Ray for each job; yield the key of each job that has ended, and its end."""
+        tasks = Tasks(function, self.concurrent, self.cpus, self.gpus, RETRIES)
+        keys = list(jobs)
+        return ((keys[done.number], done) for done in run_tasks(tasks, jobs.values(), watch))
+
+    def _io_task(self, function: Callable[..., Any]) -> Any:
+        return ray.remote(num_cpus=self.resources.cpus_per_core)(function)
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        progress = Progress(**entry)
+        # A victim that Ray had to start again reports its first epochs twice.
+        if (progress.key, progress.epoch) in self.seen:
+            return
+        self.seen.add((progress.key, progress.epoch))
+        if progress.last:
+            self.finished += self.copies.get(progress.key, 1)
+            self.best = max(self.best or (progress.score, progress.title), (progress.score, progress.title))
+        self.curves.log({progress.title: progress.test_accuracy}, progress.epoch)
+        reached = f"{progress.title}: {progress.test_accuracy:.1f} %"
+        if self.experiment.space:
+            reached = f"best so far {self.best[0]:.1f}: {self.best[1]}" if self.best else ""
+        elif self.experiment.output:
+            reached = f"{self._so_far()}, {reached}"
+        self.line.advance(1, note=reached)
+
+    def _so_far(self) -> str:
+        return f"{self.finished}/{self.total} cells"
+
+    def _failed(self, recipes: list[Recipe], error: BaseException) -> None:
+        message = message_of(error)
+        self.experiment.failures |= {recipe.title: message for recipe in recipes}
+        say(f"{self.name}: {len(recipes)} cells failed, {recipes[0].title} among them: {message}")
+
+
+def share(config: Config, name: str, resources: Resources) -> tuple[float, int, int]:
+    """Return (GPUs of a victim, victims at the same time, CPU threads of each) for evaluate, matrix or sweep."""
+    if name == "evaluate":
+        seeds = config.evaluate.seeds
+        gpus = min(1.0, resources.gpus / seeds) if resources.gpus else None
+        return shares(gpus, seeds, resources)
+    limits = config.sweep if name == "sweep" else config.matrix
+    return shares(limits.num_gpus, limits.max_concurrent, resources)

@@ -23,7 +23,7 @@ def to_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     style, script = _asset("report.css"), _asset("report.js")
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     environment = Environment(
-        loader=PackageLoader("eclipse_ray.report", TEMPLATES),
+        loader=PackageLoader("eclipse_ray.reports", TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -41,7 +41,7 @@ def to_html(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("eclipse_ray.report").joinpath(TEMPLATES, name).read_text(encoding="utf-8")
+    return files("eclipse_ray.reports").joinpath(TEMPLATES, name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.config.paths import did_you_mean
-from eclipse_ray.datasets import cifar, folder, npz, parquet, webdataset
+from eclipse_ray.datasets import cifar, folder, npz, parquet, published, webdataset
 from eclipse_ray.datasets.table import Part, Span, extra_columns, with_classes
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage import is_hidden
@@ -44,6 +44,7 @@ FORMATS: dict[str, Format] = {
     "webdataset": Format(webdataset.claims, webdataset.list_parts, webdataset.read_rows),
     "npz": Format(npz.claims, npz.list_parts, npz.read_rows),
     "cifar": Format(cifar.claims, cifar.list_parts, cifar.read_rows),
+    "published": Format(published.claims, published.list_parts, published.read_rows),
 }
 
 
@@ -77,8 +78,8 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     if not found:
         raise InputError(
             f"{url}: found {len(entries)} files, none of them Parquet (.parquet), an image (.png, .jpg, ...), a "
-            "WebDataset (.tar), a NumPy archive (.npz) or a CIFAR batch (data_batch_1, ...); name the folder that "
-            "holds the data"
+            "WebDataset (.tar), a NumPy file (.npz, .npy), a CIFAR batch (data_batch_1, ...) or a "
+            "published poison (.pt, .pth, .pkl); name the folder that holds the data"
         )
     if len(found) > 1:
         some = ", ".join(f"{len(claimed)} {name} ({claimed[0].key})" for name, claimed in found.items())

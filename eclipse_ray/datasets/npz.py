@@ -10,8 +10,9 @@ import io
 import math
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -22,6 +23,18 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import PARSER_ERRORS
 from eclipse_ray.datasets.images import Pixels, decode_required, encode_image
+from eclipse_ray.datasets.published import (
+    Form,
+    Layout,
+    are_labels,
+    check_sides,
+    label_files,
+    layout_of,
+    order_of,
+    state,
+    to_labels,
+    to_pixels,
+)
 from eclipse_ray.datasets.table import (
     FILE_BYTES,
     FILE_IMAGES,
@@ -40,10 +53,12 @@ from eclipse_ray.storage.store import Entry, Store
 _DEFAULT_IMAGES = DataConfig.model_fields["image_column"].default
 _DEFAULT_LABELS = DataConfig.model_fields["label_column"].default
 # Names of arrays that hold the images, the labels, the ids and the class names.
-IMAGES = ("images", "image", "x", "x_train", "data")
-LABELS = ("labels", "label", "y", "y_train")
+IMAGES = ("images", "image", "x", "X", "x_train", "X_train", "data")
+LABELS = ("labels", "label", "targets", "target", "y", "Y", "y_train", "Y_train")
 IDS, CLASSES = "id", "classes"
-_ADVICE = "expected uint8 images as (N, H, W, 3) or (N, H, W), rows first; convert them and save the file again"
+_ADVICE = (
+    "expected images as (N, H, W, 3), (N, 3, H, W) or (N, H, W), rows first; convert them and save the file again"
+)
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -72,14 +87,32 @@ def claims(key: str) -> bool:
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part per file, from the array headers only, and the class names if the file or a note has them.
 
-    Raises InputError for object arrays, for a file without uint8 images, and if the labels do not match the
+    Raises InputError for object arrays, for a file without images, and if the labels do not match the
     images.
     """
     parts = []
+    forms: dict[Form, int] = {}
+    beside = {entry.key: _labels_beside(store, entry.key) for entry in entries}
     for entry in entries:
+        if entry.key in beside.values():
+            continue
+        where, version = f"{store.url}/{entry.key}", entry.version
         with store.open(entry.key) as file:
-            chosen = _choose(f"{store.url}/{entry.key}", _arrays(store, entry.key, file), config)
-            parts.append(Part(entry.key, chosen.images.shape[0], entry.size, entry.version))
+            chosen = _choose(where, _arrays(store, entry.key, file), config)
+            labels, images = chosen.labels, chosen.images
+            if labels is not None and not (len(labels.shape) == 1 and labels.dtype.kind in "iu"):
+                to_labels(where, _rows(where, file, labels, 0, labels.shape[0]))
+        text = "without labels" if labels is None else "with labels"
+        label_key = beside[entry.key]
+        if label_key is not None:
+            _labels_of(store, label_key, images.shape[0])
+            version, text = f"{version}+{store.entry(label_key).version}", f"with the labels of {label_key}"
+        layout = _layout(store.url, entry.key, entry.version, images)
+        if images.dtype != np.uint8 or layout.order not in ("HWC", "gray") or label_key is not None:
+            form = Form(layout, images.dtype.name, text)
+            forms[form] = forms.get(form, 0) + images.shape[0]
+        parts.append(Part(entry.key, images.shape[0], entry.size, version))
+    state(store.url, forms)
     classes = noted_classes(store) or _own_classes(store, entries[0].key)
     return [part for part in parts if part.rows], classes
 
@@ -97,7 +130,7 @@ def read_rows(
         chosen = _choose(where, arrays, config)
         if stop > chosen.images.shape[0]:
             raise InputError(f"{where}: has fewer than {stop} rows now; it changed, start again from the listing")
-        pixels = _rows(where, file, chosen.images, start, stop).view(np.uint8)
+        values = _rows(where, file, chosen.images, start, stop)
         labels = None if chosen.labels is None else _rows(where, file, chosen.labels, start, stop)
         ids = next((array for array in chosen.extras if array.name == IDS), None)
         names = [f"{key}#{row}" for row in range(start, stop)]
@@ -108,8 +141,10 @@ def read_rows(
             for array in chosen.extras
             if array.name != IDS
         }
-    if pixels.ndim == 3:
-        pixels = np.repeat(pixels[..., None], 3, axis=3)
+    label_key = _labels_beside(store, key)
+    if label_key is not None:
+        labels = _labels_of(store, label_key, chosen.images.shape[0])[start:stop]
+    pixels = to_pixels(where, values, _layout(store.url, key, store.entry(key).version, chosen.images))
     return canonical_table(
         names,
         [encode_image(image, "png") for image in pixels],
@@ -182,16 +217,13 @@ def _header(name: str, file: BinaryIO) -> Array:
 
 def _choose(where: str, arrays: dict[str, Array], config: DataConfig) -> Chosen:
     images = _image_array(where, arrays, config)
-    if not _is_like_images(images) or images.shape[3:] not in ((), (3,)):
+    order = order_of(images.shape, images.dtype)
+    if order is None or images.dtype.kind not in "iuf":
         raise InputError(f"{where}: array {images.name!r} is {images.dtype} {images.shape}; {_ADVICE}")
-    rows, height, width = images.shape[:3]
-    if rows and not 0 < height * width <= config.max_pixels:
-        raise InputError(
-            f"{where}: its images have {width}x{height} pixels, data.max_pixels permits {config.max_pixels}; "
-            "set it higher or store image files"
-        )
+    check_sides(where, images.shape, order, config)
+    rows = images.shape[0]
     labels = _label_array(where, arrays, images, config)
-    if labels is not None and (labels.shape != (rows,) or labels.dtype.kind not in "iu"):
+    if labels is not None and not are_labels(labels.shape, labels.dtype, rows):
         raise InputError(
             f"{where}: array {labels.name!r} is {labels.dtype} {labels.shape}, expected {rows} integer labels; "
             "name another one with --set data.label_column=NAME"
@@ -256,11 +288,38 @@ def _extra_arrays(
 
 
 def _checked(where: str, labels: NDArray[np.generic], classes: Sequence[str] | None) -> NDArray[np.int64]:
-    for label in labels.tolist():
-        if label >= 2**63:
-            raise InputError(f"{where}: label {label} is out of range; mend it")
+    whole = to_labels(where, labels)
+    for label in whole.tolist():
         check_label(where, label, classes)
-    return labels.astype(np.int64)
+    return whole
+
+
+def _labels_beside(store: Store, key: str) -> str | None:
+    if not key.lower().endswith(".npy"):
+        return None
+    return next((name for name in label_files(key) if store.exists(name)), None)
+
+
+def _labels_of(store: Store, key: str, rows: int) -> NDArray[np.int64]:
+    where = f"{store.url}/{key}"
+    with store.open(key) as file:
+        array = _arrays(store, key, file)[""]
+        if not are_labels(array.shape, array.dtype, rows):
+            raise InputError(
+                f"{where}: holds {array.dtype} {array.shape} where the labels of {rows} images are expected; "
+                "mend it, or move it elsewhere to read the images without labels"
+            )
+        return to_labels(where, _rows(where, file, array, 0, rows))
+
+
+# A file is sampled once per process, not once per shard; `version` tells that it is still the same file.
+@lru_cache(maxsize=256)
+def _layout(url: str, key: str, version: str, images: Array) -> Layout:
+    where = f"{url}/{key}"
+    with Store(url).open(key) as file:
+        return layout_of(
+            where, images.shape, images.dtype, lambda start, stop: _rows(where, file, images, start, stop)
+        )
 
 
 def _column(where: str, values: NDArray[np.generic]) -> pa.Array:
@@ -321,6 +380,19 @@ def _own_classes(store: Store, key: str) -> list[str] | None:
             return None
         where = f"{store.url}/{key}"
         return _texts(where, _rows(where, file, array, 0, array.shape[0]))
+
+
+def read_array(store: Store, key: str) -> tuple[Array, Callable[[int, int], NDArray[np.generic]]]:
+    """Return the header of the array in an .npy file, and a function that reads some of its rows."""
+    where = f"{store.url}/{key}"
+
+    def rows(start: int, stop: int) -> NDArray[np.generic]:
+        with store.open(key) as file:
+            return _rows(where, file, array, start, stop)
+
+    with store.open(key) as file:
+        array = _arrays(store, key, file)[""]
+    return array, rows
 
 
 def _stack_images(url: str, table: pa.Table, config: DataConfig) -> Pixels:

@@ -382,6 +382,15 @@ def _own_classes(store: Store, key: str) -> list[str] | None:
         return _texts(where, _rows(where, file, array, 0, array.shape[0]))
 
 
+def labels_beside(store: Store, key: str) -> NDArray[np.int64] | None:
+    """Return the labels that lie in a file beside the .npy file `key`, None if there is none."""
+    label_key = _labels_beside(store, key)
+    if label_key is None:
+        return None
+    with store.open(key) as file:
+        return _labels_of(store, label_key, _arrays(store, key, file)[""].shape[0])
+
+
 def read_array(store: Store, key: str) -> tuple[Array, Callable[[int, int], NDArray[np.generic]]]:
     """Return the header of the array in an .npy file, and a function that reads some of its rows."""
     where = f"{store.url}/{key}"

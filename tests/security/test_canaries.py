@@ -19,6 +19,7 @@ from eclipse_ray import cli
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.perturbation import apply
 from eclipse_ray.errors import InputError
 
 CONFIG = DataConfig()
@@ -105,6 +106,71 @@ def test_npy_that_is_a_plain_pickle(tmp_path, canary):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a.npy").write_bytes(pickle.dumps(Touch(canary)))
     refused(tmp_path / "src", "a.npy", "not a readable NumPy file")
+
+
+FORMS = {
+    "pair": lambda bad: [(bytes(192), 0), (bytes(192), bad)],
+    "image": lambda bad: [(bad, 0)],
+    "dict": lambda bad: {"data": torch.zeros(2, 3, 8, 8), "labels": torch.zeros(2), "extra": bad},
+    "tuple": lambda bad: (torch.zeros(2, 3, 8, 8), bad),
+    "lone": lambda bad: bad,
+    "objects": lambda bad: np.array([bad, None], dtype=object),
+}
+
+
+def write_published(file: Path, content: object, form: str) -> None:
+    if form == "pickle":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pkl", ".pickle"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("place", FORMS)
+def test_published_set(tmp_path, canary, suffix, form, place):
+    (tmp_path / "src").mkdir()
+    file = tmp_path / "src" / f"poison{suffix}"
+    write_published(file, FORMS[place](Touch(canary)), form)
+    refused(tmp_path / "src", file.name, "not a readable pickle" if place == "objects" else "can run code")
+
+
+def test_tensor_whose_values_are_a_pickle_of_their_own(tmp_path, canary):
+    class Tensor:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (pickle.dumps(Touch(canary)),)
+
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "poison.pkl").write_bytes(pickle.dumps([(Tensor(), 0)]))
+    refused(tmp_path / "src", "poison.pkl", "it was not written by torch.save")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("role", ["perturbation", "index"])
+def test_perturbation_and_index_file(tmp_path, canary, form, role):
+    np.savez(tmp_path / "clean.npz", images=IMAGES, labels=np.zeros(2, int))
+    np.save(tmp_path / "good.npy", np.zeros((2, 3, 32, 32), np.float32))
+    write_published(tmp_path / "bad.pt", {"delta": Touch(canary)}, form)
+    delta, index = ("bad.pt", "order") if role == "perturbation" else ("good.npy", str(tmp_path / "bad.pt"))
+    with pytest.raises(InputError) as caught:
+        apply(str(tmp_path / delta), str(tmp_path / "clean.npz"), str(tmp_path / "out"), CONFIG, index=index)
+    one_sentence(str(caught.value), "bad.pt", "can run code")
+
+
+@pytest.mark.parametrize("role", ["perturbation", "index", "labels"])
+def test_npy_of_objects_beside_or_as_a_perturbation(tmp_path, canary, role):
+    (tmp_path / "src").mkdir()
+    good, bad = tmp_path / "src" / "x_train.npy", tmp_path / "src" / "y_train.npy"
+    np.save(good, np.zeros((2, 32, 32, 3), np.float32))
+    np.save(bad, np.array([Touch(canary), None], dtype=object), allow_pickle=True)
+    if role == "labels":
+        refused(tmp_path / "src", "y_train.npy", "pickled objects, which can run code")
+        return
+    np.savez(tmp_path / "clean.npz", images=IMAGES, labels=np.zeros(2, int))
+    delta, index = (str(bad), "order") if role == "perturbation" else (str(good), str(bad))
+    with pytest.raises(InputError) as caught:
+        apply(delta, str(tmp_path / "clean.npz"), str(tmp_path / "out"), CONFIG, index=index)
+    one_sentence(str(caught.value), "y_train.npy", "pickled objects, which can run code")
 
 
 def write_tar(folder: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:

@@ -1,0 +1,137 @@
+"""Labels for images that were published without them, from the clean set of which they are poisoned copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from eclipse_ray.config import DataConfig, Layout
+from eclipse_ray.datasets.formats import Source, open_source, read_tables
+from eclipse_ray.datasets.images import Pixels, decode_required
+from eclipse_ray.datasets.table import canonical_table, extra_columns, image_bytes
+from eclipse_ray.datasets.write import refuse_existing, write_dataset
+from eclipse_ray.errors import InputError
+from eclipse_ray.log import say
+from eclipse_ray.storage.store import Store
+
+_POOL = 8
+# So many nearest clean images are looked at; more copies of one image than this are no dataset.
+_NEAREST = 8
+# The second nearest clean image must be this many times farther away (squared) than the nearest one.
+_MARGIN = 1.5
+# Squared distance of pooled images below which two clean images with one label are copies of each other.
+_COPY = 200.0
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Images that got a label, and the least squared distance by which the second nearest image was farther."""
+
+    images: int
+    margin: float
+    output: str
+
+
+def labels_from(
+    source: str, clean: str, output: str, data_config: DataConfig, layout: Layout = "parquet"
+) -> Matched:
+    """Write the images of `source` with the labels of `clean`, matched by content; return how many matched.
+
+    Both are averaged to 8x8x3 and each image takes the label of its nearest clean image. Labels that `source` has
+    are replaced; ids, bytes and extra columns are kept. Raises InputError unless every image has one such clean
+    image: much nearer than the next one, except for copies with the same label, and not shared with another image.
+    """
+    refuse_existing(Store(output))
+    poisoned, known = open_source(source, data_config), open_source(clean, data_config)
+    ids, pooled, _ = _pooled(poisoned, data_config)
+    _, clean_pooled, labels = _pooled(known, data_config)
+    if (labels < 0).any():
+        raise InputError(f"{clean}: has images without labels; name a clean set with a label for every image")
+    nearest, margins, unique = match(pooled, clean_pooled, labels)
+    if not unique.all():
+        first = int(np.flatnonzero(~unique)[0])
+        raise InputError(
+            f"{source}: {int(unique.sum()):,} of {len(ids):,} images match exactly one image of {clean}; others "
+            f"do not, such as {ids[first]}; name the clean set from which these images were made"
+        )
+    found = labels[nearest]
+
+    def tables() -> Iterator[pa.Table]:
+        start = 0
+        for table in read_tables(poisoned, data_config):
+            names = table["id"].to_pylist()
+            chosen = found[start : start + len(names)]
+            yield canonical_table(names, image_bytes(table), chosen, extra_columns(table), known.classes)
+            start += len(names)
+
+    images = write_dataset(
+        output, tables(), classes=known.classes, source=source, layout=layout, data_config=data_config
+    )
+    margin = float(margins.min())
+    say(f"{output}: {images:,} of {images:,} images matched, each nearer than the next by at least {margin:,.0f}")
+    return Matched(images, margin, output)
+
+
+def match(
+    images: NDArray[np.float32], clean: NDArray[np.float32], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the nearest clean row (N), by how much the next is farther (N), and whether it is the only one (N).
+
+    `images` and `clean` are float32 (N, 192) and (M, 192); distances are squared.
+    """
+    count = min(_NEAREST, len(clean))
+    nearest = np.empty(len(images), np.int64)
+    margins = np.empty(len(images))
+    unique = np.empty(len(images), np.bool_)
+    copies = np.empty(len(images), np.int64)
+    squares = (clean**2).sum(axis=1)
+    for start in range(0, len(images), _CHUNK):
+        some = images[start : start + _CHUNK]
+        rough = squares - 2 * some @ clean.T
+        near = np.argpartition(rough, count - 1, axis=1)[:, :count]
+        distances = ((clean[near].astype(np.float64) - some[:, None]) ** 2).sum(axis=2)
+        order = np.argsort(distances, axis=1, kind="stable")
+        near, distances = np.take_along_axis(near, order, 1), np.take_along_axis(distances, order, 1)
+        apart = ((clean[near].astype(np.float64) - clean[near[:, :1]]) ** 2).sum(axis=2)
+        same = (apart <= _COPY) & (labels[near] == labels[near[:, :1]])
+        second = np.where(same, np.inf, distances).min(axis=1)
+        stop = start + len(some)
+        nearest[start:stop], copies[start:stop] = near[:, 0], same.sum(axis=1)
+        margins[start:stop] = second - distances[:, 0]
+        unique[start:stop] = second > _MARGIN * distances[:, 0]
+    claims = np.bincount(nearest[unique], minlength=len(clean))[nearest]
+    return nearest, margins, unique & (claims <= copies)
+
+
+def pool(pixels: Pixels) -> NDArray[np.float32]:
+    """Return uint8 (H, W, 3) `pixels`, H and W at least 8, averaged over 8x8 fields as float32 (192)."""
+    values = pixels.astype(np.float64)
+    for axis in (0, 1):
+        edges = np.arange(_POOL + 1) * pixels.shape[axis] // _POOL
+        shape = [1, 1, 1]
+        shape[axis] = _POOL
+        values = np.add.reduceat(values, edges[:-1], axis=axis) / np.diff(edges).reshape(shape)
+    return values.astype(np.float32).ravel()
+
+
+def _pooled(source: Source, data_config: DataConfig) -> tuple[list[str], NDArray[np.float32], NDArray[np.int64]]:
+    ids: list[str] = []
+    labels: list[int] = []
+    pooled = np.empty((source.images, 3 * _POOL * _POOL), np.float32)
+    for table in read_tables(source, data_config):
+        known = "label" in table.column_names
+        labels += table["label"].fill_null(-1).to_pylist() if known else [-1] * table.num_rows
+        for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
+            pixels = decode_required(f"{source.url}: image {name}", data, data_config)
+            if min(pixels.shape[:2]) < _POOL:
+                raise InputError(
+                    f"{source.url}: image {name} is smaller than {_POOL}x{_POOL} pixels; leave it out"
+                )
+            pooled[len(ids)] = pool(pixels)
+            ids.append(name)
+    return ids, pooled, np.array(labels, np.int64)

@@ -1,0 +1,459 @@
+"""Perturbations as their authors publish them, added to the clean set for which they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import npz, published
+from eclipse_ray.datasets.formats import Source, open_source, read_tables
+from eclipse_ray.datasets.images import Pixels, check_encoding, encode_image
+from eclipse_ray.datasets.memory import decode_resized
+from eclipse_ray.datasets.pickles import read_file, text_of, values_of
+from eclipse_ray.datasets.published import order_of, rows_of, to_labels, whole_of
+from eclipse_ray.datasets.table import canonical_table, extra_columns, image_bytes
+from eclipse_ray.datasets.write import refuse_existing, write_dataset
+from eclipse_ray.errors import ConfigError, InputError
+from eclipse_ray.log import say
+from eclipse_ray.storage.store import Store
+
+Half = Literal["signed", "positive"]
+Rounding = Literal["nearest", "truncate"]
+Unit = Literal["auto", "1", "255", "8/255"]
+RECORD = "_eclipse/perturbation.json"
+_ADVICE = (
+    "expected one array of perturbations, as .npy, or as .pt, .pth or .pkl of numbers, text, lists and arrays"
+)
+_KEYS = ("delta", "perturbation", "perturbations", "noise", "model")
+_FACTORS = {"1": 255.0, "255": 1.0, "8/255": 8.0}
+_CHUNK_BYTES = 16 * 2**20
+# A perturbation in [-1, 1] that exceeds this in many pixels is as likely in units of a bound as in units of white.
+_LARGE, _MANY = 0.25, 0.05
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A poisoned dataset: images in all and perturbed ones, and how the perturbation was read and added.
+
+    `linf_255` is the largest change of a stored value, in 1/255; `l2` is the mean L2 norm of the change of a
+    perturbed image with values in [0, 1]. Both are measured after the images were stored in 8 bits.
+    """
+
+    images: int
+    perturbed: int
+    linf_255: int
+    l2: float
+    kind: str
+    unit: str
+    half: str
+    rounding: str
+    output: str
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """A perturbation file: `rows(start, stop)` reads along the first axis; `labels` int64 if they lie beside it.
+
+    `shape` is (rows, ...) of one draw; with `draws` > 1 the first axis of the file counts the draws.
+    """
+
+    where: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    rows: Callable[[int, int], NDArray[Any]]
+    draws: int = 1
+    bounded: bool = False
+    labels: NDArray[np.int64] | None = None
+
+    def whole(self) -> NDArray[Any]:
+        """Return all values as (draws, rows, ...)."""
+        return self.rows(0, self.shape[0] if self.draws == 1 else self.draws).reshape(self.draws, *self.shape)
+
+
+@dataclass
+class _Norms:
+    perturbed: int = 0
+    linf: int = 0
+    l2: float = 0.0
+
+
+def apply(
+    delta: str,
+    clean: str,
+    output: str,
+    data_config: DataConfig,
+    *,
+    half: Half = "signed",
+    rounding: Rounding = "nearest",
+    index: str = "order",
+    seed: int = 0,
+    unit: Unit = "auto",
+) -> Applied:
+    """Write the dataset `clean` with the perturbations of the file `delta` added, and return what was done.
+
+    `half` "positive" drops negative values, as the loader of EM does. `index` is "order" (row i belongs to image
+    i; one row per class or one for all images are recognised), "class" (the row of the image's label), or a file
+    of image numbers to perturb. `unit` says what a value of 1 is; "auto" recognises it from the values. `seed`
+    draws one of several perturbations of an image. Ids, labels and extra columns are those of `clean`. Raises
+    InputError for a perturbation that does not fit the images or whose unit is doubtful.
+    """
+    _check_choices(half, rounding, unit)
+    check_encoding(data_config.encoding, data_config.allow_lossy)
+    refuse_existing(Store(output))
+    source = open_source(clean, data_config)
+    noise = _load(delta)
+    unit = _unit(noise, unit)
+    kind, choose = _chooser(noise, source, data_config, index, seed)
+    say(
+        f"{delta}: read as a {kind} perturbation {noise.dtype} {noise.shape} in units of {unit}, {half}, "
+        f"rounding {rounding}"
+    )
+    norms = _Norms()
+
+    def tables() -> Iterator[pa.Table]:
+        start = 0
+        for table in read_tables(source, data_config):
+            chosen = choose(start, table)
+            yield _perturbed(source, table, chosen, noise, _FACTORS[unit], half, rounding, norms, data_config)
+            start += table.num_rows
+
+    images = write_dataset(output, tables(), classes=source.classes, source=clean)
+    l2 = norms.l2 / max(1, norms.perturbed)
+    applied = Applied(images, norms.perturbed, norms.linf, l2, kind, unit, half, rounding, output)
+    record = {**asdict(applied), "delta": delta, "clean": clean, "index": index, "seed": seed}
+    Store(output).write(RECORD, json.dumps(record, indent=2).encode())
+    say(
+        f"{output}: {norms.perturbed:,} of {images:,} images changed by at most {norms.linf}/255, mean L2 {l2:.3f}"
+    )
+    return applied
+
+
+def _check_choices(half: str, rounding: str, unit: str) -> None:
+    for name, value, known in (
+        ("half", half, ("signed", "positive")),
+        ("round", rounding, ("nearest", "truncate")),
+        ("unit", unit, ("auto", *_FACTORS)),
+    ):
+        if value not in known:
+            raise ConfigError(f"--{name} {value!r} is unknown; use {' or '.join(known)}")
+
+
+# ---- Reading
+
+
+def _file(url: str) -> tuple[Store, str]:
+    store = Store(url)
+    if not store.is_file():
+        raise InputError(f"{url}: there is no such file; name one perturbation file (.pt, .pth, .pkl or .npy)")
+    base, _, key = store.url.rpartition("/")
+    return Store(base or "/"), key
+
+
+def _load(url: str) -> _Delta:
+    store, key = _file(url)
+    where = f"{store.url}/{key}"
+    if key.lower().endswith(".npy"):
+        array, rows = npz.read_array(store, key)
+        delta = _Delta(where, array.shape, array.dtype, rows, labels=npz.labels_beside(store, key))
+    elif key.lower().endswith(published.SUFFIXES):
+        delta = _from_pickle(store, key)
+    else:
+        raise InputError(f"{where}: not a perturbation file; {_ADVICE}")
+    if len(delta.shape) == 5:
+        delta = replace(delta, draws=delta.shape[0], shape=delta.shape[1:])
+    if len(delta.shape) == 3 and delta.draws == 1:
+        lone = delta.rows(0, delta.shape[0])[None]
+        delta = replace(delta, shape=lone.shape, rows=lambda start, stop: lone[start:stop])
+    if (
+        len(delta.shape) != 4
+        or order_of(delta.shape, np.dtype(np.float32)) is None
+        or delta.dtype.kind not in "iuf"
+    ):
+        raise InputError(
+            f"{where}: holds {delta.dtype} {delta.shape}; expected perturbations as (N, 3, H, W), (N, H, W, 3), "
+            "(3, H, W), (H, W, 3) or (K, N, 3, H, W)"
+        )
+    return delta
+
+
+def _from_pickle(store: Store, key: str) -> _Delta:
+    where = f"{store.url}/{key}"
+    with store.open(key) as file:
+        content = read_file(where, file, _ADVICE)
+    if isinstance(content, list | tuple) and len(content) == 2 and values_of(content[0]) is not None:
+        raise InputError(
+            f"{where}: holds a pair; as TAP packs it, that is a perturbation in normalised space and its ids: "
+            "multiply the first by the standard deviation of each channel and save it alone"
+        )
+    names: list[str] = []
+    while isinstance(content, dict):
+        named = {text_of(name): value for name, value in content.items() if isinstance(name, str | bytes)}
+        found = [name for name in _KEYS if name in named]
+        if len(found) != 1:
+            raise InputError(f"{where}: a dict of {', '.join(list(named)[:10]) or 'nothing'}; {_ADVICE}")
+        names.append(found[0])
+        content = named[found[0]]
+    values = values_of(content)
+    if values is None or not values.shape:
+        raise InputError(f"{where}: holds {type(content).__name__}; {_ADVICE}")
+
+    def rows(start: int, stop: int) -> NDArray[Any]:
+        with store.open(key) as file:
+            return rows_of(where, values, file, start, stop)
+
+    # Contrastive poisoning stores multiples of its bound, 8/255.
+    return _Delta(where, tuple(values.shape), values.dtype, rows, bounded=names == ["model", "delta"])
+
+
+def _unit(noise: _Delta, unit: Unit) -> Unit:
+    """Return the unit of a perturbation: the one given, or the one that its values leave no doubt about."""
+    low, high, large, whole = math.inf, -math.inf, 0, True
+    length = noise.shape[0] if noise.draws == 1 else noise.draws
+    row = max(1, math.prod(noise.shape[1:] if noise.draws == 1 else noise.shape) * noise.dtype.itemsize)
+    step = max(1, _CHUNK_BYTES // row)
+    for start in range(0, length, step):
+        values = noise.rows(start, min(start + step, length))
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+        large += int((np.abs(values.astype(np.float32)) > _LARGE).sum())
+        whole = whole and bool((values == np.rint(values)).all())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(f"{noise.where}: holds values that are not finite; mend it")
+    peak = max(-low, high)
+    if peak > 255:
+        raise InputError(f"{noise.where}: holds values from {low:.4g} to {high:.4g}; a perturbation ends at 255")
+    if unit != "auto":
+        return unit
+    if noise.bounded:
+        return "8/255"
+    if noise.dtype.kind in "iu" or peak > 1.001:
+        return "255"
+    dense = large > _MANY * noise.draws * math.prod(noise.shape)
+    if peak and (whole or dense):
+        raise InputError(
+            f"{noise.where}: holds values from {low:.4g} to {high:.4g}, so that its unit is doubtful; say what a "
+            "value of 1 is: --unit 1 (white), 255 (one step of 8 bits) or 8/255 (contrastive poisoning)"
+        )
+    return "1"
+
+
+# ---- Which perturbation an image gets
+
+
+# Of a table that begins at an image number: its perturbations, or None for an image that stays as it is.
+Chooser = Callable[[int, pa.Table], "list[NDArray[Any] | None]"]
+
+
+def _chooser(noise: _Delta, source: Source, data_config: DataConfig, index: str, seed: int) -> tuple[str, Chooser]:
+    rows, images = noise.shape[0], source.images
+    if index == "class":
+        return "class-wise", _by_class(noise, source, seed)
+    if index != "order":
+        return _by_file(noise, source, data_config, index, seed)
+    if rows == images:
+        return "sample-wise", _by_order(noise, seed)
+    if rows == 1:
+        return "universal", _by_row(noise, seed, lambda start, table: [0] * table.num_rows)
+    if rows == _count_classes(source, data_config):
+        return "class-wise", _by_class(noise, source, seed)
+    raise InputError(
+        f"{noise.where}: holds {rows} perturbations for {images} images; name the clean set for which it was "
+        "made, or say which image gets which one with --index class, or with --index FILE, a file of image numbers"
+    )
+
+
+def _by_order(noise: _Delta, seed: int) -> Chooser:
+    if noise.draws > 1:
+        return _by_row(noise, seed, lambda start, table: list(range(start, start + table.num_rows)))
+    return lambda start, table: list(noise.rows(start, start + table.num_rows))
+
+
+def _by_row(noise: _Delta, seed: int, place: Callable[[int, pa.Table], Sequence[int | None]]) -> Chooser:
+    values = noise.whole()
+
+    def choose(start: int, table: pa.Table) -> list[NDArray[Any] | None]:
+        names = table["id"].to_pylist()
+        return [
+            None if row is None else values[_draw(noise.draws, seed, name), row]
+            for name, row in zip(names, place(start, table), strict=True)
+        ]
+
+    return choose
+
+
+def _draw(draws: int, seed: int, name: str) -> int:
+    # By the id, so that neither the order nor the number of the images matters.
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") % draws
+
+
+def _by_class(noise: _Delta, source: Source, seed: int) -> Chooser:
+    queues: dict[int, Iterator[int]] | None = None
+    if noise.labels is not None:
+        # LSP: the k-th perturbation of a label belongs to the k-th image of that label.
+        lists: dict[int, list[int]] = defaultdict(list)
+        for row, label in enumerate(noise.labels.tolist()):
+            lists[label].append(row)
+        queues = {label: iter(numbers) for label, numbers in lists.items()}
+
+    def place(start: int, table: pa.Table) -> list[int]:
+        rows = []
+        for name, label in zip(table["id"].to_pylist(), _labels(source, table), strict=True):
+            row = label if queues is None else next(queues.get(label, iter(())), -1)
+            if not 0 <= row < noise.shape[0]:
+                raise InputError(
+                    f"{noise.where}: holds no perturbation for image {name} with label {label}; name the clean "
+                    "set for which it was made"
+                )
+            rows.append(row)
+        return rows
+
+    return _by_row(noise, seed, place)
+
+
+def _by_file(noise: _Delta, source: Source, data_config: DataConfig, index: str, seed: int) -> tuple[str, Chooser]:
+    numbers = _read_index(index, source.images)
+    rows = noise.shape[0]
+    if rows == len(numbers):
+        row_of = {image: row for row, image in enumerate(numbers)}
+        kind = "sample-wise"
+    elif rows == source.images:
+        row_of = {image: image for image in numbers}
+        kind = "sample-wise"
+    elif rows == 1:
+        row_of = dict.fromkeys(numbers, 0)
+        kind = "universal"
+    elif rows == _count_classes(source, data_config):
+        row_of = dict.fromkeys(numbers, -1)
+        kind = "class-wise"
+    else:
+        raise InputError(
+            f"{noise.where}: holds {rows} perturbations, {index} names {len(numbers)} of {source.images} images; "
+            "name the files that belong together"
+        )
+
+    def place(start: int, table: pa.Table) -> list[int | None]:
+        chosen = [row_of.get(image) for image in range(start, start + table.num_rows)]
+        if kind != "class-wise":
+            return chosen
+        labels = _labels(source, table)
+        return [None if row is None else label for row, label in zip(chosen, labels, strict=True)]
+
+    return f"{kind} (of {len(numbers):,} images)", _by_row(noise, seed, place)
+
+
+def _read_index(url: str, images: int) -> list[int]:
+    store, key = _file(url)
+    where = f"{store.url}/{key}"
+    if key.lower().endswith(".npy"):
+        array, rows = npz.read_array(store, key)
+        values = rows(0, array.shape[0] if array.shape else 0)
+    else:
+        with store.open(key) as file:
+            content = read_file(where, file, _ADVICE)
+            found = values_of(content)
+            if isinstance(content, list | tuple):
+                values = np.array([number for number in content if type(number) is int])
+            elif found is None:
+                raise InputError(f"{where}: holds {type(content).__name__}, expected the numbers of images")
+            else:
+                values = found if isinstance(found, np.ndarray) else whole_of(where, found, file)
+    numbers: list[int] = (
+        to_labels(where, values).tolist() if values.ndim == 1 and values.dtype.kind in "iuf" else []
+    )
+    if not numbers or len(set(numbers)) != len(numbers) or not 0 <= min(numbers) <= max(numbers) < images:
+        raise InputError(
+            f"{where}: expected different image numbers from 0 to {images - 1}, one per perturbed image"
+        )
+    return numbers
+
+
+def _count_classes(source: Source, data_config: DataConfig) -> int | None:
+    if source.classes is not None:
+        return len(source.classes)
+    labels: set[int | None] = set()
+    for table in read_tables(source, data_config):
+        if "label" not in table.column_names:
+            return None
+        labels.update(table["label"].unique().to_pylist())
+    return max((label for label in labels if label is not None), default=-1) + 1
+
+
+def _labels(source: Source, table: pa.Table) -> list[int]:
+    labels: list[int] = table["label"].to_pylist() if "label" in table.column_names else []
+    if not labels or None in labels:
+        raise InputError(
+            f"{source.url}: has images without labels, which a class-wise perturbation needs; label them"
+        )
+    return labels
+
+
+# ---- Adding
+
+
+def _perturbed(
+    source: Source,
+    table: pa.Table,
+    chosen: list[NDArray[Any] | None],
+    noise: _Delta,
+    factor: float,
+    half: Half,
+    rounding: Rounding,
+    norms: _Norms,
+    data_config: DataConfig,
+) -> pa.Table:
+    ids: list[str] = table["id"].to_pylist()
+    encoded: list[bytes] = []
+    first = order_of(noise.shape, np.dtype(np.float32)) == "CHW"
+    for name, data, values in zip(ids, image_bytes(table), chosen, strict=True):
+        pixels = decode_resized(source.url, name, data, data_config)
+        if values is not None:
+            where = f"{noise.where}: for image {name}"
+            before, pixels = (
+                pixels,
+                add_perturbation(
+                    where, pixels, values.transpose(1, 2, 0) if first else values, factor, half, rounding
+                ),
+            )
+            change = pixels.astype(np.float64) - before
+            norms.perturbed += 1
+            norms.linf = max(norms.linf, int(np.abs(change).max()))
+            norms.l2 += float(np.linalg.norm(change)) / 255
+        encoded.append(encode_image(pixels, data_config.encoding))
+    labels = table["label"] if "label" in table.column_names else None
+    return canonical_table(ids, encoded, labels, extra_columns(table), source.classes)
+
+
+def add_perturbation(
+    where: str, pixels: Pixels, values: NDArray[Any], factor: float, half: Half, rounding: Rounding
+) -> Pixels:
+    """Return uint8 (H, W, 3) `pixels` plus `factor` times `values` (h, w, 3 or 1), clipped to 0 to 255.
+
+    Smaller perturbations are laid on the centre. Raises InputError for one that is larger than the image.
+    """
+    noise: NDArray[Any] = values.astype(np.float64 if values.dtype == np.float64 else np.float32)
+    noise = noise * noise.dtype.type(factor)
+    if factor == 8:
+        noise = noise.clip(-8, 8)
+    if half == "positive":
+        noise = noise.clip(0, 255)
+    (height, width), (inner, across) = pixels.shape[:2], noise.shape[:2]
+    if inner > height or across > width:
+        raise InputError(
+            f"{where}, which has {width}x{height} pixels, the perturbation has {across}x{inner}; bring the images "
+            "to its size with --resize"
+        )
+    top, left = (height - inner) // 2, (width - across) // 2
+    result = pixels.copy()
+    centre = result[top : top + inner, left : left + across]
+    total = (centre.astype(noise.dtype) + noise).clip(0, 255)
+    centre[...] = np.rint(total) if rounding == "nearest" else np.floor(total)
+    return result

@@ -323,7 +323,8 @@ def _is_batch(content: object) -> bool:
         return False
     keys = {text_of(key) for key in content if isinstance(key, str | bytes)}
     data = values_of(content.get("data", content.get(b"data")))
-    return "data" in keys and isinstance(data, np.ndarray) and data.dtype == np.uint8 and "targets" not in keys
+    flat = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2
+    return flat and "targets" not in keys
 
 
 Reader = Callable[[Values], NDArray[Any]]

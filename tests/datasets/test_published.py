@@ -68,7 +68,7 @@ def save(path, content, zipped=True):
 def test_a_pickled_list_of_raw_rgb_bytes_and_labels(tmp_path, capfd, protocol):
     pairs = [(image.tobytes(), int(label)) for image, label in zip(IMAGES, LABELS, strict=True)]
     holds(dump(tmp_path / "EM.pkl", pairs, protocol))
-    assert "read as 12 uint8 images, HWC, with labels" in capfd.readouterr().err
+    assert capfd.readouterr().err == f"{tmp_path}/EM.pkl: read as 12 uint8 images, HWC, with labels\n"
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])

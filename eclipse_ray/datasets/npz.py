@@ -112,7 +112,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             form = Form(layout, images.dtype.name, text)
             forms[form] = forms.get(form, 0) + images.shape[0]
         parts.append(Part(entry.key, images.shape[0], entry.size, version))
-    state(store.url, forms)
+    state(store.url, parts, forms)
     classes = noted_classes(store) or _own_classes(store, entries[0].key)
     return [part for part in parts if part.rows], classes
 

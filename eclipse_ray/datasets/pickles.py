@@ -314,10 +314,11 @@ def _load_zip(file: BinaryIO) -> Any:
         order = archive.read(f"{top}byteorder") if f"{top}byteorder" in members else sys.byteorder.encode()
         main = archive.read(mains[0])
     sign: Literal[">", "<"] = ">" if order == b"big" else "<"
+    total = file.seek(0, io.SEEK_END)
 
     def storage(dtype: np.dtype[Any], bfloat16: bool, key: str, numel: int) -> _Storage:
         info = members[f"{top}data/{key}"]
-        if numel * dtype.itemsize > info.file_size:
+        if numel * dtype.itemsize > min(info.file_size, total - info.header_offset):
             raise ValueError(f"storage {key} is too short")
         file.seek(info.header_offset + 26)
         name, extra = struct.unpack("<HH", file.read(4))
@@ -346,7 +347,9 @@ def _load_legacy(file: BinaryIO, data: bytes | None) -> Any:
         if length < each.numel:
             raise ValueError("a storage is too short")
         each.start = file.tell()
-        file.seek(length * each.dtype.itemsize, io.SEEK_CUR)
+        if length * each.dtype.itemsize > file.seek(0, io.SEEK_END) - each.start:
+            raise ValueError("a storage is too short")
+        file.seek(each.start + length * each.dtype.itemsize)
     return result
 
 

@@ -87,7 +87,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
         form = Form(layout, images.dtype.name, "without labels" if labels is None else "with labels")
         forms[form] = forms.get(form, 0) + len_of(images)
         parts.append(Part(entry.key, len_of(images), entry.size, entry.version))
-    state(store.url, forms)
+    state(store.url, parts, forms)
     return [part for part in parts if part.rows], classes
 
 
@@ -241,14 +241,15 @@ def label_files(key: str) -> Iterator[str]:
             yield f"{folder}{slash}{'_'.join([*words[:-1], label])}.npy"
 
 
-def state(url: str, forms: dict[Form, int]) -> None:
+def state(url: str, parts: Sequence[Part], forms: dict[Form, int]) -> None:
     """Say once per process how a source is read: for each form, the number of images and what they are."""
+    where = f"{url}/{parts[0].key}" if len(parts) == 1 else url
     for (layout, dtype, labels), images in forms.items():
         number = np.dtype(dtype)
         kind = "float" if number.kind == "f" else "uint8" if number == np.uint8 else "integer"
         span = "" if number == np.uint8 else " in [0, 1]" if layout.white == 1 else " in 0 to 255"
         order = {"gray": "HW", "planes": "as planes of red, green and blue"}.get(layout.order, layout.order)
-        _say_once(f"{url}: read as {images:,} {kind} images{span}, {order}, {labels}")
+        _say_once(f"{where}: read as {images:,} {kind} images{span}, {order}, {labels}")
 
 
 @lru_cache(maxsize=256)
@@ -323,7 +324,8 @@ def _is_batch(content: object) -> bool:
         return False
     keys = {text_of(key) for key in content if isinstance(key, str | bytes)}
     data = values_of(content.get("data", content.get(b"data")))
-    return "data" in keys and isinstance(data, np.ndarray) and data.dtype == np.uint8 and "targets" not in keys
+    flat = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2
+    return flat and "targets" not in keys
 
 
 Reader = Callable[[Values], NDArray[Any]]

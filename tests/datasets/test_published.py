@@ -12,6 +12,7 @@ from eclipse_ray.datasets import published
 from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.table import image_bytes
+from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import InputError
 
 CONFIG = DataConfig()
@@ -67,7 +68,7 @@ def save(path, content, zipped=True):
 def test_a_pickled_list_of_raw_rgb_bytes_and_labels(tmp_path, capfd, protocol):
     pairs = [(image.tobytes(), int(label)) for image, label in zip(IMAGES, LABELS, strict=True)]
     holds(dump(tmp_path / "EM.pkl", pairs, protocol))
-    assert "read as 12 uint8 images, HWC, with labels" in capfd.readouterr().err
+    assert capfd.readouterr().err == f"{tmp_path}/EM.pkl: read as 12 uint8 images, HWC, with labels\n"
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -107,6 +108,25 @@ def test_tensors_that_are_views_parameters_or_of_other_precision(tmp_path, zippe
         holds(save(tmp_path / f"{dtype}.pt", (images, torch.from_numpy(LABELS)), zipped), images=expected)
 
 
+@pytest.mark.parametrize("images", [IMAGES, CHW, FLOATS, CHW.reshape(12, -1)])
+@pytest.mark.parametrize("labels", [LABELS, LABELS.tolist(), ONE_HOT])
+@pytest.mark.parametrize("names", [("data", "labels"), ("data", "targets"), ("x_train", "y_train")])
+def test_a_pickled_dict_or_pair_of_arrays(tmp_path, images, labels, names):
+    holds(dump(tmp_path / "pair.pkl", (images, labels)))
+    if isinstance(labels, list) or labels is LABELS:
+        holds(dump(tmp_path / "dict.pkl", dict(zip(names, (images, labels), strict=True))))
+
+
+@pytest.mark.parametrize("layout", ["npz", "folder", "webdataset", "parquet"])
+def test_what_was_read_can_be_written_in_every_layout(tmp_path, layout):
+    save(tmp_path / "poison.pt", (torch.from_numpy(FLOATS), torch.from_numpy(LABELS)))
+    assert convert(str(tmp_path / "poison.pt"), str(tmp_path / "out"), CONFIG, layout) == 12
+    (table,) = read_tables(open_source(str(tmp_path / "out"), CONFIG), CONFIG)
+    order = sorted(range(12), key=lambda row: int(table["id"][row].as_py().partition("#")[2].partition(".")[0]))
+    assert np.array_equal(pixels(table)[order], IMAGES)
+    assert np.array(table["label"].to_pylist())[order].tolist() == LABELS.tolist()
+
+
 def test_a_lone_tensor_has_no_labels(tmp_path):
     holds(save(tmp_path / "images.pt", torch.from_numpy(FLOATS)), labels=None)
 
@@ -135,20 +155,20 @@ def test_labels_of_every_form(tmp_path, labels):
 
 
 @pytest.mark.parametrize(
-    ("images", "labels"),
+    ("images", "labels", "stored"),
     [
-        ("x_train_cifar10_ntga_cnn_best", "y_train_cifar10"),
-        ("x_train", "y_train"),
-        ("poisoned_training_data", "poisoned_training_labels"),
-        ("simple_data", "simple_label"),
-        ("cifar10_data", "cifar10_target"),
-        ("X", "y"),
+        ("x_train_cifar10_ntga_cnn_best", "y_train_cifar10", ONE_HOT.astype(np.float32)),
+        ("x_train", "y_train", LABELS[:, None]),
+        ("poisoned_training_data", "poisoned_training_labels", LABELS.astype(np.float64)),
+        ("simple_data", "simple_label", LABELS),
+        ("cifar10_data", "cifar10_target", LABELS),
+        ("X", "y", LABELS.astype(np.uint8)),
     ],
 )
 @pytest.mark.parametrize("values", [IMAGES.astype(np.float32) / 255, IMAGES.astype(np.float64)])
-def test_npy_files_with_labels_beside_them(tmp_path, capfd, images, labels, values):
+def test_npy_files_with_labels_beside_them(tmp_path, capfd, images, labels, stored, values):
     np.save(tmp_path / f"{images}.npy", values)
-    np.save(tmp_path / f"{labels}.npy", ONE_HOT.astype(np.float32))
+    np.save(tmp_path / f"{labels}.npy", stored)
     holds(tmp_path)
     holds(tmp_path / f"{images}.npy")
     span = "[0, 1]" if values.max() <= 1 else "0 to 255"

@@ -1,4 +1,4 @@
-"""Mutates valid images, tars, NumPy archives, Parquet files and CIFAR batches and passes them to their readers.
+"""Mutates valid images, tars, NumPy, Parquet and torch files and CIFAR batches, and passes them to their readers.
 
     python -m tests.fuzz.fuzz_decode --seconds 300 --seed 0
 
@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_tables
@@ -70,6 +71,11 @@ def seeds() -> dict[str, list[bytes]]:
         "npy": [_npy(arrays)],
         "parquet": [table_to_parquet(table)],
         "cifar": [pickle.dumps({"data": arrays[:, :, :, 0].reshape(6, -1)[:, :48], "labels": [0] * 6}, 2)],
+        "published": [
+            pickle.dumps([(image.tobytes(), 1) for image in arrays]),
+            _torch({"data": torch.from_numpy(arrays), "labels": torch.arange(6)}, zipped=True),
+            _torch((torch.from_numpy(arrays) / 255, torch.arange(6)), zipped=False),
+        ],
     }
 
 
@@ -94,6 +100,12 @@ def _npz(arrays: np.ndarray, save: Callable[..., None]) -> bytes:
 def _npy(arrays: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, arrays)
+    return buffer.getvalue()
+
+
+def _torch(content: object, zipped: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
 
 
@@ -155,6 +167,7 @@ TARGETS: dict[str, Callable[[bytes, random.Random], None]] = {
     "npy": _reader("a.npy"),
     "parquet": _reader("a.parquet"),
     "cifar": _reader("data_batch_1"),
+    "published": _reader("a.pt"),
 }
 
 

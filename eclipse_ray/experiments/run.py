@@ -1,8 +1,8 @@
 """Run an experiment: make what its recipes need, measure what is missing, and go on after any end.
 
 The ledger is ours: a finished recipe is an object results/<key>.json, written by put-if-absent. So a grid may grow
-between two runs, its order may change, and nothing of Ray has to be restored. The cells of a grid run as tasks of Ray,
-the trials of a sweep in Ray Tune.
+between two runs, its order may change, and nothing of Ray has to be restored. The cells of a grid run as tasks of
+Ray, the trials of a sweep in Ray Tune.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ The verbs of `eclipse_ray.verbs`, and what is listed below. Nothing heavy is imp
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,6 @@ if TYPE_CHECKING:
     from eclipse_ray.verbs import *  # noqa: F403
 
 __version__ = "0.1.0"
-
-# Read when Ray is first imported. A thread of a run that was just stopped would otherwise start Ray again, or join
-# a cluster of somebody else on this machine.
-os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 _HOMES = {
     "Config": "eclipse_ray.config",

@@ -95,7 +95,7 @@ def next_words(result: Result, given: Mapping[str, Any]) -> tuple[str, ...]:
             return ("split", "SRC", "--clean", "500", "--out", "DIR")
         case made.DatasetResult(details={"clean": _, "rest": _}):
             return ("train", "--clean", f"{result.output}/clean", "--out", f"{result.output}/denoiser")
-        case made.DatasetResult(details={"poison": _}):
+        case made.DatasetResult(details={"poison": _} | {"half": _}):
             return ("evaluate", result.output, "--test", "TEST")
         case made.TrainResult() | made.ImportResult():
             return ("purify", "SRC", "DST", "--denoiser", result.denoiser)
@@ -174,7 +174,9 @@ def _dataset(result: made.DatasetResult) -> str:
     match result.details:
         case {"clean": clean, "rest": rest}:
             return f"{clean:,} images in {result.output}/clean, {rest:,} in {result.output}/rest"
-        case {"poison": _}:
+        case {"matched": matched}:
+            return f"{matched:,} of {result.images:,} images matched and labelled in {result.output}"
+        case {"poison": _} | {"half": _}:
             words = ", ".join(f"{key} {value}" for key, value in result.details.items() if value is not None)
             return f"{result.images:,} images poisoned ({words}) in {result.output}"
     return f"{result.images:,} images written to {result.output}"
@@ -195,10 +197,9 @@ def _checks(result: made.DoctorResult) -> str:
 def _audit(result: made.AuditResult) -> str:
     lines = [result.words, ""]
     for score in result.evidence:
-        mark = "" if score["counted"] else " (not counted)"
         lines.append(
             f"  {score['name']:<18} effect {score['effect']:7.3f} (tolerance {score['tolerance']:g})  "
-            f"p {score['p_value']:<8.2g} {score['detail']}{mark}"
+            f"p {score['p_value']:<8.2g} {score['detail']}"
         )
     if result.verdict == "poisoned":
         advice = ", ".join(f"{name} {value}" for name, value in result.recommended.items())

@@ -16,16 +16,19 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
 
 from eclipse_ray import log, results
 from eclipse_ray.config import (
     Config,
+    Half,
     Layout,
+    Rounding,
     ScheduleName,
     Settings,
+    Unit,
     holds_secret,
     load_config,
     parse_assignment,
@@ -509,18 +512,72 @@ def convert(
     source: ReadableSource,
     output: NewFolder,
     *,
-    layout: Annotated[
-        Layout, Parameter("folder: one folder for each class; cifar: 32 x 32 pixels only.")
-    ] = "parquet",
+    layout: Annotated[Layout, Parameter("folder: one folder for each class.")] = "parquet",
+    labels_from: Annotated[
+        str | None, Parameter("Clean set whose labels its poisoned images get, matched by content.", "SRC")
+    ] = None,
     resize: Resize = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.DatasetResult:
     """Rewrite a dataset as canonical Parquet or in another layout; only resizing changes pixels."""
-    from eclipse_ray.datasets import write as room
+    from eclipse_ray.datasets import matching, write
 
     found = resolved(convert, locals())
-    return _recorded(found, results.DatasetResult(room.convert(source, output, found.data, layout), output))
+    if labels_from is None:
+        return _recorded(found, results.DatasetResult(write.convert(source, output, found.data, layout), output))
+    done = matching.labels_from(source, labels_from, output, found.data, layout)
+    details = {"matched": done.images, "margin": done.margin}
+    return _recorded(found, results.DatasetResult(done.images, output, details))
+
+
+@_verb(
+    "Datasets and weights",
+    "eclipse-ray apply perturbation.pt my/clean my/poisoned",
+    "eclipse-ray apply noise.pkl my/clean my/poisoned --round truncate",
+)
+def apply(
+    delta: Annotated[str, Parameter("Perturbation that others published: .pt, .pth, .pkl or .npy.", "FILE")],
+    source: Annotated[str, Parameter("The clean images that it belongs to.", "SRC", "data.source")],
+    output: NewFolder,
+    *,
+    half: Annotated[Half, Parameter("positive drops negative values, as the loader of EM does.", panel=METHOD)] = (
+        "signed"
+    ),
+    rounding: Annotated[
+        Rounding, Parameter("To 8 bits: nearest, or truncate as most loaders do.", panel=METHOD, option="--round")
+    ] = "nearest",
+    index: Annotated[
+        str,
+        Parameter(
+            "order: row i belongs to image i; class: to label i; or a file of image numbers.",
+            "INDEX",
+            panel=METHOD,
+        ),
+    ] = "order",
+    unit: Annotated[
+        Unit, Parameter("What a value of 1 is; auto recognises it from the values.", panel=METHOD)
+    ] = "auto",
+    config: ConfigFile = None,
+    settings: Assignments = None,
+) -> results.DatasetResult:
+    """Add a published perturbation to its clean images, and print the norm that 8-bit storage leaves."""
+    from eclipse_ray.datasets import perturbation
+
+    found = resolved(apply, locals())
+    done = perturbation.apply(
+        delta,
+        source,
+        output,
+        found.data,
+        half=half,
+        rounding=rounding,
+        index=index,
+        seed=found.run.seed,
+        unit=unit,
+    )
+    details = {key: value for key, value in asdict(done).items() if key not in ("images", "output")}
+    return _recorded(found, results.DatasetResult(done.images, output, details))
 
 
 @_verb(
@@ -551,9 +608,7 @@ def split(
     "eclipse-ray poison em my/dataset my/poisoned --set poison.cost=reduced",
 )
 def poison(
-    name: Annotated[
-        str, Parameter("urp lsp ar cuda em tap rem sep efp adp (docs/poisons.md).", "NAME", "poison.name")
-    ],
+    name: Annotated[str, Parameter("Its name, such as ar or em (docs/poisons.md).", "NAME", "poison.name")],
     source: LabelledSource,
     output: NewFolder,
     *,

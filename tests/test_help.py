@@ -145,7 +145,7 @@ def test_a_config_is_read_once(monkeypatch, tmp_path):
     read = []
     monkeypatch.setattr(verbs, "_read_anywhere", lambda url: read.append(url) or b"run: {seed: 7}")
     seen = []
-    monkeypatch.setattr("eclipse_ray.datasets.transform.split", lambda *given: seen.append(given[3]) or {})
+    monkeypatch.setattr("eclipse_ray.datasets.write.split", lambda *given: seen.append(given[3]) or {})
     with pytest.raises(KeyError, match="clean"):
         cli.app(["split", "a", "--clean", "1", "--out", str(tmp_path), "--config", "x"], standalone_mode=False)
     assert (read, seen) == (["x"], [7])
@@ -175,7 +175,7 @@ def test_every_result_of_a_verb_has_words():
         (["convert", "a", "b", "--layout", "foldr"], "did you mean folder? see eclipse-ray convert --help"),
         (["split", "a", "--clean", "0", "--out", "b"], "greater than or equal to 1"),
         (["convert", "a"], "missing argument 'DST'; see eclipse-ray convert --help"),
-        (["poison", "lps", "a", "b"], "did you mean lsp?"),
+        (["poison", "llsp", "a", "b"], "did you mean lsp?"),
         (["train", "--set", "denoiser.preset=papr"], "did you mean paper?"),
         (["train", "--set", "denoiser.iteration=3"], "unknown setting; did you mean denoiser.iterations?"),
     ],

@@ -34,6 +34,7 @@ from eclipse_ray.config.sections import (
     DefenseConfig,
     DenoiserConfig,
     EvaluateConfig,
+    Half,
     Layout,
     LoggerName,
     MatrixConfig,
@@ -43,11 +44,13 @@ from eclipse_ray.config.sections import (
     PrivacyConfig,
     PurifyConfig,
     Range,
+    Rounding,
     Sampler,
     ScheduleName,
     Section,
     Settings,
     SweepConfig,
+    Unit,
     VictimConfig,
     default_t_max,
 )
@@ -67,6 +70,7 @@ __all__ = [
     "DataConfig",
     "DefenseConfig",
     "DenoiserConfig",
+    "Half",
     "Layout",
     "LoggerName",
     "MatrixItem",
@@ -75,11 +79,13 @@ __all__ = [
     "PrivacyConfig",
     "PurifyConfig",
     "Range",
+    "Rounding",
     "RunConfig",
     "Sampler",
     "ScheduleName",
     "Settings",
     "SweepConfig",
+    "Unit",
     "VictimConfig",
     "chosen_yaml",
     "difference",
@@ -159,8 +165,7 @@ def with_overrides(config: Config, overrides: Settings) -> Config:
     Another denoiser.preset or victim.recipe takes the values of the former one along, and another denoiser.t_star
     takes t_max along. A value that differs from those stays. Only values count, not whether they were written out.
     """
-    # What was left open stays open for `source_compensation`; it makes no difference to any value.
-    return _overridden(config.model_dump(mode="json", exclude_unset=True), overrides)
+    return _overridden(config.model_dump(mode="json"), overrides)
 
 
 SELECTORS = frozenset({"denoiser.preset", "victim.recipe", "denoiser.t_star", "denoiser.num_train_timesteps"})

@@ -8,13 +8,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from eclipse_ray.config import DataConfig
+from eclipse_ray.config import DataConfig, Half, Rounding, Unit
 from eclipse_ray.datasets import npz, published
 from eclipse_ray.datasets.formats import Source, open_source, read_tables
 from eclipse_ray.datasets.images import Pixels, check_encoding, encode_image
@@ -27,9 +27,6 @@ from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
 from eclipse_ray.storage.store import Store
 
-Half = Literal["signed", "positive"]
-Rounding = Literal["nearest", "truncate"]
-Unit = Literal["auto", "1", "255", "8/255"]
 RECORD = "_eclipse/perturbation.json"
 _ADVICE = (
     "expected one array of perturbations, as .npy, or as .pt, .pth or .pkl of numbers, text, lists and arrays"

@@ -136,7 +136,7 @@ def open_evaluation(config: Config) -> Experiment:
     """
     data = config.data
     if not data.source or not data.test:
-        raise ConfigError("evaluate needs both: eclipse-ray evaluate --train SRC --test SRC")
+        raise ConfigError("evaluate needs both: eclipse-ray evaluate SRC --test SRC")
     source = load_images(data.source, data, require_labels=True)
     test = load_images(data.test, data, require_labels=True)
     if source.images.shape[1:] != test.images.shape[1:]:
@@ -259,7 +259,7 @@ def sweep_sets(config: Config) -> Sets:
     """
     data, sweep = config.data, config.sweep
     if not data.source or not data.clean or not data.output:
-        raise ConfigError("a sweep needs --data SRC, --clean SRC and --out DIR")
+        raise ConfigError("a sweep needs SRC, --clean SRC and --out DIR")
     clean = load_images(data.clean, data)
     total = open_source(data.source, data).images
     parts: dict[float | None, ImageSet] = {}

@@ -326,13 +326,14 @@ def denoiser_key(config: Config, facts: Facts, part: float | None) -> str:
 
     `part` is the setting that chooses its sparse images.
     """
-    from eclipse_ray.training import NOT_IN_FINGERPRINT
+    from eclipse_ray.training import deciding_settings
 
     if config.purify.denoiser:
         return digest(["weights", facts.weights])
     sparse = sparse_of(facts, part, "the denoiser")
-    settings = config.denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
-    return digest(["denoiser", VERSION, settings, sparse, config.data.resize, config.run.seed])
+    return digest(
+        ["denoiser", VERSION, deciding_settings(config.denoiser), sparse, config.data.resize, config.run.seed]
+    )
 
 
 def sparse_of(facts: Facts, part: float | None, who: str) -> str:

@@ -7,6 +7,7 @@ Ray, the trials of a sweep in Ray Tune.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ray import tune
 from eclipse_ray.cluster.connect import Resources, connect, require_place
 from eclipse_ray.cluster.metrics import open_curves
 from eclipse_ray.cluster.work import (
+    RETRIES,
     BoardWatcher,
     Done,
     Tasks,
@@ -52,8 +54,6 @@ from eclipse_ray.results import (
 
 CELLS_AHEAD = 4
 """Size of a group of recipes that is made ready together, in recipes per concurrent victim."""
-RETRIES = 2
-"""How often a task whose process died is begun again."""
 
 
 def evaluate(config: Config) -> EvaluateResult:
@@ -297,7 +297,9 @@ class _Runner:
         )
         # A trial that fails reports its message and no score.
         os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-        with BoardWatcher(self.board, self._show):
+        # A point that Optuna chooses is purified inside its trial, which may take any time and says nothing.
+        watch = Watch(self.name, "epoch", math.inf if optuna else self.config.run.watchdog_seconds)
+        with BoardWatcher(self.board, self._show, watch):
             failed = run_trials(
                 trial,
                 search.tune_space(None if optuna else points),
@@ -305,8 +307,7 @@ class _Runner:
                 search.tune_config(
                     self.config, experiment.space, scores, left if optuna else None, self.concurrent
                 ),
-                # A trial may have to purify first, which tells nothing on the way: it may take any time.
-                Watch(self.name, "trial"),
+                watch,
                 [KeepStopped(experiment.store)],
             )
         for parameters, message in failed:

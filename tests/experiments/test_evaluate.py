@@ -83,9 +83,9 @@ def test_a_purified_set_whose_denoiser_saw_its_images_is_refused_whatever_their_
     verbs.purify(world.rest, str(output), denoiser=world.denoiser, settings=DEBUG)
     settings = {**QUICK, "data.resize": 24}
     with pytest.raises(InputError, match="sparse clean set and test set share 20"):
-        verbs.evaluate(train=str(output), test=world.clean, settings=settings)
+        verbs.evaluate(str(output), test=world.clean, settings=settings)
     with pytest.raises(InputError, match="training and test set share 240"):
-        verbs.evaluate(train=world.rest, test=world.rest, settings=settings)
+        verbs.evaluate(world.rest, test=world.rest, settings=settings)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ COLOURS = tuple(itertools.product((0, 1), repeat=3))
 class Ops(PoisonSettings):
     """The settings of ops, which changes one pixel of each image by any amount."""
 
-    numbers: ClassVar[dict[str, dict[str, Any]]] = {"reduced": {}}
+    numbers: ClassVar[dict[str, dict[str, Any]]] = {"full": {}, "reduced": {}}
 
     scope: Literal["class"] = Field("class", description="One pixel and colour per class.")
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from eclipse_ray.config import (
     PRESETS,
@@ -16,6 +17,7 @@ from eclipse_ray.config import (
     digest,
     load_config,
     parse_assignment,
+    recorded_config,
     to_yaml,
     with_overrides,
 )
@@ -155,3 +157,13 @@ def test_another_preset_takes_its_values_along_but_not_what_was_chosen():
     paper = with_overrides(load_config(), {"denoiser.preset": "paper", "denoiser.iterations": 9})
     assert paper == load_config(None, {"denoiser.preset": "paper", "denoiser.iterations": 9})
     assert paper.compensation.coarse_sigma == 0
+
+
+def test_what_an_earlier_version_recorded_is_read_less_the_settings_that_are_gone():
+    old = load_config(None, {"purify.t_star": 7, "poison.name": "tap", "poison.steps": 3}).model_dump(mode="json")
+    old["purify"]["watchdog_seconds"] = 1800
+    old["gone"] = {"key": 1}
+    found = recorded_config(old)
+    assert found == load_config(None, {"purify.t_star": 7, "poison.name": "tap", "poison.steps": 3})
+    with pytest.raises(ValidationError, match="t_star"):
+        recorded_config({"purify": {"t_star": "deep"}})

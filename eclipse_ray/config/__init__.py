@@ -95,6 +95,7 @@ __all__ = [
     "is_secret_name",
     "load_config",
     "parse_assignment",
+    "recorded_config",
     "to_yaml",
     "validated",
     "with_overrides",
@@ -157,6 +158,17 @@ def load_config(
     value that holds a password or token.
     """
     return _overridden(_parsed_yaml(file, read) if file else {}, overrides or {})
+
+
+def recorded_config(tree: Mapping[str, Any]) -> Config:
+    """Return settings that an earlier version recorded, without those that this version no longer has."""
+    kept = {}
+    for section, values in tree.items():
+        model: Any = Config.model_fields[section].annotation if section in Config.model_fields else None
+        if model is not None:
+            known = values if model.model_config.get("extra") == "allow" else model.model_fields
+            kept[section] = {key: value for key, value in values.items() if key in known}
+    return Config.model_validate(kept)
 
 
 def with_overrides(config: Config, overrides: Settings) -> Config:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from eclipse_ray import ledger
-from eclipse_ray.config import Config, DataConfig, Settings, with_overrides
+from eclipse_ray.config import Config, DataConfig, Settings, recorded_config, with_overrides
 from eclipse_ray.datasets.formats import FORMATS, Source, open_source, read_parts
 from eclipse_ray.datasets.images import decode_required
 from eclipse_ray.datasets.memory import decode_resized
@@ -94,12 +94,15 @@ def kind_of(store: Store) -> str | None:
 
 
 def read_config(store: Store) -> Config | None:
-    """Return the settings of the run in `store`, None if none are recorded. Raises InputError for unknown keys."""
+    """Return the settings of the run in `store`, None if none are recorded.
+
+    Settings that this version no longer has are left out. Raises InputError for a value that it does not know.
+    """
     text = layout.read_optional(store, layout.CONFIG)
     if text is None:
         return None
     try:
-        return Config.model_validate(yaml.safe_load(text))
+        return recorded_config(yaml.safe_load(text))
     except (ValidationError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{store.path(layout.CONFIG)}: not settings of this version ({reason})") from error

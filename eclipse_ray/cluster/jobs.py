@@ -27,7 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import eclipse_ray
 from eclipse_ray.cluster.connect import refuse_unsafe_environment, require_ray
-from eclipse_ray.config import Config, RunConfig, chosen_yaml, digest, holds_secret, is_secret_name, with_overrides
+from eclipse_ray.config import Config, RunConfig, digest, holds_secret, is_secret_name, to_yaml, with_overrides
 from eclipse_ray.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
@@ -170,8 +170,7 @@ class Order:
     @property
     def identity(self) -> str:
         """The job's name on the cluster, equal for equal runs."""
-        tree = self.config.model_dump(mode="json", exclude={"run": UNBOUND_RUN}, exclude_unset=True)
-        tree = {name: section for name, section in tree.items() if section}
+        tree = self.config.model_dump(mode="json", exclude={"run": UNBOUND_RUN})
         return f"eclipse-ray-{self.verb}-{digest([self.verb, self.arguments, tree, eclipse_ray.__version__])}"
 
     @property
@@ -304,7 +303,7 @@ def runtime_env(order: Order, folder: Path) -> dict[str, Any]:
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     # The job finds its own cluster, whatever address is good for here.
     config = with_overrides(order.config, {"run.address": None})
-    (folder / CONFIG_FILE).write_text(chosen_yaml(config), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
     environment: dict[str, Any] = {"working_dir": str(folder), "env_vars": dict(order.env or {})}
     if not order.image_has_deps:
         environment |= {"pip": pinned(), "config": {"setup_timeout_seconds": SETUP_SECONDS}}

@@ -87,7 +87,6 @@ __all__ = [
     "SweepConfig",
     "Unit",
     "VictimConfig",
-    "chosen_yaml",
     "difference",
     "digest",
     "flatten",
@@ -253,11 +252,6 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def to_yaml(config: Config) -> str:
     """Return the resolved settings as YAML that `load_config` reads back to an equal Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def chosen_yaml(config: Config) -> str:
-    """Return as YAML only what was set, so that whoever loads it can still tell it from the defaults."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False)
 
 
 def digest(value: Any) -> str:

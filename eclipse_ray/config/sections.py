@@ -368,6 +368,8 @@ class MatrixConfig(Section):
 
     An entry is a name or a mapping. A mapping has `name`, an optional `label` for the tables, an optional
     `published` (the row or column of the paper's numbers), and settings that differ from the rest of the file.
+    A poison that others published has `name: published` and, in place of settings, `source`: a poisoned copy of
+    data.source.
     """
 
     poisons: tuple[MatrixItem, ...] = Field((), description="Columns, in the order in which they are measured.")

@@ -188,6 +188,33 @@ def load_column(url: str, ids: list[str], max_pixels: int) -> Pixels:
     return found.images[[place[name] for name in ids]]
 
 
+def load_published(url: str, source: ImageSet, config: Config) -> ImageSet:
+    """Return the images of `source` as someone else has poisoned them, in the same order; others are left out.
+
+    Raises InputError for an image that is missing at `url`, or that has another label or size there.
+    """
+    found, clean = load_images(url, config.data, require_labels=True), config.data.source
+    place = {name: index for index, name in enumerate(found.ids)}
+    missing = [name for name in source.ids if name not in place]
+    if missing:
+        raise InputError(
+            f"{url}: {len(missing):,} of the {len(source.ids):,} ids of {clean} are missing, such as "
+            f"{missing[0]}; a published poison needs the ids of the images that it replaces"
+        )
+    images = found.take([place[name] for name in source.ids])
+    other = np.flatnonzero(images.labels != source.labels)
+    if len(other):
+        raise InputError(
+            f"{url}: {len(other):,} images have another label than in {clean}, such as {source.ids[other[0]]}; "
+            "give both the same labels"
+        )
+    if images.images.shape != source.images.shape:
+        raise InputError(
+            f"{url} has {images.images.shape[1:3]} images, {clean} has {source.images.shape[1:3]}; set data.resize"
+        )
+    return images
+
+
 def make_defended(key: str, row: Row, cache: Cache, images: Pixels, original: ImageSet, num_classes: int) -> None:
     """Make and keep the set `key`, the images under a row's transform, if it was not made before.
 

@@ -19,7 +19,7 @@ from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images, loa
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, read_card, weights_digest
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.experiments import search
-from eclipse_ray.experiments.artifacts import Cache
+from eclipse_ray.experiments.artifacts import Cache, load_published
 from eclipse_ray.experiments.recipe import (
     Facts,
     Grid,
@@ -27,6 +27,7 @@ from eclipse_ray.experiments.recipe import (
     Recipe,
     Recommended,
     build_grid,
+    published_sources,
     single_grid,
     source_column,
     sparse_counts,
@@ -198,13 +199,24 @@ def open_matrix(config: Config) -> Experiment:
     total = len(source.ids) if matrix.limit is None else open_source(str(data.source), data).images
     sets = Sets(source, test, sparse, parts, total)
     _refuse_shared(config, sets, config.purify.denoiser)
-    facts = _facts(config, sets)
+    facts = replace(_facts(config, sets), published=_published(config, sets))
     grid = build_grid(config, facts)
     if any(row.defense.dilution for row in grid.rows) and (sparse is None or sparse.labels is None):
         raise InputError(
             f"{data.clean}: the defense dilution needs labels of every sparse clean image; leave it out"
         )
     return Experiment(config, sets, facts, grid, data.output)
+
+
+def _published(config: Config, sets: Sets) -> dict[str, str]:
+    """Return the identity of every poison that others published, by location, checked as a training set is."""
+    found = {}
+    for url in published_sources(config):
+        images = load_published(url, sets.source, config)
+        own = with_overrides(config, {"data.source": url})
+        _refuse_shared(own, replace(sets, source=images), config.purify.denoiser)
+        found[url] = _identity(images)
+    return found
 
 
 def _check_classes(config: Config, source: ImageSet) -> None:

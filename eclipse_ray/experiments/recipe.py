@@ -9,7 +9,8 @@ in another way, finds what it has measured before. No Ray in here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from eclipse_ray.config import CompensationConfig, Config, MatrixItem, VictimConfig, digest, with_overrides
@@ -22,6 +23,8 @@ from eclipse_ray.purification.plan import PURIFY_IN_FINGERPRINT
 VERSION = 2
 """Increased when a change of the code makes old cells, poisons or transformed sets wrong."""
 CLEAN = "clean"
+PUBLISHED = "published"
+"""Name of a poison that is read from the `source` of its entry, not made here."""
 
 # How a poison is computed and stored does not decide its pixels.
 POISON_NOT_IN_KEY = {"store_perturbation", "save_seconds", "chunk_images", "denoiser"}
@@ -34,12 +37,16 @@ DEFENSE_SECTIONS = ("defense", "purify", "compensation", "denoiser", "matrix")
 
 @dataclass(frozen=True)
 class Entry:
-    """One poison, defense or victim of the config: its label, its name, and the settings that are its own."""
+    """One poison, defense or victim of the config: its label, its name, and the settings that are its own.
+
+    `source` is the location of a poisoned copy of data.source that others published; empty for all other entries.
+    """
 
     label: str
     name: str
     published: str
     settings: dict[str, Any]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ class Facts:
 
     `sparse` are the images that train a denoiser, by the setting that chooses them (matrix.sparse_limit, or
     sweep.sparse_percent); None stands for all of them. `weights` and `recommended` describe a given denoiser; they
-    are empty and None when the denoiser is trained here.
+    are empty and None when the denoiser is trained here. `published` are sets that take the place of a poison, by
+    their location.
     """
 
     source: str
@@ -66,15 +74,24 @@ class Facts:
     sparse: Mapping[float | None, str]
     weights: str = ""
     recommended: Recommended | None = None
+    published: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A poison, or the images of data.source as they are (`config` None); `key` identifies the images."""
+    """A poison, or the images of data.source as they are; `key` identifies the images.
+
+    `config` is None unless the poison is made here.
+    """
 
     entry: Entry
     config: Config | None
     key: str
+
+    @property
+    def poisoned(self) -> bool:
+        """Whether the images are others than those of data.source."""
+        return self.config is not None or self.entry.source != ""
 
 
 @dataclass(frozen=True)
@@ -251,6 +268,8 @@ def _required(items: Sequence[MatrixItem], kind: str, sections: Sequence[str]) -
 def _entry(item: MatrixItem, sections: Sequence[str]) -> Entry:
     if isinstance(item, str):
         return _plain(item)
+    if sections[0] == "poison" and ("source" in item or item.get("name") == PUBLISHED):
+        return _published(item)
     name = item.get("name")
     if not isinstance(name, str):
         raise ConfigError(f"matrix: {item!r} has no name; an entry is a name or a mapping with `name`")
@@ -263,6 +282,18 @@ def _entry(item: MatrixItem, sections: Sequence[str]) -> Entry:
     label = str(item.get("label", f"{name} ({words})" if words else name))
     # A variant is compared with no number of the paper unless its entry names one.
     return Entry(label, name, str(item.get("published", "" if words else name)), settings)
+
+
+def _published(item: dict[str, Any]) -> Entry:
+    source = item.get("source")
+    known = item.keys() <= {*RESERVED, "source"} and item.get("name") == PUBLISHED
+    if not known or not isinstance(source, str) or not source:
+        raise ConfigError(
+            f"matrix.poisons: {item!r}: a poison that others published is written as `name: published` and "
+            "`source: SRC`, with an optional `label` and `published`; it is read as it is and has no settings"
+        )
+    label = str(item.get("label", PurePosixPath(source).name))
+    return Entry(label, PUBLISHED, str(item.get("published", "")), {}, source)
 
 
 def _plain(name: str) -> Entry:
@@ -284,6 +315,11 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
     for entry in entries(config.matrix.poisons, ("poison",)):
         if entry.label == CLEAN:
             raise ConfigError("matrix.poisons: `clean` is no poison; set matrix.clean: true")
+        if entry.source:
+            # With the clean images, because the distance to them is kept under the key.
+            parts = ["published", VERSION, facts.source, facts.published[entry.source]]
+            columns.append(Column(entry, None, digest(parts)))
+            continue
         chosen = with_overrides(config, {"poison.name": entry.name, **entry.settings})
         poison = resolved_poison(chosen.poison)
         numbers = poison.model_dump(mode="json", exclude=POISON_NOT_IN_KEY)
@@ -292,6 +328,11 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
             parts.append(chosen.poison.denoiser or denoiser_key(chosen, facts, chosen.matrix.sparse_limit))
         columns.append(Column(entry, chosen.model_copy(update={"poison": poison}), digest(parts)))
     return columns
+
+
+def published_sources(config: Config) -> list[str]:
+    """Return the locations of the poisons of a matrix that others published."""
+    return [entry.source for entry in entries(config.matrix.poisons, ("poison",)) if entry.source]
 
 
 def attacks_denoiser(config: Config) -> bool:
@@ -388,7 +429,7 @@ def _seeds(config: Config, count: int) -> list[int]:
 
 def _comes_first(config: Config, column: Column, row: Row) -> bool:
     poisons, defenses = config.matrix.first_poisons, config.matrix.first_defenses
-    early = column.config is None or not poisons or column.entry.label in poisons
+    early = not column.poisoned or not poisons or column.entry.label in poisons
     return early and (not defenses or row.entry.label in defenses)
 
 

@@ -23,7 +23,7 @@ from eclipse_ray.errors import EclipseError
 from eclipse_ray.experiments import search
 from eclipse_ray.experiments.artifacts import denoiser_folder
 from eclipse_ray.experiments.experiment import Experiment, labels_of
-from eclipse_ray.experiments.recipe import Column, Entry, Recipe, Row
+from eclipse_ray.experiments.recipe import PUBLISHED, Column, Entry, Recipe, Row
 from eclipse_ray.experiments.search import COMPENSATION_AXES, Trial
 from eclipse_ray.experiments.worker import score_of
 from eclipse_ray.poisons import budget, variant_of
@@ -126,9 +126,9 @@ def sparse_images(experiment: Experiment, config: Config) -> int:
 
 
 def bound(experiment: Experiment, column: Column) -> str:
-    """Return the norm bound of a column in words, such as "L-inf 8/255" or "L2 1.00"."""
+    """Return the norm bound of a column in words, such as "L-inf 8/255", or "published" if others made them."""
     if column.config is None:
-        return ""
+        return PUBLISHED if column.poisoned else ""
     norm, limit = budget(column.config.poison, experiment.sets.source.images.shape[1:])
     if norm == "linf":
         return f"L-inf {255 * limit:g}/255"

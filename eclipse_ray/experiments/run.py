@@ -258,18 +258,19 @@ class _Runner:
         Poisons are fitted side by side if there is room; a column that cannot be made is left out.
         """
         columns = {recipe.column.key: recipe.column for recipe in recipes}
-        works = [partial(self._column, column, recipes) for column in columns.values() if column.config]
+        works = [partial(self._column, column, recipes) for column in columns.values() if column.poisoned]
         made = on_threads(works, fits_at_once(self.resources), "the making of poisons")
-        poisoned = [key for key, column in columns.items() if column.config]
+        poisoned = [key for key, column in columns.items() if column.poisoned]
         found = {key: ref for key, ref in zip(poisoned, made, strict=True) if ref is not None}
-        return {key: found.get(key) for key, column in columns.items() if not column.config or key in found}
+        return {key: found.get(key) for key, column in columns.items() if not column.poisoned or key in found}
 
     def _column(self, column: Column, recipes: list[Recipe]) -> Any:
         """Return a reference to the column's images, or None after a failure."""
         experiment, config = self.experiment, column.config
         sets, facts = experiment.sets, experiment.facts
-        assert config is not None
         try:
+            if config is None:
+                return ray.put(artifacts.load_published(column.entry.source, sets.source, self.config).images)
             denoiser = None
             if attacks_denoiser(config):
                 denoiser = self.denoiser(config, denoiser_key(config, facts, config.matrix.sparse_limit))

@@ -4,10 +4,11 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Barrier
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -15,9 +16,13 @@ import yaml
 from eclipse_ray import verbs
 from eclipse_ray.cluster.connect import Resources
 from eclipse_ray.config import load_config
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.memory import ImageSet, load_images
+from eclipse_ray.datasets.table import canonical_table
+from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.experiments import artifacts, run
-from eclipse_ray.experiments.experiment import open_matrix
+from eclipse_ray.experiments.experiment import Experiment, open_matrix
 from eclipse_ray.experiments.run import groups, share
 from eclipse_ray.poisoning import fits_at_once
 from eclipse_ray.results import MatrixPlan, MatrixResult
@@ -177,6 +182,105 @@ def test_only_a_matrix_can_be_planned_and_a_matrix_needs_a_folder(world, tmp_pat
         verbs.evaluate_plan(world.rest, test=world.test)
     with pytest.raises(ConfigError, match=r"data\.output is not set"):
         verbs.evaluate_plan(settings={**settings_for(world, tmp_path), "data.output": None})
+
+
+def opened(world, source: object, **changes: object) -> Experiment:
+    """A matrix with one column, a poison that others published; nothing is run."""
+    own = {"matrix__poisons": [{"name": "published", "source": str(source), "label": "theirs"}], **changes}
+    return open_matrix(load_config(None, settings_for(world, world.root / "never", **own)))
+
+
+def stored(images: ImageSet, target: Path) -> str:
+    encoded = [encode_image(pixels, "png") for pixels in images.images]
+    table = canonical_table(images.ids, encoded, images.labels, classes=images.classes)
+    write_dataset(str(target), [table], classes=images.classes, source="test")
+    return str(target)
+
+
+@pytest.fixture(scope="module")
+def theirs(world) -> ImageSet:
+    return load_images(world.poisoned, load_config().data)
+
+
+def test_a_published_poison_is_known_by_its_content_wherever_it_lies(world, theirs, tmp_path, monkeypatch):
+    backwards = stored(theirs.take(range(239, -1, -1)), tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    first, *others = [opened(world, source).grid for source in (world.poisoned, backwards, "moved")]
+    for other in others:
+        assert [recipe.key for recipe in other.recipes] == [recipe.key for recipe in first.recipes]
+    # Another image, or more of them, are another column.
+    theirs.images[99] ^= 1
+    changed = opened(world, stored(theirs, tmp_path / "changed")).grid
+    theirs.images[99] ^= 1
+    whole = opened(world, world.poisoned, matrix__limit=None).grid
+    assert len({made.columns[0].key for made in (first, changed, whole)}) == 3
+
+
+def test_a_published_poison_is_read_in_the_order_of_the_training_images(world, theirs, tmp_path):
+    backwards = stored(theirs.take(range(239, -1, -1)), tmp_path / "theirs")
+    experiment = opened(world, backwards)
+    source = experiment.sets.source
+    images = artifacts.load_published(backwards, source, experiment.config)
+    assert images.ids == source.ids
+    assert np.array_equal(images.images, theirs.take([theirs.ids.index(name) for name in source.ids]).images)
+
+
+def test_a_published_poison_that_is_no_copy_of_the_training_images_is_refused(world, theirs, tmp_path):
+    fewer = stored(theirs.take(range(3, 240)), tmp_path / "fewer")
+    with pytest.raises(InputError, match=f"{fewer}: 3 of the 240 ids of {world.rest} are missing, such as"):
+        opened(world, fewer, matrix__limit=None)
+    labels = theirs.labels.copy()
+    labels[[0, 5]] = (labels[[0, 5]] + 1) % 10
+    other = stored(replace(theirs, labels=labels), tmp_path / "other")
+    with pytest.raises(InputError, match=f"{other}: 2 images have another label than in {world.rest}"):
+        opened(world, other)
+    bare = stored(replace(theirs, labels=None, classes=None), tmp_path / "bare")
+    with pytest.raises(InputError, match=f"{bare}: has no labels"):
+        opened(world, bare)
+    large = stored(
+        replace(theirs, images=np.kron(theirs.images, np.ones((1, 2, 2, 1), np.uint8))), tmp_path / "32"
+    )
+    with pytest.raises(InputError, match=rf"{large} has \(32, 32\) images"):
+        opened(world, large)
+    with pytest.raises(InputError, match="nowhere"):
+        opened(world, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("taken", "words"),
+    [("test", "training and test set share 2"), ("clean", "sparse clean set and training set share 2")],
+)
+def test_a_published_poison_with_images_of_another_set_is_refused(world, theirs, tmp_path, taken, words):
+    images = theirs.images.copy()
+    images[:2] = load_images(getattr(world, taken), load_config().data).images[:2]
+    leaking = stored(replace(theirs, images=images), tmp_path / "leaking")
+    with pytest.raises(InputError, match=f"{leaking}.*{words}"):
+        opened(world, leaking)
+    # The images that trained a given denoiser count even if nobody names them.
+    if taken == "clean":
+        with pytest.raises(InputError, match=words):
+            opened(world, leaking, data__clean=None)
+
+
+@pytest.mark.chaos
+def test_a_published_poison_is_a_column_like_any_other(measured, world):
+    entry = {"name": "published", "source": world.poisoned}
+    own = {"matrix__poisons": ["ar", entry], "evaluate__seeds": 1}
+    settings = settings_for(world, measured.output, **own)
+    assert verbs.evaluate_plan(settings=settings).done == 3
+    result = verbs.evaluate(settings=settings)
+    assert isinstance(result, MatrixResult)
+    assert (result.cells, result.done, result.failed) == (6, 6, 0)
+    found = pq.read_table(measured.output / "results.parquet").to_pylist()
+    rows = {row["defense"]: row for row in found if row["poison"] == "poisoned"}
+    assert rows.keys() == {"none", "iss-g", "eclipse"}
+    for row in rows.values():
+        assert (row["n"], row["variant"], row["budget"], row["cost"]) == (100, "", "published", "")
+        assert row["poison_seconds"] is None
+    # AR has the L2 norm 1: 10 log10(16 * 16 * 3) = 28.9 dB, and a little more after rounding and clipping.
+    assert rows["none"]["psnr"] == pytest.approx(28.9, abs=1)
+    text = (measured.output / "table.md").read_text()
+    assert "poisoned: published" in text
 
 
 def test_dilution_needs_labels(world, tmp_path):

@@ -1,5 +1,6 @@
 """Keys of a matrix: what changes a number changes its key, and nothing else does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,9 @@ import pytest
 from eclipse_ray.config import Config, load_config
 from eclipse_ray.defenses import DEFENSES
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.experiments.recipe import Facts, Grid, build_grid
+from eclipse_ray.experiments.recipe import Facts, Grid, build_grid, published_sources
 
-FACTS = Facts("source", "test", {None: "sparse", 5: "five"})
+FACTS = Facts("source", "test", {None: "sparse", 5: "five"}, published={"sets/tap": "tap"})
 BASE = {
     "denoiser.preset": "debug",
     "evaluate.seeds": 2,
@@ -83,6 +84,29 @@ def test_a_setting_of_a_poison_changes_its_column_only():
     assert {title.split(", ")[0] for title in titles} == {"urp"}
 
 
+def test_a_published_poison_is_a_column_without_cost_whose_key_is_its_content():
+    entry = {"name": "published", "source": "sets/tap", "label": "theirs", "published": "tap"}
+    made = grid(matrix__poisons=["ar", entry], matrix__first_poisons=["ar"], matrix__clean=False)
+    column = made.columns[1]
+    assert (column.entry.label, column.entry.published, column.config) == ("theirs", "tap", None)
+    assert column.poisoned
+    assert made.recipes[0].column.entry.label == "ar"
+    assert {recipe.column.entry.label for recipe in made.recipes[:6]} == {"ar"}
+
+    def key_of(facts: Facts, source: str) -> str:
+        return grid(facts, matrix__poisons=[{"name": "published", "source": source}]).columns[1].key
+
+    moved = replace(FACTS, published={"elsewhere": "tap", "sets/tap": "changed"})
+    assert key_of(FACTS, "sets/tap") == key_of(moved, "elsewhere") == column.key
+    assert key_of(moved, "sets/tap") != column.key
+
+
+def test_a_published_poison_is_called_as_the_last_part_of_its_path():
+    facts = replace(FACTS, published={"s3://bucket/tap-published/": "tap"})
+    made = grid(facts, matrix__poisons=[{"name": "published", "source": "s3://bucket/tap-published/"}])
+    assert (made.columns[1].entry.label, made.columns[1].entry.published) == ("tap-published", "")
+
+
 def test_other_images_change_every_key_and_another_sparse_set_those_that_use_it():
     assert len(changed(grid(), grid(Facts("other", "test", {None: "sparse"})))) == 9
     assert len(changed(grid(), grid(Facts("source", "other", {None: "sparse"})))) == 9
@@ -135,6 +159,11 @@ def test_a_denoiser_of_its_own_belongs_to_its_row():
         ({"matrix__poisons": [{"label": "ar"}]}, "has no name"),
         ({"matrix__poisons": ["ar", "ar"]}, "two poison entries are called ar"),
         ({"matrix__poisons": ["clean"]}, "no poison"),
+        ({"matrix__poisons": [{"name": "published"}]}, "`source: SRC`"),
+        ({"matrix__poisons": [{"name": "tap", "source": "sets/tap"}]}, "`name: published`"),
+        ({"matrix__poisons": [{"name": "published", "source": "sets/tap", "eps_255": 4}]}, "has no settings"),
+        ({"matrix__poisons": [{"name": "published", "source": "x/clean"}]}, "no poison"),
+        ({"matrix__defenses": [{"name": "none", "source": "sets/tap"}]}, "source"),
         ({"matrix__victims": ["resnet"]}, "victim.arch"),
         ({"matrix__defenses": []}, "no defense is listed"),
     ],
@@ -158,7 +187,8 @@ CONFIGS = sorted(file for file in FOLDER.glob("*.yaml") if not file.stem.startsw
 def test_the_ready_configs_are_grids(file):
     config = load_config(str(file))
     counts = {None: "all", 150: "150", 1000: "1", 2000: "2", 3000: "3", 4000: "4"}
-    made = build_grid(config, Facts("source", "test", counts))
+    published = dict.fromkeys(published_sources(config), "published")
+    made = build_grid(config, Facts("source", "test", counts, published=published))
     assert len({cell.title for cell in made.recipes}) == len(made.recipes)
     assert config.data.output
     if file.stem == "quick":
@@ -168,7 +198,8 @@ def test_the_ready_configs_are_grids(file):
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_a_ready_config_that_is_written_out_in_full_is_the_same_grid(file):
     short = load_config(str(file))
-    facts = Facts("source", "test", dict.fromkeys([None, 150, 1000, 2000, 3000, 4000], "sparse"))
+    counts = dict.fromkeys([None, 150, 1000, 2000, 3000, 4000], "sparse")
+    facts = Facts("source", "test", counts, published=dict.fromkeys(published_sources(short), "published"))
     full = Config.model_validate(short.model_dump(mode="json"))
     assert keys(build_grid(full, facts)) == keys(build_grid(short, facts))
 

@@ -1,7 +1,7 @@
-"""Every setting and its default: pydantic sections, YAML in and out, overrides, presets, fingerprint.
+"""All settings together: YAML in and out, overrides, presets, fingerprint.
 
-This is the one place with defaults. A resolved `Config` is written beside every output, so that any result
-can be reproduced with `--config`.
+The sections with their defaults are in `sections`. A resolved `Config` is written beside every output, so that any
+result can be reproduced with `--config`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -45,6 +45,7 @@ from eclipse_ray.config.sections import (
     PurifyConfig,
     Range,
     Rounding,
+    RunConfig,
     Sampler,
     ScheduleName,
     Section,
@@ -102,29 +103,6 @@ __all__ = [
 
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class RunConfig(Section):
-    """What concerns the whole run."""
-
-    seed: int = Field(0, ge=0, lt=2**63, description="Of everything that is random.")
-    address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, else a local cluster.")
-    max_cpus: int | None = Field(
-        None, ge=1, description="CPUs an autoscaler may reach; null: those that are there."
-    )
-    max_gpus: int | None = Field(None, ge=0, description="GPUs an autoscaler may reach; null: those there are.")
-    progress_seconds: float = Field(10, gt=0, description="Seconds between progress lines off a terminal.")
-    watchdog_seconds: float = Field(
-        1800,
-        gt=0,
-        description="Seconds without any finished work after which a run ends with exit 75.",
-    )
-    log_format: Literal["text", "json"] = Field(
-        "text", description="Messages on standard error: for people, or one JSON object per line."
-    )
-    loggers: tuple[LoggerName, ...] = Field(
-        (), description="Services that get the curves of training, victims and trials too."
-    )
 
 
 class Config(Section):

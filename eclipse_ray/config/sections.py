@@ -470,3 +470,26 @@ class AuditConfig(Section):
         None, description="Folder of a denoiser whose residual is scored; null: a blur is used instead."
     )
     output: str | None = Field(None, description="Folder for audit.json, audit.png and config.yaml; null: none.")
+
+
+class RunConfig(Section):
+    """What concerns the whole run."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="Of everything that is random.")
+    address: str | None = Field(None, description="Ray address; null: RAY_ADDRESS, else a local cluster.")
+    max_cpus: int | None = Field(
+        None, ge=1, description="CPUs an autoscaler may reach; null: those that are there."
+    )
+    max_gpus: int | None = Field(None, ge=0, description="GPUs an autoscaler may reach; null: those there are.")
+    progress_seconds: float = Field(10, gt=0, description="Seconds between progress lines off a terminal.")
+    watchdog_seconds: float = Field(
+        1800,
+        gt=0,
+        description="Seconds without any finished work after which a run ends with exit 75.",
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Messages on standard error: for people, or one JSON object per line."
+    )
+    loggers: tuple[LoggerName, ...] = Field(
+        (), description="Services that get the curves of training, victims and trials too."
+    )

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, Layout
 from eclipse_ray.datasets.formats import Source, open_source, read_tables
-from eclipse_ray.datasets.images import Pixels, decode_required
+from eclipse_ray.datasets.images import Pixels, check_encoding, decode_required
 from eclipse_ray.datasets.table import canonical_table, extra_columns, image_bytes
-from eclipse_ray.datasets.write import refuse_existing, write_dataset
+from eclipse_ray.datasets.write import converted, refuse_existing, write_dataset
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say
 from eclipse_ray.storage.store import Store
@@ -43,9 +43,11 @@ def labels_from(
     """Write the images of `source` with the labels of `clean`, matched by content; return how many matched.
 
     Both are averaged to 8x8x3 and each image takes the label of its nearest clean image. Labels that `source` has
-    are replaced; ids, bytes and extra columns are kept. Raises InputError unless every image has one such clean
-    image: much nearer than the next one, except for copies with the same label, and not shared with another image.
+    are replaced; ids, bytes and extra columns are kept. If `data.resize` is set, images are resized after the
+    match. Raises InputError unless every image has one such clean image: much nearer than the next one, except for
+    copies with the same label, and not shared with another image.
     """
+    check_encoding(data_config.encoding, data_config.allow_lossy)
     refuse_existing(Store(output))
     poisoned, known = open_source(source, data_config), open_source(clean, data_config)
     ids, pooled, _ = _pooled(poisoned, data_config)
@@ -63,7 +65,7 @@ def labels_from(
 
     def tables() -> Iterator[pa.Table]:
         start = 0
-        for table in read_tables(poisoned, data_config):
+        for table in converted(poisoned, data_config):
             names = table["id"].to_pylist()
             chosen = found[start : start + len(names)]
             yield canonical_table(names, image_bytes(table), chosen, extra_columns(table), known.classes)

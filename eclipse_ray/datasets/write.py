@@ -87,17 +87,20 @@ def convert(source_url: str, output_url: str, data_config: DataConfig, layout: L
     check_encoding(data_config.encoding, data_config.allow_lossy)
     refuse_existing(Store(output_url))
     source = open_source(source_url, data_config)
-    tables = read_tables(source, data_config)
-    if data_config.resize is not None:
-        tables = (_resized(source, table, data_config) for table in tables)
     return write_dataset(
         output_url,
-        tables,
+        converted(source, data_config),
         classes=source.classes,
         source=source_url,
         layout=layout,
         data_config=data_config,
     )
+
+
+def converted(source: Source, data_config: DataConfig) -> Iterator[pa.Table]:
+    """Yield the tables of a source, their images resized and encoded anew if `data.resize` is set."""
+    for table in read_tables(source, data_config):
+        yield table if data_config.resize is None else _resized(source, table, data_config)
 
 
 def _resized(source: Source, table: pa.Table, data_config: DataConfig) -> pa.Table:

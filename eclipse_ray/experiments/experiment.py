@@ -119,10 +119,13 @@ class Experiment:
             found = [search.make_trial(self.config, point, self.facts) for point in inside]
         return [trial for trial in found if all(recipe.key in done for recipe in trial.recipes)]
 
+    def trials_wanted(self) -> int:
+        """Return how many trials a sweep has when it is done."""
+        return self.config.sweep.trials if self.trials is None else len(self.trials)
+
     def trials_left(self) -> int:
         """Return how many trials of a sweep a run would still do."""
-        wanted = self.config.sweep.trials if self.trials is None else len(self.trials)
-        return wanted - len(self.measured_trials())
+        return self.trials_wanted() - len(self.measured_trials())
 
 
 def result_json(result: Measured) -> bytes:

@@ -290,7 +290,7 @@ def sweep_view(experiment: Experiment) -> SweepView:
         rows=rows,
         best=_best_tree(experiment, best_trial(experiment)) if trials else {},
         summary=(
-            f"{len(rows)} of {_wanted(experiment)} trials, "
+            f"{len(rows)} of {experiment.trials_wanted()} trials, "
             f"{len(sets.source.ids):,} of {sets.total:,} images, scored on {len(sets.test.ids):,} clean ones"
         ),
     )
@@ -371,7 +371,7 @@ def sweep_plan(experiment: Experiment) -> SweepPlan:
         unknown.append("purification by a denoiser that is not there yet")
     titles = {trial.title for trial in experiment.measured_trials()}
     return SweepPlan(
-        trials=_wanted(experiment),
+        trials=experiment.trials_wanted(),
         done=len(titles),
         missing=[trial.title for trial in experiment.trials or [] if trial.title not in titles]
         or [f"{left} points that Optuna will choose"] * (left > 0),
@@ -381,10 +381,6 @@ def sweep_plan(experiment: Experiment) -> SweepPlan:
         unknown=unknown,
         output=experiment.store.url,
     )
-
-
-def _wanted(experiment: Experiment) -> int:
-    return experiment.config.sweep.trials if experiment.trials is None else len(experiment.trials)
 
 
 def denoisers_to_train(experiment: Experiment) -> dict[str, Config]:

@@ -205,16 +205,6 @@ def summarise(store: Store) -> StatusResult:
     )
 
 
-def named_objects(store: Store) -> list[str]:
-    """Return the keys of the data objects that statuses name, in plan order; readers must read no others.
-
-    Raises InputError if the store holds no run, StorageError if a status is damaged.
-    """
-    layout.require_run(store)
-    statuses = sorted(read_statuses(store).values(), key=lambda status: int(status.shard))
-    return [status.object for status in statuses if status.object]
-
-
 def _check_counts(shard: Shard, ok: bytes | None, ok_count: int, failed: int) -> None:
     if ok_count < 0 or ok_count + failed != shard.rows:
         raise ValueError(f"shard {shard.name}: {ok_count} ok + {failed} failed != {shard.rows} planned")

@@ -80,7 +80,6 @@ __all__ = [
     "poison_fitted",
     "poison_images",
     "poison_settings",
-    "poison_together",
     "quiet_session",
     "resolved_poison",
     "settings_of",
@@ -190,13 +189,6 @@ def poison_fitted(
         return data.images.clone()
     method, settings = optimised(config), settings_of(config)
     return store(data.images, method.perturb(data, state, settings, seed, torch.device(device)), settings)
-
-
-def poison_together(data: LabelledImages, config: PoisonConfig, seed: int, session: Session) -> Tensor:
-    """Return all images poisoned by a poison of either kind, uint8 (N, H, W, 3)."""
-    if config.name in POISONS:
-        return poison_images(data.images, data.labels, data.ids, config, seed, data.num_classes)
-    return poison_fitted(data, fit_poison(data, config, seed, session), config, seed, session.device)
 
 
 def optimised(config: PoisonConfig) -> Optimised:

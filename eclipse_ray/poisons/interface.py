@@ -21,16 +21,14 @@ from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.errors import InputError
 
 # First timesteps reserved for the draws of each poison, far above any diffusion timestep and apart from
-# those of compensation, so that no draw is ever shared.
+# those of compensation, so that no draw is ever shared. sep and adp need none.
 URP_T = 2**30 + 2**16
 LSP_T = 2**30 + 2 * 2**16
 AR_T = 2**30 + 3 * 2**16
 CUDA_T = 2**30 + 4 * 2**16
 TAP_T = 2**30 + 5 * 2**16
 REM_T = 2**30 + 6 * 2**16
-SEP_T = 2**30 + 7 * 2**16
 EFP_T = 2**30 + 8 * 2**16
-ADP_T = 2**30 + 9 * 2**16
 SHIFT_T = 2**30 + 10 * 2**16
 MIXTURE_T = 2**30 + 11 * 2**16
 

@@ -239,7 +239,7 @@ def _poisons(view: MatrixView) -> list[MatrixAxis]:
 def _title(view: MatrixView, column: MatrixAxis) -> str:
     """Return the label of a column; a poison that was fitted with reduced numbers is called so."""
     costs = {row["cost"] for row in view.rows if row["poison"] == column.label}
-    reduced = costs == {"reduced"} and column.published not in CLOSED_FORM
+    reduced = costs == {"reduced"} and column.published not in ONE_COST
     return f"{column.label} (reduced)" if reduced and "reduced" not in column.label else column.label
 
 
@@ -346,8 +346,8 @@ def _table(view: MatrixView, title: str, head: Sequence[str], row: Callable[[Mat
 POISONS = ("em", "tap", "rem", "sep", "efp", "urp", "lsp", "ar", "adp")
 AVERAGE = "avg"
 CLEAN = "clean"
-CLOSED_FORM = ("urp", "lsp", "ar", "cuda")
-"""Poisons without a fit, which have no reduced numbers."""
+ONE_COST = ("urp", "lsp", "ar", "cuda", "shift", "mixture", "ops")
+"""Poisons that have no reduced numbers."""
 
 Published = dict[str, float]
 

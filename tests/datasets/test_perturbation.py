@@ -14,7 +14,7 @@ from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.matching import labels_from, match, pool
 from eclipse_ray.datasets.perturbation import RECORD, apply
 from eclipse_ray.datasets.table import canonical_table, image_bytes
-from eclipse_ray.datasets.write import write_dataset
+from eclipse_ray.datasets.write import convert, write_dataset
 from eclipse_ray.errors import ConfigError, InputError
 
 CONFIG = DataConfig()
@@ -283,6 +283,15 @@ def test_images_without_labels_take_those_of_the_clean_set(tmp_path, clean):
         assert label == LABELS[row]
         assert np.array_equal(image, expected(STEPS)[row])
     assert open_source(str(tmp_path / "out"), CONFIG).classes == CLASSES
+
+
+def test_labelled_images_are_resized_where_asked(tmp_path, clean):
+    source = write(tmp_path / "source", expected(STEPS), labels=None, classes=None)
+    labels_from(source, clean, str(tmp_path / "out"), DataConfig(resize=16))
+    convert(source, str(tmp_path / "resized"), DataConfig(resize=16))
+    table, images = read(str(tmp_path / "out"))
+    assert table["label"].to_pylist() == LABELS.tolist()
+    assert np.array_equal(images, read(str(tmp_path / "resized"))[1])
 
 
 def test_other_images_are_refused_with_their_number(tmp_path, clean):

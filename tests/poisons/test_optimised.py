@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.poisons import OPTIMISED, fit_poison, perturb, poison_fitted, poison_together, quiet_session
+from eclipse_ray.poisons import OPTIMISED, fit_poison, perturb, poison_fitted, quiet_session
 from eclipse_ray.poisons.interface import LabelledImages, by_id, id_keys, rows_of, to_float
 from eclipse_ray.poisons.surrogate import load_surrogate
 from eclipse_ray.victims.training import classify
@@ -76,7 +76,7 @@ def test_a_killed_fit_resumes_to_the_same_state(fitted, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_another_seed_gives_another_poison(fitted, form):
     data, states = fitted
-    other = poison_together(data, FORMS[form], 4, quiet_session())
+    other = poison_fitted(data, fit_poison(data, FORMS[form], 4, quiet_session()), FORMS[form], 4)
     assert not torch.equal(other, poison_fitted(data, states[form], FORMS[form], 3))
 
 

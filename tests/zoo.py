@@ -54,8 +54,11 @@ def wide_png(values: np.ndarray, colour: int, extra: bytes = b"") -> bytes:
     return png(values.shape[1], values.shape[0], 16, colour, zlib.compress(rows), extra)
 
 
-def tiff(values: np.ndarray, order: str = "<", planes: bool = False, bits: int = 16) -> bytes:
-    """Return uint16 (H, W, C) `values` as an uncompressed TIFF, channels interleaved or in separate planes."""
+def tiff(values: np.ndarray, order: str = "<", planes: bool = False, bits: int = 16, white: int = 1) -> bytes:
+    """Return uint16 (H, W, C) `values` as an uncompressed TIFF, channels interleaved or in separate planes.
+
+    For one channel, `white` is the photometric interpretation: 1 for "black is zero", 0 for "white is zero".
+    """
     height, width, channels = values.shape
     ordered = np.moveaxis(values, -1, 0) if planes else values
     body = ordered.astype(f"{order}u2").tobytes()
@@ -66,7 +69,7 @@ def tiff(values: np.ndarray, order: str = "<", planes: bool = False, bits: int =
         (257, [height]),
         (_BITS, [bits] * channels),
         (259, [1]),
-        (_PHOTOMETRIC, [2 if channels > 1 else 1]),
+        (_PHOTOMETRIC, [2 if channels > 1 else white]),
         (_STRIPS, [8 + n * size for n in range(strips)]),
         (_SAMPLES, [channels]),
         (278, [height]),
@@ -87,6 +90,13 @@ def tiff(values: np.ndarray, order: str = "<", planes: bool = False, bits: int =
     mark = b"II*\0" if order == "<" else b"MM\0*"
     head = mark + struct.pack(f"{order}I", directory)
     return head + body + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + spill
+
+
+def _white_is_zero_8() -> bytes:
+    whole = saved(Image.new("L", (4, 4), 55), "TIFF")
+    entry = struct.pack("<HHIHH", _PHOTOMETRIC, 3, 1, 1, 0)
+    assert whole.count(entry) == 1
+    return whole.replace(entry, struct.pack("<HHIHH", _PHOTOMETRIC, 3, 1, 0, 0))
 
 
 def scaled(values: np.ndarray) -> np.ndarray:
@@ -199,6 +209,13 @@ def specimens() -> dict[str, Specimen]:
         "16-bit RGB TIFF": Specimen(tiff(WIDE[..., :3]), scaled(WIDE[..., :3])),
         "16-bit RGB TIFF, big-endian": Specimen(tiff(WIDE[..., :3], ">"), scaled(WIDE[..., :3])),
         "16-bit TIFF in separate planes": Specimen(tiff(WIDE[..., :3], planes=True), reason="separate planes"),
+        "16-bit gray TIFF, white is zero": Specimen(
+            tiff(WIDE[..., :1], white=0), 255 - np.repeat(scaled(WIDE[..., :1]), 3, axis=2)
+        ),
+        "16-bit gray TIFF, white is zero, big-endian": Specimen(
+            tiff(WIDE[..., :1], ">", white=0), reason="known format"
+        ),
+        "8-bit gray TIFF, white is zero": Specimen(_white_is_zero_8(), np.full((4, 4, 3), 200, np.uint8)),
         "12-bit TIFF": Specimen(tiff(WIDE[:, :, :1], bits=12), reason="12-bit"),
         "32-bit TIFF": Specimen(saved(Image.new("F", (4, 4)), "TIFF"), reason="32-bit"),
         "LAB TIFF": Specimen(saved(Image.new("LAB", (4, 4)), "TIFF"), reason="LAB"),

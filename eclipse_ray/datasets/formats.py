@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import posixpath
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.datasets import cifar, folder, npz, parquet, published, webdataset
 from eclipse_ray.datasets.table import Part, Span, extra_columns, with_classes
 from eclipse_ray.errors import InputError
+from eclipse_ray.log import say
 from eclipse_ray.storage import is_hidden
 from eclipse_ray.storage.store import Entry, Store
 
@@ -69,7 +72,9 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     `url` is a folder, one file, or a folder and a pattern of file names (`DIR/train-*.parquet`). Raises
     InputError if it cannot be read as one dataset.
     """
+    _refuse_output_inside(url, data_config.output)
     store, entries = _look(url)
+    _refuse_bad_names(entries)
     found = {
         name: claimed
         for name, each in FORMATS.items()
@@ -85,6 +90,7 @@ def open_source(url: str, data_config: DataConfig) -> Source:
         some = ", ".join(f"{len(claimed)} {name} ({claimed[0].key})" for name, claimed in found.items())
         raise InputError(f"{url}: holds more than one kind of data: {some}; name a folder with one kind")
     ((name, claimed),) = found.items()
+    _say_passed_over(url, name, entries, claimed)
     if name != "folder":
         _refuse_mixed_splits(url, claimed)
     try:
@@ -155,8 +161,35 @@ def _read_span(
         return format.read_rows(store, *span, data_config, classes)
     except FileNotFoundError as error:
         raise InputError(
-            f"{store.url}/{span[0]}: was there when the source was listed and is gone; put it back"
+            f"{store.url}/{span[0]}: is a link to a missing file, or was deleted after the source was listed; "
+            "put the file back, or delete the link"
         ) from error
+
+
+def _refuse_output_inside(url: str, output: str | None) -> None:
+    # The next listing of the source would hold the output too. Of a purification only data/ is listed.
+    source = Store(url)
+    if output and Store(output).url.startswith(f"{source.url}/") and not source.exists(RUN_PLAN):
+        raise InputError(f"{output}: the output lies inside the source {url}; name a folder outside it")
+
+
+def _refuse_bad_names(entries: Iterable[Entry]) -> None:
+    # Python stands for bytes that are not UTF-8 by surrogates, which can be written neither as text nor to Arrow.
+    for entry in entries:
+        try:
+            entry.key.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{entry.key!a}: the name is not valid Unicode (UTF-8); rename the file") from error
+
+
+def _say_passed_over(url: str, name: str, entries: Sequence[Entry], claimed: Sequence[Entry]) -> None:
+    """State how many files no format reads, so that a table of labels is not ignored without a word."""
+    read = {entry.key for entry in claimed}
+    left = [e.key for e in entries if e.key not in read and not (name == "webdataset" and e.key.endswith(".idx"))]
+    if left:
+        counts = Counter(posixpath.splitext(key)[1] or "without a suffix" for key in left)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))
+        say(f"{url}: {len(left)} files are passed over: {kinds}, such as {left[0]}", passed_over=len(left))
 
 
 def _look(url: str) -> tuple[Store, list[Entry]]:

@@ -19,7 +19,7 @@ Pixels = NDArray[np.uint8]
 
 # The only formats that are decoded. Pillow has dozens more, some of which start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".jpe")
 
 # The exceptions that Pillow raises for damaged images.
 _DAMAGE: tuple[type[Exception], ...] = (
@@ -31,7 +31,7 @@ _DAMAGE: tuple[type[Exception], ...] = (
 # The opposite of the byte order at the end of a raw mode; N is the byte order of this machine.
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _ORIENTATION_TAG = 0x0112
-_TIFF_BITS, _TIFF_PLANES = 258, 284
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANES = 258, 262, 284
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -206,6 +206,8 @@ def _to_8_bits(image: Image.Image, data: bytes) -> Image.Image:
         if raw_mode == "I;12":
             raise ImageError("the image has 12-bit pixels; save it with 8 or 16 bits a channel")
         wide = np.asarray(image)
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(_TIFF_PHOTOMETRIC) == 0:
+            wide = 65535 - wide  # White is zero, which Pillow ignores in images of 16 bits.
         return _narrow(wide[..., None] // 256, wide[..., None] % 256, "L", image.info.get("transparency"))
     if ";16" in raw_mode and raw_mode.partition(";")[0] in ("RGB", "RGBA", "RGBX", "CMYK"):
         # Pillow keeps only the high bytes. Decoded in the other byte order, it keeps the low bytes.

@@ -256,6 +256,16 @@ def _canonical(
         paths = children.get("path")
         if paths is not None and not pa.types.is_string(paths.type):
             paths = paths.cast(pa.string())
+    if (
+        table.num_rows
+        and encoded.null_count == table.num_rows
+        and paths is not None
+        and pc.any(paths.is_valid()).as_py()
+    ):
+        raise InputError(
+            f"{where}: images are paths (such as {paths.drop_null()[0]}), not bytes; embed them first, in Hugging "
+            "Face datasets with embed_external_files=True"
+        )
     # A missing image becomes empty bytes. It fails later in decoding, with its id, so that no row is lost.
     encoded = pc.fill_null(encoded.cast(pa.binary()), b"")
     try:

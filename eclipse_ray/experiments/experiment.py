@@ -143,6 +143,7 @@ def open_evaluation(config: Config) -> Experiment:
         raise ConfigError("evaluate needs both: eclipse-ray evaluate SRC --test SRC")
     source = load_images(data.source, data, require_labels=True)
     test = load_images(data.test, data, require_labels=True)
+    _same_classes(data.source, source, data.test, test)
     if source.images.shape[1:] != test.images.shape[1:]:
         raise InputError(
             f"{data.source} has {source.images.shape[1:3]} images, {data.test} has {test.images.shape[1:3]}: "
@@ -189,6 +190,7 @@ def open_matrix(config: Config) -> Experiment:
     test = load_images(str(data.test), data, require_labels=True, limit=matrix.test_limit)
     sparse = load_images(data.clean, data) if data.clean else None
     _check_classes(config, source)
+    _same_classes(str(data.source), source, str(data.test), test)
     named = {"training set": source, "test set": test}
     parts: dict[float | None, ImageSet] = {}
     if sparse is not None:
@@ -358,8 +360,17 @@ def _check_scored(config: Config, source: ImageSet, scored: ImageSet) -> None:
             f"{data.clean}: a sweep scores victims on it and needs the labels of clean images; put the images of "
             "each class into a folder of its own, or give a dataset with a label column"
         )
-    if source.classes and scored.classes and source.classes != scored.classes:
-        raise InputError(f"{data.source} and {data.clean} name their classes differently; give both the same")
+    _same_classes(str(data.source), source, str(data.clean), scored)
+
+
+def _same_classes(url: str, images: ImageSet, other_url: str, other: ImageSet) -> None:
+    # Labels are indices, so a class that one set lacks shifts those behind it.
+    if images.classes and other.classes and images.classes != other.classes:
+        names, others = (", ".join(each[:20]) for each in (images.classes, other.classes))
+        raise InputError(
+            f"{url} has the classes {names} and {other_url} has {others}, so a label would mean two things; "
+            "give both the same classes in the same order"
+        )
 
 
 def _facts(config: Config, sets: Sets) -> Facts:

@@ -1,4 +1,6 @@
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,3 +154,40 @@ def test_chunks_cover_every_row_once_within_bounds(rows, max_images, max_bytes):
         size = sum((stop - start) * weight[key] for key, start, stop in chunk)
         assert 1 <= images <= max_images
         assert images == 1 or size <= max_bytes * 1.001
+
+
+@pytest.mark.parametrize("name", [b"cat/stra\xdfe.png", b"stra\xdfe.png", b"\xdf/a.parquet", b"notes\xdf.csv"])
+def test_a_name_that_is_no_unicode_is_refused_before_anything_is_read(tmp_path, name):
+    file = Path(os.fsdecode(bytes(tmp_path) + b"/" + name))
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(PNG)
+    with pytest.raises(InputError, match=r"\\udcdf.*rename the file"):
+        open_source(str(tmp_path), CONFIG)
+
+
+def test_files_that_no_format_reads_are_counted_and_named(tmp_path, capsys):
+    for name in ("a.png", "b.jfif", "c.jpe", "metadata.csv", "more.csv", "README"):
+        (tmp_path / name).write_bytes(PNG)
+    assert open_source(str(tmp_path), CONFIG).images == 3
+    assert "3 files are passed over: 2 .csv, 1 without a suffix, such as README" in capsys.readouterr().err
+    open_source(str(tmp_path / "a.png"), CONFIG)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_output_inside_the_source_is_refused(tmp_path):
+    source = tmp_path / "set"
+    source.mkdir()
+    (source / "a.png").write_bytes(PNG)
+    for inside in ("out", "deep/out", "_out"):
+        with pytest.raises(InputError, match=r"lies inside the source .*name a folder outside"):
+            open_source(str(source), DataConfig(output=str(source / inside)))
+    for outside in (f"{source}-out", str(tmp_path / "out"), str(tmp_path)):
+        assert open_source(str(source), DataConfig(output=outside)).images == 1
+    assert open_source(str(source / "a.png"), DataConfig(output=str(source / "out"))).images == 1
+
+
+def test_a_link_to_a_missing_image_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "nowhere")
+    source = open_source(str(tmp_path), CONFIG)
+    with pytest.raises(InputError, match=r"a\.png: is a link to a missing file.*delete the link"):
+        read_parts(source.url, source.format, source.classes, [("a.png", 0, 1)], CONFIG)

@@ -210,3 +210,11 @@ def test_a_column_name_that_is_no_text_is_damage(tmp_path):
     (tmp_path / "x.parquet").write_bytes(damaged)
     with pytest.raises(InputError, match=r"x\.parquet"):
         read_all(str(tmp_path))
+
+
+def test_paths_in_place_of_bytes_are_refused(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": None, "path": "/home/me/0.png"}, {"bytes": None, "path": None}]
+    url = put(tmp_path, "a.parquet", pa.table({"image": pa.array(rows, kind)}))
+    with pytest.raises(InputError, match=r"images are paths \(such as /home/me/0\.png\), not bytes; embed them"):
+        read_all(url)

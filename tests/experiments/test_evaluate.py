@@ -7,10 +7,11 @@ import pytest
 
 from eclipse_ray import ledger, verbs
 from eclipse_ray.config import CompensationConfig, Config, load_config
+from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.errors import InputError
 from eclipse_ray.experiments import worker
-from eclipse_ray.experiments.experiment import evaluated_compensation, open_evaluation
+from eclipse_ray.experiments.experiment import evaluated_compensation, open_evaluation, open_matrix
 from eclipse_ray.storage.store import Store
 from tests.support import DEBUG
 
@@ -100,3 +101,23 @@ def test_sets_that_share_images_are_refused(world, train, test, clean, words):
     folders = {name: getattr(world, name) for name in (train, test, clean) if name}
     with pytest.raises(InputError, match=words):
         verbs.evaluate(folders[train], test=folders[test], clean=folders[clean] if clean else None, settings=QUICK)
+
+
+def test_a_test_set_that_lacks_a_class_is_refused(tmp_path):
+    for split, classes in (("train", "abc"), ("test", "bc")):
+        for number, name in enumerate(classes):
+            file = tmp_path / split / name / f"{split}.png"
+            file.parent.mkdir(parents=True)
+            pixels = np.full((16, 16, 3), 10 * number + len(classes), np.uint8)
+            file.write_bytes(encode_image(pixels, "png"))
+    with pytest.raises(InputError, match=r"train has the classes a, b, c and .*test has b, c"):
+        verbs.evaluate(str(tmp_path / "train"), test=str(tmp_path / "test"), settings=QUICK)
+    config = load_config(
+        overrides={
+            "data.source": str(tmp_path / "train"),
+            "data.test": str(tmp_path / "test"),
+            "data.output": str(tmp_path / "out"),
+        }
+    )
+    with pytest.raises(InputError, match=r"train has the classes a, b, c and .*test has b, c"):
+        open_matrix(config)

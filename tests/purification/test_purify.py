@@ -352,8 +352,10 @@ def test_what_cannot_be_read_becomes_error_rows_of_its_own(world, tmp_path):
     table, images, failures = rows.unpack(decoded)
     assert (table.num_rows, len(images)) == (15, 15)
     assert [(row["id"], row["key"]) for row in failures] == [(gone, gone)]
-    assert "is gone" in failures[0]["error"]
+    assert "is a link to a missing file, or was deleted after the source was listed" in failures[0]["error"]
     assert decoded["fatal"][0].as_py() == ""
     strict = replace(job, data=job.data.model_copy(update={"on_error": "stop"}))
     stopped = stages.read_and_decode(rows.task_rows([task])[0], strict)
-    assert "is gone" in str(error_of_note(stopped["fatal"][0].as_py()))
+    assert "is a link to a missing file, or was deleted after the source was listed" in str(
+        error_of_note(stopped["fatal"][0].as_py())
+    )

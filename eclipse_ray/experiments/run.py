@@ -27,6 +27,7 @@ from eclipse_ray.cluster.work import (
     Tasks,
     Watch,
     message_of,
+    on_a_thread,
     on_threads,
     run_tasks,
     run_trials,
@@ -186,7 +187,7 @@ class _Runner:
         looks = [self._likeness(key, ref) for key, ref in columns.items() if ref is not None]
         made = self.make_sets(recipes, columns)
         if looks:
-            ray.wait(looks, num_returns=len(looks))
+            on_a_thread(lambda: ray.wait(looks, num_returns=len(looks)), self.name)
         ready = [recipe for recipe in recipes if all(need.key in made for need in recipe.needs)]
         self.train(ready, columns)
 

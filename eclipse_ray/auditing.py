@@ -14,7 +14,7 @@ import torch
 from ray.data import DataContext
 
 from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, open_denoiser, refuse_process_local
-from eclipse_ray.cluster.work import Watch, watched
+from eclipse_ray.cluster.work import Watch, reaching, watched
 from eclipse_ray.config import Config, DataConfig, PurifyConfig
 from eclipse_ray.datasets.formats import open_source, read_parts
 from eclipse_ray.datasets.images import ImageError, centre_crop, content_hash, decode_stored, resize_image
@@ -245,10 +245,12 @@ def _crops(config: Config, url: str) -> list[Crop]:
         keep=min(1.0, SPARE * config.audit.images / found),
         seed=config.run.seed,
     )
-    resources = connect(config)
     crops: list[Crop] = []
     failed = 0
-    with ProgressLine("audit: reading", "images", found, config.run.progress_seconds) as line:
+    every = config.run.progress_seconds
+    with ProgressLine("audit: reading", "images", found, every, phase=reaching(config)) as line:
+        resources = connect(config)
+        line.phase = "first chunk"
         watch = Watch("audit", "chunk", config.run.watchdog_seconds)
         for part, failures, read in watched(_stream(job, chosen, config, resources), watch):
             crops += part

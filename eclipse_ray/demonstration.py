@@ -18,6 +18,7 @@ from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say
+from eclipse_ray.progress import pace
 from eclipse_ray.reports.charts import image_grid
 from eclipse_ray.reports.measures import amplified
 from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult, to_json
@@ -80,7 +81,7 @@ def demo_table(result: DemoResult) -> str:
     recovered = 100 * (result.purified - result.poisoned) / gap if gap > 0 else float("nan")
     # A demo that goes on in its folder finds images purified before.
     rate = result.images_per_second
-    speed = f"purified at {rate:,.0f} images/s" if rate else "purified before"
+    speed = f"purified at {pace(rate, 'images')}" if rate else "purified before"
     return "\n".join(
         [
             "",

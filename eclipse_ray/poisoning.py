@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from eclipse_ray import ledger
 from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, refuse_process_local, require_place
-from eclipse_ray.cluster.work import BoardWatcher, Tasks, Watch, run_tasks, start_board
+from eclipse_ray.cluster.work import BoardWatcher, Tasks, Watch, reaching, run_tasks, start_board
 from eclipse_ray.config import Config, DataConfig, PoisonConfig, digest, to_yaml
 from eclipse_ray.datasets.formats import UNFINISHED, Source, chunk_spans, open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import encode_image
@@ -263,8 +264,11 @@ def _optimised(config: Config, job: PoisonJob, source: Source) -> DatasetResult:
         return DatasetResult(**json.loads(store.read(RESULT_KEY)))
     store.write(UNFINISHED, b"")
     spans = _spans(source, config.poison.chunk_images)
-    resources = connect(config)
-    state = _fit(config, job, resources)
+    every = config.run.progress_seconds
+    with ProgressLine(f"fit {job.poison.name}", "steps", 0, every, phase=reaching(config)) as line:
+        resources = connect(config)
+        line.phase = "first step"
+        state = _fit(config, job, resources, line)
     result = _write(config, job, spans, _spread(config, job, resources, state), resume=True)
     store.write(RESULT_KEY, json.dumps(vars(result)).encode())
     for key in (FIT_KEY, *(chunk_key(number) for number in range(len(spans)))):
@@ -332,18 +336,14 @@ def _spread(config: Config, job: PoisonJob, resources: Resources, state: Any) ->
     return tables
 
 
-def _fit(config: Config, job: PoisonJob, resources: Resources) -> Any:
+def _fit(config: Config, job: PoisonJob, resources: Resources, line: ProgressLine) -> Any:
     """Fit on one task, with a GPU if there is one, else with all cores; return a reference to the state."""
     threads, cpus = _fit_share(resources)
     require_place(resources, cpus, min(1, resources.gpus), "the fit of a poison")
-    board, fitting = start_board(), _Fitting(f"fit {job.poison.name}", config.run.progress_seconds)
-    watch = Watch(fitting.what, "step", config.run.watchdog_seconds)
+    board, watch = start_board(), Watch(line.what, "step", config.run.watchdog_seconds)
     tasks = Tasks(_fit_task, 1, cpus, 1 if resources.gpus else 0)
-    try:
-        with BoardWatcher(board, fitting.show, watch):
-            (done,) = run_tasks(tasks, [(job, threads, board)], watch)
-    finally:
-        fitting.close()
+    with BoardWatcher(board, partial(_show, line), watch):
+        (done,) = run_tasks(tasks, [(job, threads, board)], watch)
     if done.error is not None:
         raise done.error
     return done.reference
@@ -360,23 +360,12 @@ def _fit_share(resources: Resources) -> tuple[int, int]:
     return threads, max(1, min(resources.cpus, threads * resources.cpus_per_core))
 
 
-class _Fitting:
-    """A progress line that learns from the first report how long the work is and where it began."""
-
-    def __init__(self, what: str, every: float) -> None:
-        self.what, self.every = what, every
-        self.line: ProgressLine | None = None
-
-    def show(self, entry: dict[str, Any]) -> None:
-        """Show one report of a fit; one that Ray had to start again may report a step twice."""
-        if self.line is None:
-            self.line = ProgressLine(self.what, "steps", entry["total"], self.every, entry["done"])
-        self.line.advance(max(0, entry["done"] - self.line.done), note=entry["note"])
-
-    def close(self) -> None:
-        """Give the screen back; a fit may be good enough before its last step."""
-        if self.line is not None:
-            self.line.close()
+def _show(line: ProgressLine, entry: dict[str, Any]) -> None:
+    """Show one report of a fit; one that Ray had to start again may report a step twice."""
+    if not line.total:
+        line.total = entry["total"]
+        line.begin(entry["done"])
+    line.advance(max(0, entry["done"] - line.done), note=entry["note"])
 
 
 def _fit_task(job: PoisonJob, threads: int, board: Any) -> Arrays:

@@ -6,7 +6,8 @@ import atexit
 import sys
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +18,21 @@ if TYPE_CHECKING:
 
 # The time left follows from the rate of at least these last seconds and reports, so that a growing cluster counts.
 WINDOW_SECONDS, WINDOW_REPORTS = 120.0, 30
-SLOW = 0.1
-"""Units per second below which a rate is told per minute."""
 
 
 class ProgressLine:
     """Counts done work and says how far it is, how fast, and how long still by the rate measured lately.
 
-    Closed by itself when all is done; in a `with` block also by what ends the block.
+    Before anything is done it says what is going on, the `phase`. A total of 0 is not known yet. Closed by itself
+    when all is done; in a `with` block also by what ends the block.
     """
 
-    def __init__(self, what: str, unit: str, total: int, every: float, done: int = 0) -> None:
+    def __init__(self, what: str, unit: str, total: int, every: float, done: int = 0, phase: str = "") -> None:
         self.what, self.unit, self.total, self.every = what, unit, total, every
         self.failed = 0
-        self.note = ""
+        self.note, self.phase = "", phase
         self.task: TaskID | None = None
+        self.opened = time.monotonic()
         self.begin(done)
         _screen.open(self)
 
@@ -59,9 +60,16 @@ class ProgressLine:
         self.note = note or self.note
         if count:
             self._mark(time.monotonic())
-        if self.done >= self.total:
+        if self.done >= self.total > 0:
             self.close()
         else:
+            _screen.show(self)
+
+    def reach(self, done: int) -> None:
+        """Show work that is done but not yet counted; the line stays open, and nothing shown is taken back."""
+        if done > self.done:
+            self.done = done
+            self._mark(time.monotonic())
             _screen.show(self)
 
     def close(self) -> None:
@@ -80,9 +88,12 @@ class ProgressLine:
         now = time.monotonic()
         parts = [f"{self.done:,}/{self.total:,} {self.unit}"]
         if self.done == self.started_at:
-            parts.append(f"{duration(now - self.start)} gone, none done yet")
+            gone = f"{duration(now - self.opened)} gone"
+            if self.phase:
+                return f"{self.phase}, {gone}"
+            parts.append(f"{gone}, none done yet")
         else:
-            parts.append(f"{self.rate:,.1f}/s" if self.rate >= SLOW else f"{60 * self.rate:.1f}/min")
+            parts.append(pace(self.rate))
             left = self.seconds_left(now)
             if self.done >= self.total:
                 parts.append(f"took {duration(now - self.start)}")
@@ -107,6 +118,14 @@ def close_all() -> None:
     _screen.close_all()
 
 
+@contextmanager
+def last_words() -> Iterator[None]:
+    """Take every bar off the terminal, and keep what others say from now on away from it."""
+    with _screen.lock:
+        _screen.close_all()
+        yield
+
+
 def duration(seconds: float) -> str:
     """Return seconds in words: 12s, 3m05s, 2h10m, 4d06h."""
     minutes, rest = divmod(round(seconds), 60)
@@ -115,6 +134,15 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days}d{hours:02d}h"
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def pace(per_second: float, unit: str = "") -> str:
+    """Return a rate in words, per minute if it is below one per second, and per hour if that is below one, too."""
+    span, rate = next(
+        ((span, per_second * seconds) for span, seconds in (("s", 1), ("min", 60)) if per_second * seconds >= 1),
+        ("h", per_second * 3600),
+    )
+    return f"{rate:,.1f}{unit and ' '}{unit}/{span}"
 
 
 class _Screen:
@@ -133,7 +161,7 @@ class _Screen:
                 if self.bars is None:
                     self.bars = _bars()
                     self.bars.start()
-                line.task = self.bars.add_task(line.what, total=line.total, numbers=line.numbers(), note="")
+                line.task = self.bars.add_task(line.what, total=None, numbers=line.numbers(), note="")
             if self.idle is None:
                 self.idle = Event()
                 Thread(target=self._tick, args=(self.idle,), daemon=True).start()
@@ -143,14 +171,24 @@ class _Screen:
             if line not in self.lines:
                 return
             if self.bars is not None and line.task is not None:
-                self.bars.update(line.task, completed=line.done, numbers=line.numbers(), note=line.note)
+                self.bars.update(
+                    line.task,
+                    total=line.total or None,
+                    completed=line.done,
+                    numbers=line.numbers(),
+                    note=line.note,
+                )
             elif last or time.monotonic() - line.last >= line.every:
                 line.last = time.monotonic()
                 _report(line)
 
     def close(self, line: ProgressLine) -> None:
         with self.lock:
-            self.show(line, last=True)
+            if line.done > line.started_at:
+                self.show(line, last=True)
+            elif self.bars is not None and line.task is not None and line in self.lines:
+                # It never got further than a phase, which is over.
+                self.bars.remove_task(line.task)
             if line in self.lines:
                 self.lines.remove(line)
             if not self.lines:

@@ -25,7 +25,7 @@ from eclipse_ray.cluster.connect import (
     require_place,
 )
 from eclipse_ray.cluster.metrics import Curves, open_curves
-from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thread, start_board
+from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thread, reaching, start_board
 from eclipse_ray.config import Config, DenoiserConfig, digest, to_yaml
 from eclipse_ray.datasets.memory import MixedSet, load_mixed
 from eclipse_ray.diffusion import training
@@ -108,42 +108,44 @@ def _fingerprint(config: Config, hashes: list[str]) -> ledger.Fingerprint:
 
 def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: str) -> None:
     curves = open_curves(config.run.loggers, store.url, fingerprint)
-    resources = connect(config)
-    workers, use_gpu = _workers(config, resources)
-    require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
-    require_gpus(resources, workers * use_gpu, f"denoiser.use_gpu with denoiser.num_workers={workers}")
-    require_place(resources, 1, float(use_gpu), "a worker of the training")
-    board = start_board()
-    line = ProgressLine("train", "iterations", config.denoiser.iterations, config.run.progress_seconds)
-    trainer = ray.train.torch.TorchTrainer(
-        _train_worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            # One buffer, which every worker of a node reads in place.
-            "pixels": ray.put(images.pixels),
-            "sizes": images.sizes.tolist(),
-            "hashes": images.hashes,
-            "fingerprint": fingerprint,
-            "threads": 0 if use_gpu else max(1, resources.cores // workers),
-            "board": board,
-        },
-        scaling_config=ScalingConfig(
-            # On a cluster, one worker is enough to go on with while a lost node is replaced.
-            num_workers=workers if resources.local else (1, workers),
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1},
-        ),
-        run_config=RunConfig(
-            name=fingerprint,
-            storage_path=store.path("_eclipse/train") if store.local else f"{store.url}/_eclipse/train",
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=3),
-            callbacks=[TrainLogger(curves)] if config.run.loggers else [],
-        ),
-    )
-    watch = Watch("training", "iteration", config.run.watchdog_seconds)
-    with line, BoardWatcher(board, lambda entry: _show(line, entry), watch):
-        result = on_a_thread(trainer.fit, watch)
+    total, every = config.denoiser.iterations, config.run.progress_seconds
+    with ProgressLine("train", "iterations", total, every, phase=reaching(config)) as line:
+        resources = connect(config)
+        workers, use_gpu = _workers(config, resources)
+        require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
+        require_gpus(resources, workers * use_gpu, f"denoiser.use_gpu with denoiser.num_workers={workers}")
+        require_place(resources, 1, float(use_gpu), "a worker of the training")
+        board = start_board()
+        line.phase = f"starting {workers} worker{'s' * (workers > 1)}"
+        trainer = ray.train.torch.TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "config": config.model_dump(mode="json"),
+                # One buffer, which every worker of a node reads in place.
+                "pixels": ray.put(images.pixels),
+                "sizes": images.sizes.tolist(),
+                "hashes": images.hashes,
+                "fingerprint": fingerprint,
+                "threads": 0 if use_gpu else max(1, resources.cores // workers),
+                "board": board,
+            },
+            scaling_config=ScalingConfig(
+                # On a cluster, one worker is enough to go on with while a lost node is replaced.
+                num_workers=workers if resources.local else (1, workers),
+                use_gpu=use_gpu,
+                resources_per_worker={"CPU": 1},
+            ),
+            run_config=RunConfig(
+                name=fingerprint,
+                storage_path=store.path("_eclipse/train") if store.local else f"{store.url}/_eclipse/train",
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                failure_config=FailureConfig(max_failures=3),
+                callbacks=[TrainLogger(curves)] if config.run.loggers else [],
+            ),
+        )
+        watch = Watch("training", "iteration", config.run.watchdog_seconds)
+        with BoardWatcher(board, lambda entry: _show(line, entry), watch):
+            result = on_a_thread(trainer.fit, watch)
     if result.error is not None:
         raise brought_home(result.error, watch.what)
     if result.checkpoint is None:
@@ -175,6 +177,7 @@ def _show(line: ProgressLine, entry: dict[str, Any]) -> None:
     if "begins" in entry:
         # Or begins again after a failure: only now does the clock say something.
         line.begin(entry["iteration"])
+        line.phase = "first iterations"
         return
     if "loss" not in entry:
         line.advance(entry["iteration"] - line.done)

@@ -2,13 +2,14 @@
 
 import io
 import sys
+import threading
 import time
 
 import pytest
 
 from eclipse_ray import progress
 from eclipse_ray.log import say
-from eclipse_ray.progress import ProgressLine, close_all, duration
+from eclipse_ray.progress import ProgressLine, close_all, duration, last_words, pace
 
 
 class Terminal(io.StringIO):
@@ -119,3 +120,65 @@ def test_two_bars_at_once_and_words_between_them(monkeypatch):
 )
 def test_durations_in_words(seconds, words):
     assert duration(seconds) == words
+
+
+def test_a_line_says_what_it_waits_for_until_something_is_done(clock):
+    with ProgressLine("fit em", "steps", 0, 10, phase="starting Ray") as line:
+        clock.now += 12
+        assert line.numbers() == "starting Ray, 12s gone"
+        line.phase = "first step"
+        line.total = 40
+        line.begin(10)
+        clock.now += 3
+        assert line.numbers() == "first step, 15s gone"
+        line.advance(6)
+        assert line.numbers() == "16/40 steps, 2.0/s, 12s left"
+
+
+def test_work_under_way_is_shown_and_neither_taken_back_nor_the_end(clock):
+    with ProgressLine("purify", "images", 100, 10) as line:
+        clock.now += 10
+        line.reach(30)
+        assert line.numbers() == "30/100 images, 3.0/s, 23s left"
+        # An actor that was started again begins its shard again.
+        line.reach(10)
+        assert line.done == 30
+        line.reach(100)
+        assert line in progress._screen.lines
+
+
+def test_what_never_got_beyond_its_first_phase_leaves_nothing_behind(clock, capsys):
+    with (
+        pytest.raises(ValueError, match="no such"),
+        ProgressLine("train", "iterations", 30, 10, phase="starting Ray"),
+    ):
+        raise ValueError("no such")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("per_second", "words"),
+    [
+        (1234.56, "1,234.6 images/s"),
+        (1.0, "1.0 images/s"),
+        (0.98, "58.8 images/min"),
+        (1 / 60, "1.0 images/min"),
+        (0.004, "14.4 images/h"),
+        (0, "0.0 images/h"),
+    ],
+)
+def test_a_rate_below_one_per_second_is_told_per_minute_or_per_hour(per_second, words):
+    assert pace(per_second, "images") == words
+
+
+def test_nothing_is_said_after_the_last_words(capsys):
+    line = ProgressLine("train", "iterations", 30, 0)
+    line.advance(3)
+    with last_words():
+        say("error: stopped")
+        other = threading.Thread(target=lambda: (line.advance(3), say("too late")), daemon=True)
+        other.start()
+        other.join(0.3)
+        assert capsys.readouterr().err.splitlines()[-1] == "error: stopped"
+        assert other.is_alive()
+    other.join(10)

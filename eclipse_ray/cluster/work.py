@@ -1,7 +1,7 @@
 """Work on Ray: the only place that waits for it, with time-outs, errors that keep their type, and progress.
 
-Everything here waits for Ray on a thread of its own, so that the main thread is free for SIGINT and SIGTERM.
-`ray.get` drops what a signal handler raises, and Ray Train and Ray Tune take SIGINT over.
+Everything here waits for Ray on a thread of its own, so that a program's main thread is free for Ctrl-C: `ray.get`
+drops what a signal handler raises, and Ray Train and Ray Tune take SIGINT over.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 import ray
 from ray import exceptions
 
-from eclipse_ray.cluster.connect import Resources, require_gpus
+from eclipse_ray.cluster.connect import Resources, address_of, require_gpus
+from eclipse_ray.config import Config
 from eclipse_ray.errors import EclipseError, InterruptedRunError, error_of_note, note_of_error
 
 T = TypeVar("T")
@@ -284,6 +285,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         inner = next((one for one in (*failures, *wrapped) if isinstance(one, BaseException)), None)
 
 
+def reaching(config: Config) -> str:
+    """Return what is done first, for people who wait for it."""
+    return "starting Ray" if address_of(config) == "local" else "joining the cluster"
+
+
 class Board:
     """Where workers leave their latest progress, and the driver takes it from. It runs as an actor."""
 
@@ -330,7 +336,12 @@ class BoardWatcher:
         while not finished:
             # One look after the end, so that the last entries are seen too.
             finished = self.stop.wait(LOOK_SECONDS)
-            for entry in ray.get(self.board.take.remote()):
+            try:
+                entries = ray.get(self.board.take.remote())
+            except exceptions.RayError:
+                # The work itself says what was lost.
+                continue
+            for entry in entries:
                 self.on_entry(entry)
                 if self.watch is not None:
                     self.watch.beat()

@@ -29,6 +29,7 @@ from eclipse_ray.cluster.work import (
     message_of,
     on_a_thread,
     on_threads,
+    reaching,
     run_tasks,
     run_trials,
     shares,
@@ -63,9 +64,9 @@ def evaluate(config: Config) -> EvaluateResult:
     Raises InputError for missing labels, sets that share images, or images of two sizes.
     """
     experiment = open_evaluation(config)
-    runner = _Runner(experiment, f"evaluate {PurePosixPath(str(config.data.source)).name}", config.data.output)
-    with runner.line:
-        runner.train(experiment.grid.recipes, {})
+    name = f"evaluate {PurePosixPath(str(config.data.source)).name}"
+    with _line(experiment, name) as line:
+        _Runner(experiment, config.data.output, line).train(experiment.grid.recipes, {})
     if experiment.failures:
         message = next(iter(experiment.failures.values()))
         raise EclipseError(f"training of a victim stopped: {message}; run the same command again to resume")
@@ -109,8 +110,8 @@ def _measure(experiment: Experiment, publish: Callable[[], object]) -> None:
         if not missing:
             say(f"matrix: all {len(experiment.grid.recipes)} cells are measured already")
             return
-        runner = _Runner(experiment, "matrix", experiment.output)
-        with runner.line:
+        with _line(experiment, "matrix") as line:
+            runner = _Runner(experiment, experiment.output, line)
             for group in groups(missing, CELLS_AHEAD * runner.concurrent):
                 runner.prepare_and_train(group)
                 publish()
@@ -125,14 +126,26 @@ def _search(experiment: Experiment, publish: Callable[[], object]) -> None:
         if left <= 0:
             say(f"sweep: all {len(experiment.measured_trials())} trials are measured already")
             return
-        runner = _Runner(experiment, "sweep", experiment.output)
-        for key, chosen in rows.denoisers_to_train(experiment).items():
-            runner.denoiser(chosen, key)
-        runner.make_sets(experiment.missing(), {})
-        with runner.line:
+        with _line(experiment, "sweep") as line:
+            runner = _Runner(experiment, experiment.output, line)
+            for key, chosen in rows.denoisers_to_train(experiment).items():
+                runner.denoiser(chosen, key)
+            runner.make_sets(experiment.missing(), {})
             runner.tune(left)
     finally:
         publish()
+
+
+def _line(experiment: Experiment, name: str) -> ProgressLine:
+    config = experiment.config
+    epochs = sum(recipe.victim.config.epochs for recipe in _missing(experiment))
+    if experiment.space and experiment.trials is None:
+        epochs = experiment.trials_left() * config.sweep.seeds * config.victim.epochs
+    return ProgressLine(name, "epochs", epochs, config.run.progress_seconds, phase=reaching(config))
+
+
+def _missing(experiment: Experiment) -> list[Recipe]:
+    return experiment.missing() if experiment.output else experiment.grid.recipes
 
 
 def _start(experiment: Experiment) -> None:
@@ -155,8 +168,9 @@ def groups(recipes: list[Recipe], size: int) -> Iterator[list[Recipe]]:
 class _Runner:
     """Makes what recipes need and trains their victims; what fails is written down and left out."""
 
-    def __init__(self, experiment: Experiment, name: str, output: str | None) -> None:
-        self.experiment, self.config, self.name = experiment, experiment.config, name.split()[0]
+    def __init__(self, experiment: Experiment, output: str | None, line: ProgressLine) -> None:
+        self.experiment, self.config, self.line = experiment, experiment.config, line
+        self.name = line.what.split()[0]
         # First, so that a logger that is not there is refused before Ray starts.
         self.curves = open_curves(self.config.run.loggers, output)
         self.resources = connect(self.config)
@@ -166,16 +180,11 @@ class _Runner:
         sets, weight = experiment.sets, self.config.sweep.fidelity_weight
         self.bench = ray.put(Bench(replace(sets, sparse=None), experiment.cache, self.threads, weight))
         self.board = start_board()
-        missing = experiment.missing() if experiment.output else experiment.grid.recipes
-        epochs = sum(recipe.victim.config.epochs for recipe in missing)
-        if experiment.space and experiment.trials is None:
-            epochs = experiment.trials_left() * self.config.sweep.seeds * self.config.victim.epochs
-        self.line = ProgressLine(name, "epochs", epochs, self.config.run.progress_seconds)
         self.total, self.seen = len(experiment.grid.recipes), set[tuple[str, int]]()
         self.copies: dict[str, int] = {}
         for recipe in experiment.grid.recipes:
             self.copies[recipe.key] = self.copies.get(recipe.key, 0) + 1
-        self.finished = self.total - sum(self.copies[recipe.key] for recipe in missing)
+        self.finished = self.total - sum(self.copies[recipe.key] for recipe in _missing(experiment))
         trials = experiment.measured_trials() if experiment.space else []
         scores = [(rows.trial_score(experiment, trial), trial.title) for trial in trials]
         self.best: tuple[float, str] | None = max(scores, default=None)
@@ -196,6 +205,7 @@ class _Runner:
         jobs = {one.key: (one, self.bench, columns.get(one.column.key), self.board) for one in recipes}
         by_key = {recipe.key: recipe for recipe in recipes}
 
+        self.line.phase = "first epoch"
         watch = Watch(self.name, "epoch", self.config.run.watchdog_seconds)
         with BoardWatcher(self.board, self._show, watch):
             for key, done in self._each(measure, jobs, watch):
@@ -221,6 +231,7 @@ class _Runner:
                 failed[key] = error
                 del wanted[key]
         if wanted:
+            self.line.phase = "making transformed sets"
             say(f"{self.name}: {self._so_far()}; {len(wanted)} transformed sets")
             made |= self._make(wanted, columns, failed)
         for key, cause in failed.items():
@@ -259,6 +270,7 @@ class _Runner:
         Poisons are fitted side by side if there is room; a column that cannot be made is left out.
         """
         columns = {recipe.column.key: recipe.column for recipe in recipes}
+        self.line.phase = "making poisoned sets"
         works = [partial(self._column, column, recipes) for column in columns.values() if column.poisoned]
         made = on_threads(works, fits_at_once(self.resources), "the making of poisons")
         poisoned = [key for key, column in columns.items() if column.poisoned]
@@ -301,6 +313,7 @@ class _Runner:
         os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
         # A point that Optuna chooses is purified inside its trial, which may take any time and says nothing.
         watch = Watch(self.name, "epoch", math.inf if optuna else self.config.run.watchdog_seconds)
+        self.line.phase = "first epoch"
         with BoardWatcher(self.board, self._show, watch):
             failed = run_trials(
                 trial,

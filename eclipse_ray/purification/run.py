@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import ray
@@ -14,7 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from eclipse_ray import ledger, log
 from eclipse_ray.cluster.connect import Resources, connect, require_cpus, require_gpus, require_place
-from eclipse_ray.cluster.work import Watch, watched
+from eclipse_ray.cluster.work import BoardWatcher, Watch, reaching, start_board, watched
 from eclipse_ray.config import Config
 from eclipse_ray.errors import error_of_note
 from eclipse_ray.log import say
@@ -51,25 +52,31 @@ def purify(config: Config, *, retry_failed: bool = False, extend: bool = False) 
         rate = _run(prepared, tasks)
     ledger.finalise(store)
     summary = ledger.summarise(store)
-    return PurifyResult(summary.planned, summary.ok, summary.failed, round(rate, 2), store.url)
+    return PurifyResult(summary.planned, summary.ok, summary.failed, float(f"{rate:.4g}"), store.url)
 
 
 def _run(prepared: Prepared, tasks: list[Task]) -> float:
     """Stream the tasks; return images per second of this run."""
     config, shards = prepared.config, prepared.plan.shards
-    resources = connect(config)
-    actors, gpus = pool(config, resources, len(tasks))
     total = sum(shard.rows for shard in shards)
     done = total - sum(task.shard.rows for task in tasks)
     if done:
         say(f"purify: resuming, {len(shards) - len(tasks)} of {len(shards)} shards are already committed")
-    job = replace(prepared.job, session=ledger.session(prepared.store), run=prepared.fingerprint.value)
-    on_hang = partial(ledger.hand_over, prepared.store, job.session)
-    watch = Watch("purify", "shard", config.run.watchdog_seconds, on_hang)
-    usage = _Usage("GPUs" if gpus else "actors", actors)
-    with ProgressLine("purify", "images", total, config.run.progress_seconds, done) as line:
-        for shard in watched(_stream(job, tasks, actors, gpus), watch):
-            line.advance(shard.ok + shard.failed, shard.failed, usage.note(shard.busy_seconds))
+    every = config.run.progress_seconds
+    with ProgressLine("purify", "images", total, every, done, phase=reaching(config)) as line:
+        resources = connect(config)
+        actors, gpus = pool(config, resources, len(tasks))
+        line.begin(done)
+        line.phase = f"loading the denoiser on {actors} actor{'s' * (actors > 1)}"
+        session, board = ledger.session(prepared.store), start_board()
+        job = replace(prepared.job, session=session, run=prepared.fingerprint.value, board=board)
+        watch = Watch(
+            "purify", "shard", config.run.watchdog_seconds, partial(ledger.hand_over, prepared.store, session)
+        )
+        shown = _Shown(line, "GPUs" if gpus else "actors", actors)
+        with BoardWatcher(board, shown.under_way):
+            for shard in watched(_stream(job, tasks, actors, gpus), watch):
+                shown.committed(shard)
         return line.rate
 
 
@@ -77,23 +84,44 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
 class Committed:
     """A shard that is committed: images done and failed, and the seconds that an actor spent on it."""
 
+    name: str
     ok: int
     failed: int
     busy_seconds: float = 0.0
 
 
-class _Usage:
-    """Says for which part of the time since the first shard began the pool has been at work."""
+class _Shown:
+    """Shows the images of committed shards and of those under way, and how busy the pool has been."""
 
-    def __init__(self, what: str, actors: int) -> None:
-        self.what, self.actors = what, actors
-        self.busy, self.start = 0.0, 0.0
+    def __init__(self, line: ProgressLine, what: str, actors: int) -> None:
+        self.line, self.what, self.actors = line, what, actors
+        self.done, self.busy, self.start = line.done, 0.0, 0.0
+        self.lock, self.closed, self.open = Lock(), set[str](), dict[str, int]()
 
-    def note(self, seconds: float) -> str:
+    def under_way(self, entry: dict[str, Any]) -> None:
+        """Count what an actor tells: that it has its denoiser, or how many images of a shard it has done."""
+        self.line.phase = "first shard"
+        with self.lock:
+            if entry["shard"] not in self.closed:
+                self.open[entry["shard"]] = entry["images"]
+            self._show()
+
+    def committed(self, shard: Committed) -> None:
+        """Count a shard that is committed."""
         now = time.monotonic()
-        self.start = self.start or now - seconds
-        self.busy += seconds
-        return f"{self.what} busy {min(100, 100 * self.busy / max(1e-9, self.actors * (now - self.start))):.0f} %"
+        self.start = self.start or now - shard.busy_seconds
+        self.busy += shard.busy_seconds
+        share = min(100, 100 * self.busy / max(1e-9, self.actors * (now - self.start)))
+        self.line.note = f"{self.what} busy {share:.0f} %"
+        self.line.failed += shard.failed
+        self.done += shard.ok + shard.failed
+        with self.lock:
+            self.closed.add(shard.name)
+            self.open.pop(shard.name, None)
+            self._show()
+
+    def _show(self) -> None:
+        self.line.reach(self.done + sum(self.open.values()))
 
 
 def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]:
@@ -149,4 +177,4 @@ def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[C
             if row["fatal"]:
                 raise error_of_note(row["fatal"])
             log.event("shard", shard=row["shard"], ok=row["ok"], failed=row["failed"])
-            yield Committed(row["ok"], row["failed"], row[BUSY_COLUMN])
+            yield Committed(row["shard"], row["ok"], row["failed"], row[BUSY_COLUMN])

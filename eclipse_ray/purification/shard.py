@@ -44,6 +44,8 @@ class Job:
     """Name of the driver's session; the driver after one that hung takes it over (`ledger.session`)."""
     run: str = ""
     """The run's fingerprint, under which workers count."""
+    board: Any = None
+    """The actor to which the pool tells how far it is; None: to nobody."""
 
     def store(self) -> Store:
         """Open the output folder."""

@@ -249,6 +249,7 @@ class Purifier:
         self.note = ""
         self.idle_since = time.monotonic()
         self.denoiser = open_denoiser(job.denoiser, job.purify.precision)
+        self._tell("", 0)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the shard with its images purified; those that are too small or kill the actor fail."""
@@ -297,7 +298,12 @@ class Purifier:
         size = settings.batch_size if care is ledger.Care.USUAL else 1
         for places in same_size_batches(images, size, settings.batch_pixels):
             outcomes |= self._batch([place for place in places if place not in blamed], images, ids)
+            self._tell(shard, len(outcomes))
         return outcomes
+
+    def _tell(self, shard: str, images: int) -> None:
+        if self.job.board is not None:
+            self.job.board.post.remote({"shard": shard, "images": images})
 
     def _batch(self, places: Sequence[int], images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
         """Purify some images of one size at once, or in halves where there is too little memory for that."""

@@ -21,6 +21,7 @@ from eclipse_ray.detection.views import Images
 from eclipse_ray.diffusion.checkpoint import Card
 from eclipse_ray.errors import EclipseError, InputError
 from eclipse_ray.ledger import layout, read_fingerprint
+from eclipse_ray.progress import pace
 from eclipse_ray.reports import experiments
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Picture, Section, Table, Text
 from eclipse_ray.reports.charts import DASHES, MARKERS, Theme, draw, png
@@ -130,19 +131,17 @@ def throughput(run: Purification) -> Section:
         return Section("throughput", title, [Text("No shard is committed yet.")])
     seconds = sum(status.seconds for status in run.done)
     stored = sum(status.bytes for status in run.done)
+    median = pace(float(np.median(paces)), "images")
     facts = [
         ["shards committed", f"{len(run.done):,} of {len(run.shards):,}"],
         ["images in them", f"{run.ok + run.failed:,}"],
         ["work of all stages", f"{seconds:,.0f} s"],
-        ["images per second of work, median shard", f"{np.median(paces):,.1f}"],
-        ["slowest and fastest shard", f"{paces.min():,.1f} and {paces.max():,.1f} images/s"],
+        ["images in a time of work, median shard", median],
+        ["slowest and fastest shard", f"{pace(paces.min(), 'images')} and {pace(paces.max(), 'images')}"],
         ["shards that were retried", f"{sum(status.generation > 0 for status in run.done):,}"],
         ["written", f"{stored / 2**20:,.1f} MiB"],
     ]
-    lead = (
-        f"A shard took {seconds / len(paces):,.1f} s of work on average, {np.median(paces):,.0f} images per "
-        "second in the median."
-    )
+    lead = f"A shard took {seconds / len(paces):,.1f} s of work on average, {median} in the median."
     blocks: list[Block] = [
         Text(
             "Work is the time that a shard spent being read, decoded, denoised, encoded and written, without the "

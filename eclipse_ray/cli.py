@@ -8,10 +8,8 @@ import os
 import re
 import signal
 import sys
-import threading
-import time
-from collections.abc import Sequence
-from types import FrameType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -22,19 +20,16 @@ from eclipse_ray.errors import (
     EXIT_BAD_INPUT,
     EXIT_OK,
     EXIT_RUN_AGAIN,
+    STOPPED,
     ConfigError,
     EclipseError,
     InterruptedRunError,
 )
 from eclipse_ray.log import say
 from eclipse_ray.outcome import conclude, exit_code, folder_of, reserve_standard_output, show
-from eclipse_ray.progress import close_all
+from eclipse_ray.progress import close_all, last_words
 from eclipse_ray.verbs import OUTPUT, PLANS, RUN, VERBS, Parameter, Verb, declared, resolved
 
-STOPPED = "stopped; run the same command again to resume"
-STOP_SECONDS = 1.0
-"""Ray kills a job 3 s after it asked it to stop; by then it must have ended."""
-_SAYING, _SAID = threading.Lock(), threading.Event()
 # Typer carries a click of its own in some versions; this is its UsageError wherever it lies.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
@@ -125,14 +120,25 @@ def _run(name: str, verb: Verb, values: dict[str, Any], more: list[str]) -> None
     if any(one.setting for _, one in declared(verb.function).values()):
         # Read once, so that a file that changes meanwhile changes nothing.
         config = values["config"] = resolved(verb.function, values)
-    if verb.interruptible and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    result = function(**values)
+    with _interruptible() if verb.interruptible else nullcontext():
+        result = function(**values)
     show(result, as_json, values)
     folder = folder_of(result, config)
     if folder:
         conclude(folder, no_report or not verb.report)
     raise typer.Exit(exit_code(result, config))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt in the verb, which decides itself what that means."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(STOPPED) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _order(verb: str, words: list[str], again: bool) -> dict[str, Any]:
@@ -197,35 +203,11 @@ for _name, _verb in VERBS.items():
     _add(_name, _verb)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    threading.Thread(target=_leave, daemon=True).start()
-    raise InterruptedRunError(STOPPED)
-
-
-def _leave() -> None:
-    # It is said at once: where a whole process group is told to stop, by `timeout` or Slurm, the cluster of this
-    # machine is, too, and Ray ends a driver that has lost it.
-    _say_stopped()
-    time.sleep(STOP_SECONDS)
-    # Ray drops what a signal handler raises while the driver waits in it.
-    os._exit(EXIT_RUN_AGAIN)
-
-
-def _say_stopped() -> None:
-    with _SAYING:
-        if not _SAID.is_set():
-            _SAID.set()
-            say(f"error: {STOPPED}", level="error", exit_code=EXIT_RUN_AGAIN)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line (of this process, or `arguments`) and exit with a documented code: 0, 1, 2, 3 or 75."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    _SAID.clear()
     if "--json" in words:
         reserve_standard_output()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     try:
         # Bare `eclipse-ray` is a question, not a mistake.
         code = app(words or ["--help"], prog_name="eclipse-ray", standalone_mode=False)
@@ -233,13 +215,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(str(error), error.exit_code)
     except UsageError as error:
         _end(usage_sentence(error), EXIT_BAD_INPUT)
-    except typer.Abort:
-        _end(STOPPED, EXIT_RUN_AGAIN)
-    except BrokenPipeError:
-        # Whoever read the output has seen enough; Python would complain once more while it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(EXIT_OK)
     sys.exit(code or EXIT_OK)
+
+
+def stop() -> None:
+    """Say that the command was stopped, and end the process at once; nothing is shown after that.
+
+    Where a whole process group is told to stop, by `timeout` or Slurm, the cluster of this machine is told, too,
+    and Ray ends a driver that has lost its cluster.
+    """
+    with last_words():
+        say(f"error: {STOPPED}", level="error", exit_code=EXIT_RUN_AGAIN)
+        os._exit(EXIT_RUN_AGAIN)
 
 
 def usage_sentence(error: Any) -> str:
@@ -265,12 +252,6 @@ def _nearest_choice(text: str) -> str:
 
 def _end(message: str, code: int) -> None:
     close_all()
-    if message == STOPPED:
-        _say_stopped()
-    elif message:
+    if message:
         say(f"error: {message}", level="error", exit_code=code)
-    if code == EXIT_RUN_AGAIN:
-        # Ray's own orderly end takes longer than a cluster waits, and its threads complain; workers and a cluster
-        # of this process end with it.
-        os._exit(code)
     sys.exit(code)

@@ -10,6 +10,8 @@ EXIT_BAD_INPUT = 2
 EXIT_TOO_MANY_FAILED = 3
 EXIT_RUN_AGAIN = 75
 
+STOPPED = "stopped; run the same command again to resume"
+
 
 class EclipseError(Exception):
     """A condition reported to people as one sentence, without a stack trace; exits with `exit_code`."""

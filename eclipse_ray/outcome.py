@@ -7,13 +7,15 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from eclipse_ray import results as made
 from eclipse_ray import verbs
 from eclipse_ray.config import Config
-from eclipse_ray.errors import EXIT_FAILURE, EXIT_OK, EXIT_TOO_MANY_FAILED, EclipseError, InterruptedRunError
+from eclipse_ray.errors import EXIT_FAILURE, EXIT_OK, EXIT_TOO_MANY_FAILED, EclipseError
 from eclipse_ray.log import say
+from eclipse_ray.progress import pace
 from eclipse_ray.results import Result, to_json
 
 _RESULT_FD = 1
@@ -32,7 +34,8 @@ def show(result: Result, as_json: bool, given: Mapping[str, Any]) -> None:
     lines = [json.dumps(to_json(result)) if as_json else in_words(result)]
     if not as_json and (then := next_words(result, given)):
         lines.append(f"next: {shlex.join(('eclipse-ray', *then))}")
-    with os.fdopen(os.dup(_RESULT_FD), "w", encoding="utf-8") as stream:
+    # A reader that has gone, such as `head`, makes no mistake of a finished run.
+    with suppress(BrokenPipeError), os.fdopen(os.dup(_RESULT_FD), "w", encoding="utf-8") as stream:
         print("\n".join(lines), file=stream)
 
 
@@ -75,8 +78,6 @@ def conclude(output: str, no_report: bool = False) -> None:
         record_command(output, shlex.join(["eclipse-ray", *sys.argv[1:]]))
         if not no_report:
             say(f"report: {verbs.report(output).report}")
-    except InterruptedRunError:
-        raise
     except (EclipseError, OSError) as error:
         say(f"note: no report was written: {error}")
     except Exception as error:  # noqa: BLE001 - a mistake in the report must not turn a finished run into a failed one
@@ -151,7 +152,7 @@ def _sentence(result: Result) -> str:
             )
         case made.PurifyResult():
             rate = result.images_per_second
-            speed = f"{rate:,.1f} images/s" if rate else "all before this run"
+            speed = pace(rate, "images") if rate else "all before this run"
             counts = f"{result.ok:,} of {result.planned:,} images purified, {result.failed:,} failed"
             return f"{counts}, {speed}, in {result.output}"
         case made.StatusResult():

@@ -35,7 +35,7 @@ from eclipse_ray.config import (
     to_yaml,
     with_overrides,
 )
-from eclipse_ray.errors import ConfigError, InterruptedRunError
+from eclipse_ray.errors import ConfigError
 from eclipse_ray.progress import ProgressLine
 
 P = ParamSpec("P")
@@ -309,7 +309,7 @@ def _watched(output: str, every: float) -> results.StatusResult:
                 found = status(output)
                 line.total = found.planned
                 line.advance(found.ok + found.failed - line.done, found.failed - line.failed)
-        except (KeyboardInterrupt, InterruptedRunError):
+        except KeyboardInterrupt:
             # Only the watching was stopped.
             pass
     return found

@@ -94,7 +94,7 @@ def pixels_of(table: pa.Table) -> np.ndarray:
 
 def run_cli(*arguments: str, check: int = 0) -> dict[str, object]:
     """Run `eclipse-ray ... --json` in a process of its own; return the object it prints."""
-    command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *arguments, "--json"]
+    command = [sys.executable, "-m", "eclipse_ray", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == check, done.stderr
     lines = done.stdout.splitlines()
@@ -104,7 +104,7 @@ def run_cli(*arguments: str, check: int = 0) -> dict[str, object]:
 
 def kill_when(arguments: list[str], ready: Callable[[], bool], log: Path, seconds: float = 200) -> None:
     """Start `eclipse-ray ...`, SIGKILL it once `ready`; fail if it ended before or was never ready."""
-    command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *arguments]
+    command = [sys.executable, "-m", "eclipse_ray", *arguments]
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
     deadline = time.monotonic() + seconds

@@ -164,7 +164,7 @@ def test_convert_split_poison_report_json(world, tmp_path):
 
 def test_help_names_every_command():
     done = subprocess.run(
-        [sys.executable, "-c", "from eclipse_ray.cli import main; main()", "--help"],
+        [sys.executable, "-m", "eclipse_ray", "--help"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -160,7 +160,7 @@ def test_training_goes_on_with_the_workers_that_are_left(world, tmp_path):
         "denoiser.checkpoint_every": 50,
         "denoiser.report_every": 50,
     }
-    words = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", "train", "--json"]
+    words = [sys.executable, "-m", "eclipse_ray", "train", "--json"]
     words += ["--clean", world.clean, "--out", str(output)]
     for key, value in settings.items():
         words += ["--set", f"{key}={value}"]

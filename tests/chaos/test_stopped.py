@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from tests.chaos.everyday import table
+from tests.chaos.everyday_ends import LONG, SHORT, measure
 from tests.support import DEBUG
 
 PATIENCE = 300
@@ -54,7 +57,7 @@ def words(world, output) -> dict[str, list[str]]:
     ids=["SIGTERM", "Ctrl-C", "SIGTERM to the group"],
 )
 def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, verb, stop, group):
-    command = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *words(world, tmp_path)[verb]]
+    command = [sys.executable, "-m", "eclipse_ray", *words(world, tmp_path)[verb]]
     for key, value in {**DEBUG, "run.progress_seconds": 0.5, "denoiser.num_workers": 1}.items():
         command += ["--set", f"{key}={value}"]
     driver = subprocess.Popen(
@@ -64,10 +67,19 @@ def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, ve
     for line in driver.stderr:
         said.append(line)
         # Not before the first epoch or iteration is through: Ray then waits for the next.
-        if "/s, " in line:
+        if re.search("/(s|min|h), ", line):
             break
     assert driver.poll() is None, said
     os.killpg(driver.pid, stop) if group else driver.send_signal(stop)
     _, rest = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 75, [*said, rest]
     assert rest.count("error: stopped; run the same command again to resume") == 1, rest
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("verb", [*SHORT, *LONG])
+def test_every_end_on_a_terminal_is_a_good_one(tmp_path, verb):
+    count = measure(tmp_path, 10, 3.0, [verb])
+    assert len(count.trials) >= 4
+    assert not count.bad, table(count.trials)

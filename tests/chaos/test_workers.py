@@ -40,8 +40,8 @@ def undisturbed(world, tmp_path_factory):
 def command(world, output, *more: str, **settings) -> list[str]:
     words = [
         sys.executable,
-        "-c",
-        "from eclipse_ray.cli import main; main()",
+        "-m",
+        "eclipse_ray",
         "purify",
         world.poisoned,
         str(output),
@@ -209,7 +209,7 @@ def verb_with(name: str, world, output) -> tuple[list[str], str]:
 def test_a_worker_that_hangs_ends_every_verb_with_75_and_a_sentence(verb, world, tmp_path):
     words, function = verb_with(verb, world, tmp_path / "out")
     log, limit = tmp_path / "fired", 30.0
-    start = [sys.executable, "-c", "from eclipse_ray.cli import main; main()", *words]
+    start = [sys.executable, "-m", "eclipse_ray", *words]
     for key, value in {**DEBUG, "run.watchdog_seconds": limit}.items():
         start += ["--set", f"{key}={value}"]
     started = time.monotonic()

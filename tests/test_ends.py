@@ -1,0 +1,114 @@
+"""The end of the process: signals at any moment, and an orderly end that no thread can disturb."""
+
+import signal
+import sys
+import textwrap
+from subprocess import PIPE, Popen
+
+import pytest
+
+from eclipse_ray.errors import STOPPED
+
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+
+SLOW_IMPORT = """
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "eclipse_ray.cli":
+            print("ready", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Slow())
+"""
+DEAF = """
+def work(_):
+    while True:
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        except BaseException as error:
+            print("lost", error, flush=True)
+cli.main = work
+"""
+DONE = """
+atexit.register(lambda: (print("ready", flush=True), time.sleep(60)))
+cli.main = lambda _: sys.exit(3)
+"""
+IN_RAYS_HANDS = """
+def work(_):
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    print("ready", flush=True)
+    time.sleep(60)
+cli.main = work
+"""
+
+
+def start(work: str) -> Popen:
+    """Start the process of the command line with its work replaced by `work`."""
+    load = "" if work is SLOW_IMPORT else "from eclipse_ray import cli\n"
+    code = f"import atexit, signal, sys, threading, time\n{load}{textwrap.dedent(work)}\n"
+    code += "from eclipse_ray.__main__ import main\nmain([])\n"
+    return Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+
+
+def stopped(work: str, number: int) -> tuple[int, str, str]:
+    """Send a signal to work that is ready for it; return exit code and what was printed after that."""
+    process = start(work)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+@SIGNALS
+@pytest.mark.parametrize("work", [SLOW_IMPORT, DEAF], ids=["while it imports", "in work that hears nothing"])
+def test_a_signal_ends_the_process_with_75_and_one_sentence(work, number):
+    assert stopped(work, number) == (75, "", f"error: {STOPPED}\n")
+
+
+@SIGNALS
+def test_a_signal_after_the_result_changes_no_exit_code(number):
+    assert stopped(DONE, number) == (3, "", "")
+
+
+def test_a_signal_that_ray_has_taken_over_ends_the_process_with_75_too():
+    assert stopped(IN_RAYS_HANDS, signal.SIGTERM) == (75, "", f"error: {STOPPED}\n")
+
+
+def test_what_is_due_at_the_end_is_done_and_threads_are_not_waited_for():
+    process = start("""
+        atexit.register(lambda: print("due"))
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        cli.main = lambda _: sys.exit(2)
+    """)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (2, "due\n", "")
+
+
+def test_a_terminal_that_takes_no_more_words_does_not_hold_up_the_end():
+    process = start("""
+        def work(_):
+            print("ready", flush=True)
+            sys.stderr.write("x" * 10_000_000)
+        cli.main = work
+    """)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+
+
+def test_a_reader_that_has_gone_does_not_make_a_finished_run_a_failed_one():
+    process = start("""
+        from eclipse_ray import outcome, results
+        def work(_):
+            print("ready", file=sys.stderr, flush=True)
+            sys.stdin.readline()
+            outcome.show(results.GcResult(1, 0, "x" * 100_000), False, {})
+            sys.exit(0)
+        cli.main = work
+    """)
+    assert process.stderr.readline() == "ready\n"
+    process.stdout.close()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.wait(timeout=30) == 0
+    assert process.stderr.read() == ""

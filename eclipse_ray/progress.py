@@ -226,7 +226,7 @@ def _report(line: ProgressLine) -> None:
     text = f"{line.what}: {line.numbers()}{note}"
     if log.is_json():
         counts: dict[str, Any] = {"done": line.done, "total": line.total, "failed": line.failed}
-        log.say(text, event="progress", unit=line.unit, per_second=round(line.rate, 3), **counts)
+        log.say(text, event="progress", unit=line.unit, per_second=float(f"{line.rate:.4g}"), **counts)
     else:
         _print(text)
 

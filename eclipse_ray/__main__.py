@@ -60,9 +60,7 @@ def _obey(signals: int, stops: Sequence[Callable[[], object]]) -> None:
 
     from eclipse_ray.errors import EXIT_RUN_AGAIN
 
-    # A verb that decides itself what Ctrl-C means has a handler of its own.
-    while signal.getsignal(os.read(signals, 1)[0]) is signal.default_int_handler:
-        pass
+    os.read(signals, 1)
     limit = Timer(STOP_SECONDS, os._exit, (EXIT_RUN_AGAIN,))
     limit.daemon = True
     limit.start()

@@ -131,14 +131,21 @@ def _run(name: str, verb: Verb, values: dict[str, Any], more: list[str]) -> None
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt in the verb, which decides itself what that means."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Let Ctrl-C raise KeyboardInterrupt, and SIGTERM InterruptedRunError, in a verb that has its own end."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else InterruptedRunError(STOPPED)
+
+    ended_by = signal.set_wakeup_fd(-1)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except KeyboardInterrupt:
         raise InterruptedRunError(STOPPED) from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(ended_by)
 
 
 def _order(verb: str, words: list[str], again: bool) -> dict[str, Any]:

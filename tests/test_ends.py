@@ -112,3 +112,23 @@ def test_a_reader_that_has_gone_does_not_make_a_finished_run_a_failed_one():
     process.stdin.flush()
     assert process.wait(timeout=30) == 0
     assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "InterruptedRunError")]
+)
+def test_a_verb_that_decides_itself_what_a_signal_means_is_told_of_it(number, raised):
+    work = """
+        def work(_):
+            try:
+                with cli._interruptible():
+                    print("ready", flush=True)
+                    try:
+                        time.sleep(60)
+                    except BaseException as error:
+                        print(type(error).__name__, flush=True)
+            finally:
+                sys.exit(0)
+        cli.main = work
+    """
+    assert stopped(work, number) == (0, f"{raised}\n", "")

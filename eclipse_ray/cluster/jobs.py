@@ -204,8 +204,10 @@ def submit(
         return SubmitResult(name, str(client.get_job_info(name).status.value), None, attached)
     try:
         _follow(client, name, show)
-    except (InterruptedRunError, KeyboardInterrupt):
-        if stop_on_interrupt is None or not stop_on_interrupt(name):
+    except (InterruptedRunError, KeyboardInterrupt) as stop:
+        # Of what ends this command otherwise, SIGTERM or a lost connection, nobody waits for a question.
+        ask = stop_on_interrupt if isinstance(stop, KeyboardInterrupt) else None
+        if ask is None or not ask(name):
             raise InterruptedRunError(
                 f"job {name} goes on without this terminal; the same command shows it again, "
                 f"`ray job stop {name} --address {client.get_address()}` stops it"

@@ -166,15 +166,15 @@ def test_a_refused_submission_is_told_from_one_that_came_second_by_the_list_of_j
             room._place(cluster, order(image_has_deps=True))
 
 
-def test_interrupting_asks_and_leaves_the_job_alone_unless_told(monkeypatch):
-    def run(answer):
+def test_ctrl_c_asks_and_nothing_else_and_the_job_is_left_alone_unless_told(monkeypatch):
+    def run(answer, stop=KeyboardInterrupt):
         cluster = Cluster()
         monkeypatch.setattr(room, "open_cluster", lambda *_: cluster)
         shown: list[str] = []
 
         def interrupt(text):
             shown.append(text)
-            raise InterruptedRunError("stopped")
+            raise stop
 
         def go():
             return room.submit(order(image_has_deps=True), stop_on_interrupt=answer, show=interrupt)
@@ -187,6 +187,10 @@ def test_interrupting_asks_and_leaves_the_job_alone_unless_told(monkeypatch):
     ):
         go()
     assert (cluster.stopped, shown) == ([], ["one\n"])
+    cluster, shown, go = run(lambda name: True, InterruptedRunError("stopped"))
+    with pytest.raises(InterruptedRunError, match="goes on without this terminal"):
+        go()
+    assert cluster.stopped == []
     cluster, _, go = run(lambda name: True)
     assert go().exit_code == 75
     assert cluster.stopped == [order().identity]

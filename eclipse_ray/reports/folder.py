@@ -288,7 +288,6 @@ class Purification:
         except (EclipseError, OSError) as error:
             self.notes.append(f"What the source was made from cannot be read any more: {error}.")
         if all(sample.clean is None or np.array_equal(sample.clean, sample.before) for sample in samples):
-            self.notes.append("No clean copies of these images are known, as is usual for data from elsewhere.")
             return [replace(sample, clean=None) for sample in samples]
         return samples
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from eclipse_ray.datasets.images import centre_crop, encode_image, resize_image
 from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
@@ -35,7 +36,7 @@ COLUMNS = 8
 """Images of the gallery."""
 LARGEST = 128
 """Of larger images the gallery shows the central square of this side, because a perturbation changes pixels."""
-SLIDER_SIDE = 192
+SLIDER_SIDE = 160
 """Larger images are reduced to a square of this side under the slider."""
 CLASSES_SHOWN = 100
 REASONS_SHOWN = 20
@@ -105,7 +106,8 @@ def _failed(run: Purification) -> str:
         return "Every image that was tried could be purified."
     (reason, _), *_ = Counter(failure.error for failure in run.failures).most_common(1)
     share = 100 * run.failed / max(run.planned, 1)
-    return f"{run.failed:,} images ({share:.2f} % of the plan); the most frequent reason: {reason.rstrip('.')}."
+    images = f"{run.failed:,} image{'' if run.failed == 1 else 's'}"
+    return f"{images} ({share:.2f} % of the plan); the most frequent reason: {reason.rstrip('.')}."
 
 
 def _cost(run: Purification) -> list[str]:
@@ -117,9 +119,8 @@ def _cost(run: Purification) -> list[str]:
     # Several shards may lie in one object of the source.
     read = {span.key: span.size for shard in committed for span in shard.spans}
     return [
-        f"{1000 * seconds / images:,.1f} core-seconds per 1,000 images, {duration(seconds)} in all (work of one "
-        f"worker, without waiting; on a GPU, denoising is its time). {_size(sum(read.values()))} in, "
-        f"{_size(sum(status.bytes for status in run.done))} out."
+        f"{1000 * seconds / images:,.1f} core-seconds per 1,000 images, {duration(seconds)} in all.",
+        f"{_size(sum(read.values()))} in, {_size(sum(status.bytes for status in run.done))} out.",
     ]
 
 
@@ -182,6 +183,7 @@ def _histogram(name: str, values: Floats, words: str, of: str) -> Chart:
         axes.hist(values, bins=min(40, 4 + len(values) // 4), color=theme.series[0])
         axes.axvline(float(np.median(values)), color=theme.series[1], linestyle=DASHES[1], label="median")
         axes.set(xlabel=f"{words}, after against before", ylabel="images")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
 
     low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
@@ -240,7 +242,10 @@ def pictures(run: Purification) -> list[Section]:
     ]
     large = any(max(sample.before.shape[:2]) > LARGEST for sample in chosen)
     crop = f" Of larger images the central {LARGEST} × {LARGEST} pixels are shown." if large else ""
-    caption = f"Differences are enlarged {AMPLIFY} times around mid-gray.{crop} Choose an image to enlarge it."
+    unknown = (
+        "" if run.paired else " No clean copies of these images are known, as is usual for data from elsewhere."
+    )
+    caption = f"Differences are enlarged {AMPLIFY} times around mid-gray.{unknown}{crop} Choose one to enlarge it."
     return [Section("pictures", "Samples", [Gallery(caption, list(versions[0]), specimens)])]
 
 

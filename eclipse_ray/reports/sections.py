@@ -222,7 +222,7 @@ def sections_of(folder: Folder, audits: Sequence[str] = ()) -> list[Section]:
     """
     if folder.kind in ("purify", "demo"):
         summary, sections = _purified(folder, audits)
-        return [Section("summary", "Summary", [summary] if summary else []), *sections]
+        return [Section("summary", "Summary", summary), *sections]
     if audits:
         raise InputError(f"{folder.store.url}: audits are shown with a purification, this is a {folder.kind}")
     section = KINDS[folder.kind](folder)
@@ -232,21 +232,21 @@ def sections_of(folder: Folder, audits: Sequence[str] = ()) -> list[Section]:
     return [Section("summary", "Summary", [Text(lead) for lead in section.leads]), shown, provenance(folder)]
 
 
-def _purified(folder: Folder, audits: Sequence[str]) -> tuple[Block | None, list[Section]]:
+def _purified(folder: Folder, audits: Sequence[str]) -> tuple[list[Block], list[Section]]:
     """Return the first page of a purification or a demo, and the sections that follow."""
     if folder.kind == "purify":
         run = Purification(folder.store)
-        return purified.facts(run, verdicts(run, audits)), [*_of_run(run), provenance(folder)]
+        return [purified.facts(run, verdicts(run, audits))], [*_of_run(run), provenance(folder)]
     judged = experiments.demo(folder.store)
     parts = {name: part for name in ("denoiser", "purified") if (part := folder.part(name))}
     own = provenance(folder, *parts.values())
     if "purified" not in parts:
-        return None, [judged, own]
+        return [Text(lead) for lead in judged.leads], [judged, own]
     # The demo's own folders, wherever the whole of it lies by now.
     url = folder.store.url
     moved = {"data.source": f"{url}/poisoned", "purify.denoiser": f"{url}/denoiser"}
     run = Purification(parts["purified"].store, moved, f"{url}/split/rest")
-    return purified.facts(run, [*judged.leads, *verdicts(run, audits)]), [judged, *_of_run(run), own]
+    return [purified.facts(run, [*judged.leads, *verdicts(run, audits)])], [judged, *_of_run(run), own]
 
 
 def _of_run(run: Purification) -> list[Section]:

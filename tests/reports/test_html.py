@@ -132,9 +132,8 @@ def test_the_first_page_answers_the_questions_of_the_owner_of_the_data(folders):
     assert f"Most: {recorded['id'][most]} (" in summary
     assert f"Least: {recorded['id'][least]} (" in summary
     assert "Every image that was tried could be purified." in summary
-    assert re.search(
-        r"[\d.]+ core-seconds per 1,000 images, \d+s in all .*\. [\d.]+ KiB in, [\d.]+ KiB out\.", summary
-    )
+    assert re.search(r"[\d.]+ core-seconds per 1,000 images, \d+s in all\.", summary)
+    assert re.search(r"[\d.]+ KiB in, [\d.]+ KiB out\.", summary)
 
 
 def test_details_follow_for_classes_and_for_researchers(folders):

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from aiobotocore.client import AioBaseClient
 from moto.server import ThreadedMotoServer
 
@@ -26,7 +27,7 @@ from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table, table_to_parquet
 from eclipse_ray.purification.shard import Job, Task, pack, task_rows, unpack
-from eclipse_ray.purification.stages import encode_and_commit, read_and_decode
+from eclipse_ray.purification.stages import CHANGE_COLUMNS, encode_and_commit, read_and_decode
 from eclipse_ray.storage.store import Store
 
 ROWS, SIDE = 512, 32
@@ -54,6 +55,8 @@ def purify_one(job: Job, task: Task) -> None:
     decoded = read_and_decode(task_rows([task])[0], job)
     ledger.begin(job.store(), task.shard.name, 0, job.stage("purify"))
     table, images, failures = unpack(decoded)
+    for name in CHANGE_COLUMNS:
+        table = table.append_column(f".{name}", pa.nulls(len(images), pa.float32()))
     columns = {name: decoded[name].to_pylist() for name in ("task", "input_sha256", "order", "seconds")}
     found = encode_and_commit(pack(columns, table, images, failures), job).to_pylist()[0]
     assert (found["ok"], found["fatal"]) == (ROWS, ""), found

@@ -29,7 +29,7 @@ from eclipse_ray.errors import ConfigError, EclipseError, InputError, error_of_n
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.run import IO_CPUS, on_actors, pool
-from eclipse_ray.purification.shard import Pixels, pack, same_size_batches, unpack
+from eclipse_ray.purification.shard import FailureRow, Pixels, pack, same_size_batches, unpack
 from eclipse_ray.purification.stages import purify_batch
 from eclipse_ray.results import AuditResult
 from eclipse_ray.storage.store import Store
@@ -70,7 +70,7 @@ def _read_crops(spans: Sequence[tuple[str, int, int]], job: AuditJob) -> pa.Tabl
     encoded = image_bytes(table)
     kept: list[int] = []
     crops: list[Pixels] = []
-    failures: list[dict[str, str]] = []
+    failures: list[FailureRow] = []
     for row, draw in enumerate(draws):
         if draw >= job.keep:
             continue

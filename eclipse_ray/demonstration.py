@@ -19,8 +19,7 @@ from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say
 from eclipse_ray.progress import pace
-from eclipse_ray.reports.charts import image_grid
-from eclipse_ray.reports.measures import amplified
+from eclipse_ray.reports.charts import amplified, image_grid
 from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult, to_json
 from eclipse_ray.storage.store import Store
 from eclipse_ray.verbs import ConfigLike

@@ -487,9 +487,19 @@ def sweep_plan(config: Config, given: dict[str, Any]) -> results.SweepPlan:
     return run.plan_sweep(config)
 
 
-@_verb("Judge and tune", "eclipse-ray report my/purified", "eclipse-ray report runs/demo --json", here=True)
+@_verb(
+    "Judge and tune",
+    "eclipse-ray report my/purified",
+    "eclipse-ray report my/purified --audit my/audit-before --audit my/audit-after",
+    here=True,
+)
 def report(
     output: Annotated[str, Parameter("Output of train, purify, evaluate, sweep, audit or demo.", "DIR")],
+    *,
+    audits: Annotated[
+        list[str] | None,
+        Parameter("Folder of an audit of what was purified, or of the result.", "DIR", option="--audit"),
+    ] = None,
 ) -> results.ReportResult:
     """Write DIR/report/index.html: one page, complete in itself, on what an output folder holds."""
     try:
@@ -500,7 +510,7 @@ def report(
         raise ConfigError(
             f"a report needs {error.name}; install it with: pip install 'eclipse-ray[report]'"
         ) from error
-    return write_report(output)
+    return write_report(output, audits or ())
 
 
 @_verb(

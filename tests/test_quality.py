@@ -8,7 +8,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from eclipse_ray.errors import InputError
-from eclipse_ray.quality import psnr, ssim
+from eclipse_ray.quality import EQUAL_PSNR, STRIP, changes, psnr, ssim
 
 
 def images(count: int, seed: int) -> torch.Tensor:
@@ -38,6 +38,22 @@ def test_ssim_agrees_with_scikit_image():
     ]
     assert ssim(noisy, clean) == pytest.approx(np.mean(expected), abs=1e-4)
     assert ssim(clean, clean) == pytest.approx(1)
+
+
+def test_the_change_of_each_image_is_its_psnr_and_the_ssim_of_every_fourth_window_of_its_brightness():
+    # Higher than a strip, so that windows reach from one strip into the next.
+    rng = np.random.default_rng(0)
+    clean = torch.from_numpy(rng.integers(0, 256, (2, STRIP + 25, 19, 3), np.uint8))
+    noisy = (clean.int() + torch.from_numpy(rng.integers(-30, 31, clean.shape))).clamp(0, 255).to(torch.uint8)
+    noisy[1] = clean[1]
+    decibels, likeness = changes(noisy, clean)
+    assert decibels.tolist() == pytest.approx([psnr(noisy[:1], clean[:1]), EQUAL_PSNR], abs=1e-4)
+    luma = np.array([0.299, 0.587, 0.114])
+    settings = {"data_range": 255, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    _, full = structural_similarity(noisy[0].numpy() @ luma, clean[0].numpy() @ luma, full=True, **settings)
+    windows = full[5:-5:4, 5:-5:4]
+    assert likeness.tolist() == pytest.approx([windows.mean(), 1], abs=1e-4)
+    assert changes(noisy[:, :10], clean[:, :10])[1].isnan().all()
 
 
 def test_sets_that_cannot_be_compared_are_refused():

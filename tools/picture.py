@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from eclipse_ray.datasets.images import decode_image
-from eclipse_ray.reports.charts import image_grid
-from eclipse_ray.reports.measures import amplified
+from eclipse_ray.reports.charts import amplified, image_grid
 
 CLASSES = 8
 MAX_PIXELS = 10**6

@@ -22,19 +22,23 @@ from eclipse_ray.ledger.plan import (
     recorded_settings,
 )
 from eclipse_ray.ledger.status import (
+    CHANGES_SCHEMA,
     ImageFailure,
     Status,
     commit_shard,
     pending,
+    read_changes,
     read_failures,
     read_object,
     read_status,
     read_statuses,
     retriable,
     summarise,
+    write_changes,
 )
 
 __all__ = [
+    "CHANGES_SCHEMA",
     "Care",
     "Fingerprint",
     "ImageFailure",
@@ -56,6 +60,7 @@ __all__ = [
     "plan_digest",
     "plan_shards",
     "plan_source",
+    "read_changes",
     "read_failures",
     "read_fingerprint",
     "read_object",
@@ -68,4 +73,5 @@ __all__ = [
     "summarise",
     "try_alone",
     "verify",
+    "write_changes",
 ]

@@ -16,6 +16,7 @@ DATA = "data"
 PRIVATE = "_eclipse"
 STATUS = f"{PRIVATE}/status"
 ERRORS = f"{PRIVATE}/errors"
+CHANGES = f"{PRIVATE}/changes"
 # Prefix of the objects by which a run tests the store; a run that died during the test leaves one.
 PROBES = f"{PRIVATE}/probe-"
 ATTEMPTS = f"{PRIVATE}/attempts"
@@ -47,6 +48,11 @@ def object_key(folder: str, shard: str, generation: int, sha256: str) -> str:
 def status_key(shard: str, generation: int) -> str:
     """Return the key of the status of a shard."""
     return f"{STATUS}/{shard}/{generation}.json"
+
+
+def changes_key(shard: str, generation: int) -> str:
+    """Return the key of the table that says how far the images of a generation of a shard were changed."""
+    return f"{CHANGES}/{shard}/{generation}.parquet"
 
 
 def attempt_key(shard: str, generation: int, stage: str, what: str) -> str:

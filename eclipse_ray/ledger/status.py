@@ -16,6 +16,17 @@ from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
 
 ERRORS_SCHEMA = pa.schema([("id", pa.string()), ("key", pa.string()), ("error", pa.string())])
+CHANGES_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("label", pa.int64()),
+        ("key", pa.string()),
+        ("row", pa.int64()),
+        ("psnr", pa.float32()),
+        ("ssim", pa.float32()),
+    ]
+)
+"""How far each image was changed; without a psnr it failed. `key` and `row` say where it lies in the source."""
 # Threads that read statuses.
 _READERS = 16
 
@@ -189,6 +200,43 @@ def read_failures(store: Store, status: Status) -> list[ImageFailure]:
     except layout.DAMAGE as error:
         raise StorageError(f"{store.path(status.errors_object)}: cannot be read ({error})") from error
     return [ImageFailure(**row) for row in rows]
+
+
+def write_changes(store: Store, shard: str, generation: int, table: pa.Table) -> None:
+    """Write how far the images of one generation of a shard were changed, before that generation is committed.
+
+    For reports only: no reader of images needs it, so it is not part of the commit, and a racing driver may
+    write it again.
+    """
+    store.write(layout.changes_key(shard, generation), layout.table_bytes(table))
+
+
+def read_changes(store: Store, statuses: Sequence[Status]) -> pa.Table:
+    """Return the changes of the images of committed shards, with the column `shard`; failures only of the newest.
+
+    Shards of which none are recorded (earlier versions) are left out. Raises StorageError if some are damaged.
+    """
+
+    def of_shard(status: Status) -> list[pa.Table]:
+        tables = []
+        for generation in range(status.generation + 1):
+            key = layout.changes_key(status.shard, generation)
+            data = layout.read_optional(store, key)
+            if data is None:
+                return []
+            try:
+                table = layout.read_table(data, CHANGES_SCHEMA)
+            except layout.DAMAGE as error:
+                raise StorageError(f"{store.path(key)}: cannot be read ({error}); delete it") from error
+            # An image that failed was tried again in the next generation.
+            tables.append(table if generation == status.generation else table.filter(table["psnr"].is_valid()))
+        found = pa.concat_tables(tables)
+        return [found.append_column("shard", pa.array([status.shard] * len(found), pa.string()))]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = [table for tables in pool.map(of_shard, statuses) for table in tables]
+    empty = CHANGES_SCHEMA.append(pa.field("shard", pa.string())).empty_table()
+    return pa.concat_tables([empty, *found])
 
 
 def summarise(store: Store) -> StatusResult:

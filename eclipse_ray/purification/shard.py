@@ -80,15 +80,18 @@ Kind = Literal["killed", "memory", "small", "large", "undecodable"]
 """Why an image has no pixels, as dashboards show it."""
 
 
+FailureRow = dict[str, Any]
+
+
 class Failure(NamedTuple):
     """Why an image became an error row: a sentence for people, and its kind."""
 
     error: str
     kind: Kind = "undecodable"
 
-    def row(self, image_id: str, key: str = "") -> dict[str, str]:
-        """Return the error row of an image that came from the source object `key`."""
-        return {"id": image_id, "key": key, **self._asdict()}
+    def row(self, image_id: str, label: int | None, key: str = "") -> FailureRow:
+        """Return the error row of an image that came from the source object `key`; `label` is None if unknown."""
+        return {"id": image_id, "label": label, "key": key, **self._asdict()}
 
 
 def same_size_batches(
@@ -112,7 +115,7 @@ def pack(
     columns: dict[str, list[Any]],
     table: pa.Table,
     images: Sequence[Pixels],
-    failures: list[dict[str, str]],
+    failures: list[FailureRow],
     fatal: str = "",
     note: str = "",
 ) -> pa.Table:
@@ -147,7 +150,7 @@ def take_rows(table: pa.Table, rows: Sequence[int]) -> pa.Table:
     return table.take(pa.array(rows, pa.int64()))
 
 
-def unpack(batch: pa.Table) -> tuple[pa.Table, list[Pixels], list[dict[str, str]]]:
+def unpack(batch: pa.Table) -> tuple[pa.Table, list[Pixels], list[FailureRow]]:
     """Return (table, images as views of the row's buffer, failures) of one packed row."""
     table = pa.ipc.open_stream(batch["table"][0].as_buffer()).read_all()
     shapes = np.frombuffer(batch["shapes"][0].as_buffer(), dtype=np.int32).reshape(-1, 2)

@@ -10,11 +10,12 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from eclipse_ray import ledger
 from eclipse_ray.cluster import metrics
@@ -34,6 +35,7 @@ from eclipse_ray.errors import EclipseError, InputError, StorageError, note_of_e
 from eclipse_ray.purification.shard import (
     BUSY_COLUMN,
     Failure,
+    FailureRow,
     Job,
     Pixels,
     Task,
@@ -49,8 +51,10 @@ if TYPE_CHECKING:
 
     from eclipse_ray.diffusion.network import Denoiser
 
-# Where the image's own file name waits while its pixels travel.
-PATH_COLUMN = ".image_path"
+# What waits beside the pixels while they travel: the image's own file name, its object and row in the source, and
+# how far it was changed.
+PATH_COLUMN, KEY_COLUMN, ROW_COLUMN = ".image_path", ".key", ".row"
+CHANGE_COLUMNS = ("psnr", "ssim")
 _EMPTY = canonical_table([], [])
 
 
@@ -79,8 +83,8 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
 
 def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     table, spans, failures = _read(task, job)
-    keys = [span.key for span in spans for _ in range(span.start, span.stop)]
-    encoded, order = image_bytes(table), table["id"].to_pylist()
+    places = [(span.key, row) for span in spans for row in range(span.start, span.stop)]
+    encoded, order, labels = image_bytes(table), table["id"].to_pylist(), _labels(table)
     metrics.count("read_bytes", sum(map(len, encoded)), job.run)
     _refuse_repeated_ids(job, order)
     state = hashlib.sha256()
@@ -96,7 +100,7 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
                     f"{job.source}: image {order[index]}: {image.error}; mend it, leave it out, "
                     "or set data.on_error=row"
                 )
-            failures.append(image.row(order[index], keys[index]))
+            failures.append(image.row(order[index], labels[index], places[index][0]))
             continue
         # Before it is resized: hashes are of images as they are stored, whatever size either run works at.
         _refuse_leakage(job, order[index], image)
@@ -104,11 +108,14 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
         kept.append(index)
     paths = pc.struct_field(table["image"], "path")
     table = table.drop_columns(["image"]).append_column(PATH_COLUMN, paths)
+    keys, numbers = zip(*places, strict=True) if places else ((), ())
+    table = table.append_column(KEY_COLUMN, pa.array(keys, pa.string()))
+    table = table.append_column(ROW_COLUMN, pa.array(numbers, pa.int64()))
     columns = {"input_sha256": [state.hexdigest()], "order": [json.dumps(order if task.generation else [])]}
     return pack(columns, take_rows(table, kept), pixels, failures)
 
 
-def _read(task: Task, job: Job) -> tuple[pa.Table, list[ledger.Span], list[dict[str, str]]]:
+def _read(task: Task, job: Job) -> tuple[pa.Table, list[ledger.Span], list[FailureRow]]:
     """Return the rows of a shard, the spans they come from, and error rows for spans that cannot be read."""
 
     def read(spans: Sequence[ledger.Span]) -> pa.Table:
@@ -123,7 +130,7 @@ def _read(task: Task, job: Job) -> tuple[pa.Table, list[ledger.Span], list[dict[
         if job.data.on_error == "stop" or task.generation:
             raise
     good: list[ledger.Span] = []
-    failures: list[dict[str, str]] = []
+    failures: list[FailureRow] = []
     for span in spans:
         try:
             read([span])
@@ -133,10 +140,10 @@ def _read(task: Task, job: Job) -> tuple[pa.Table, list[ledger.Span], list[dict[
     return (read(good) if good else _EMPTY), good, failures
 
 
-def _unread(job: Job, span: ledger.Span, failure: Failure) -> list[dict[str, str]]:
+def _unread(job: Job, span: ledger.Span, failure: Failure) -> list[FailureRow]:
     """Return error rows for images that could not be read, so that only the ids of a folder are known."""
     return [
-        failure.row(span.key if job.format == "folder" else f"{span.key}#{row}", span.key)
+        failure.row(span.key if job.format == "folder" else f"{span.key}#{row}", None, span.key)
         for row in range(span.start, span.stop)
     ]
 
@@ -194,7 +201,7 @@ def _given_up(task: Task, job: Job) -> pa.Table:
     return _nothing(failures=[row for span in task.shard.spans for row in _unread(job, span, failure)])
 
 
-def _nothing(failures: Sequence[dict[str, str]] = (), fatal: str = "") -> pa.Table:
+def _nothing(failures: Sequence[FailureRow] = (), fatal: str = "") -> pa.Table:
     columns = {"input_sha256": [""], "order": ["[]"]}
     return pack(columns, pa.table({"id": pa.array([], pa.string())}), [], list(failures), fatal)
 
@@ -265,20 +272,42 @@ class Purifier:
             outcomes = self._outcomes(task_of(batch), images, ids)
         except StorageError as error:
             fatal = note_of_error(error)
-        kept, done = [], []
+        kept: list[int] = []
+        done: list[Pixels] = []
+        labels = _labels(table)
         for place, outcome in sorted(outcomes.items(), key=lambda item: item[0]):
             if isinstance(outcome, Failure):
-                failures.append(outcome.row(ids[place]))
+                failures.append(outcome.row(ids[place], labels[place]))
             else:
                 kept.append(place)
                 done.append(outcome)
+        table = take_rows(table, kept)
+        for name, values in self._changes([images[place] for place in kept], done).items():
+            table = table.append_column(f".{name}", pa.array(values, pa.float32(), from_pandas=True))
         columns = {name: batch[name].to_pylist() for name in ("task", "input_sha256", "order")}
         took = time.monotonic() - started
         columns["seconds"] = [batch["seconds"][0].as_py() + took]
         self.idle_since = started + took
         metrics.observe({"denoise_seconds": took, "input_wait_seconds": waited}, self.job.run)
         columns[BUSY_COLUMN] = [took]
-        return pack(columns, take_rows(table, kept), done, failures, fatal, self.note)
+        return pack(columns, table, done, failures, fatal, self.note)
+
+    def _changes(self, before: Sequence[Pixels], after: Sequence[Pixels]) -> dict[str, NDArray[np.float32]]:
+        """Return how far each image was changed: PSNR in dB and SSIM, which is NaN for a very small image."""
+        import torch
+
+        from eclipse_ray.quality import changes
+
+        found = {name: np.zeros(len(after), np.float32) for name in CHANGE_COLUMNS}
+        device, settings = self.denoiser.alphas_cumprod.device, self.job.purify
+        for places in same_size_batches(after, settings.batch_size, settings.batch_pixels):
+            one, other = (
+                torch.from_numpy(np.stack([each[place] for place in places])).to(device)
+                for each in (after, before)
+            )
+            for name, values in zip(CHANGE_COLUMNS, changes(one, other), strict=True):
+                found[name][places] = values.cpu().numpy()
+        return found
 
     def _outcomes(self, task: Task, images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
         """Return what became of every image; those that kill this actor are found by its earlier lives."""
@@ -371,6 +400,8 @@ def _encode_and_commit(batch: pa.Table, task: Task, job: Job) -> ledger.Status:
     if task.generation:
         done = _merged(_done_before(job, task), done, json.loads(batch["order"][0].as_py()))
     data = table_to_parquet(done) if done else None
+    # Before the commit, so that a committed shard has them.
+    ledger.write_changes(job.store(), task.shard.name, task.generation, _changes_of(table, failures))
     status = ledger.commit_shard(
         job.store(),
         task.shard,
@@ -388,11 +419,27 @@ def _encode_and_commit(batch: pa.Table, task: Task, job: Job) -> ledger.Status:
     return status
 
 
+def _changes_of(table: pa.Table, failures: Sequence[FailureRow]) -> pa.Table:
+    """Return one row per image that this generation did, with how far it was changed, and one per failure."""
+    found: dict[str, list[Any]] = {"id": [], "label": [], "key": [], "row": [], "psnr": [], "ssim": []}
+    if table.num_rows:
+        found = {"id": table["id"].to_pylist(), "label": _labels(table)}
+        found |= {name: table[f".{name}"].to_pylist() for name in ("key", "row", *CHANGE_COLUMNS)}
+    rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+    rows += [{name: failure[name] for name in ("id", "label", "key")} for failure in failures]
+    return pa.Table.from_pylist(rows, ledger.CHANGES_SCHEMA)
+
+
+def _labels(table: pa.Table) -> list[int | None]:
+    return table["label"].to_pylist() if "label" in table.column_names else [None] * table.num_rows
+
+
 def _encoded(table: pa.Table, images: Sequence[Pixels], job: Job) -> pa.Table:
     encoded = [encode_image(image, job.data.encoding) for image in images]
-    labels = table["label"].to_pylist() if "label" in table.column_names else None
+    labels = _labels(table) if "label" in table.column_names else None
     paths = [_renamed(path, job.data.encoding) for path in table[PATH_COLUMN].to_pylist()]
-    extras = table.drop_columns([name for name in ("id", "label", PATH_COLUMN) if name in table.column_names])
+    waiting = (PATH_COLUMN, KEY_COLUMN, ROW_COLUMN, *(f".{name}" for name in CHANGE_COLUMNS))
+    extras = table.drop_columns([name for name in ("id", "label", *waiting) if name in table.column_names])
     return canonical_table(table["id"].to_pylist(), encoded, labels, extras, job.classes, paths)
 
 

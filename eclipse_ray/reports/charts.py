@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ from eclipse_ray.reports.blocks import Chart
 WIDE, NARROW = (7.2, 3.1), (4.4, 3.1)
 """Sizes in inches. A narrow chart is as wide as a phone, so that its letters are as large as the text."""
 PNG_DPI = 160
+AMPLIFY = 10
+"""Changes of pixels are shown enlarged this many times."""
+
+Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
 Paint = Callable[[Axes, Theme], None]
+Values = Sequence[float] | NDArray[Any]
 
 
 def draw(name: str, alt: str, caption: str, paint: Paint, size: tuple[float, float] = NARROW) -> Chart:
@@ -67,10 +72,24 @@ def _in_the_dark(drawing: bytes) -> bytes:
     return re.sub(rb"#[0-9a-f]{6}", lambda match: colours.get(match[0], match[0]), drawing)
 
 
-def plain_numbers(axis: Axis) -> None:
-    """Write the powers of ten of a logarithmic axis as plain numbers."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def lines(curves: Mapping[str, tuple[Values, Values]], **settings: Any) -> Paint:
+    """Return what draws one line (x, y) per name; `settings` are of the axes."""
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        for index, (label, (x, y)) in enumerate(curves.items()):
+            style = index % len(theme.series)
+            # Marks would hide a curve of many points.
+            marker = MARKERS[style] if len(x) < 20 else ""
+            colour, dashes = theme.series[style], DASHES[style]
+            axes.plot(x, y, color=colour, linestyle=dashes, marker=marker, label=legible(label))
+        axes.set(**settings)
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                axis.set_minor_formatter(NullFormatter())
+        axes.legend(loc="best")
+
+    return paint
 
 
 def legible(label: str) -> str:
@@ -122,26 +141,25 @@ def _save(figure: Figure, kind: str) -> bytes:
     return stream.getvalue()
 
 
-Pixels = NDArray[np.uint8]
+def amplified(images: Pixels, reference: Pixels, factor: int = AMPLIFY) -> Pixels:
+    """Return (images - reference) * factor around mid-gray, uint8 of the same shape."""
+    change = images.astype(np.int32) - reference.astype(np.int32)
+    return np.clip(128 + factor * change, 0, 255).astype(np.uint8)
 
 
-def image_grid(rows: Mapping[str, Pixels], columns: list[str], title: str) -> bytes:
-    """Return a PNG with one labelled row per entry (uint8 (N, H, W, 3)) and one column per image."""
-    count = len(columns)
-    figure = Figure(figsize=(1.1 * count + 1.5, 1.1 * len(rows) + 0.7), layout="constrained")
-    axes = figure.subplots(len(rows), count, squeeze=False)
+def image_grid(rows: Mapping[str, Sequence[Pixels] | Pixels], columns: Sequence[str], title: str) -> bytes:
+    """Return a PNG with one labelled row per entry (uint8 images (H, W, 3)) and one column per image."""
+    figure = Figure(figsize=(1.1 * len(columns) + 1.5, 1.1 * len(rows) + 0.7), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
     figure.suptitle(title, fontsize=11)
-    for row, (name, images) in enumerate(rows.items()):
-        for column in range(count):
-            axis = axes[row][column]
-            axis.imshow(images[column], interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for side in axis.spines.values():
-                side.set_visible(False)
-            if row == 0:
-                axis.set_title(columns[column], fontsize=8)
-        axes[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=False):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    for axis, head in zip(axes[0], columns, strict=True):
+        axis.set_title(head, fontsize=8)
     return png(figure)
 
 

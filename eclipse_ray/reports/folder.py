@@ -1,8 +1,9 @@
-"""What kind of output folder this is, and what a report reads of it: settings, versions, ledger, sample images."""
+"""What kind of output folder this is, and what a report reads of it: settings, versions, ledger, some images."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -28,7 +31,7 @@ from eclipse_ray.diffusion.checkpoint import CARD_FILE, SCHEDULER_FILE, Card, pa
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.errors import EclipseError, InputError
 from eclipse_ray.ledger import layout
-from eclipse_ray.reports.measures import Floats
+from eclipse_ray.quality import changes
 from eclipse_ray.reports.tables import RESULTS, TABLE
 from eclipse_ray.results import EVALUATION_FILE
 from eclipse_ray.storage.store import Store
@@ -93,27 +96,27 @@ def kind_of(store: Store) -> str | None:
     return None
 
 
-def read_config(store: Store) -> Config | None:
+def read_config(store: Store, key: str = layout.CONFIG) -> Config | None:
     """Return the settings of the run in `store`, None if none are recorded.
 
     Settings that this version no longer has are left out. Raises InputError for a value that it does not know.
     """
-    text = layout.read_optional(store, layout.CONFIG)
+    text = layout.read_optional(store, key)
     if text is None:
         return None
     try:
         return recorded_config(yaml.safe_load(text))
     except (ValidationError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{store.path(layout.CONFIG)}: not settings of this version ({reason})") from error
+        raise InputError(f"{store.path(key)}: not settings of this version ({reason})") from error
 
 
-def read_json(store: Store, key: str) -> dict[str, Any]:
-    """Return the JSON object `key`. Raises InputError if it is missing or damaged."""
-    data = layout.read_optional(store, key)
+def read_mapping(store: Store, key: str) -> dict[str, Any]:
+    """Return the JSON object or YAML mapping `key`. Raises InputError if it is missing or damaged."""
+    data = layout.read_optional(store, key) or b""
     try:
-        tree = json.loads(data or b"")
-    except ValueError:
+        tree = json.loads(data) if key.endswith(".json") else yaml.safe_load(data)
+    except (ValueError, yaml.YAMLError):
         tree = None
     if not isinstance(tree, dict):
         raise InputError(f"{store.path(key)}: missing or damaged; run the command that writes it again")
@@ -165,126 +168,179 @@ def without_credentials(text: str) -> str:
 
 
 Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float64]
 
 SHARDS, IMAGES_OF_A_SHARD = 4, 16
-"""At most this many shards, spread over the run, are opened, and at most this many images of each are compared."""
+"""At most this many shards, spread over the run, are sampled, and at most this many images of each."""
+MOST, LEAST = 10, 5
+"""This many of the most and of the least changed images are shown."""
+FAILURES_SHOWN = 200
+"""At most this many failed images are listed."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image (H, W, 3) before purification, after it, and clean if a clean copy is known; `label` in words."""
+    """One image (H, W, 3) before and after purification, clean if a clean copy is known, and its change in dB."""
 
     id: str
-    label: str
+    label: int | None
     before: Pixels
     after: Pixels
-    clean: Pixels | None
+    clean: Pixels | None = None
+    psnr: float = math.nan
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Sampled images of a run, and sentences on what could not be read."""
+class Noise:
+    """How the run added noise: alphas_cumprod (T,), depth, steps, sampler; `note` says what is assumed."""
 
-    images: Sequence[Sample]
-    notes: Sequence[str]
+    alphas_cumprod: Floats
+    t_star: int
+    num_inference_steps: int
+    sampler: str
+    note: str
+
+
+class Purification:
+    """A purification, finished or not. Raises InputError or StorageError if its ledger is damaged.
+
+    `moved` are settings with the present places of its source and its denoiser. `origin` is the dataset that the
+    source was made from; None means the one that the source names, if this package poisoned it.
+
+    `samples` are images of a few shards, `most` and `least` the most and the least changed images, `notes`
+    sentences on what could not be read, `failures` the first error rows. `changes` has one row per image, with
+    the columns of `ledger.CHANGES_SCHEMA`: of all images if `recorded`, else (earlier versions) of the samples.
+    """
+
+    def __init__(self, store: Store, moved: Settings | None = None, origin: str | None = None) -> None:
+        self.store = store
+        self.plan, self.statuses = ledger.read_plan(store), ledger.read_statuses(store)
+        self.config = with_overrides(read_config(store) or Config(), moved or {})
+        self.noise = _noise(store, self.config)
+        self.done = [self.statuses[shard.name] for shard in self.plan.shards if shard.name in self.statuses]
+        """Statuses of the planned shards that are committed, in plan order."""
+        self.planned = sum(shard.rows for shard in self.plan.shards)
+        self.ok, self.failed = sum(status.ok for status in self.done), sum(status.failed for status in self.done)
+        self.failures: list[ledger.ImageFailure] = []
+        for status in self.done:
+            if len(self.failures) < FAILURES_SHOWN:
+                self.failures += ledger.read_failures(store, status)
+        del self.failures[FAILURES_SHOWN:]
+        self.notes: list[str] = []
+        self.samples = self._sampled(origin)
+        self.changes = ledger.read_changes(store, self.done)
+        self.recorded = len(self.changes) > 0
+        self.most, self.least = self._extremes()
 
     @property
     def paired(self) -> list[Sample]:
-        """The images that have a clean copy."""
-        return [sample for sample in self.images if sample.clean is not None]
+        """The samples that have a clean copy."""
+        return [sample for sample in self.samples if sample.clean is not None]
 
+    def class_name(self, label: int | None) -> str:
+        """Return the name of a class, empty for an image without a label."""
+        if label is None or label < 0:
+            return ""
+        classes = self.plan.classes or ()
+        return classes[label] if label < len(classes) else f"class {label}"
 
-@dataclass(frozen=True)
-class _Rows:
-    """The first rows of a shard: their spans, and the place of the first one in the whole source."""
+    def _extremes(self) -> tuple[list[Sample], list[Sample]]:
+        """Return the most changed images, the most changed first, and the least changed, the least first."""
+        if not self.recorded:
+            self.changes = _measured(self.samples)
+        good = self.changes.filter(self.changes["psnr"].is_valid())
+        good = good.sort_by([("psnr", "ascending"), ("id", "ascending")])
+        rows = [*range(min(MOST, len(good))), *range(max(MOST, len(good) - LEAST), len(good))]
+        shown = good.take(pa.array(rows, pa.int64())).to_pylist()
+        images = {sample.id: sample for sample in self.samples}
+        if self.recorded and self.config.data.source:
+            places: dict[str, list[Span]] = {}
+            for row in shown:
+                places.setdefault(row["shard"], []).append((row["key"], row["row"], row["row"] + 1))
+            images = {sample.id: sample for found in self._read(places).values() for sample in found}
+        found = [replace(images[row["id"]], psnr=row["psnr"]) if row["id"] in images else None for row in shown]
+        most, least = found[:MOST], found[: MOST - 1 : -1]
+        return [sample for sample in most if sample], [sample for sample in least if sample]
 
-    offset: int
-    spans: list[Span]
+    def _sampled(self, origin: str | None) -> list[Sample]:
+        """Return images of at most SHARDS committed shards, with clean copies where these are known.
 
-
-def draw_samples(
-    store: Store,
-    config: Config,
-    plan: ledger.Plan,
-    statuses: Mapping[str, ledger.Status],
-    origin: str | None,
-) -> Samples:
-    """Return images of at most SHARDS committed shards of the purification in `store`, with their sources.
-
-    Clean copies are taken from `origin`, or from the dataset that `eclipse-ray poison` made the source from, if it
-    is still there. What cannot be read any more is left out and noted.
-    """
-    if not config.data.source:
-        return Samples([], ["The settings of the run name no source, so no image can be shown as it was."])
-    clean, notes = None, []
-    try:
-        clean = _clean_source(origin or _origin(config.data.source), config.data, plan)
-    except (EclipseError, OSError) as error:
-        notes.append(f"What the source was made from cannot be read any more: {error}.")
-    found: list[Sample] = []
-    for index in spread(len(plan.base), SHARDS):
-        shard = plan.base[index]
-        status = statuses.get(shard.name)
-        if status is None or status.object is None:
-            continue
-        offset = sum(before.rows for before in plan.base[:index])
+        Clean copies are taken from `origin`, or from the dataset that `eclipse-ray poison` made the source from.
+        """
+        if not self.config.data.source:
+            self.notes.append("The settings of the run name no source, so no image can be shown as it was.")
+            return []
+        base = self.plan.base
+        chosen = {base[index].name: index for index in spread(len(base), SHARDS)}
+        whole = {status.shard for status in self.done if status.object}
+        found = self._read({name: _first_rows(base[i]) for name, i in chosen.items() if name in whole})
+        samples = [sample for drawn in found.values() for sample in drawn]
         try:
-            found += _of_shard(store, config, plan.classes, status, _first_rows(shard, offset), clean)
+            origin = origin or _origin(self.config.data.source)
+            clean = open_source(origin, self.config.data) if origin else None
+            if clean and clean.images == sum(shard.rows for shard in base):
+                offsets = {name: sum(shard.rows for shard in base[: chosen[name]]) for name in found}
+                samples = [
+                    sample
+                    for name, drawn in found.items()
+                    for sample in _with_clean(drawn, clean, self.config.data, offsets[name])
+                ]
         except (EclipseError, OSError) as error:
-            notes.append(f"Images of shard {shard.name} cannot be shown: {error}.")
-    if all(sample.clean is None or np.array_equal(sample.clean, sample.before) for sample in found):
-        found = [replace(sample, clean=None) for sample in found]
-        notes.append(
-            "No clean copies of these images are known, as is usual for data from elsewhere: rows, curves and "
-            "numbers that would need them are left out."
-        )
-    return Samples(found, notes)
+            self.notes.append(f"What the source was made from cannot be read any more: {error}.")
+        if all(sample.clean is None or np.array_equal(sample.clean, sample.before) for sample in samples):
+            return [replace(sample, clean=None) for sample in samples]
+        return samples
+
+    def _read(self, places: Mapping[str, Sequence[Span]]) -> dict[str, list[Sample]]:
+        """Return images by shard from these places in the source; what cannot be read any more is noted."""
+        found: dict[str, list[Sample]] = {}
+        for shard, spans in places.items():
+            try:
+                found[shard] = self._pairs(self.statuses[shard], spans)
+            except (EclipseError, OSError) as error:
+                self.notes.append(f"Images of shard {shard} cannot be shown: {error}.")
+        return found
+
+    def _pairs(self, status: ledger.Status, spans: Sequence[Span]) -> list[Sample]:
+        """Return the purified images of `spans`, and what they were before, if both have the same size."""
+        data = self.config.data
+        base, name = _location(str(data.source), spans[0][0])
+        before = read_parts(base, name, self.plan.classes, spans, data)
+        after = ledger.read_object(self.store, status)
+        assert after is not None, "a shard without purified images was asked for"
+        place = {id: row for row, id in enumerate(after["id"].to_pylist())}
+        before = before.filter(pc.is_in(before["id"], pa.array(list(place), pa.string())))
+        ids: list[str] = before["id"].to_pylist()
+        after = after.take(pa.array([place[id] for id in ids], pa.int64()))
+        labels = before["label"].to_pylist() if "label" in before.column_names else [None] * len(ids)
+        found = []
+        for id, label, old, new in zip(ids, labels, image_bytes(before), image_bytes(after), strict=True):
+            one = decode_resized(base, id, old, data)
+            two = decode_required(f"{self.store.url}: image {id}", new, DataConfig())
+            found += [Sample(id, label, one, two)] if one.shape == two.shape else []
+        return found
 
 
-def _of_shard(
-    store: Store,
-    config: Config,
-    classes: Sequence[str] | None,
-    status: ledger.Status,
-    rows: _Rows,
-    clean: Source | None,
-) -> list[Sample]:
-    base, name = _location(str(config.data.source), rows.spans[0][0])
-    before = read_parts(base, name, classes, rows.spans, config.data)
-    after = ledger.read_object(store, status)
-    assert after is not None, "the caller looked"
-    place = {id: row for row, id in enumerate(after["id"].to_pylist())}
-    kept = [(row, place[id]) for row, id in enumerate(before["id"].to_pylist()) if id in place]
-    purified = after.take([row for _, row in kept])
-    originals = before.take([row for row, _ in kept])
-    cleans = _clean_images(clean, config.data, rows, before)
-    labels = originals["label"].to_pylist() if "label" in originals.column_names else [None] * len(kept)
+def _measured(samples: Sequence[Sample]) -> pa.Table:
+    """Return how far the samples were changed, as the purification would have recorded it."""
+    rows = []
+    for sample in samples:
+        psnr, ssim = changes(torch.from_numpy(sample.after[None]), torch.from_numpy(sample.before[None]))
+        likeness = None if ssim.isnan() else float(ssim)
+        rows.append({"id": sample.id, "label": sample.label, "psnr": float(psnr), "ssim": likeness})
+    return pa.Table.from_pylist(rows, ledger.CHANGES_SCHEMA)
+
+
+def _with_clean(drawn: Sequence[Sample], clean: Source, data: DataConfig, offset: int) -> list[Sample]:
+    """Return the first images of a shard that begins at row `offset` with the clean images of the same ids."""
+    table = read_parts(clean.url, clean.format, clean.classes, _rows_at(clean, offset, IMAGES_OF_A_SHARD), data)
+    encoded = dict(zip(table["id"].to_pylist(), image_bytes(table), strict=True))
     found = []
-    for (row, _), id, label, old, new in zip(
-        kept, originals["id"].to_pylist(), labels, image_bytes(originals), image_bytes(purified), strict=True
-    ):
-        sample = Sample(
-            id=id,
-            label=_class_name(label, classes),
-            before=decode_resized(base, id, old, config.data),
-            after=decode_required(f"{store.url}: image {id}", new, DataConfig()),
-            clean=cleans[row] if cleans else None,
-        )
-        if sample.before.shape == sample.after.shape:
-            fits = sample.clean is not None and sample.clean.shape == sample.before.shape
-            found.append(sample if fits else replace(sample, clean=None))
+    for sample in drawn:
+        copy = decode_resized(clean.url, sample.id, encoded[sample.id], data) if sample.id in encoded else None
+        fits = copy is not None and copy.shape == sample.before.shape
+        found.append(replace(sample, clean=copy if fits else None))
     return found
-
-
-def _clean_images(clean: Source | None, data: DataConfig, rows: _Rows, before: pa.Table) -> list[Pixels] | None:
-    """Return the clean images at the places of `before`, None if their ids differ."""
-    if clean is None:
-        return None
-    wanted = before["id"].to_pylist()
-    table = read_parts(clean.url, clean.format, clean.classes, _rows_at(clean, rows.offset, len(wanted)), data)
-    if table["id"].to_pylist() != wanted:
-        return None
-    return [decode_resized(clean.url, i, b, data) for i, b in zip(wanted, image_bytes(table), strict=True)]
 
 
 def _origin(source: str) -> str | None:
@@ -292,11 +348,6 @@ def _origin(source: str) -> str | None:
     store = Store(source)
     origin = None if store.is_file() else read_note(store).get("source")
     return origin if isinstance(origin, str) else None
-
-
-def _clean_source(origin: str | None, data: DataConfig, plan: ledger.Plan) -> Source | None:
-    opened = open_source(origin, data) if origin else None
-    return opened if opened and opened.images == sum(shard.rows for shard in plan.base) else None
 
 
 def _location(source: str, key: str) -> tuple[str, str]:
@@ -311,16 +362,14 @@ def _location(source: str, key: str) -> tuple[str, str]:
     return store.url.rpartition("/")[0] or "/", name
 
 
-def _first_rows(shard: ledger.Shard, offset: int) -> _Rows:
+def _first_rows(shard: ledger.Shard) -> list[Span]:
     spans: list[Span] = []
     left = IMAGES_OF_A_SHARD
     for span in shard.spans:
-        if not left:
-            break
         stop = min(span.stop, span.start + left)
-        spans.append((span.key, span.start, stop))
+        spans += [(span.key, span.start, stop)] if left else []
         left -= stop - span.start
-    return _Rows(offset, spans)
+    return spans
 
 
 def _rows_at(source: Source, offset: int, count: int) -> list[Span]:
@@ -333,93 +382,9 @@ def _rows_at(source: Source, offset: int, count: int) -> list[Span]:
     return spans
 
 
-def _class_name(label: int | None, classes: Sequence[str] | None) -> str:
-    if label is None or label < 0:
-        return ""
-    return classes[label] if classes is not None and label < len(classes) else f"class {label}"
-
-
 def spread(count: int, wanted: int) -> list[int]:
     """Return at most `wanted` evenly spread places in 0 .. count - 1, beginning with 0."""
     return sorted({index * count // wanted for index in range(wanted)}) if count else []
-
-
-FAILURES_SHOWN = 200
-"""At most this many failed images are listed."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How the run added noise: alphas_cumprod (T,), depth, steps, sampler; `note` says what is assumed."""
-
-    alphas_cumprod: Floats
-    t_star: int
-    num_inference_steps: int
-    sampler: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Purification:
-    """A purification, finished or not; `failures` are the first FAILURES_SHOWN of its error rows."""
-
-    store: Store
-    config: Config
-    shards: Sequence[ledger.Shard]
-    statuses: Mapping[str, ledger.Status]
-    samples: Samples
-    failures: Sequence[ledger.ImageFailure]
-    noise: Noise
-
-    @property
-    def done(self) -> list[ledger.Status]:
-        """Statuses of the planned shards that are committed, in plan order."""
-        return [self.statuses[shard.name] for shard in self.shards if shard.name in self.statuses]
-
-    @property
-    def planned(self) -> int:
-        """Images of the plan."""
-        return sum(shard.rows for shard in self.shards)
-
-    @property
-    def ok(self) -> int:
-        """Purified images."""
-        return sum(status.ok for status in self.done)
-
-    @property
-    def failed(self) -> int:
-        """Images that became error rows."""
-        return sum(status.failed for status in self.done)
-
-
-def read_purification(store: Store, moved: Settings | None = None, origin: str | None = None) -> Purification:
-    """Return what is known of the run in `store`. Raises InputError or StorageError if the ledger is damaged.
-
-    `moved` are settings with the present places of its source and its denoiser. `origin` is the dataset that the
-    source was made from; None means the one that the source names, if this package poisoned it.
-    """
-    plan, statuses = ledger.read_plan(store), ledger.read_statuses(store)
-    config = with_overrides(read_config(store) or Config(), moved or {})
-    shards = plan.shards
-    return Purification(
-        store=store,
-        config=config,
-        shards=shards,
-        statuses=statuses,
-        samples=draw_samples(store, config, plan, statuses, origin),
-        failures=_failures(store, [statuses[shard.name] for shard in shards if shard.name in statuses]),
-        noise=_noise(store, config),
-    )
-
-
-def _failures(store: Store, statuses: Sequence[ledger.Status]) -> list[ledger.ImageFailure]:
-    found: list[ledger.ImageFailure] = []
-    for status in statuses:
-        if len(found) >= FAILURES_SHOWN:
-            break
-        if status.errors_object:
-            found += ledger.read_failures(store, status)
-    return found[:FAILURES_SHOWN]
 
 
 def _noise(store: Store, config: Config) -> Noise:

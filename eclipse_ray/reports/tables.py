@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.resources import files
 from typing import Any
 
 import pyarrow as pa
@@ -24,33 +25,19 @@ from eclipse_ray.storage.store import Store
 
 RESULTS, RESULTS_CSV, TABLE = "results.parquet", "results.csv", "table.md"
 UNFINISHED = "·"
-TIDY = pa.schema(
-    [
-        ("poison", pa.string()),
-        ("variant", pa.string()),
-        ("budget", pa.string()),
-        ("cost", pa.string()),
-        ("poison_seconds", pa.float64()),
-        ("defense", pa.string()),
-        ("victim", pa.string()),
-        ("recipe", pa.string()),
-        ("epochs", pa.int64()),
-        ("seed", pa.int64()),
-        ("n", pa.int64()),
-        ("sparse", pa.int64()),
-        ("b_over_n", pa.float64()),
-        ("test_images", pa.int64()),
-        ("test_accuracy", pa.float64()),
-        ("best_epoch_accuracy", pa.float64()),
-        ("best_epoch", pa.int64()),
-        ("seconds", pa.float64()),
-        ("defense_seconds", pa.float64()),
-        ("images_per_second", pa.float64()),
-        ("psnr", pa.float64()),
-        ("ssim", pa.float64()),
-        ("device", pa.string()),
-        ("fingerprint", pa.string()),
-    ]
+_TYPES = {"text": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+
+
+def columns(text: str) -> pa.Schema:
+    """Return the schema of columns that are written as `name:type`, with a space between them."""
+    return pa.schema([(name, _TYPES[kind]) for name, _, kind in (word.partition(":") for word in text.split())])
+
+
+TIDY = columns(
+    "poison:text variant:text budget:text cost:text poison_seconds:float defense:text victim:text "
+    "recipe:text epochs:int seed:int n:int sparse:int b_over_n:float test_images:int test_accuracy:float "
+    "best_epoch_accuracy:float best_epoch:int seconds:float defense_seconds:float images_per_second:float "
+    "psnr:float ssim:float device:text fingerprint:text"
 )
 """Columns of results.parquet: accuracies and b_over_n in per cent, psnr in dB; one row is one trained victim."""
 
@@ -130,8 +117,9 @@ def tables_of(view: MatrixView) -> list[Block]:
     for victim in view.victims:
         cells = Cells(view, victim)
         training = f"{victim.details}; device" if victim.details else "Device"
-        blocks += [Heading(victim.label), Text(f"{training}: {cells.devices()}.")]
-        makers = (_accuracy, _clean, _gap, _best, _costs)
+        devices = {row["device"] for rows in cells.rows.values() for row in rows}
+        blocks += [Heading(victim.label), Text(f"{training}: {', '.join(sorted(devices)) or 'none yet'}.")]
+        makers = (_accuracy, _clean, _gap, _costs)
         blocks += [table for maker in makers if (table := maker(view, cells))]
     return blocks
 
@@ -159,41 +147,39 @@ class Cells:
         for row in view.rows:
             if row["victim"] == victim.label:
                 self.rows.setdefault((row["defense"], row["poison"]), []).append(row)
+        plain = next((defense.label for defense in view.defenses if defense.published == "none"), "none")
+        clean = self.values(plain, CLEAN, "test_accuracy")
+        self.reference = statistics.fmean(clean) if clean else None
+        """Accuracy without a defense on clean images, None if it is not measured."""
 
-    def values(self, defense: str, column: str, name: str) -> list[float]:
+    def values(self, defense: str, column: str, name: str = "test_accuracy") -> list[float]:
         """Return one number of every seed that is measured."""
         return [row[name] for row in self.rows.get((defense, column), [])]
 
-    def complete(self, defense: str, column: str) -> bool:
-        """Return whether every seed is measured."""
-        return len(self.rows.get((defense, column), [])) == len(self.view.seeds)
+    def by_seed(self, defense: str, columns: Sequence[str]) -> list[float]:
+        """Return the mean accuracy over columns for each seed; none if a seed of a column is missing."""
+        found = [self.values(defense, column) for column in columns]
+        whole = all(len(values) == len(self.view.seeds) for values in found)
+        return [statistics.fmean(values) for values in zip(*found, strict=True)] if whole else []
 
-    def by_seed(self, defense: str, columns: Sequence[str], name: str) -> list[float] | None:
-        """Return the mean over columns for each seed; None if a seed of a column is missing."""
-        if not columns or not all(self.complete(defense, column) for column in columns):
-            return None
-        return [
-            statistics.fmean(values)
-            for values in zip(*(self.values(defense, column, name) for column in columns), strict=True)
-        ]
-
-    def text(self, defense: str, column: str, name: str) -> str:
-        """Return "mean ± deviation", with n where seeds are missing, or the sign of an unfinished cell."""
-        values = self.values(defense, column, name)
+    def text(self, defense: MatrixAxis, column: MatrixAxis) -> str:
+        """Return "mean ± deviation" with n where seeds are missing, and the paper's number in brackets."""
+        values = self.values(defense.label, column.label)
         partial = "" if len(values) in (0, len(self.view.seeds)) else f" (n = {len(values)})"
-        return spread(values) + partial
+        return spread(values) + partial + self.paper(defense, [column])
 
-    def devices(self) -> str:
-        """Return what the victims were trained on."""
-        names = sorted({row["device"] for rows in self.rows.values() for row in rows})
-        return ", ".join(names) or "none yet"
+    def gap(self, values: Sequence[float]) -> str:
+        """Return how far the mean of accuracies is below the reference."""
+        if self.reference is None or not values:
+            return UNFINISHED
+        return f"{self.reference - statistics.fmean(values):.1f}"
 
-    def paper(self, defense: MatrixAxis, columns: Sequence[MatrixAxis]) -> float | None:
-        """Return the paper's number, or the mean of its numbers, for all of `columns`; None if one is missing."""
+    def paper(self, defense: MatrixAxis, columns: Sequence[MatrixAxis]) -> str:
+        """Return the mean of the paper's numbers for all of `columns` in brackets, nothing if one is missing."""
         arch = self.victim.published
         found = [published(self.view.dataset, arch, defense.published, column.published) for column in columns]
         known = [value for value in found if value is not None]
-        return statistics.fmean(known) if known and len(known) == len(found) else None
+        return f" [{statistics.fmean(known):.2f}]" if known and len(known) == len(found) else ""
 
 
 def spread(values: Sequence[float]) -> str:
@@ -247,51 +233,35 @@ def _accuracy(view: MatrixView, cells: Cells) -> Table | None:
     poisons = _poisons(view)
 
     def row(defense: MatrixAxis) -> list[str]:
-        texts = [
-            cells.text(defense.label, column.label, "test_accuracy") + _beside(cells.paper(defense, [column]))
-            for column in poisons
-        ]
-        labels = [column.label for column in poisons]
-        mean = cells.by_seed(defense.label, labels, "test_accuracy")
-        return [*texts, spread(mean or []) + _beside(cells.paper(defense, poisons))]
+        mean = cells.by_seed(defense.label, [column.label for column in poisons])
+        average = spread(mean) + cells.paper(defense, poisons)
+        return [*(cells.text(defense, column) for column in poisons), average]
 
     head = [*(_title(view, column) for column in poisons), "AVG"]
     return _table(view, "Test accuracy", head, row) if poisons else None
 
 
 def _clean(view: MatrixView, cells: Cells) -> Table | None:
-    column = next((column for column in view.columns if column.label == CLEAN), None)
-    if column is None:
-        return None
-    reference = _undefended(view, cells)
-
     def row(defense: MatrixAxis) -> list[str]:
-        text = cells.text(defense.label, CLEAN, "test_accuracy") + _beside(cells.paper(defense, [column]))
-        return [text, _difference(reference, cells.values(defense.label, CLEAN, "test_accuracy"))]
+        return [cells.text(defense, column), cells.gap(cells.values(defense.label, CLEAN))]
 
-    return _table(view, "Clean accuracy", ["clean", "gap to undefended clean"], row)
+    for column in view.columns:
+        if column.label == CLEAN:
+            return _table(view, "Clean accuracy", ["clean", "gap to undefended clean"], row)
+    return None
 
 
 def _gap(view: MatrixView, cells: Cells) -> Table | None:
-    poisons, reference = _poisons(view), _undefended(view, cells)
-    if not poisons or reference is None:
+    labels = [column.label for column in _poisons(view)]
+
+    def row(defense: MatrixAxis) -> list[str]:
+        gaps = [cells.gap(cells.values(defense.label, label)) for label in labels]
+        return [*gaps, cells.gap(cells.by_seed(defense.label, labels))]
+
+    if not labels or cells.reference is None:
         return None
-
-    def row(defense: MatrixAxis) -> list[str]:
-        labels = [column.label for column in poisons]
-        gaps = [_difference(reference, cells.values(defense.label, label, "test_accuracy")) for label in labels]
-        return [*gaps, _difference(reference, cells.by_seed(defense.label, labels, "test_accuracy") or [])]
-
-    head = [*(_title(view, column) for column in poisons), "AVG"]
-    return _table(view, f"Gap to undefended clean ({reference:.1f})", head, row)
-
-
-def _best(view: MatrixView, cells: Cells) -> Table:
-    def row(defense: MatrixAxis) -> list[str]:
-        return [cells.text(defense.label, column.label, "best_epoch_accuracy") for column in view.columns]
-
-    title = "Best epoch (chosen on the test images, so no result; the last epoch decides)"
-    return _table(view, title, [_title(view, column) for column in view.columns], row)
+    head = [*(_title(view, column) for column in _poisons(view)), "AVG"]
+    return _table(view, f"Gap to undefended clean ({cells.reference:.1f})", head, row)
 
 
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -322,157 +292,27 @@ def _costs(view: MatrixView, cells: Cells) -> Table:
     return _table(view, title, [head for head, _ in COSTS.values()], row)
 
 
-def _undefended(view: MatrixView, cells: Cells) -> float | None:
-    plain = next((defense.label for defense in view.defenses if defense.published == "none"), "none")
-    values = cells.values(plain, CLEAN, "test_accuracy")
-    return statistics.fmean(values) if values else None
-
-
-def _difference(reference: float | None, values: Sequence[float]) -> str:
-    return UNFINISHED if reference is None or not values else f"{reference - statistics.fmean(values):.1f}"
-
-
-def _beside(value: float | None) -> str:
-    return "" if value is None else f" [{value:.2f}]"
-
-
 def _table(view: MatrixView, title: str, head: Sequence[str], row: Callable[[MatrixAxis], list[str]]) -> Table:
     return Table(title, ["defense", *head], [[defense.label, *row(defense)] for defense in view.defenses])
 
 
-# Numbers of the paper (arXiv 2406.15093), tables 1 to 7: test accuracy in per cent. Figure 5 prints none.
-# Rows have the names of our defenses where there is one, else a name that an entry of a matrix can ask for with
-# `published`.
 POISONS = ("em", "tap", "rem", "sep", "efp", "urp", "lsp", "ar", "adp")
 AVERAGE = "avg"
 CLEAN = "clean"
 ONE_COST = ("urp", "lsp", "ar", "cuda", "shift", "mixture", "ops")
 """Poisons that have no reduced numbers."""
 
-Published = dict[str, float]
-
-
-def _numbers(columns: tuple[str, ...], *values: float) -> Published:
-    return dict(zip(columns, values, strict=True))
-
-
-def _all_rows(columns: tuple[str, ...], table: dict[str, tuple[float, ...]]) -> dict[str, Published]:
-    return {name: _numbers(columns, *values) for name, values in table.items()}
-
-
-_EIGHT = POISONS[:8]
-_WITHOUT_SEP = tuple(name for name in POISONS if name != "sep")
-_IMAGENET = ("tap", "urp", "ar", CLEAN)
-
-_TABLE_1_RESNET18 = _all_rows(
-    (*POISONS, AVERAGE),
-    {
-        "none": (17.58, 26.16, 27.34, 9.01, 86.64, 16.80, 24.48, 10.59, 25.93, 27.17),
-        "cutout": (17.63, 29.16, 22.42, 9.30, 87.76, 84.41, 22.93, 12.92, 21.39, 34.21),
-        "mixup": (30.74, 24.36, 29.99, 8.35, 88.76, 17.29, 23.48, 11.46, 31.20, 29.51),
-        "cutmix": (29.73, 23.70, 29.42, 6.66, 87.74, 84.24, 20.86, 14.56, 23.14, 35.56),
-        "dp-sgd": (18.17, 30.96, 25.92, 8.24, 87.98, 20.49, 22.11, 10.19, 21.51, 27.29),
-        "iss-g": (88.42, 21.88, 65.29, 7.57, 86.54, 60.64, 65.89, 38.64, 34.42, 52.14),
-        "aa": (85.30, 67.12, 39.73, 24.94, 87.76, 90.81, 87.38, 51.19, 58.22, 65.83),
-        "op": (65.42, 45.86, 30.44, 10.01, 82.64, 89.28, 90.14, 33.60, 33.80, 53.47),
-        "avatar-sparse": (27.45, 86.63, 35.74, 44.97, 75.90, 86.86, 39.93, 83.98, 67.95, 61.05),
-        "at": (68.31, 82.46, 60.80, 63.23, 71.46, 85.63, 81.94, 84.04, 82.76, 75.63),
-        "iss-j": (78.35, 80.77, 81.54, 80.93, 70.54, 81.27, 79.55, 81.39, 80.98, 79.48),
-        "eclipse": (82.80, 86.13, 82.72, 82.85, 77.20, 86.98, 84.58, 87.32, 82.62, 83.69),
-    },
+_PUBLISHED: dict[str, Any] = json.loads(
+    files("eclipse_ray.reports").joinpath("published.json").read_text(encoding="utf-8")
 )
-
-_TABLE_1_VGG19 = _all_rows(
-    (*_WITHOUT_SEP, AVERAGE),
-    {
-        "none": (19.90, 27.81, 31.22, 81.83, 16.53, 21.80, 13.94, 24.02, 29.63),
-        "cutout": (39.51, 31.69, 22.87, 85.06, 29.20, 25.92, 10.44, 18.38, 32.88),
-        "mixup": (22.75, 28.38, 33.30, 82.49, 16.32, 24.59, 14.47, 37.14, 32.43),
-        "cutmix": (29.85, 25.09, 30.26, 81.71, 10.14, 25.27, 15.71, 24.16, 30.27),
-        "dp-sgd": (20.45, 27.09, 24.52, 84.23, 30.77, 25.73, 14.33, 27.66, 31.85),
-        "iss-g": (86.47, 27.57, 71.16, 83.23, 60.84, 80.91, 39.60, 41.60, 61.42),
-        "aa": (78.99, 56.81, 10.00, 78.71, 82.73, 9.99, 25.32, 24.35, 45.86),
-        "op": (79.79, 54.09, 31.88, 78.65, 87.14, 87.43, 13.64, 29.47, 57.76),
-        "avatar-sparse": (34.92, 83.63, 39.41, 74.57, 84.08, 53.96, 83.49, 65.22, 64.91),
-        "at": (64.31, 81.33, 63.28, 66.63, 83.22, 79.15, 80.69, 80.58, 74.90),
-        "iss-j": (78.69, 80.93, 79.16, 68.75, 80.74, 78.49, 81.56, 78.46, 78.35),
-        "eclipse": (80.73, 84.83, 79.90, 75.87, 85.86, 83.48, 85.84, 80.11, 82.08),
-    },
-)
-
-_TABLE_2 = {
-    "resnet18": _all_rows(
-        (*_IMAGENET, AVERAGE),
-        {
-            "none": (40.8, 51.3, 25.7, 72.1, 47.5),
-            "iss-g": (28.5, 27.8, 19.5, 56.9, 33.2),
-            "avatar-sparse": (52.3, 65.3, 54.0, 72.3, 61.0),
-            "at": (58.2, 61.9, 47.3, 66.8, 58.5),
-            "iss-j": (61.2, 60.8, 59.4, 66.2, 61.9),
-            "eclipse": (61.9, 60.4, 58.9, 67.0, 62.1),
-        },
-    ),
-    "densenet121": _all_rows(
-        (*_IMAGENET, AVERAGE),
-        {
-            "none": (46.2, 69.5, 22.4, 77.8, 54.0),
-            "iss-g": (31.2, 40.5, 23.7, 62.7, 39.5),
-            "avatar-sparse": (57.0, 68.1, 48.9, 73.1, 61.8),
-            "at": (61.8, 63.1, 41.9, 71.9, 59.7),
-            "iss-j": (61.6, 60.8, 62.0, 68.6, 63.3),
-            "eclipse": (60.9, 63.4, 59.4, 72.7, 64.1),
-        },
-    ),
-}
-
-_VICTIMS = ("resnet18", "resnet50", "vgg16", "vgg19", "densenet121")
-_TABLE_3 = _all_rows(
-    (*_VICTIMS, AVERAGE),
-    {
-        "none": (94.95, 94.53, 93.27, 93.04, 93.91, 93.94),
-        "at": (89.57, 89.88, 88.04, 86.93, 89.11, 88.71),
-        "iss-j": (85.23, 85.85, 84.42, 84.26, 85.08, 84.97),
-        "eclipse": (90.43, 90.17, 88.38, 88.58, 89.35, 89.38),
-    },
-)
-
-_TABLE_4 = {
-    "eclipse-abc": (82.80, 86.13, 82.72, 82.85, 77.20, 86.98, 84.58, 87.32, 83.82),
-    "eclipse-ab": (73.22, 86.31, 67.48, 41.30, 77.58, 85.59, 81.58, 84.22, 74.66),
-    "eclipse-ac": (61.30, 86.94, 77.33, 84.07, 76.72, 87.52, 68.70, 87.59, 78.77),
-    "eclipse-bc": (78.82, 83.32, 75.51, 14.66, 81.62, 88.87, 80.08, 60.96, 70.48),
-    "eclipse-a": (27.45, 86.63, 35.74, 44.97, 75.90, 86.86, 39.93, 83.98, 60.18),
-    "eclipse-b": (78.69, 30.95, 67.05, 7.53, 86.14, 58.70, 68.19, 37.63, 54.36),
-    "eclipse-c": (20.43, 84.90, 28.83, 11.93, 79.06, 89.54, 27.11, 33.14, 46.87),
-}
-_TABLE_5 = {
-    "replication 0": (78.30, 86.59, 81.56, 77.97, 78.60, 87.52, 83.53, 87.56, 82.70),
-    "replication 2": (79.72, 86.88, 82.05, 81.29, 78.02, 86.77, 84.50, 86.98, 83.28),
-    "replication 4": (82.80, 86.13, 82.72, 82.85, 77.20, 86.98, 84.58, 87.32, 83.82),
-    "replication 6": (80.75, 86.79, 82.68, 82.71, 78.41, 86.52, 83.88, 87.05, 83.60),
-}
-_TABLE_6 = {
-    "sparse 2 %": (80.25, 84.28, 82.45, 82.39, 73.72, 84.70, 82.04, 85.08, 81.86),
-    "sparse 4 %": (82.80, 86.13, 82.72, 82.85, 77.20, 86.98, 84.58, 87.32, 83.82),
-    "sparse 6 %": (80.07, 87.05, 79.61, 78.51, 79.82, 87.54, 84.77, 88.25, 83.20),
-    "sparse 8 %": (78.13, 86.75, 77.65, 65.51, 80.39, 88.26, 81.82, 87.48, 80.75),
-}
-_TABLE_7 = {
-    "t_star 50": (77.23, 87.66, 78.20, 55.07, 81.33, 88.43, 81.97, 88.27, 79.77),
-    "t_star 100": (82.80, 86.13, 82.72, 82.85, 77.20, 86.98, 84.58, 87.32, 83.82),
-    "t_star 150": (80.91, 84.30, 82.56, 83.99, 74.23, 83.25, 79.46, 84.37, 81.63),
-}
-_SWEEPS = _all_rows((*_EIGHT, AVERAGE), {**_TABLE_4, **_TABLE_5, **_TABLE_6, **_TABLE_7})
-
-TABLES: dict[str, dict[str, dict[str, Published]]] = {
-    "cifar10": {"resnet18": {**_TABLE_1_RESNET18, **_SWEEPS}, "vgg19": _TABLE_1_VGG19},
-    "imagenet": _TABLE_2,
-}
-"""Dataset, victim, row, column: test accuracy. `avg` is over the columns of its own table, as printed."""
-
-CLEAN_ACCURACY: dict[str, Published] = _TABLE_3
+CLEAN_ACCURACY: dict[str, dict[str, float]] = _PUBLISHED.pop("clean")
 """Row, victim: accuracy on CIFAR-10 when the training set is clean (table 3)."""
+TABLES: dict[str, dict[str, dict[str, dict[str, float]]]] = _PUBLISHED
+"""Dataset, victim, row, column: test accuracy in per cent (arXiv 2406.15093, tables 1 to 7; figure 5 prints none).
 
+Rows have the names of our defenses where there is one, else a name that an entry of a matrix can ask for with
+`published`. `avg` is over the columns of its own table, as printed.
+"""
 REFERENCE_VICTIM = "resnet18"
 
 # Our rows that are compared with a row of the paper under another name. "avatar" has none: what the paper calls
@@ -489,6 +329,7 @@ def published(dataset: str | None, victim: str, row: str, column: str) -> float 
         return None
     row = SAME_ROW.get(row, row)
     if dataset == "cifar10" and column == CLEAN:
-        return CLEAN_ACCURACY.get(row, {}).get(victim if victim in _VICTIMS else REFERENCE_VICTIM)
+        found = CLEAN_ACCURACY.get(row, {})
+        return found.get(victim, found.get(REFERENCE_VICTIM))
     rows = TABLES[dataset]
     return rows.get(victim, rows[REFERENCE_VICTIM]).get(row, {}).get(column)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 
+import pyarrow as pa
 import pytest
 
 from eclipse_ray.errors import InputError, ResumeError, StorageError
 from eclipse_ray.ledger import (
+    CHANGES_SCHEMA,
     ImageFailure,
     Status,
     commit_shard,
@@ -15,10 +17,12 @@ from eclipse_ray.ledger import (
     open_run,
     plan_digest,
     plan_shards,
+    read_changes,
     read_plan,
     read_statuses,
     summarise,
     verify,
+    write_changes,
 )
 from eclipse_ray.storage.store import Store
 from tests.ledger.helpers import (
@@ -329,3 +333,28 @@ def test_damaged_records_are_named(damage):
     with pytest.raises(InputError, match="damaged"):
         read_plan(store)
     assert len(verify(store).mismatched) >= 3
+
+
+def test_the_changes_of_a_shard_are_those_of_all_its_generations(tmp_path):
+    store = Store(str(tmp_path))
+    status = {"object": None, "sha256": None, "bytes": 0, "ok": 0, "failed": 0, "seconds": 1}
+    status |= {"errors_object": None, "errors_sha256": None, "input_sha256": ""}
+    statuses = [Status(shard=f"00000{shard}", generation=1, **status) for shard in (0, 1)]
+
+    def write(shard: str, generation: int, **decibels: float | None) -> None:
+        rows = [{"id": name, "label": 3, "psnr": value} for name, value in decibels.items()]
+        write_changes(store, shard, generation, pa.Table.from_pylist(rows, CHANGES_SCHEMA))
+
+    write("000000", 0, a=30.0, b=None, c=None)
+    write("000000", 1, b=20.0, c=None)
+    # Generation 0 of this shard is of a version that recorded nothing, so that half of it would mislead.
+    write("000001", 1, d=10.0)
+    found = read_changes(store, statuses)
+    assert list(zip(*(found[name].to_pylist() for name in ("shard", "id", "psnr")), strict=True)) == [
+        ("000000", "a", 30.0),
+        ("000000", "b", 20.0),
+        ("000000", "c", None),
+    ]
+    store.write("_eclipse/changes/000000/1.parquet", b"cut off")
+    with pytest.raises(StorageError, match=r"000000/1.parquet: cannot be read .*; delete it"):
+        read_changes(store, statuses)

@@ -55,8 +55,8 @@ def write_matrix(folder: Path) -> None:
     _write(folder, {**results, "_eclipse/config.yaml": config})
 
 
-def audited(folder: Path) -> None:
-    """Write the folder of `audit --out` for a small sample of noise."""
+def audited(folder: Path, source: str | None = None) -> None:
+    """Write the folder of `audit --out` of `source` for a small sample of noise."""
     images = torch.randint(0, 256, (24, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     score = {
         "name": "autocorrelation",
@@ -71,7 +71,8 @@ def audited(folder: Path) -> None:
     result = AuditResult(
         "poisoned", 0.0007, "high", "class", advice, words, 24, 2, 0, evidence=[score], output=str(folder)
     )
-    write_audit(str(folder), to_yaml(Config()), result, Images(images, torch.arange(24) % 2), None)
+    config = load_config(None, {"data.source": source} if source else {})
+    write_audit(str(folder), to_yaml(config), result, Images(images, torch.arange(24) % 2), None)
 
 
 def write_demo(folder: Path) -> None:

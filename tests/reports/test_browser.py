@@ -21,7 +21,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 AXE = Path(os.environ.get("AXE_CORE", ".venv/node_modules/axe-core/axe.min.js"))
-WIDTHS = (360, 820, 1440)
+WIDTHS = (360, 820, 1280)
 SCHEMES = ("light", "dark")
 
 KINDS = ("demo", "matrix", "evaluate", "sweep", "audit", "train")
@@ -118,12 +118,28 @@ def test_clicking_through_every_link_of_the_contents_and_every_image(browser, pa
     page.context.close()
 
 
+def test_the_slider_moves_by_keyboard_and_changes_what_is_seen(browser, pages):
+    page = open_page(browser, pages["demo"], 360, "dark")
+    slider = page.locator("input[type=range]").first
+    image = page.locator(".both").first
+    slider.focus()
+    pictures = []
+    for key, value, said in (("Home", "0", "100 % after"), ("End", "100", "0 % after")):
+        page.keyboard.press(key)
+        assert (slider.input_value(), slider.get_attribute("aria-valuetext")) == (value, said)
+        pictures.append(image.screenshot())
+    assert pictures[0] != pictures[1]
+    page.context.close()
+
+
 def test_the_page_works_without_its_script(browser, pages):
     page = open_page(browser, pages["demo"], 820, "light", script=False)
     page.locator("a.cell").first.click()
     assert page.locator("#image-1").is_visible()
     page.locator("#image-1 [data-close]").click()
     assert not page.locator("#image-1").is_visible()
+    one, other = (page.locator(".both").first.locator("img").nth(place).bounding_box() for place in (0, 1))
+    assert one["x"] + one["width"] <= other["x"], "before and after stand side by side"
     page.context.close()
 
 

@@ -8,11 +8,12 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray import verbs
+from eclipse_ray import ledger, verbs
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
@@ -23,19 +24,20 @@ from eclipse_ray.outcome import conclude
 from eclipse_ray.reports.experiments import _drawn, write_sweep
 from eclipse_ray.reports.folder import record_command
 from eclipse_ray.reports.page import write_report
+from eclipse_ray.storage.store import Store
 from tests.reports.material import audited, purify_here, write_demo, write_evaluation, write_matrix
 from tests.reports.test_sweep import ROWS, view
 
-VOID = {"meta", "link", "img", "br", "source"}
+VOID = {"meta", "link", "img", "br", "source", "input"}
 EVIL = "<script>alert(1)</script>\"'&.png"
-SEEN = ["pictures", "spectra", "assimilation"]
+RUN = ["changed", "classes", "pictures", "theory", "training"]
 SWEPT = view(ROWS, ["t_star", "sigma"])
 SECTIONS = {
-    "purify": ["summary", *SEEN, "training", "throughput", "failures", "provenance"],
+    "purify": ["summary", *RUN, "provenance"],
     "train": ["summary", "training", "provenance"],
     "evaluate": ["summary", "accuracy", "provenance"],
     "matrix": ["summary", "accuracy", "provenance"],
-    "demo": ["summary", "accuracy", *SEEN, "training", "throughput", "failures", "provenance"],
+    "demo": ["summary", "accuracy", *RUN, "provenance"],
     "sweep": ["summary", "sweep", "provenance"],
     "audit": ["summary", "audit", "provenance"],
 }
@@ -117,13 +119,67 @@ def test_every_kind_of_folder_has_its_sections_and_nothing_comes_from_elsewhere(
     assert all(b"http-equiv" not in path.read_bytes() for path in report.glob("*.svg"))
 
 
-def test_the_purification_is_told_in_words_and_numbers(folders):
-    text = page_of(folders["purify"]).text
-    assert "240 of 240 images were purified, none failed." in text
-    assert "noised to t_star = 4 of 20" in text
-    assert re.search(r"Of the perturbation, -?\d+ % is left in 64 sampled images", text)
-    assert "But it is a bound" in text
-    assert "the command was not recorded" in text
+def test_the_first_page_answers_the_questions_of_the_owner_of_the_data(folders):
+    summary = page_of(folders["purify"]).text.split("Which images changed")[1]
+    assert "240 of 240 images were purified, none failed." in summary
+    assert "noised to t_star = 4 of 20" in summary
+    recorded = read_changes(folders["purify"])
+    half, low = np.quantile(recorded["psnr"], (0.5, 0.05))
+    assert f"Half of the images keep at least {half:.1f} dB PSNR and" in summary
+    assert f"one in twenty has less than {low:.1f} dB (all 240 images)." in summary
+    assert re.search(r"Of the perturbation, -?\d+ % is left in 64 sampled images", summary)
+    most, least = recorded["psnr"].to_numpy().argmin(), recorded["psnr"].to_numpy().argmax()
+    assert f"Most: {recorded['id'][most]} (" in summary
+    assert f"Least: {recorded['id'][least]} (" in summary
+    assert "Every image that was tried could be purified." in summary
+    assert re.search(r"[\d.]+ core-seconds per 1,000 images, \d+s in all\.", summary)
+    assert re.search(r"[\d.]+ KiB in, [\d.]+ KiB out\.", summary)
+
+
+def test_details_follow_for_classes_and_for_researchers(folders):
+    page = page_of(folders["purify"])
+    recorded = read_changes(folders["purify"])
+    label = recorded["label"][0].as_py()
+    mean = np.mean([row["psnr"] for row in recorded.to_pylist() if row["label"] == label])
+    count = recorded["label"].to_pylist().count(label)
+    name = open_source(str(folders["purify"]), DataConfig()).classes[label]
+    assert f"{name}{count}0{mean:.1f}" in page.text
+    assert page.tags.count("input") == 2
+    assert "The 10 most changed images" in page.text
+    assert "The 5 least changed images" in page.text
+    assert "But it is a bound" in page.text
+    assert "the command was not recorded" in page.text
+
+
+def read_changes(folder: Path) -> pa.Table:
+    store = Store(str(folder))
+    return ledger.read_changes(store, list(ledger.read_statuses(store).values()))
+
+
+def test_a_folder_of_an_earlier_version_is_told_from_a_sample(folders, tmp_path):
+    shutil.copytree(folders["purify"], tmp_path / "old")
+    shutil.rmtree(tmp_path / "old/_eclipse/changes")
+    text = page_of(tmp_path / "old").text
+    assert "An earlier version did not record each image's change: 64 sampled images are measured here." in text
+    assert "(64 sampled images)" in text
+    assert "The 10 most changed images" in text
+    assert verbs.verify(str(tmp_path / "old")).ok
+
+
+def test_verdicts_of_audits_stand_on_the_first_page_before_and_after(world, folders, tmp_path):
+    for name, source in (("one", str(folders["purify"])), ("two", world.poisoned), ("other", world.test)):
+        audited(tmp_path / name, source)
+    before, after, other = (str(tmp_path / name) for name in ("two", "one", "other"))
+    write_report(str(folders["purify"]), [after, before])
+    text = Page((folders["purify"] / "report/index.html").read_text()).text
+    first, second = (
+        text.index(f"An audit of the data {when} purification: Likely") for when in ("before", "after")
+    )
+    assert first < second < text.index("What changed most and least?")
+    with pytest.raises(InputError, match="which is neither the source of"):
+        write_report(str(folders["purify"]), [other])
+    with pytest.raises(InputError, match="this is a train"):
+        write_report(str(folders["train"]), [after])
 
 
 def test_a_sweep_and_an_audit_begin_with_what_they_found(folders):
@@ -164,8 +220,6 @@ def test_a_moved_demo_finds_its_own_folders(folders, tmp_path):
 
 
 def test_ids_and_reasons_are_escaped_and_failures_are_listed(world, tmp_path):
-    import numpy as np
-
     rng = np.random.default_rng(0)
     images = [encode_image(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), "png") for _ in range(5)]
     table = canonical_table([f"{i}{EVIL}" for i in range(6)], [*images, b"no image"], [0, 1, 0, 1, 0, 1])
@@ -178,6 +232,7 @@ def test_ids_and_reasons_are_escaped_and_failures_are_listed(world, tmp_path):
     assert f"5{EVIL}" in page.text
     assert "not an image in a known format" in page.text
     assert "<b>cat" in page.text
+    assert re.search(r"\$x_\$\s*2\s*1", page.text), "a failed image counts for its class"
     assert "s3://host/<script>x" in page.text
     assert "secret" not in page.text
     assert "No clean copies of these images are known" in page.text
@@ -205,8 +260,6 @@ def test_a_folder_of_no_kind_is_refused(world):
 
 
 def test_a_folder_in_a_store_is_reported_there(world, tmp_path):
-    from eclipse_ray.storage.store import Store
-
     store = Store("memory://reports/denoiser")
     for path in Path(world.denoiser).iterdir():
         if path.is_file():

@@ -32,3 +32,15 @@ for (const dialog of document.querySelectorAll("dialog.zoom")) {
     if (event.key === " " && event.target.matches("a")) { event.preventDefault(); event.target.click(); }
   });
 }
+// Under a slider, "after" covers "before" from the right; without this script they stand side by side.
+for (const slider of document.querySelectorAll("[data-slider]")) {
+  const label = slider.querySelector(".cut"), input = label.querySelector("input");
+  const cut = () => {
+    slider.style.setProperty("--cut", `${input.value}%`);
+    input.setAttribute("aria-valuetext", `${100 - input.value} % after`);
+  };
+  label.hidden = false;
+  slider.classList.add("moving");
+  input.addEventListener("input", cut);
+  cut();
+}

@@ -133,7 +133,7 @@ def retried(
                 stale = kind == "expired" and renew is not None and renewals < PATIENCE.renewals
                 renewals += stale
                 if not stale and kind not in ("transient", "conflict"):
-                    raise _final(kind, action, where, error) from error
+                    raise _final(kind, action, where, error, tried) from error
                 elapsed = time.monotonic() - started
                 # The last try of a first contact must also end in time.
                 limit = PATIENCE.seconds if known else min(PATIENCE.seconds, CONTACT_SECONDS - ANSWER_SECONDS)
@@ -194,21 +194,21 @@ def _kind_of_answer(status: int, code: str) -> Kind:
     return "permanent"
 
 
-def _final(kind: Kind, action: Action, where: str, error: Exception) -> Exception:
+def _final(kind: Kind, action: Action, where: str, error: Exception, tried: str) -> Exception:
     if kind == "missing":
         return FileNotFoundError(errno.ENOENT, "there is no such object", where)
     if kind == "lost":
         return FileExistsError(errno.EEXIST, "there is such an object", where)
-    return StorageError(f"{where}: {_reason(action, error)}")
+    return StorageError(f"{where}: {_reason(action, error, tried)}")
 
 
-def _reason(action: Action, error: Exception) -> str:
+def _reason(action: Action, error: Exception, tried: str) -> str:
     answer = http_answer(error)
     if answer is None:
         names = [cls.__name__ for link in _chain(error) for cls in type(link).__mro__]
         known = (_LASTING_NAMES[name] for name in names if name in _LASTING_NAMES)
         short = next(known, "the request could not be made")
-        return f"could not {action.verb} it: {short} ({error}); {_SETTINGS}"
+        return f"could not {action.verb} it{tried}: {short} ({error}); {_SETTINGS}"
     status, code = answer
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
         return f"could not {action.verb} it: the store does not accept these credentials ({code}); {_SETTINGS}"

@@ -278,6 +278,8 @@ def _servers() -> str:
         found.append(f"credentials from http://169.254.170.2{relative}")
     elif full := get("AWS_CONTAINER_CREDENTIALS_FULL_URI"):
         found.append(f"credentials from {full}")
+    if metadata := get("AWS_EC2_METADATA_SERVICE_ENDPOINT"):
+        found.append(f"credentials from {metadata}")
     if get("AWS_WEB_IDENTITY_TOKEN_FILE"):
         found.append(f"credentials from {get('AWS_ENDPOINT_URL_STS') or get('AWS_ENDPOINT_URL') or 'AWS STS'}")
     return f" at {', '.join(found)}"

@@ -14,7 +14,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from eclipse_ray.contact import first_contact
 from eclipse_ray.errors import InputError, StorageError
+from eclipse_ray.log import listen
 from eclipse_ray.storage import Entry, is_hidden, join
 from eclipse_ray.storage.local import LocalFolder
 from eclipse_ray.storage.retries import ShortReadError, retried
@@ -56,6 +58,11 @@ class Store:
             self.fs, root = _open(url)
         except (ImportError, ValueError) as error:
             raise InputError(f"{url}: cannot open this kind of location: {error}") from error
+        except OSError as error:
+            raise StorageError(
+                f"{url}: could not connect to it: {error}; check the address and the network, then run the same "
+                "command again"
+            ) from error
         self.local = isinstance(self.fs, LocalFileSystem)
         self.root = os.path.abspath(root) if self.local else root.rstrip("/")
         self.url = self.root if self.local else url.rstrip("/")
@@ -243,8 +250,12 @@ class AnyFolder:
 
 
 def _open(url: str) -> tuple[Any, str]:
-    if fsspec.utils.get_protocol(url) not in ("s3", "s3a"):
+    protocol = fsspec.utils.get_protocol(url)
+    if protocol in ("file", "local", "memory"):
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+    if protocol not in ("s3", "s3a"):
+        # Some, such as ftp and sftp, connect at once.
+        return cast(tuple[Any, str], first_contact(f"{url} to answer", lambda: fsspec.core.url_to_fs(url)))
     settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
     fs = _connect_s3(settings, os.getpid())
     return fs, fs._strip_protocol(url)
@@ -256,6 +267,8 @@ def _connect_s3(settings: tuple[tuple[str, str], ...], process: int) -> Any:
 
     The cache of fsspec keeps one filesystem per thread and ignores later changes of the variables.
     """
+    # They log a trace for a server of credentials that is away; our sentence says it.
+    listen("aiobotocore", "botocore")
     environment = dict(settings)
     options: dict[str, Any] = {}
     # People set AWS_REGION because other SDKs read it. botocore reads only AWS_DEFAULT_REGION.

@@ -13,7 +13,7 @@ from eclipse_ray import contact
 from eclipse_ray.errors import StorageError
 from eclipse_ray.storage import retries as transient
 from eclipse_ray.storage.retries import Action, Patience, ShortReadError, kind_of, retried
-from eclipse_ray.storage.s3 import S3Folder
+from eclipse_ray.storage.s3 import S3Folder, _servers
 from eclipse_ray.storage.store import Store
 
 READ = Action("read", "s3:GetObject")
@@ -196,3 +196,27 @@ def test_the_clock_is_compared_with_the_date_of_an_answer(monkeypatch):
 
     monkeypatch.setattr(time, "time", lambda: 1795694430.0)
     assert S3Folder(Answering(), "bucket/x").seconds_ahead() == 30.0
+
+
+def test_a_filesystem_that_connects_at_once_is_bounded_too(monkeypatch):
+    monkeypatch.setattr(contact, "CONTACT_SECONDS", 0.3)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(1)
+        url = f"ftp://127.0.0.1:{silent.getsockname()[1]}/denoiser"
+        with pytest.raises(StorageError, match=f"{url}: could not connect to it: nothing answered within 0 s"):
+            Store(url)
+
+
+def test_sentences_name_the_server_of_credentials(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"):
+        monkeypatch.delenv(name, raising=False)
+    assert _servers() == " at Amazon S3"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://169.254.170.23/v1")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/token")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", "http://sts")
+    tried = " at http://store:9000, credentials from http://169.254.170.23/v1, credentials from http://sts"
+    assert _servers() == tried
+    with pytest.raises(StorageError, match=f"s3://b/k: could not read it{tried}: no credentials were found"):
+        retried(READ, "s3://b/k", failing(NoCredentialsError(), 1)[1], tried=_servers())

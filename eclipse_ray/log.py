@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -48,3 +49,27 @@ def event(name: str, **fields: Any) -> None:
     """Write a JSON line about something that people need no sentence for; nothing in the text form."""
     if is_json():
         say(name, event=name, **fields)
+
+
+class _Library(logging.Handler):
+    """Passes on what a library logs: all of it as JSON lines, errors alone to people."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Ray hides what it says once more elsewhere.
+        if (is_json() or record.levelno >= logging.ERROR) and not getattr(record, "hide", False):
+            say(record.getMessage(), level=record.levelname.lower(), logger=record.name)
+
+
+def listen(*names: str) -> None:
+    """Let the loggers of libraries write through this module, from INFO on, instead of to the terminal.
+
+    Their log files stay as they are.
+    """
+    for name in names:
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            # Ray writes to files through a handler of another class.
+            if isinstance(handler, _Library) or type(handler).__name__ == "PlainRayHandler":
+                logger.removeHandler(handler)
+        logger.addHandler(_Library(logging.INFO))
+        logger.propagate = False

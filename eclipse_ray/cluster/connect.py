@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 
 from eclipse_ray.config import Config
 from eclipse_ray.config.paths import did_you_mean
-from eclipse_ray.errors import ConfigError, EclipseError, InputError, StorageError
-from eclipse_ray.log import say
+from eclipse_ray.contact import ANSWER_SECONDS, first_contact
+from eclipse_ray.errors import ConfigError, EclipseError, InputError, InterruptedRunError, StorageError
+from eclipse_ray.log import listen, say
 from eclipse_ray.storage.store import Store
 
 if TYPE_CHECKING:
@@ -39,6 +41,10 @@ MIN_RAY = (2, 59)
 
 # Ray only counts CPUs. On one machine it is told of more than there are, so that decoding runs beside the actors.
 LOCAL_CPUS_PER_CORE = 2
+# How a client of HTTP/2, and so of gRPC, begins; the server sends its own settings at once, or refuses.
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+NICENESS = "RAY_worker_niceness"
+"""By how much workers yield to the command that starts their cluster; 15 where Ray is left to itself."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,41 @@ def connect(config: Config) -> Resources:
     # The demo evaluates on several threads, and two that start together would start two clusters.
     with _CONNECTING:
         if not ray.is_initialized():
-            logging.getLogger("ray").setLevel(logging.WARNING)
-            options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-            if address == "local":
-                options |= {"num_cpus": LOCAL_CPUS_PER_CORE * cores, "include_dashboard": False}
-                # It warns that the cluster it starts here is protected by a token.
-                logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-            with _own_sigterm(), _plain_failure(address):
-                ray.init(address=address, **options)
+            listen("ray", "ray.data")
+            with _plain_failure(config, address):
+                if address == "local":
+                    _start(cores)
+                else:
+                    first_contact(f"the Ray cluster at {address} to answer", lambda: _join(address))
     return _counted(ray.cluster_resources(), _nodes(), config, cores, address == "local")
+
+
+def _start(cores: int) -> None:
+    os.environ.setdefault(NICENESS, "0")
+    with _own_sigterm():
+        ray.init(
+            address="local",
+            num_cpus=LOCAL_CPUS_PER_CORE * cores,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+
+
+def _join(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        _knock(host.strip("[]"), int(port))
+    # Of a time-out; the error says the same.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.util\.client")
+    ray.init(address=address, log_to_driver=False)
+
+
+def _knock(host: str, port: int) -> None:
+    """Raise OSError if no gRPC server answers there; Ray itself would take minutes, and print what it tries."""
+    with socket.create_connection((host, port), timeout=ANSWER_SECONDS) as connection:
+        connection.sendall(HELLO)
+        if connection.recv(5) == b"HTTP/":
+            raise ConnectionError("a web server answers; Ray's port is mostly 6379, or 10001 after ray://")
 
 
 def address_of(config: Config) -> str:
@@ -124,8 +156,8 @@ def require_ray(version: str, where: str) -> None:
 
 
 @contextmanager
-def _plain_failure(address: str) -> Iterator[None]:
-    """Say in one sentence that Ray cannot be started or joined. Raises EclipseError."""
+def _plain_failure(config: Config, address: str) -> Iterator[None]:
+    """Say in one sentence that Ray cannot be started or joined. Raises EclipseError, InterruptedRunError."""
     try:
         yield
     except EclipseError:
@@ -133,9 +165,17 @@ def _plain_failure(address: str) -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[-1].partition(". ")[0] if lines else type(error).__name__
-        what = "a Ray cluster could not be started here" if address == "local" else f"{address}: cannot be joined"
-        raise EclipseError(
-            f"{what} ({reason}); run the same command again, or see what `eclipse-ray doctor` says"
+        if address == "local":
+            raise EclipseError(
+                f"a Ray cluster could not be started here ({reason}); run the same command again, or see what "
+                "`eclipse-ray doctor` says"
+            ) from error
+        named, here = f"run.address={address}", "add `--set run.address=local`"
+        if not config.run.address:
+            named, here = f"RAY_ADDRESS={address} in your environment", "`unset RAY_ADDRESS`"
+        raise InterruptedRunError(
+            f"{named}: no Ray cluster answers there ({reason}); to run on this machine instead, {here}; or start "
+            "that cluster, see what `eclipse-ray doctor` says, and run the same command again"
         ) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import queue
 import shlex
@@ -28,6 +27,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import eclipse_ray
 from eclipse_ray.cluster.connect import refuse_unsafe_environment, require_ray
 from eclipse_ray.config import Config, RunConfig, digest, holds_secret, is_secret_name, to_yaml, with_overrides
+from eclipse_ray.contact import ANSWER_SECONDS, NoAnswerError, first_contact
 from eclipse_ray.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
@@ -37,7 +37,7 @@ from eclipse_ray.errors import (
     ConfigError,
     InterruptedRunError,
 )
-from eclipse_ray.log import say
+from eclipse_ray.log import listen, say
 from eclipse_ray.results import SubmitResult
 
 TOKEN_HELP = (
@@ -46,7 +46,6 @@ TOKEN_HELP = (
 )
 # Ray puts either of them in the place of an address that was given; here what was asked for counts.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-_SECONDS = 20
 
 
 def open_cluster(address: str | None, insecure: bool) -> JobSubmissionClient:
@@ -126,11 +125,16 @@ def _version(url: str, headers: dict[str, str]) -> str:
 
 
 def _get(url: str, path: str, headers: dict[str, str]) -> requests.Response:
+    def get() -> requests.Response:
+        return requests.get(url + path, headers=headers, timeout=ANSWER_SECONDS)
+
     try:
-        return requests.get(url + path, headers=headers, timeout=_SECONDS)
-    except requests.exceptions.RequestException as error:
+        # A server may send a byte now and then, which keeps a request alive for ever.
+        return first_contact(f"the dashboard at {url} to answer", get)
+    except (requests.exceptions.RequestException, NoAnswerError) as error:
         raise InterruptedRunError(
-            f"{url}: no cluster answers ({type(error).__name__}); is the address right and its port forwarded?"
+            f"{url}: no cluster answers ({type(error).__name__}); is the address right and its port forwarded? It "
+            "is that of --address, or else of RAY_API_SERVER_ADDRESS in your environment"
         ) from None
 
 
@@ -196,8 +200,7 @@ def submit(
     refuse_unsafe_environment()
     _check(order)
     # The SDK tells everything it does.
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    logging.getLogger(sdk.__name__).setLevel(logging.WARNING)
+    listen("ray", sdk.__name__)
     client = open_cluster(address, insecure)
     name, attached = _place(client, order)
     if not wait:

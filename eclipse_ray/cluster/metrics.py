@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -16,6 +16,7 @@ import ray
 from ray.util.metrics import Counter, Histogram
 
 from eclipse_ray.config import LoggerName, digest
+from eclipse_ray.contact import first_contact
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.log import say
 from eclipse_ray.storage.store import Store
@@ -88,7 +89,8 @@ class Curves:
         for name in list(self.names):
             try:
                 if name not in self.logs:
-                    self.logs[name] = OPEN[name](self.folder, self.run)
+                    opened = partial(OPEN[name], self.folder, self.run)
+                    self.logs[name] = first_contact(f"{name} of run.loggers to answer", opened)
                 self.logs[name](plain, step)
             except Exception as error:  # noqa: BLE001 - a server of curves that is away must not end days of work
                 say(f"note: {name} gets no more curves: {type(error).__name__}: {error}")

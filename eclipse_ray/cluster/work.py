@@ -6,7 +6,6 @@ drops what a signal handler raises, and Ray Train and Ray Tune take SIGINT over.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import queue
@@ -408,8 +407,7 @@ def run_trials(
 
 def _quiet_tune() -> None:
     """Keep Ray Tune from writing and saying what nobody reads: the board tells of every trial."""
-    # A CSV and a JSON file for each trial, and then a warning of several lines that there are none.
+    # A CSV and a JSON file for each trial.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     # A box with its own settings and the name of a folder that is gone afterwards, which verbose=0 lets pass.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"

@@ -7,9 +7,11 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from eclipse_ray.contact import ANSWER_SECONDS, CONTACT_SECONDS, bounded, telling
 from eclipse_ray.errors import StorageError
 
 T = TypeVar("T")
@@ -40,6 +42,8 @@ class Action:
 
 
 PATIENCE = Patience()
+# Buckets and hosts that have answered this process; what follows is no first contact.
+_ANSWERED: set[str] = set()
 _JITTER = random.Random()
 
 _PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
@@ -98,36 +102,50 @@ class ShortReadError(OSError):
     """A store sent fewer or more bytes than the object has."""
 
 
-def retried(action: Action, where: str, call: Callable[[], T], renew: Callable[[], None] | None = None) -> T:
+def retried(
+    action: Action, where: str, call: Callable[[], T], renew: Callable[[], None] | None = None, tried: str = ""
+) -> T:
     """Return `call()`, retried after growing random waits while it fails with a transient error.
 
-    `renew` fetches fresh credentials. Raises FileNotFoundError if the object does not exist, FileExistsError if a
-    condition failed (HTTP 412), StorageError if the error is permanent or outlasts `PATIENCE`. Errors that
-    do not come from the store are raised unchanged.
+    `renew` fetches fresh credentials; `tried` names the addresses behind `where`. A store that has never answered
+    this process is given up after CONTACT_SECONDS, one that has after `PATIENCE`. Raises FileNotFoundError if the
+    object does not exist, FileExistsError if a condition failed (HTTP 412), StorageError if the error is permanent
+    or outlasts the patience. Errors that do not come from the store are raised unchanged.
     """
+    peer = "/".join(where.split("/")[:3])
+    known = peer in _ANSWERED
     started, renewals, wait, stale = time.monotonic(), 0, PATIENCE.first_wait, False
-    for tries in itertools.count(1):
-        try:
-            if stale and renew is not None:
-                renew()
-            return call()
-        except Exception as error:
-            kind = kind_of(error)
-            if kind == "unknown":
-                raise
-            stale = kind == "expired" and renew is not None and renewals < PATIENCE.renewals
-            renewals += stale
-            if not stale and kind not in ("transient", "conflict"):
-                raise _final(kind, action, where, error) from error
-            elapsed = time.monotonic() - started
-            if tries >= PATIENCE.tries or elapsed + wait > PATIENCE.seconds:
-                raise StorageError(
-                    f"{where}: could not {action.verb} it: {tries} tries in {elapsed:.0f} s failed, the last "
-                    f"with {_cause(error)}; check the network and the store, then run the same command again"
-                ) from error
-        # The wait is random so that many workers that failed together do not retry together.
-        time.sleep(wait * _JITTER.uniform(0.5, 1.0))
-        wait = min(2 * wait, PATIENCE.longest_wait)
+    with nullcontext() if known else telling(f"{where} to answer{tried}"):
+        for tries in itertools.count(1):
+            try:
+                if stale and renew is not None:
+                    renew()
+                result = call() if known else bounded(call, CONTACT_SECONDS - (time.monotonic() - started))
+                _ANSWERED.add(peer)
+                return result
+            except Exception as error:
+                kind = kind_of(error)
+                if kind == "unknown":
+                    raise
+                if http_answer(error) is not None:
+                    known = True
+                    _ANSWERED.add(peer)
+                stale = kind == "expired" and renew is not None and renewals < PATIENCE.renewals
+                renewals += stale
+                if not stale and kind not in ("transient", "conflict"):
+                    raise _final(kind, action, where, error, tried) from error
+                elapsed = time.monotonic() - started
+                # The last try of a first contact must also end in time.
+                limit = PATIENCE.seconds if known else min(PATIENCE.seconds, CONTACT_SECONDS - ANSWER_SECONDS)
+                if tries >= PATIENCE.tries or elapsed + wait > limit:
+                    raise StorageError(
+                        f"{where}: could not {action.verb} it{tried}: {tries} tr{'y' if tries == 1 else 'ies'} in "
+                        f"{elapsed:.0f} s failed, the last with {_cause(error)}; check the network and the store, "
+                        "then run the same command again"
+                    ) from error
+            # The wait is random so that many workers that failed together do not retry together.
+            time.sleep(wait * _JITTER.uniform(0.5, 1.0))
+            wait = min(2 * wait, PATIENCE.longest_wait)
     raise AssertionError("unreachable: the loop has no end")
 
 
@@ -139,12 +157,13 @@ def kind_of(error: BaseException) -> Kind:
     names = {cls.__name__ for link in _chain(error) for cls in type(link).__mro__}
     if names & _LASTING_NAMES.keys():
         return "permanent"
+    # Before FileNotFoundError, which fsspec raises for a web server that cannot be reached, too.
+    if names & _PASSING_NAMES:
+        return "transient"
     if isinstance(error, FileNotFoundError):
         return "missing"
     if isinstance(error, FileExistsError):
         return "lost"
-    if names & _PASSING_NAMES:
-        return "transient"
     return "permanent" if "BotoCoreError" in names else "unknown"
 
 
@@ -175,21 +194,21 @@ def _kind_of_answer(status: int, code: str) -> Kind:
     return "permanent"
 
 
-def _final(kind: Kind, action: Action, where: str, error: Exception) -> Exception:
+def _final(kind: Kind, action: Action, where: str, error: Exception, tried: str) -> Exception:
     if kind == "missing":
         return FileNotFoundError(errno.ENOENT, "there is no such object", where)
     if kind == "lost":
         return FileExistsError(errno.EEXIST, "there is such an object", where)
-    return StorageError(f"{where}: {_reason(action, error)}")
+    return StorageError(f"{where}: {_reason(action, error, tried)}")
 
 
-def _reason(action: Action, error: Exception) -> str:
+def _reason(action: Action, error: Exception, tried: str) -> str:
     answer = http_answer(error)
     if answer is None:
         names = [cls.__name__ for link in _chain(error) for cls in type(link).__mro__]
         known = (_LASTING_NAMES[name] for name in names if name in _LASTING_NAMES)
         short = next(known, "the request could not be made")
-        return f"could not {action.verb} it: {short} ({error}); {_SETTINGS}"
+        return f"could not {action.verb} it{tried}: {short} ({error}); {_SETTINGS}"
     status, code = answer
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
         return f"could not {action.verb} it: the store does not accept these credentials ({code}); {_SETTINGS}"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import itertools
+import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
@@ -144,6 +147,10 @@ class S3Folder:
                 count += 1
         return count
 
+    def seconds_ahead(self) -> float:
+        page = self._request(LIST, "list_objects_v2", "", {"Prefix": join(self.prefix, ""), "MaxKeys": 1})
+        return time.time() - parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+
     def _store(self, key: str, data: bytes, condition: Parameters) -> bool:
         writer = uuid.uuid4().hex
         upload = self._put if len(data) <= PART_BYTES else self._put_parts
@@ -257,10 +264,25 @@ class S3Folder:
                 if self.fs.s3 is used[0]:
                     self.fs.connect(refresh=True)
 
-        return retried(action, self._where(key), attempt, renew)
+        return retried(action, self._where(key), attempt, renew, _servers())
 
     def _where(self, key: str) -> str:
         return f"s3://{join(self.bucket, self.prefix, key)}"
+
+
+def _servers() -> str:
+    """Return in words where requests go: to S3, and to the server of credentials if one is set."""
+    get = os.environ.get
+    found = [get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL") or "Amazon S3"]
+    if relative := get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"):
+        found.append(f"credentials from http://169.254.170.2{relative}")
+    elif full := get("AWS_CONTAINER_CREDENTIALS_FULL_URI"):
+        found.append(f"credentials from {full}")
+    if metadata := get("AWS_EC2_METADATA_SERVICE_ENDPOINT"):
+        found.append(f"credentials from {metadata}")
+    if get("AWS_WEB_IDENTITY_TOKEN_FILE"):
+        found.append(f"credentials from {get('AWS_ENDPOINT_URL_STS') or get('AWS_ENDPOINT_URL') or 'AWS STS'}")
+    return f" at {', '.join(found)}"
 
 
 _NEXT_OBJECTS = {"ContinuationToken": "NextContinuationToken"}

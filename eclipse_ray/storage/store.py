@@ -14,7 +14,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
+from eclipse_ray.contact import first_contact
 from eclipse_ray.errors import InputError, StorageError
+from eclipse_ray.log import listen
 from eclipse_ray.storage import Entry, is_hidden, join
 from eclipse_ray.storage.local import LocalFolder
 from eclipse_ray.storage.retries import ShortReadError, retried
@@ -56,6 +58,11 @@ class Store:
             self.fs, root = _open(url)
         except (ImportError, ValueError) as error:
             raise InputError(f"{url}: cannot open this kind of location: {error}") from error
+        except OSError as error:
+            raise StorageError(
+                f"{url}: could not connect to it: {error}; check the address and the network, then run the same "
+                "command again"
+            ) from error
         self.local = isinstance(self.fs, LocalFileSystem)
         self.root = os.path.abspath(root) if self.local else root.rstrip("/")
         self.url = self.root if self.local else url.rstrip("/")
@@ -133,6 +140,10 @@ class Store:
         """
         return self.backend.abort_uploads(prefix)
 
+    def seconds_ahead(self) -> float | None:
+        """Return by how many seconds this machine's clock is ahead of that of S3; None for other stores."""
+        return self.backend.seconds_ahead() if isinstance(self.backend, S3Folder) else None
+
     def probe(self) -> None:
         """Check that put-if-absent works here. Raises StorageError if not, because two runs could then mix."""
         key = f"_eclipse/probe-{uuid.uuid4().hex}"
@@ -160,11 +171,19 @@ class AnyFolder:
     def path(self, key: str) -> str:
         return f"{self.root}/{key}" if key else self.root
 
+    def where(self, key: str) -> str:
+        return cast(str, self.fs.unstrip_protocol(self.path(key)))
+
     def exists(self, key: str) -> bool:
-        return retried(READ, self.path(key), lambda: bool(self.fs.exists(self.path(key))))
+        # Not fs.exists, which is also false for a server that does not answer.
+        try:
+            self._info(key)
+        except FileNotFoundError:
+            return False
+        return True
 
     def is_file(self) -> bool:
-        return retried(READ, self.root, lambda: bool(self.fs.isfile(self.root)))
+        return self.exists("") and self._info("").get("type") == "file"
 
     def read(self, key: str) -> bytes:
         def call() -> bytes:
@@ -174,30 +193,30 @@ class AnyFolder:
                 raise ShortReadError(f"{len(data)} bytes came, {size} were expected")
             return data
 
-        return retried(READ, self.path(key), call)
+        return retried(READ, self.where(key), call)
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         path = self.path(key)
-        return retried(READ, path, lambda: cast(bytes, self.fs.cat_file(path, start=start, end=stop)))
+        return retried(READ, self.where(key), lambda: cast(bytes, self.fs.cat_file(path, start=start, end=stop)))
 
     def open(self, key: str) -> BinaryIO:
-        return retried(READ, self.path(key), lambda: cast(BinaryIO, self.fs.open(self.path(key), "rb")))
+        return retried(READ, self.where(key), lambda: cast(BinaryIO, self.fs.open(self.path(key), "rb")))
 
     def entry(self, key: str) -> Entry:
-        info = retried(READ, self.path(key), lambda: self.fs.info(self.path(key)))
+        info = self._info(key)
         return Entry(key, int(info["size"]), _version(info))
 
     def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]:
         """Yield the objects below a folder, sorted by key; memory holds the whole listing."""
         base = self.path(prefix)
         self.fs.invalidate_cache()
-        for path, info in sorted(retried(LIST, base, lambda: self._find(base)).items()):
+        for path, info in sorted(retried(LIST, self.where(prefix), lambda: self._find(base)).items()):
             relative = path[len(base) :].lstrip("/")
             if hidden or not is_hidden(relative):
                 yield Entry(join(prefix, relative), int(info["size"]), _version(info))
 
     def write(self, key: str, data: bytes) -> None:
-        retried(WRITE, self.path(key), lambda: self.fs.pipe_file(self.path(key), data))
+        retried(WRITE, self.where(key), lambda: self.fs.pipe_file(self.path(key), data))
 
     def create(self, key: str, data: bytes) -> bool:
         if isinstance(self.fs, MemoryFileSystem):
@@ -207,19 +226,22 @@ class AnyFolder:
                 self.write(key, data)
                 return True
         try:
-            retried(WRITE, self.path(key), lambda: self.fs.pipe_file(self.path(key), data, mode="create"))
+            retried(WRITE, self.where(key), lambda: self.fs.pipe_file(self.path(key), data, mode="create"))
         except FileExistsError:
             return False
         return True
 
     def delete(self, key: str) -> None:
         try:
-            retried(DELETE, self.path(key), lambda: self.fs.rm_file(self.path(key)))
+            retried(DELETE, self.where(key), lambda: self.fs.rm_file(self.path(key)))
         except FileNotFoundError:
             return
 
     def abort_uploads(self, prefix: str) -> int:
         return 0
+
+    def _info(self, key: str) -> dict[str, Any]:
+        return retried(READ, self.where(key), lambda: cast(dict[str, Any], self.fs.info(self.path(key))))
 
     def _find(self, base: str) -> dict[str, dict[str, Any]]:
         if not self.fs.isdir(base):
@@ -228,8 +250,12 @@ class AnyFolder:
 
 
 def _open(url: str) -> tuple[Any, str]:
-    if fsspec.utils.get_protocol(url) not in ("s3", "s3a"):
+    protocol = fsspec.utils.get_protocol(url)
+    if protocol in ("file", "local", "memory"):
         return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+    if protocol not in ("s3", "s3a"):
+        # Some, such as ftp and sftp, connect at once.
+        return cast(tuple[Any, str], first_contact(f"{url} to answer", lambda: fsspec.core.url_to_fs(url)))
     settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
     fs = _connect_s3(settings, os.getpid())
     return fs, fs._strip_protocol(url)
@@ -241,6 +267,8 @@ def _connect_s3(settings: tuple[tuple[str, str], ...], process: int) -> Any:
 
     The cache of fsspec keeps one filesystem per thread and ignores later changes of the variables.
     """
+    # They log a trace for a server of credentials that is away; our sentence says it.
+    listen("aiobotocore", "botocore")
     environment = dict(settings)
     options: dict[str, Any] = {}
     # People set AWS_REGION because other SDKs read it. botocore reads only AWS_DEFAULT_REGION.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import pytest
 import ray
 
-from eclipse_ray.cluster.connect import _counted, connect
+from eclipse_ray import contact
+from eclipse_ray.cluster import connect as room
+from eclipse_ray.cluster.connect import NICENESS, _counted, connect
 from eclipse_ray.config import load_config
-from eclipse_ray.errors import ConfigError
+from eclipse_ray.errors import ConfigError, InterruptedRunError
 from eclipse_ray.purification.run import pool
 
 EMPTY: dict[str, float] = {"node:__internal_head__": 1.0}
@@ -58,3 +64,69 @@ def test_threads_that_connect_together_start_one_cluster(monkeypatch):
     with ThreadPoolExecutor(3) as threads:
         found = list(threads.map(connect, [load_config(None, {})] * 3))
     assert (started, [each.cpus for each in found]) == ([1], [4, 4, 4])
+
+
+@contextmanager
+def server(answer: bytes):
+    """A port that takes connections and sends `answer`, then stays silent."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(8)
+        kept = []
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    kept.append(listening.accept()[0])
+                    kept[-1].sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a server of HTTP/2 sends first."""
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "asked"),
+    [
+        (b"", "timed out", 0),
+        (b"HTTP/1.1 400 Bad Request", "a web server answers; Ray's port is mostly 6379", 0),
+        (SETTINGS, "nothing answered within 0 s", 1),
+    ],
+)
+@pytest.mark.parametrize("variable", [False, True])
+def test_a_cluster_that_stays_silent_is_given_up_with_its_name_and_its_source(
+    monkeypatch, answer, reason, asked, variable
+):
+    left, tried = threading.Event(), []
+    monkeypatch.setattr(ray, "init", lambda **options: tried.append(options["address"]) or left.wait(30))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(contact, "CONTACT_SECONDS", 0.4)
+    monkeypatch.setattr(room, "ANSWER_SECONDS", 0.2)
+    with server(answer) as address:
+        monkeypatch.setenv("RAY_ADDRESS", address if variable else "10.9.9.9:1")
+        with pytest.raises(InterruptedRunError) as caught:
+            connect(load_config(None, {} if variable else {"run.address": address}))
+    named = f"RAY_ADDRESS={address} in your environment" if variable else f"run.address={address}"
+    here = "`unset RAY_ADDRESS`" if variable else "add `--set run.address=local`"
+    assert str(caught.value).startswith(f"{named}: no Ray cluster answers there ({reason}")
+    assert f"to run on this machine instead, {here}; or" in str(caught.value)
+    assert tried == asked * [address]
+    left.set()
+
+
+def test_workers_of_our_own_cluster_have_the_priority_of_the_command(monkeypatch):
+    found = []
+    monkeypatch.setattr(ray, "init", lambda **_: found.append(os.environ[NICENESS]))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv(NICENESS, raising=False)
+    connect(load_config(None, {}))
+    monkeypatch.setenv(NICENESS, "7")
+    connect(load_config(None, {}))
+    assert found == ["0", "7"]

@@ -1,12 +1,14 @@
 """doctor: one verdict a line, a fix for what is wrong, nothing left behind."""
 
 import json
+import re
 
 import pytest
 
 from eclipse_ray.cluster import doctor as room
 from eclipse_ray.config import load_config
 from eclipse_ray.results import Check
+from eclipse_ray.storage.local import LocalFolder
 from tests.test_help import call
 
 
@@ -55,8 +57,15 @@ def test_an_old_library_is_named_with_the_command_that_mends_it():
 def test_a_cluster_that_does_not_answer_is_found_without_waiting():
     found = checks("ray", run__address="127.0.0.1:9")[-1]
     assert found.verdict == "failed"
-    assert "nothing answers" in found.found
-    assert "RAY_ADDRESS" in found.fix
+    assert "run.address=127.0.0.1:9: no Ray cluster answers there ([Errno 111] Connection refused)" in found.found
+
+
+def test_an_address_from_the_environment_is_named_as_such(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    found = checks("ray")[-1]
+    assert found.verdict == "failed"
+    assert found.found.startswith("RAY_ADDRESS=127.0.0.1:9 in your environment: ")
+    assert "to run on this machine instead, `unset RAY_ADDRESS`" in found.found
 
 
 @pytest.mark.parametrize(
@@ -83,6 +92,66 @@ def test_full_disks_and_small_shared_memory_are_named(monkeypatch):
     assert [check.verdict for check in checks("disk")] == ["failed"]
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: _ntuple_diskusage(2**26, 0, 2**26))
     assert [check.verdict for check in checks("shared memory")] == ["warning"]
+
+
+def test_shared_memory_must_hold_the_shards_in_flight(monkeypatch):
+    from shutil import _ntuple_diskusage
+
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: _ntuple_diskusage(2**33, 0, 2 * 2**30))
+    # Three shards of 128 MiB per actor, in half of the store: 1.5 GiB for 2 actors, 3 GiB for 4.
+    settings = {"purify__shard_bytes": 2**27}
+    assert [check.verdict for check in checks("shared memory", purify__actors=2, **settings)] == ["ok"]
+    found = checks("shared memory", purify__actors=4, **settings)[0]
+    assert found.verdict == "warning"
+    assert "need up to 3.00 GiB" in found.found
+    assert "--shm-size=3g" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("/proc", "No such file"), ("/sys/kernel", "denied|not permitted"), ("/nowhere", "No such")],
+)
+def test_a_temporary_folder_that_cannot_be_written_to_fails(monkeypatch, folder, reason):
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    found = checks("temporary")[0]
+    assert found.verdict == "failed"
+    assert re.search(rf"{folder}: cannot write there \(.*({reason})", found.found)
+
+
+def test_a_full_temporary_folder_fails(monkeypatch):
+    # Whatever is written there, the disk is full.
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(room.tempfile, "TemporaryFile", lambda **_: full)
+        assert "No space left" in checks("temporary")[0].found
+
+
+def test_a_home_that_does_not_exist_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "gone"))
+    assert [check.verdict for check in checks("home")] == ["warning"]
+    monkeypatch.setenv("HOME", "/proc/gone")
+    monkeypatch.setattr(room.os, "access", lambda folder, _: str(folder) != "/proc")
+    found = checks("home")[0]
+    assert found.verdict == "failed"
+    assert "/proc/gone does not exist" in found.found
+
+
+def test_a_clock_that_differs_from_that_of_the_store_is_named(monkeypatch, tmp_path):
+    store = str(tmp_path / "out")
+    for ahead, words in ((-130.0, "130 s behind"), (61.0, "61 s ahead of")):
+        monkeypatch.setattr(room.Store, "seconds_ahead", lambda _, ahead=ahead: ahead)
+        found = list(room._store(store, False))
+        assert [(one.name, one.verdict) for one in found] == [("clock", "warning"), ("store", "ok")]
+        assert words in found[0].found
+    monkeypatch.setattr(room.Store, "seconds_ahead", lambda _: 5.0)
+    assert [one.name for one in room._store(store, False)] == ["store"]
+
+
+def test_a_store_without_conditional_writes_fails(monkeypatch, tmp_path):
+    monkeypatch.setattr(LocalFolder, "create", lambda self, key, data: self.write(key, data) or True)
+    found = next(iter(room._store(str(tmp_path / "out"), False)))
+    assert found.verdict == "failed"
+    assert "cannot create an object only if it is absent" in found.found
+    assert [one.verdict for one in room._store(str(tmp_path / "out"), True)] == ["ok"]
 
 
 def test_a_look_that_cannot_be_taken_does_not_hide_the_others(monkeypatch):

@@ -1,0 +1,62 @@
+"""First contact with a cluster, a dashboard, a store or a source of credentials: how long it may take."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Thread, Timer
+from typing import TypeVar
+
+from eclipse_ray.log import say
+
+T = TypeVar("T")
+
+CONTACT_SECONDS = 60.0
+"""The longest time that a first contact may take, with all its retries."""
+ANSWER_SECONDS = 20.0
+"""The longest time that one request of a first contact may take."""
+TELL_SECONDS = 10.0
+"""After this time, people are told what is waited for."""
+
+
+class NoAnswerError(TimeoutError):
+    """Nothing answered within the bound."""
+
+
+def first_contact(what: str, call: Callable[[], T]) -> T:
+    """Return `call()`. Raises NoAnswerError after CONTACT_SECONDS; `what` says what is waited for."""
+    with telling(what):
+        return bounded(call, CONTACT_SECONDS)
+
+
+def bounded(call: Callable[[], T], seconds: float) -> T:
+    """Return `call()`, run on a thread that is left behind after `seconds`. Raises NoAnswerError then."""
+    done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put((call(), None))
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
+            done.put((None, error))
+
+    Thread(target=work, daemon=True).start()
+    try:
+        result, error = done.get(timeout=max(seconds, 0.0))
+    except queue.Empty:
+        raise NoAnswerError(f"nothing answered within {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+@contextmanager
+def telling(what: str) -> Iterator[Timer]:
+    """Say that `what` is waited for when the block takes longer than TELL_SECONDS; the timer can be cancelled."""
+    timer = Timer(TELL_SECONDS, say, [f"waiting for {what}; given up after {CONTACT_SECONDS:.0f} s"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer
+    finally:
+        timer.cancel()

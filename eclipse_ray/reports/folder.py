@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from eclipse_ray import ledger
 from eclipse_ray.config import Config, DataConfig, Settings, recorded_config, with_overrides
-from eclipse_ray.datasets.formats import FORMATS, Source, open_source, read_parts
+from eclipse_ray.datasets.formats import FORMATS, PASSED_OVER, Source, open_source, read_parts
 from eclipse_ray.datasets.images import decode_required
 from eclipse_ray.datasets.memory import decode_resized
 from eclipse_ray.datasets.table import Span, image_bytes, read_note
@@ -385,6 +385,11 @@ class Purification:
     def ok(self) -> int:
         """Purified images."""
         return sum(status.ok for status in self.done)
+
+    @property
+    def passed_over(self) -> str:
+        """A sentence on the files of the source that were not read, empty if all were."""
+        return self.store.read(PASSED_OVER).decode() if self.store.exists(PASSED_OVER) else ""
 
     @property
     def failed(self) -> int:

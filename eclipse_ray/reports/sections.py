@@ -155,9 +155,10 @@ def throughput(run: Purification) -> Section:
 
 
 def failures(run: Purification) -> Section:
-    """Return the section that lists images which could not be purified."""
+    """Return the section that lists images which could not be purified, and counts files that were not read."""
+    left: list[Block] = [Text(f"Of the source, {run.passed_over}.")] if run.passed_over else []
     if not run.failed:
-        return Section("failures", "Failed images", [Text("Every image that was tried could be purified.")])
+        return Section("failures", "Failed images", [Text("Every image that was tried could be purified."), *left])
     reasons = Counter(failure.error for failure in run.failures).most_common(REASONS_SHOWN)
     shown = len(run.failures)
     first = f"the first {shown:,} of them" if shown < run.failed else "they"
@@ -175,7 +176,7 @@ def failures(run: Purification) -> Section:
             numeric=False,
         ),
     ]
-    return Section("failures", "Failed images", blocks)
+    return Section("failures", "Failed images", [*blocks, *left])
 
 
 def _caption(paces: np.ndarray) -> str:

@@ -9,6 +9,7 @@ import pickle
 import posixpath
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -149,8 +150,9 @@ def _pickled_pairs(url: str, arrays: Arrays) -> dict[str, bytes]:
 def _torch_file(url: str, arrays: Arrays) -> dict[str, bytes]:
     """What torch.save writes of {"data": uint8 (N, 3, H, W), "labels": int64 (N)}; datasets know no torch."""
     images, labels = arrays
-    values = {"data": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
-    found = values if labels is None else {**values, "labels": labels}
+    found: dict[str, NDArray[Any]] = {"data": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
+    if labels is not None:
+        found["labels"] = labels
     members, opcodes = {}, b"\x80\x02}"
     for place, (name, array) in enumerate(found.items()):
         members[f"data/data/{place}"] = array.astype(array.dtype.newbyteorder("<")).tobytes()
@@ -164,7 +166,7 @@ def _torch_file(url: str, arrays: Arrays) -> dict[str, bytes]:
     return {"data.pt": stream.getvalue()}
 
 
-def _tensor_opcodes(key: str, array: NDArray[np.generic]) -> bytes:
+def _tensor_opcodes(key: str, array: NDArray[Any]) -> bytes:
     kind = {"uint8": "Byte", "int64": "Long"}[array.dtype.name]
     strides = tuple(step // array.itemsize for step in array.strides)
     storage = _opcodes("storage") + f"ctorch\n{kind}Storage\n".encode() + _opcodes(key) + _opcodes("cpu")

@@ -123,11 +123,11 @@ def read_sets(options: argparse.Namespace) -> Sets:
     """Return the pools and the clean set; of CIFAR-10, without the images of the clean set."""
     sparse = load(options.work, "sets/clean")
     taken = set(sparse.hashes())
-    train = load_images(f"{options.data}/cifar10/train-*.parquet", load_config().data, require_labels=True)
+    train = load_images(f"{options.data}/cifar10/train-*.parquet", load_config().data)
     free = np.array([content_hash(image) not in taken for image in train.images])
     assert train.labels is not None
     assert sparse.labels is not None
-    test = load_images(f"{options.data}/cifar10/test-*.parquet", load_config().data, require_labels=True)
+    test = load_images(f"{options.data}/cifar10/test-*.parquet", load_config().data)
     assert test.labels is not None
     pools = {
         "cifar10": (train.images[free], train.labels[free]),
@@ -135,12 +135,10 @@ def read_sets(options: argparse.Namespace) -> Sets:
         "synthetic": draw_synthetic(10_000, 32, 0),
     }
     for folder in options.poisoned_folders:
-        found = load_images(str(folder), load_config().data, require_labels=True)
+        found = load_images(str(folder), load_config().data)
         assert found.labels is not None
         pools[folder.name] = (found.images, found.labels)
-    photographs = load_images(
-        f"{options.data}/imagenet-samples", load_config(None, {"data.resize": 64}).data, require_labels=True
-    )
+    photographs = load_images(f"{options.data}/imagenet-samples", load_config(None, {"data.resize": 64}).data)
     # One photograph a class, sorted by kind of thing: ten neighbours make a class.
     pools["photographs"] = (photographs.images, np.arange(len(photographs.ids)) // 10)
     chosen = np.sort(np.random.default_rng(0).permutation(len(sparse.labels))[: options.clean_images])

@@ -16,9 +16,9 @@ from ray.data import DataContext
 from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, open_denoiser, refuse_process_local
 from eclipse_ray.cluster.work import Watch, reaching, watched
 from eclipse_ray.config import Config, DataConfig, PurifyConfig
-from eclipse_ray.datasets.formats import open_source, read_parts
+from eclipse_ray.datasets.formats import Source, open_source, read_parts
 from eclipse_ray.datasets.images import ImageError, centre_crop, content_hash, decode_stored, resize_image
-from eclipse_ray.datasets.memory import random_chunks, rows_in
+from eclipse_ray.datasets.memory import random_chunks, require_classes, rows_in
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.detection import Finding, Images, Score, judge, score_images
 from eclipse_ray.detection.views import GRID
@@ -177,10 +177,13 @@ def audit(config: Config) -> Audit:
     for url in (source, clean_url):
         if url:
             refuse_process_local(url, Store(url).in_this_process_only)
-    crops = balanced(_crops(config, source), config.audit.images, config.audit.classes)
-    if not crops:
-        raise InputError(f"{source}: audit needs labels, for a poison is what images of one label share; add them")
-    others = _crops(config, clean_url)[: config.audit.images] if clean_url else []
+    # A poison is what images of one label share.
+    opened = open_source(source, config.data)
+    require_classes(source, opened, config.data, 2, partly=True)
+    crops = balanced(_crops(config, source, opened), config.audit.images, config.audit.classes)
+    others: list[Crop] = []
+    if clean_url:
+        others = _crops(config, clean_url, open_source(clean_url, config.data))[: config.audit.images]
     if clean_url:
         _refuse_shared(source, clean_url, crops, others)
         if all(each.label < 0 for each in others):
@@ -229,9 +232,8 @@ def _tensor(pixels: Sequence[Pixels], side: int) -> torch.Tensor:
     )
 
 
-def _crops(config: Config, url: str) -> list[Crop]:
+def _crops(config: Config, url: str, source: Source) -> list[Crop]:
     """Return a random part of a dataset, sorted by draw: SPARE times audit.images, or all there are."""
-    source = open_source(url, config.data)
     chosen = random_chunks(source.parts, config.audit.images, config.run.seed)
     found = sum(rows_in(spans) for spans in chosen)
     job = AuditJob(

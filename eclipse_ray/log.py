@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 
@@ -43,6 +44,12 @@ def say(text: str, level: str = "info", **fields: Any) -> None:
         entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level}
         text = json.dumps({**entry, **_STATE["fields"], **fields, "message": text})
     _STATE["write"](text)
+
+
+@lru_cache(maxsize=256)
+def say_once(text: str) -> None:
+    """Write one line, once per process."""
+    say(text)
 
 
 def event(name: str, **fields: Any) -> None:

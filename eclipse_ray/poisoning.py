@@ -25,9 +25,9 @@ from eclipse_ray import ledger
 from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, refuse_process_local, require_place
 from eclipse_ray.cluster.work import BoardWatcher, Tasks, Watch, reaching, run_tasks, start_board
 from eclipse_ray.config import Config, DataConfig, PoisonConfig, digest, to_yaml
-from eclipse_ray.datasets.formats import UNFINISHED, Source, chunk_spans, open_source, read_parts, read_tables
+from eclipse_ray.datasets.formats import UNFINISHED, Source, chunk_spans, open_source, read_parts
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import decode_resized, load_images
+from eclipse_ray.datasets.memory import decode_resized, load_images, require_classes
 from eclipse_ray.datasets.table import (
     NOTE,
     Span,
@@ -105,7 +105,8 @@ def fit_stored(job: PoisonJob, report: Report, device: torch.device | None = Non
     store = Store(job.output)
     if store.exists(STATE_KEY):
         return as_arrays(safetensors.torch.load(store.read(STATE_KEY)))
-    loaded = load_images(job.listing, job.data, require_labels=True)
+    loaded = load_images(job.listing, job.data)
+    assert loaded.labels is not None, "they were checked when the job was made"
     data = LabelledImages(
         torch.from_numpy(loaded.images), torch.from_numpy(loaded.labels), loaded.ids, job.num_classes
     )
@@ -229,7 +230,7 @@ CHUNK_IMAGES, CHUNK_BYTES = 2048, 64 * 2**20
 # Starting a cluster takes as long as some ten chunks of a closed-form poison on one core.
 SPREAD_CHUNKS = 16
 # Settings that say where, when and how fast; all others of these sections decide what is written.
-UNBOUND_DATA = {"source", "output", "clean", "test", "encoding", "allow_lossy", "on_error"}
+UNBOUND_DATA = {"source", "output", "clean", "test", "encoding", "allow_lossy", "on_error", "labels", "strict"}
 UNBOUND_POISON = {"save_seconds"}
 
 
@@ -388,7 +389,7 @@ def _job(config: Config, source: Source, source_url: str, output: str) -> Poison
         source.url,
         source.format,
         source.classes,
-        _class_count(source, config),
+        _class_count(source_url, source, config),
         config.data,
         output,
         config.poison,
@@ -403,7 +404,10 @@ def _spans(source: Source, images: int) -> list[list[Span]]:
 def _fingerprint(config: Config, source: Source) -> ledger.Fingerprint:
     tree = {
         "poison": config.poison.model_dump(mode="json", exclude=UNBOUND_POISON),
-        "data": config.data.model_dump(mode="json", exclude=UNBOUND_DATA),
+        "data": {
+            **config.data.model_dump(mode="json", exclude=UNBOUND_DATA),
+            **config.data.deciding_labels(),
+        },
         "run": {"seed": config.run.seed},
     }
     denoiser = config.poison.denoiser
@@ -411,11 +415,7 @@ def _fingerprint(config: Config, source: Source) -> ledger.Fingerprint:
     return ledger.Fingerprint(tree, weights, digest([list(part) for part in source.parts]), POISON_VERSION)
 
 
-def _class_count(source: Source, config: Config) -> int:
+def _class_count(url: str, source: Source, config: Config) -> int:
     """Number of classes: the named ones, or one more than the largest label."""
-    largest = -1
-    for table in read_tables(source, config.data):
-        if "label" not in table.column_names or table["label"].null_count:
-            raise InputError(f"{source.url}: a poison needs a label for every image; add them or name the column")
-        largest = max(largest, int(table["label"].to_numpy().max()))
-    return max(largest + 1, len(source.classes or []))
+    labels = require_classes(url, source, config.data, 2)
+    return max(int(labels.max()) + 1, len(source.classes or []))

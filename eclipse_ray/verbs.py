@@ -177,6 +177,9 @@ Resize = Annotated[
     int | None,
     Parameter("Resize the central square of every image to N pixels", "N", "data.resize", METHOD),
 ]
+Strict = Annotated[
+    bool | None, Parameter("Files that are passed over are an error, exit code 2", setting="data.strict")
+]
 OutputFolder = Annotated[str, Parameter("Output folder of purify.", "DST")]
 ResultFolder = Annotated[str | None, Parameter("Folder of results.", "DIR", "data.output")]
 DenoiserFolder = Annotated[str, Parameter("Folder of the denoiser.", "DIR")]
@@ -232,6 +235,7 @@ def train(
     clean: Annotated[str | None, Parameter("Sparse clean set: trusted images.", "SRC", "data.clean")] = None,
     out: Annotated[str | None, Parameter("Folder of the denoiser.", "DIR", "denoiser.output")] = None,
     resize: Resize = None,
+    strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.TrainResult:
@@ -267,6 +271,7 @@ def purify(
             setting="purify.single_writer",
         ),
     ] = None,
+    strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.PurifyResult:
@@ -357,6 +362,7 @@ def audit(
     ] = None,
     out: Annotated[str | None, Parameter("Folder for audit.json and audit.png.", "DIR", "audit.output")] = None,
     resize: Resize = None,
+    strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.AuditResult:
@@ -390,6 +396,7 @@ def evaluate(
     test: Annotated[str | None, Parameter("Clean labelled test set.", "SRC", "data.test")] = None,
     clean: Annotated[str | None, Parameter("Sparse set, checked to be disjoint.", "SRC", "data.clean")] = None,
     out: ResultFolder = None,
+    strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.EvaluateResult | results.MatrixResult:
@@ -458,6 +465,7 @@ def sweep(
         Parameter("Denoiser; without it, some are trained on a part of the clean set.", "DIR", "purify.denoiser"),
     ] = None,
     out: ResultFolder = None,
+    strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.SweepResult:
@@ -522,11 +530,14 @@ def convert(
     source: ReadableSource,
     output: NewFolder,
     *,
-    layout: Annotated[Layout, Parameter("folder: one folder for each class.")] = "parquet",
+    layout: Annotated[
+        Layout, Parameter("folder: one folder per class; npy, pt, pkl: files as published.")
+    ] = "parquet",
     labels_from: Annotated[
         str | None, Parameter("Clean set whose labels its poisoned images get, matched by content.", "SRC")
     ] = None,
     resize: Resize = None,
+    strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.DatasetResult:
@@ -568,6 +579,7 @@ def apply(
     unit: Annotated[
         Unit, Parameter("What a value of 1 is; auto recognises it from the values.", panel=METHOD)
     ] = "auto",
+    strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.DatasetResult:
@@ -600,6 +612,7 @@ def split(
     *,
     clean: Annotated[int, Parameter("Images of the sparse clean set.", "N", panel=METHOD, minimum=1)],
     out: Annotated[str, Parameter("Folder for DIR/clean and DIR/rest.", "DIR", "data.output")],
+    strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.DatasetResult:
@@ -622,6 +635,7 @@ def poison(
     source: LabelledSource,
     output: NewFolder,
     *,
+    strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
 ) -> results.DatasetResult:

@@ -12,7 +12,7 @@ Recipe = Literal["quick", "paper", "modern"]
 Sampler = Literal["ddpm", "ddim"]
 Precision = Literal["float32", "bfloat16"]
 ScheduleName = Literal["cosine", "linear"]
-Layout = Literal["parquet", "folder", "webdataset", "npz"]
+Layout = Literal["parquet", "folder", "webdataset", "npz", "npy", "pt", "pkl"]
 Half = Literal["signed", "positive"]
 Rounding = Literal["nearest", "truncate"]
 Unit = Literal["auto", "1", "255", "8/255"]
@@ -119,6 +119,13 @@ class DataConfig(Section):
     test: str | None = Field(None, description="Clean labelled test set.")
     image_column: str = Field("image", description="Parquet column holding the images.")
     label_column: str = Field("label", description="Parquet column holding the labels.")
+    labels: str | None = Field(
+        None,
+        min_length=1,
+        description="folder: the class is the top folder; none: there are no labels; else a file with the labels "
+        "of data.source, by name or in order; null: those that come with the images, and a question if in doubt.",
+    )
+    strict: bool = Field(False, description="Files that would be passed over end the command with exit code 2.")
     encoding: str = Field("png", description="png, webp-lossless, or jpeg:Q with allow_lossy.")
     allow_lossy: bool = Field(False, description="Permit an encoding that changes pixels.")
     max_pixels: int = Field(40_000_000, ge=1, description="Images with more pixels become error rows.")
@@ -140,6 +147,15 @@ class DataConfig(Section):
         ge=16,
         description="Side in pixels to which the central square is resized; null: images keep their size.",
     )
+
+    @property
+    def label_file(self) -> str | None:
+        """The location of a label file, if `labels` names one."""
+        return None if self.labels in (None, "folder", "none") else self.labels
+
+    def deciding_labels(self) -> dict[str, str]:
+        """Return what a fingerprint holds of `labels`; the content of a label file belongs to the input."""
+        return {"labels": self.labels} if self.labels in ("folder", "none") else {}
 
 
 def default_t_max(t_star: int, num_train_timesteps: int) -> int:

@@ -19,7 +19,8 @@ from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
 _BATCH_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test)", re.IGNORECASE)
-_META = (("batches.meta", "label_names"), ("meta", "fine_label_names"))
+# The files of class names that lie beside the batches, and where these are in them.
+META = (("batches.meta", "label_names"), ("meta", "fine_label_names"))
 _LABELS = ("labels", "fine_labels")
 _ADVICE = "expected a CIFAR batch of numbers and bytes; do not open this file with anything else"
 
@@ -65,6 +66,15 @@ def read_rows(
         classes,
         paths,
     )
+
+
+def read_labels(
+    store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
+) -> NDArray[np.int64] | None:
+    """Return the labels of one batch, None if it has none."""
+    where = f"{store.url}/{key}"
+    batch = _load(where, store.read(key))
+    return _labels(where, batch, len(_pixels(where, batch)), classes)
 
 
 def _load(where: str, data: bytes) -> dict[str, Any]:
@@ -115,7 +125,7 @@ def _column(where: str, values: object, rows: int) -> NDArray[np.int64] | None:
 
 def _class_names(store: Store, key: str) -> list[str] | None:
     folder = key.rpartition("/")[0]
-    for name, field in _META:
+    for name, field in META:
         meta = f"{folder}/{name}" if folder else name
         try:
             names = _load(f"{store.url}/{meta}", store.read(meta)).get(field)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import re
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -11,22 +14,30 @@ import pyarrow as pa
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.images import SUFFIXES, suffix_of
 from eclipse_ray.datasets.table import (
+    LABELLED,
     Part,
     all_labels,
     canonical_table,
-    extra_columns,
     image_bytes,
     noted_classes,
+    read_note,
+    refuse_extras,
 )
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
+# Columns that hold labels, as the partitions of other tools name them.
+_LABEL_NAMES = ("label", "labels", "class", "target", "category", "y")
+# Names of folders that hold a part of a dataset rather than a class, if there are several folders.
+_CONTAINERS = {"images", "image", "img", "imgs", "jpegimages", "data", "all", "masks", "annotations", "labels"}
 # The split that each word in the name of a folder or file stands for.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+# Such a word in a name, between separators.
+SPLIT_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(SPLITS)}|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
 
 
 def claims(key: str) -> bool:
@@ -35,44 +46,34 @@ def claims(key: str) -> bool:
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part per image, and the class names, which are the sorted top folders if there are several.
+    """Return one part per image, and the names of the classes if the folders are classes.
 
-    Raises InputError if images lie both in class folders and beside them, or in folders named after splits.
+    Raises InputError for folders that may or may not be classes, unless data.labels says so.
     """
     parts = [Part(entry.key, 1, entry.size, entry.version) for entry in entries]
-    beside = [part.key for part in parts if "/" not in part.key]
-    inside = {part.key.partition("/")[0] for part in parts if "/" in part.key}
-    if beside and inside:
-        raise InputError(
-            f"{store.url}: images lie in class folders ({min(inside)}/) and beside them ({beside[0]}); "
-            "move those into a class folder"
-        )
-    noted = _noted_classes(store, inside)
-    if inside and noted is None and all(name.lower() in SPLITS for name in inside):
-        raise InputError(
-            f"{store.url}: holds the split{'s' * (len(inside) > 1)} {', '.join(sorted(inside))}, not classes; "
-            f"name one of them, for example {store.url}/{max(inside)}"
-        )
-    # One folder is no set of classes. It is more likely named images or data than after its only class.
-    return parts, noted or (sorted(inside) if len(inside) > 1 else None)
+    return parts, class_folders(store, [part.key for part in parts], config)
 
 
 def read_rows(
     store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
 ) -> pa.Table:
     """Return the image `key` as one canonical row; its label is the index of its top folder in `classes`."""
-    top, separator, _ = key.partition("/")
-    labels = None
-    if classes is not None and separator:
-        places = _places(tuple(classes)).get(top, set())
-        if len(places) != 1:
-            raise InputError(
-                f"{store.url}/{key}: {top!r} is {'not' if not places else 'more than'} one of the classes "
-                f"{', '.join(classes[:20])}; rename that folder"
-            )
-        labels = list(places)
+    labels = None if classes is None else [folder_label(store, key, classes)]
     table = canonical_table([key], [store.read(key)], labels, None, classes, [key])
     return table.slice(start, stop - start)
+
+
+def folder_label(store: Store, key: str, classes: Sequence[str]) -> int:
+    """Return the index of the top folder of `key` in `classes`. Raises InputError if it is none of them."""
+    top = top_folder(key) or ""
+    places = _places(tuple(classes))
+    found = places.get(top) or places.get(_partition(top)[1], set())
+    if len(found) != 1:
+        raise InputError(
+            f"{store.url}/{key}: {top!r} is {'not' if not found else 'more than'} one of the classes "
+            f"{', '.join(classes[:20])}; rename that folder"
+        )
+    return min(found)
 
 
 @lru_cache(maxsize=8)
@@ -85,6 +86,114 @@ def _places(classes: tuple[str, ...]) -> dict[str, set[int]]:
     return places
 
 
+# ---- Whether folders are classes
+
+
+def top_folder(key: str) -> str | None:
+    """Return the first folder of a key, None if it lies in none; keys of S3 may have folders without a name."""
+    return next((name for name in key.split("/")[:-1] if name), None)
+
+
+def class_folders(store: Store, keys: Sequence[str], config: DataConfig) -> list[str] | None:
+    """Return the classes that the top folders of `keys` stand for, in the order of labels; None for no labels.
+
+    Raises InputError, a question that data.labels answers, if the folders may mean something else.
+    """
+    tops = {top for key in keys if (top := top_folder(key))}
+    beside = [key for key in keys if top_folder(key) is None]
+    words = {word for top in tops if (word := split_of(top))}
+    note, noted = read_note(store), noted_classes(store)
+    # Without the note, classes that are not in sorted order would get other labels.
+    known = bool(noted and tops and not beside and tops <= {folder_name(name) for name in noted})
+    splits = all(top.lower() in SPLITS for top in tops) or (len(words) > 1 and all(map(split_of, tops)))
+    if tops and splits and not known:
+        raise InputError(
+            f"{store.url}: holds the split{'s' * (len(tops) > 1)} {', '.join(sorted(tops))}, not classes; "
+            f"name one of them, for example {store.url}/{max(tops)}"
+        )
+    if config.labels == "none" or config.label_file or note.get(LABELLED) is False:
+        return None
+    if known:
+        return noted
+    if tops and beside:
+        raise question(store, f"images lie in class folders ({min(tops)}/) and beside them ({beside[0]})")
+    if config.labels == "folder":
+        if not tops:
+            raise InputError(f"{store.url}: its images lie in no folder, so data.labels cannot be folder")
+        return ordered_classes(tops)
+    if tops and not note and (doubt := _doubt(store, keys, tops, words, config)):
+        raise question(store, doubt)
+    # One folder is no set of classes. It is more likely named images or data than after its only class.
+    return ordered_classes(tops) if len(tops) > 1 or any(is_label(key, config) for key in keys) else None
+
+
+def ordered_classes(tops: Iterable[str]) -> list[str]:
+    """Return the names of classes in the order of labels: numbers decide if all else is equal."""
+    names = [_partition(top)[1] for top in tops]
+    if len({re.sub("[0-9]+", "0", name) for name in names}) > 1:
+        return sorted(names)
+    return sorted(names, key=lambda name: ([int(number) for number in re.findall("[0-9]+", name)], name))
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a name of a file or folder contains, such as val2017 or imagenet-train-0.tar."""
+    match = SPLIT_NAME.search(name)
+    return None if match is None else SPLITS.get(match[1].lower(), "train")
+
+
+def is_label(key: str, config: DataConfig) -> bool:
+    """Return whether a folder of a key names a label as a partition does: label=3/part.parquet."""
+    columns = (_partition(name)[0].lower() for name in key.split("/")[:-1])
+    return any(column in (*_LABEL_NAMES, config.label_column.lower()) for column in columns)
+
+
+def question(store: Store, found: str) -> InputError:
+    """Return an error that asks what the labels of a set are."""
+    return InputError(
+        f"{store.url}: {found}; say what the labels are: --set data.labels=folder (one class per top folder), "
+        "none, or a file with the labels"
+    )
+
+
+def _partition(top: str) -> tuple[str, str]:
+    # label=3 is how Hive, Spark and Ray name the folders of a partition.
+    column, equals, value = top.partition("=")
+    return (column, value) if equals and column.isidentifier() and value else ("", top)
+
+
+def _doubt(store: Store, keys: Sequence[str], tops: set[str], words: set[str], config: DataConfig) -> str | None:
+    """Return why the folders `tops`, in which all images lie, may be no classes; None if they are."""
+    listed = ", ".join(f"{top}/" for top in sorted(tops)[:10])
+    partitions = any(_partition(top)[0] for top in tops)
+    plain = sorted(int(name) for top in tops if re.fullmatch("[0-9]{1,18}", name := _partition(top)[1]))
+    below: dict[str, set[str]] = defaultdict(set)
+    for key in keys:
+        top, inner, *_ = [*(name for name in key.split("/")[:-1] if name), "", ""]
+        below[top].add(inner)
+    nested = max((sorted(names) for names in below.values() if "" not in names), key=len, default=[])
+    inside = ", ".join(nested[:10])
+    if len(tops) == 1:
+        if len(nested) < 2:
+            return None
+        return (
+            f"all images lie below {listed}, in {len(nested)} folders ({inside}); if these are the classes, name "
+            f"{store.url}/{min(tops)} instead; otherwise"
+        )
+    if len(words) > 1 or any(SPLITS.get(top.lower(), "train") != "train" for top in tops):
+        return f"some of the folders {listed} are named after splits; name one of them; otherwise"
+    if partitions and not all(is_label(f"{top}/", config) for top in tops):
+        return f"the folders {listed} are partitions of something else than labels"
+    if any(top.lower() in _CONTAINERS for top in tops):
+        return f"the folders {listed} may be parts of a dataset and not classes"
+    if all("" not in names for names in below.values()) and len(nested) > 1:
+        return f"no image lies in {listed} but all in folders below, such as {inside}"
+    if len({unicodedata.normalize("NFC", top).casefold() for top in tops}) < len(tops):
+        return f"some of the folders {listed} have names that differ only in their case"
+    if len(plain) == len(tops) and plain[-1] - plain[0] >= len(plain):
+        return f"the folders {listed} are numbered with gaps, so label {len(plain) - 1} may not mean {plain[-1]}"
+    return None
+
+
 def write(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | None = None) -> int:
     """Write the unchanged bytes of each image into one folder per class, or one folder if there are no labels.
 
@@ -93,12 +202,7 @@ def write(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | 
     """
     images = 0
     for table in tables:
-        extras = extra_columns(table).column_names
-        if extras:
-            raise InputError(
-                f"{store.url}: a folder of images cannot hold the column {extras[0]!r}; use the parquet layout, "
-                "or leave such columns out with --set data.extra_columns=drop"
-            )
+        refuse_extras(store.url, table, "a folder of images")
         known = all_labels(store.url, table)
         labels: Sequence[int | None] = [None] * table.num_rows if known is None else known
         for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):
@@ -115,18 +219,12 @@ def folder_name(text: str) -> str:
     return escaped
 
 
-def _noted_classes(store: Store, folders: set[str]) -> list[str] | None:
-    # Without the note, classes that are not in sorted order would get other labels.
-    classes = noted_classes(store)
-    return classes if classes and folders and folders <= {folder_name(name) for name in classes} else None
-
-
 def _file_key(name: str, data: bytes, label: int | None, classes: Sequence[str] | None) -> str:
     suffix = suffix_of(data)
     named = name.lower().endswith(suffix or SUFFIXES) or (suffix == ".jpg" and name.lower().endswith(".jpeg"))
     file = name if named else name + (suffix or ".png")
     if label is None:
-        return folder_name(file)
+        return "/".join(map(folder_name, file.split("/")))
     known = classes is not None and 0 <= label < len(classes)
     raw = classes[label] if classes is not None and known else f"{label:05d}"
     top = folder_name(raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import posixpath
 import re
 from collections import Counter
@@ -12,14 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.config.paths import did_you_mean
-from eclipse_ray.datasets import cifar, folder, npz, parquet, published, webdataset
-from eclipse_ray.datasets.table import Part, Span, extra_columns, with_classes
+from eclipse_ray.datasets import cifar, folder, labels, npz, parquet, published, webdataset
+from eclipse_ray.datasets.table import Part, Span, extra_columns, labels_or_none, noted_classes, with_classes
 from eclipse_ray.errors import InputError
-from eclipse_ray.log import say
+from eclipse_ray.log import say_once
 from eclipse_ray.storage import is_hidden
 from eclipse_ray.storage.store import Entry, Store
 
@@ -27,10 +30,10 @@ from eclipse_ray.storage.store import Entry, Store
 UNFINISHED = "_eclipse/unfinished"
 # A purification writes its plan first and its manifest last. Only then data/ holds each image exactly once.
 RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
+# What a purification leaves for its report: a sentence on the files of the source that were not read.
+PASSED_OVER = "_eclipse/passed_over.txt"
 # Threads that read the spans of one table.
 _READING_THREADS = 8
-# A word in a file or folder name that names a split, between separators.
-_SPLIT_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(folder.SPLITS)}|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
 
 
 class Format(NamedTuple):
@@ -39,26 +42,31 @@ class Format(NamedTuple):
     claims: Callable[[str], bool]
     list_parts: Callable[[Store, Sequence[Entry], DataConfig], tuple[list[Part], list[str] | None]]
     read_rows: Callable[[Store, str, int, int, DataConfig, Sequence[str] | None], pa.Table]
+    read_labels: Callable[[Store, str, DataConfig, Sequence[str] | None], NDArray[np.int64] | None]
 
 
 FORMATS: dict[str, Format] = {
-    "parquet": Format(parquet.claims, parquet.list_parts, parquet.read_rows),
-    "folder": Format(folder.claims, folder.list_parts, folder.read_rows),
-    "webdataset": Format(webdataset.claims, webdataset.list_parts, webdataset.read_rows),
-    "npz": Format(npz.claims, npz.list_parts, npz.read_rows),
-    "cifar": Format(cifar.claims, cifar.list_parts, cifar.read_rows),
-    "published": Format(published.claims, published.list_parts, published.read_rows),
+    "parquet": Format(parquet.claims, parquet.list_parts, parquet.read_rows, parquet.read_labels),
+    "folder": Format(folder.claims, folder.list_parts, folder.read_rows, lambda *_: None),
+    "webdataset": Format(webdataset.claims, webdataset.list_parts, webdataset.read_rows, webdataset.read_labels),
+    "npz": Format(npz.claims, npz.list_parts, npz.read_rows, npz.read_labels),
+    "cifar": Format(cifar.claims, cifar.list_parts, cifar.read_rows, cifar.read_labels),
+    "published": Format(published.claims, published.list_parts, published.read_rows, published.read_labels),
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """A listed dataset; keys of `parts` are relative to `url`, and labels are indices into `classes`, if known."""
+    """A listed dataset; keys of `parts` are relative to `url`, and labels are indices into `classes`, if known.
+
+    `passed_over` is a sentence on the files that are not read, empty if there are none.
+    """
 
     url: str
     format: str
     parts: list[Part]
     classes: list[str] | None
+    passed_over: str = ""
 
     @property
     def images(self) -> int:
@@ -70,27 +78,41 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     """List the dataset at `url` without reading its images, except that CIFAR batches and labels in tars are read.
 
     `url` is a folder, one file, or a folder and a pattern of file names (`DIR/train-*.parquet`). Raises
-    InputError if it cannot be read as one dataset.
+    InputError if it cannot be read as one dataset, if its labels are doubtful and data.labels says nothing, and
+    with data.strict if a file would be passed over.
     """
     _refuse_output_inside(url, data_config.output)
     store, entries = _look(url)
     _refuse_bad_names(entries)
+    given = _given_labels(Store(url).url, data_config)
+    if given is None and data_config.label_file:
+        data_config = data_config.model_copy(update={"labels": None})
+    visible = [entry for entry in entries if _is_visible(entry.key) and not _is_given(store, entry, given)]
     found = {
         name: claimed
         for name, each in FORMATS.items()
-        if (claimed := [entry for entry in entries if each.claims(entry.key)])
+        if (claimed := [entry for entry in visible if each.claims(entry.key)])
     }
     if not found:
         raise InputError(
-            f"{url}: found {len(entries)} files, none of them Parquet (.parquet), an image (.png, .jpg, ...), a "
+            f"{url}: found {len(visible)} files, none of them Parquet (.parquet), an image (.png, .jpg, ...), a "
             "WebDataset (.tar), a NumPy file (.npz, .npy), a CIFAR batch (data_batch_1, ...) or a "
             "published poison (.pt, .pth, .pkl); name the folder that holds the data"
         )
     if len(found) > 1:
         some = ", ".join(f"{len(claimed)} {name} ({claimed[0].key})" for name, claimed in found.items())
-        raise InputError(f"{url}: holds more than one kind of data: {some}; name a folder with one kind")
+        raise InputError(
+            f"{url}: holds more than one kind of data: {some}; name a folder with one kind, and a file with the "
+            "labels of the others in data.labels"
+        )
     ((name, claimed),) = found.items()
-    _say_passed_over(url, name, entries, claimed)
+    read = {entry.key for entry in claimed}
+    left = [entry.key for entry in entries if entry.key not in read and not _is_given(store, entry, given)]
+    passed_over = _passed_over(name, left, read)
+    if passed_over and data_config.strict:
+        raise InputError(f"{url}: {passed_over}; take them out of the source, or leave out --strict")
+    if passed_over:
+        say_once(f"{url}: {passed_over}{_hint(store, left, data_config)}")
     if name != "folder":
         _refuse_mixed_splits(url, claimed)
     try:
@@ -99,7 +121,57 @@ def open_source(url: str, data_config: DataConfig) -> Source:
         raise InputError(f"{url}: a file of it is missing or a link to a missing file: {error}") from error
     if not parts:
         raise InputError(f"{url}: has no images in it; name a dataset with at least one")
-    return Source(store.url, name, parts, classes)
+    if given is not None:
+        parts, classes = labels.matched(given, store.url, name, parts)
+        say_once(f"{url}: the labels are those of {given.where}")
+    else:
+        classes = _folder_classes(store, name, parts, classes, left, data_config)
+    return Source(store.url, name, parts, classes, passed_over)
+
+
+def _local_folders(store: Store) -> set[str]:
+    # An empty folder is in no listing, but it may be a class, which would shift those behind it.
+    if not store.local or not os.path.isdir(store.path("")):
+        return set()
+    with os.scandir(store.path("")) as found:
+        return {each.name for each in found if each.is_dir() and not is_hidden(each.name)}
+
+
+def _given_labels(url: str, data_config: DataConfig) -> labels.LabelFile | None:
+    """Return the label file of a set, None if it has none: the file belongs to data.source alone."""
+    if not labels.covers(data_config, url):
+        return None
+    return labels.read_label_file(str(data_config.label_file), data_config.label_column)
+
+
+def _is_given(store: Store, entry: Entry, given: labels.LabelFile | None) -> bool:
+    return given is not None and f"{store.url}/{entry.key}" == given.where
+
+
+def _folder_classes(
+    store: Store,
+    name: str,
+    parts: Sequence[Part],
+    classes: list[str] | None,
+    left: Sequence[str],
+    data_config: DataConfig,
+) -> list[str] | None:
+    """Return the classes of a set, those of its folders where these are the labels; refuse what is doubtful."""
+    if data_config.labels == "none":
+        return None
+    if name != "folder":
+        if data_config.labels == "folder":
+            return folder.class_folders(store, [part.key for part in parts], data_config)
+        partition = next((part.key for part in parts if folder.is_label(part.key, data_config)), None)
+        if partition is not None:
+            raise folder.question(store, f"the name of the folder of {partition} may be a label")
+    elif classes is not None and data_config.labels is None and noted_classes(store) is None:
+        known = {folder.top_folder(part.key) for part in parts}
+        tops = {top for key in left if (top := folder.top_folder(key)) and not is_hidden(top)}
+        empty = sorted((tops | _local_folders(store)) - known)
+        if empty:
+            raise folder.question(store, f"the folder {empty[0]}/ holds no image that is read, others are classes")
+    return classes
 
 
 def read_parts(
@@ -111,7 +183,8 @@ def read_parts(
     InputError for an object that is missing, damaged or has other columns than the others.
     """
     store = Store(url)
-    read = partial(_read_span, store, FORMATS[format], classes, data_config)
+    given = _given_labels(f"{store.url}/{spans[0][0]}", data_config)
+    read = partial(_read_span, store, format, classes, data_config, given)
     if len(spans) == 1:
         tables = [read(spans[0])]
     else:
@@ -125,6 +198,40 @@ def read_parts(
         raise InputError(
             f"{url}: the columns of {spans[0][0]} and {spans[-1][0]} differ: {error}; make them alike"
         ) from error
+
+
+def read_labels(source: Source, data_config: DataConfig) -> NDArray[np.int64] | None:
+    """Return the label of every row (N), -1 for none, or None if no row has one; images are not read.
+
+    If a label file names the ids of rows, these rows are read as a whole.
+    """
+    store, parts, classes = Store(source.url), source.parts, source.classes
+    given = _given_labels(f"{store.url}/{parts[0].key}", data_config)
+    if data_config.labels == "none":
+        return None
+    if given is not None and (source.format == "folder" or given.names is None):
+        keys = [part.key for part in parts] if source.format == "folder" else [parts[0].key] * parts[0].rows
+        return labels.labels_of(given, source.url, source.format, keys, 0)
+    if given is None and "folder" in (source.format, data_config.labels):
+        return None if classes is None else _labels_of_folders(store, parts, classes)
+
+    def read(part: Part) -> NDArray[np.int64] | None:
+        if given is None:
+            return FORMATS[source.format].read_labels(store, part.key, data_config, classes)
+        table = _read_span(store, source.format, None, data_config, given, (part.key, 0, part.rows))
+        return np.array(labels_or_none(table), np.int64)
+
+    with ThreadPoolExecutor(_READING_THREADS) as pool:
+        found = list(pool.map(read, parts))
+    filled = [np.full(part.rows, -1) if each is None else each for part, each in zip(parts, found, strict=True)]
+    return None if all(each is None for each in found) else np.concatenate(filled)
+
+
+def _labels_of_folders(store: Store, parts: Sequence[Part], classes: Sequence[str]) -> NDArray[np.int64]:
+    tops = [folder.top_folder(part.key) for part in parts]
+    first = dict(zip(reversed(tops), (part.key for part in reversed(parts)), strict=True))
+    label_of = {top: folder.folder_label(store, key, classes) for top, key in first.items()}
+    return np.repeat([label_of[top] for top in tops], [part.rows for part in parts])
 
 
 def read_tables(
@@ -155,15 +262,34 @@ def chunk_spans(parts: Sequence[Part], max_images: int, max_bytes: int) -> Itera
 
 
 def _read_span(
-    store: Store, format: Format, classes: Sequence[str] | None, data_config: DataConfig, span: Span
+    store: Store,
+    format: str,
+    classes: Sequence[str] | None,
+    data_config: DataConfig,
+    given: labels.LabelFile | None,
+    span: Span,
 ) -> pa.Table:
+    key, start, stop = span
+    by_folder = data_config.labels == "folder" and classes is not None
+    own = given is None and not by_folder and data_config.labels != "none"
     try:
-        return format.read_rows(store, *span, data_config, classes)
+        table = FORMATS[format].read_rows(store, key, start, stop, data_config, classes if own else None)
     except FileNotFoundError as error:
         raise InputError(
-            f"{store.url}/{span[0]}: is a link to a missing file, or was deleted after the source was listed; "
+            f"{store.url}/{key}: is a link to a missing file, or was deleted after the source was listed; "
             "put the file back, or delete the link"
         ) from error
+    if own:
+        return table
+    if "label" in table.column_names:
+        table = table.drop_columns("label")
+    if given is not None:
+        found = labels.labels_of(given, store.url, format, table["id"].to_pylist(), start)
+    elif by_folder:
+        found = np.full(table.num_rows, folder.folder_label(store, key, classes or []))
+    else:
+        return table
+    return table.add_column(2, "label", labels.label_column(found))
 
 
 def _refuse_output_inside(url: str, output: str | None) -> None:
@@ -182,14 +308,22 @@ def _refuse_bad_names(entries: Iterable[Entry]) -> None:
             raise InputError(f"{entry.key!a}: the name is not valid Unicode (UTF-8); rename the file") from error
 
 
-def _say_passed_over(url: str, name: str, entries: Sequence[Entry], claimed: Sequence[Entry]) -> None:
-    """State how many files no format reads, so that a table of labels is not ignored without a word."""
-    read = {entry.key for entry in claimed}
-    left = [e.key for e in entries if e.key not in read and not (name == "webdataset" and e.key.endswith(".idx"))]
-    if left:
-        counts = Counter(posixpath.splitext(key)[1] or "without a suffix" for key in left)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))
-        say(f"{url}: {len(left)} files are passed over: {kinds}, such as {left[0]}", passed_over=len(left))
+def _passed_over(name: str, left: Sequence[str], read: set[str]) -> str:
+    """Return a sentence on the files that no format reads, so that none is ignored without a word."""
+    aids = {f"{key[:-4]}.idx" for key in read} if name == "webdataset" else set()
+    aids |= {meta for meta, _ in cifar.META} if name == "cifar" else set()
+    others = [key for key in left if key not in aids and key.rpartition("/")[2] not in aids]
+    counts = Counter(posixpath.splitext(key)[1] or "without a suffix" for key in others)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))
+    files = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
+    return f"{files} passed over: {kinds}, such as {others[0]}" if others else ""
+
+
+def _hint(store: Store, left: Sequence[str], data_config: DataConfig) -> str:
+    table = next((key for key in left if key.lower().endswith(labels.TEXT_SUFFIXES)), None)
+    if table is None or data_config.labels is not None or is_hidden(table):
+        return ""
+    return f"; if it holds labels, read them with --set data.labels={store.url}/{table}"
 
 
 def _look(url: str) -> tuple[Store, list[Entry]]:
@@ -204,11 +338,11 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
         if store.exists(RUN_PLAN) and not store.exists(RUN_MANIFEST):
             raise InputError(f"{url}: this purification is not finished; run its command again to finish it")
         # A purification may hold a report beside its data. Its pictures are not part of the dataset.
-        return store, _visible(store.list("data" if store.exists(RUN_PLAN) else "", hidden=True))
+        return store, _foreign(store.list("data" if store.exists(RUN_PLAN) else "", hidden=True))
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):
         parent = Store(base or "/")
-        listed = _visible(parent.list(hidden=True))
+        listed = _foreign(parent.list(hidden=True))
         entries = [e for e in listed if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
         if entries:
             return parent, entries
@@ -216,24 +350,24 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
     raise InputError(f"{url}: there is nothing here{did_you_mean(url) or '; check the path or URL'}")
 
 
-def _visible(entries: Iterable[Entry]) -> list[Entry]:
+def _foreign(entries: Iterable[Entry]) -> list[Entry]:
+    # This package's own files are no part of a dataset.
+    return [entry for entry in entries if not entry.key.startswith("_eclipse/")]
+
+
+def _is_visible(key: str) -> bool:
     # Cameras name images _MG_0001.JPG and people name classes _other. Other names with _ are private to a tool.
-    return [
-        entry
-        for entry in entries
-        if not is_hidden(entry.key)
-        or (folder.claims(entry.key) and not any(n[:1] == "." or n == "_eclipse" for n in entry.key.split("/")))
-    ]
+    image = folder.claims(key) and not any(name[:1] == "." for name in key.split("/"))
+    return image or not is_hidden(key)
 
 
 def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
     # If both splits were read as one dataset, training would silently include the test set.
     splits: dict[str, str] = {}
     for entry in entries:
-        found = (_SPLIT_NAME.search(part) for part in entry.key.split("/"))
-        word = next((match[1].lower() for match in found if match), None)
-        if word is not None:
-            splits.setdefault(folder.SPLITS.get(word, "train"), entry.key)
+        split = next((word for part in entry.key.split("/") if (word := folder.split_of(part))), None)
+        if split is not None:
+            splits.setdefault(split, entry.key)
     if len(splits) > 1:
         some = ", ".join(f"{name} ({key})" for name, key in splits.items())
         first = next(iter(splits.values()))
@@ -245,10 +379,10 @@ def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
 
 def _pattern(key: str) -> str:
     top, separator, _ = key.partition("/")
-    if separator and _SPLIT_NAME.search(top):
+    if separator and folder.SPLIT_NAME.search(top):
         return top
     # Only numbers behind the word may vary, so that imagenet1k-train-0.tar does not become imagenet*.tar.
     base = key.rfind("/") + 1
-    match = _SPLIT_NAME.search(key[base:])
+    match = folder.SPLIT_NAME.search(key[base:])
     fixed = base + match.end() if match else base
     return key[:fixed] + re.sub(r"\d.*?(?=\.[a-z]+$|$)", "*", key[fixed:])

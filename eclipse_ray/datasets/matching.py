@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig, Layout
 from eclipse_ray.datasets.formats import Source, open_source, read_tables
 from eclipse_ray.datasets.images import Pixels, check_encoding, decode_required
+from eclipse_ray.datasets.memory import require_classes
 from eclipse_ray.datasets.table import canonical_table, extra_columns, image_bytes
 from eclipse_ray.datasets.write import converted, refuse_existing, write_dataset
 from eclipse_ray.errors import InputError
@@ -50,10 +51,8 @@ def labels_from(
     check_encoding(data_config.encoding, data_config.allow_lossy)
     refuse_existing(Store(output))
     poisoned, known = open_source(source, data_config), open_source(clean, data_config)
-    ids, pooled, _ = _pooled(poisoned, data_config)
-    _, clean_pooled, labels = _pooled(known, data_config)
-    if (labels < 0).any():
-        raise InputError(f"{clean}: has images without labels; name a clean set with a label for every image")
+    labels = require_classes(clean, known, data_config)
+    (ids, pooled), (_, clean_pooled) = _pooled(poisoned, data_config), _pooled(known, data_config)
     nearest, margins, unique = match(pooled, clean_pooled, labels)
     if not unique.all():
         first = int(np.flatnonzero(~unique)[0])
@@ -72,7 +71,13 @@ def labels_from(
             start += len(names)
 
     images = write_dataset(
-        output, tables(), classes=known.classes, source=source, layout=layout, data_config=data_config
+        output,
+        tables(),
+        classes=known.classes,
+        source=source,
+        layout=layout,
+        data_config=data_config,
+        passed_over=poisoned.passed_over,
     )
     margin = float(margins.min())
     say(f"{output}: {images:,} of {images:,} images matched, each nearer than the next by at least {margin:,.0f}")
@@ -121,13 +126,10 @@ def pool(pixels: Pixels) -> NDArray[np.float32]:
     return values.astype(np.float32).ravel()
 
 
-def _pooled(source: Source, data_config: DataConfig) -> tuple[list[str], NDArray[np.float32], NDArray[np.int64]]:
+def _pooled(source: Source, data_config: DataConfig) -> tuple[list[str], NDArray[np.float32]]:
     ids: list[str] = []
-    labels: list[int] = []
     pooled = np.empty((source.images, 3 * _POOL * _POOL), np.float32)
     for table in read_tables(source, data_config):
-        known = "label" in table.column_names
-        labels += table["label"].fill_null(-1).to_pylist() if known else [-1] * table.num_rows
         for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
             pixels = decode_required(f"{source.url}: image {name}", data, data_config)
             if min(pixels.shape[:2]) < _POOL:
@@ -136,4 +138,4 @@ def _pooled(source: Source, data_config: DataConfig) -> tuple[list[str], NDArray
                 )
             pooled[len(ids)] = pool(pixels)
             ids.append(name)
-    return ids, pooled, np.array(labels, np.int64)
+    return ids, pooled

@@ -13,15 +13,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.formats import Source, chunk_spans, open_source, read_parts, read_tables
+from eclipse_ray.datasets.formats import Source, chunk_spans, open_source, read_labels, read_parts, read_tables
 from eclipse_ray.datasets.images import ImageError, content_hash, decode_required, decode_stored, resize_image
-from eclipse_ray.datasets.table import Part, Span, image_bytes
+from eclipse_ray.datasets.table import Part, Span, image_bytes, labels_or_none
 from eclipse_ray.errors import InputError
+from eclipse_ray.log import say_once
 
 # Largest number of images and of stored bytes in one chunk.
 CHUNK_IMAGES, CHUNK_BYTES = 1024, 64 * 2**20
 # Rows that are read per image of the sample. More rows meet more classes; the cost is the same for any dataset.
 CANDIDATES = 20
+# Most classes that are named in a line.
+_CLASSES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,63 @@ class ImageSet:
         )
 
 
-def load_images(
-    url: str, data_config: DataConfig, *, require_labels: bool = False, limit: int | None = None
-) -> ImageSet:
+def require_classes(
+    url: str, source: Source, data_config: DataConfig, least: int = 1, *, partly: bool = False
+) -> NDArray[np.int64]:
+    """Say which classes the dataset at `url` has, and return its labels (N), before any image is read.
+
+    Raises InputError for fewer than `least` classes, a label that no class has, and a missing label: all of them,
+    or one unless `partly`.
+    """
+    labels = read_labels(source, data_config)
+    if labels is None or not (labels >= 0).any():
+        raise InputError(
+            f"{url}: has no labels (no column {data_config.label_column!r}, no class folders); name the column "
+            "with --set data.label_column=NAME, sort the images into one folder per class, or name a file with "
+            "the labels: --set data.labels=FILE"
+        )
+    if not partly and (labels < 0).any():
+        row = int(np.flatnonzero(labels < 0)[0])
+        raise InputError(f"{url}: {_place(source.parts, row)} has no label; label it or leave it out")
+    top = int(labels.max())
+    if source.classes is not None and top >= len(source.classes):
+        where = _place(source.parts, int(np.flatnonzero(labels == top)[0]))
+        raise InputError(f"{url}: {where} has label {top}, but there are {len(source.classes)} classes; mend it")
+    names = source.classes or [f"label {label}" for label in range(top + 1)]
+    counts = np.bincount(labels[labels >= 0], minlength=len(names)).tolist()
+    present = int(np.count_nonzero(counts))
+    if present < least:
+        raise InputError(
+            f"{url}: all {len(labels):,} images are of one class, {names[top]}, where at least {least} classes "
+            "are needed; if its folders are the classes, name that folder instead"
+        )
+    say_once(f"{url}: {_classes_line(names, counts)}")
+    return labels
+
+
+def _place(parts: Sequence[Part], row: int) -> str:
+    for part in parts:
+        if row < part.rows:
+            return f"image {part.key}" if part.rows == 1 else f"row {row} of {part.key}"
+        row -= part.rows
+    raise IndexError(row)
+
+
+def _classes_line(names: Sequence[str], counts: Sequence[int]) -> str:
+    """Return a line on the classes of a set: how many, their names, and the images of each."""
+    shown = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)][:_CLASSES_SHOWN]
+    line = f"{len(names):,} classes in {sum(counts):,} images: {', '.join(shown)}"
+    if len(names) > _CLASSES_SHOWN:
+        line += f" and {len(names) - _CLASSES_SHOWN:,} more, each {min(counts):,} to {max(counts):,}"
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    return f"{line}; {len(empty)} without images, such as {empty[0]}" if empty else line
+
+
+def load_images(url: str, data_config: DataConfig, *, limit: int | None = None) -> ImageSet:
     """Return all images at `url`, or the first `limit`, decoded and, if data.resize is set, resized.
 
-    A missing label is -1. Raises InputError for an image that cannot be decoded, for images of two sizes, for an
-    id that occurs twice, and with `require_labels` for missing labels.
+    A missing label is -1. Raises InputError for an image that cannot be decoded, for images of two sizes, and for
+    an id that occurs twice.
     """
     source = open_source(url, data_config)
     count = source.images if limit is None else min(limit, source.images)
@@ -81,17 +134,12 @@ def load_images(
                 raise _two_sizes(url, ids[0], images[0], name, pixels)
             images[len(ids)] = pixels
             ids.append(name)
-        if "label" in wanted.column_names:
-            labelled = True
-            labels.extend(wanted["label"].fill_null(-1).to_pylist())
-        else:
-            labels.extend([-1] * wanted.num_rows)
+        labelled = labelled or "label" in wanted.column_names
+        labels += labels_or_none(wanted)
         if len(ids) == count:
             break
     assert images is not None
     _refuse_repeated_ids(url, ids)
-    if require_labels:
-        _require_labels(url, ids, labels if labelled else None, source.classes, data_config)
     return ImageSet(ids, images, np.array(labels, np.int64) if labelled else None, source.classes, hashes)
 
 
@@ -110,6 +158,8 @@ class MixedSet:
 
 def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
     """Return all images at `url` in one buffer, decoded and resized. Raises InputError as load_images does."""
+    # Labels are not needed, so nothing is asked about them.
+    data_config = data_config.model_copy(update={"labels": "none"})
     source = open_source(url, data_config)
     ids: list[str] = []
     hashes: list[str] = []
@@ -148,8 +198,8 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
     """Return at most `count` images of `url`, stratified by label, chosen by `seed` and id, in stored order.
 
     They come from `random_chunks`, so that a large dataset that is sorted by label does not give images of all
-    classes. Images that cannot be decoded are left out. Raises InputError for a missing label, an id that occurs
-    twice, images of two sizes, or no readable image.
+    classes. Images that cannot be decoded are left out. Raises InputError for an id that occurs twice, images of
+    two sizes, or no readable image.
     """
     source = open_source(url, data_config)
     chunks = random_chunks(source.parts, count, seed)
@@ -251,22 +301,6 @@ def _refuse_repeated_ids(url: str, ids: list[str]) -> None:
         seen.add(name)
 
 
-def _require_labels(
-    url: str, ids: list[str], labels: list[int] | None, classes: Sequence[str] | None, data_config: DataConfig
-) -> None:
-    if labels is None:
-        raise InputError(
-            f"{url}: has no labels (no column {data_config.label_column!r}, no class folders); name the "
-            "column with --set data.label_column=NAME or sort the images into one folder a class"
-        )
-    top = len(classes) if classes is not None else None
-    for name, label in zip(ids, labels, strict=True):
-        if label < 0:
-            raise InputError(f"{url}: image {name} has no label; label it or leave it out")
-        if top is not None and label >= top:
-            raise InputError(f"{url}: image {name} has label {label}, but there are {top} classes; mend it")
-
-
 def _tables(source: Source, chunks: list[list[Span]], data_config: DataConfig) -> Iterator[pa.Table]:
     for spans in chunks:
         yield read_parts(source.url, source.format, source.classes, spans, data_config)
@@ -276,11 +310,7 @@ def _read_names(source: Source, tables: Iterable[pa.Table]) -> tuple[list[str], 
     ids: list[str] = []
     labels: list[int] = []
     for table in tables:
-        known = table["label"].fill_null(-1).to_pylist() if "label" in table.column_names else [-1] * len(table)
         ids += table["id"].to_pylist()
-        labels += known
-    if not ids or min(labels) < 0:
-        raise InputError(f"{source.url}: an image without a label; a sweep needs all labels of its dataset")
-    if len(set(ids)) < len(ids):
-        raise InputError(f"{source.url}: an id occurs more than once; give every image its own id")
+        labels += labels_or_none(table)
+    _refuse_repeated_ids(source.url, ids)
     return ids, labels

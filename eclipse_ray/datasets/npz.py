@@ -45,6 +45,7 @@ from eclipse_ray.datasets.table import (
     extra_columns,
     image_bytes,
     noted_classes,
+    refuse_half_labelled,
     regroup,
 )
 from eclipse_ray.errors import InputError
@@ -92,6 +93,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     """
     parts = []
     forms: dict[Form, int] = {}
+    labelled: dict[str, bool] = {}
     beside = {entry.key: _labels_beside(store, entry.key) for entry in entries}
     for entry in entries:
         if entry.key in beside.values():
@@ -104,6 +106,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
                 to_labels(where, _rows(where, file, labels, 0, labels.shape[0]))
         text = "without labels" if labels is None else "with labels"
         label_key = beside[entry.key]
+        labelled[entry.key] = labels is not None or label_key is not None
         if label_key is not None:
             _labels_of(store, label_key, images.shape[0])
             version, text = f"{version}+{store.entry(label_key).version}", f"with the labels of {label_key}"
@@ -112,6 +115,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             form = Form(layout, images.dtype.name, text)
             forms[form] = forms.get(form, 0) + images.shape[0]
         parts.append(Part(entry.key, images.shape[0], entry.size, version))
+    refuse_half_labelled(store.url, config, labelled)
     state(store.url, parts, forms)
     classes = noted_classes(store) or _own_classes(store, entries[0].key)
     return [part for part in parts if part.rows], classes
@@ -154,6 +158,22 @@ def read_rows(
     )
 
 
+def read_labels(
+    store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
+) -> NDArray[np.int64] | None:
+    """Return the labels of one file, None if it has none."""
+    where = f"{store.url}/{key}"
+    label_key = _labels_beside(store, key)
+    with store.open(key) as file:
+        chosen = _choose(where, _arrays(store, key, file), config)
+        rows = chosen.images.shape[0]
+        if label_key is not None:
+            return _labels_of(store, label_key, rows)
+        if chosen.labels is None:
+            return None
+        return _checked(where, _rows(where, file, chosen.labels, 0, rows), classes)
+
+
 def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | None, config: DataConfig) -> int:
     """Write canonical `tables` as part-00000.npz and so on; return the number of images.
 
@@ -162,7 +182,7 @@ def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | Non
     """
     images = 0
     for number, table in enumerate(regroup(tables, FILE_IMAGES, FILE_BYTES)):
-        arrays: dict[str, NDArray[np.generic]] = {"images": _stack_images(store.url, table, config)}
+        arrays: dict[str, NDArray[np.generic]] = {"images": stack_images(store.url, table, config)}
         labels = all_labels(store.url, table)
         if labels is not None:
             arrays["labels"] = np.array(labels, np.int64)
@@ -404,7 +424,7 @@ def read_array(store: Store, key: str) -> tuple[Array, Callable[[int, int], NDAr
     return array, rows
 
 
-def _stack_images(url: str, table: pa.Table, config: DataConfig) -> Pixels:
+def stack_images(url: str, table: pa.Table, config: DataConfig) -> Pixels:
     """Return the images of a canonical table, uint8 (N, H, W, 3). Raises InputError unless they have one size."""
     stacked: Pixels | None = None
     names = table["id"].to_pylist()

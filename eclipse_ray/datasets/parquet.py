@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.table import (
@@ -23,6 +25,7 @@ from eclipse_ray.datasets.table import (
     Part,
     canonical_table,
     check_label,
+    refuse_half_labelled,
     regroup,
     table_to_parquet,
     with_classes,
@@ -49,17 +52,21 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     Raises InputError for a damaged file, an extension type, or a missing image or label column.
     """
 
+    labelled: dict[str, bool] = {}
+
     def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
             where = f"{store.url}/{entry.key}"
             metadata = _metadata(where, file)
         schema = _schema(where, metadata)
         _check_columns(where, schema, config)
+        labelled[entry.key] = _label_column(where, schema, config) is not None
         part = Part(entry.key, metadata.num_rows, entry.size, entry.version)
         return part, _classes(schema, config), _extreme_labels(metadata, config)
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
+    refuse_half_labelled(store.url, config, labelled)
     named = [(part.key, names) for part, names, _ in found if names is not None]
     classes = named[0][1] if named else None
     for key, names in named:
@@ -96,6 +103,23 @@ def read_rows(
             "the file changed since it was listed, start again from the listing"
         )
     return _canonical(where, table, key, start, config, classes)
+
+
+def read_labels(
+    store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
+) -> NDArray[np.int64] | None:
+    """Return the labels of one file, -1 for none, or None if it has no labels; only their column is read."""
+    where = f"{store.url}/{key}"
+    with store.open(key) as file:
+        metadata = _metadata(where, file)
+        label = _label_column(where, _schema(where, metadata), config)
+        if label is None:
+            return None
+        try:
+            column = pq.ParquetFile(file, metadata=metadata).read(columns=[label])[label]
+        except _DAMAGE as error:
+            raise _damaged(where, error) from error
+    return cast(NDArray[np.int64], pc.fill_null(column.cast(pa.int64()), -1).to_numpy())
 
 
 def write(

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, Half, Rounding, Unit
 from eclipse_ray.datasets import npz, published
-from eclipse_ray.datasets.formats import Source, open_source, read_tables
+from eclipse_ray.datasets.formats import Source, open_source, read_labels, read_tables
 from eclipse_ray.datasets.images import Pixels, check_encoding, encode_image
+from eclipse_ray.datasets.labels import read_label_file
 from eclipse_ray.datasets.memory import decode_resized
 from eclipse_ray.datasets.pickles import read_file, text_of, values_of
-from eclipse_ray.datasets.published import order_of, rows_of, to_labels, whole_of
+from eclipse_ray.datasets.published import order_of, rows_of
 from eclipse_ray.datasets.table import canonical_table, extra_columns, image_bytes
 from eclipse_ray.datasets.write import refuse_existing, write_dataset
 from eclipse_ray.errors import ConfigError, InputError
@@ -124,7 +125,7 @@ def apply(
             yield _perturbed(source, table, chosen, noise, _FACTORS[unit], half, rounding, norms, data_config)
             start += table.num_rows
 
-    images = write_dataset(output, tables(), classes=source.classes, source=clean)
+    images = write_dataset(output, tables(), classes=source.classes, source=clean, passed_over=source.passed_over)
     l2 = norms.l2 / max(1, norms.perturbed)
     applied = Applied(images, norms.perturbed, norms.linf, l2, kind, unit, half, rounding, output)
     record = {**asdict(applied), "delta": delta, "clean": clean, "index": index, "seed": seed}
@@ -348,27 +349,11 @@ def _by_file(noise: _Delta, source: Source, data_config: DataConfig, index: str,
 
 
 def _read_index(url: str, images: int) -> list[int]:
-    store, key = _file(url)
-    where = f"{store.url}/{key}"
-    if key.lower().endswith(".npy"):
-        array, rows = npz.read_array(store, key)
-        values = rows(0, array.shape[0] if array.shape else 0)
-    else:
-        with store.open(key) as file:
-            content = read_file(where, file, _ADVICE)
-            found = values_of(content)
-            if isinstance(content, list | tuple):
-                values = np.array([number for number in content if type(number) is int])
-            elif found is None:
-                raise InputError(f"{where}: holds {type(content).__name__}, expected the numbers of images")
-            else:
-                values = found if isinstance(found, np.ndarray) else whole_of(where, found, file)
-    numbers: list[int] = (
-        to_labels(where, values).tolist() if values.ndim == 1 and values.dtype.kind in "iuf" else []
-    )
+    found = read_label_file(url)
+    numbers: list[int] = [] if found.names or found.classes else found.labels.tolist()
     if not numbers or len(set(numbers)) != len(numbers) or not 0 <= min(numbers) <= max(numbers) < images:
         raise InputError(
-            f"{where}: expected different image numbers from 0 to {images - 1}, one per perturbed image"
+            f"{url}: expected different image numbers from 0 to {images - 1}, one per perturbed image"
         )
     return numbers
 
@@ -376,12 +361,8 @@ def _read_index(url: str, images: int) -> list[int]:
 def _count_classes(source: Source, data_config: DataConfig) -> int | None:
     if source.classes is not None:
         return len(source.classes)
-    labels: set[int | None] = set()
-    for table in read_tables(source, data_config):
-        if "label" not in table.column_names:
-            return None
-        labels.update(table["label"].unique().to_pylist())
-    return max((label for label in labels if label is not None), default=-1) + 1
+    labels = read_labels(source, data_config)
+    return None if labels is None else int(labels.max()) + 1
 
 
 def _labels(source: Source, table: pa.Table) -> list[int]:

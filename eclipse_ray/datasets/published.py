@@ -18,9 +18,9 @@ from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import PARSER_ERRORS, cifar
 from eclipse_ray.datasets.images import Pixels, encode_image
 from eclipse_ray.datasets.pickles import Tensor, Values, read_file, text_of, values_of
-from eclipse_ray.datasets.table import Part, canonical_table, check_label, noted_classes
+from eclipse_ray.datasets.table import Part, canonical_table, check_label, noted_classes, refuse_half_labelled
 from eclipse_ray.errors import InputError
-from eclipse_ray.log import say
+from eclipse_ray.log import say_once
 from eclipse_ray.storage.store import Entry, Store
 
 SUFFIXES = (".pt", ".pth", ".pkl", ".pickle")
@@ -76,6 +76,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     parts: list[Part] = []
     classes = noted_classes(store)
     forms: dict[Form, int] = {}
+    labelled: dict[str, bool] = {}
     for entry in entries:
         opened = _open(store.url, entry.key, entry.version)
         if opened is None:
@@ -83,10 +84,12 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             parts, classes = parts + batches, classes or names
             continue
         images, labels, layout = opened
+        labelled[entry.key] = labels is not None
         check_sides(f"{store.url}/{entry.key}", images.shape, layout.order, config)
         form = Form(layout, images.dtype.name, "without labels" if labels is None else "with labels")
         forms[form] = forms.get(form, 0) + len_of(images)
         parts.append(Part(entry.key, len_of(images), entry.size, entry.version))
+    refuse_half_labelled(store.url, config, labelled)
     state(store.url, parts, forms)
     return [part for part in parts if part.rows], classes
 
@@ -113,6 +116,14 @@ def read_rows(
         None,
         classes,
     )
+
+
+def read_labels(
+    store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
+) -> NDArray[np.int64] | None:
+    """Return the labels of one file, None if it has none."""
+    opened = _open(store.url, key, store.entry(key).version)
+    return cifar.read_labels(store, key, config, classes) if opened is None else opened.labels
 
 
 # ---- What an array of images means
@@ -249,12 +260,7 @@ def state(url: str, parts: Sequence[Part], forms: dict[Form, int]) -> None:
         kind = "float" if number.kind == "f" else "uint8" if number == np.uint8 else "integer"
         span = "" if number == np.uint8 else " in [0, 1]" if layout.white == 1 else " in 0 to 255"
         order = {"gray": "HW", "planes": "as planes of red, green and blue"}.get(layout.order, layout.order)
-        _say_once(f"{where}: read as {images:,} {kind} images{span}, {order}, {labels}")
-
-
-@lru_cache(maxsize=256)
-def _say_once(text: str) -> None:
-    say(text)
+        say_once(f"{where}: read as {images:,} {kind} images{span}, {order}, {labels}")
 
 
 def _range(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from eclipse_ray.config import DataConfig
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 
@@ -28,6 +29,8 @@ FILE_BYTES = 128 * 2**20
 NOTE = "_eclipse/dataset.json"
 # Entry of the note of a WebDataset which says that keys are ids with some characters escaped.
 ESCAPED_KEYS = "escaped_keys"
+# Entry of the note which says whether the images have labels. If not, their folders are no classes.
+LABELLED = "labelled"
 
 Span = tuple[str, int, int]
 
@@ -106,6 +109,34 @@ def image_bytes(table: pa.Table) -> list[bytes]:
 def extra_columns(table: pa.Table) -> pa.Table:
     """Return the extra columns of a canonical table, which are all but id, image and label."""
     return table.drop_columns([name for name in CANONICAL if name in table.column_names])
+
+
+def refuse_extras(url: str, table: pa.Table, what: str) -> None:
+    """Raise InputError for extra columns, which a layout, in words `what`, cannot hold."""
+    extras = extra_columns(table).column_names
+    if extras:
+        raise InputError(
+            f"{url}: {what} cannot hold the column {extras[0]!r}; use the parquet layout, or leave such columns "
+            "out with --set data.extra_columns=drop"
+        )
+
+
+def refuse_half_labelled(url: str, config: DataConfig, labelled: Mapping[str, bool]) -> None:
+    """Raise InputError if some files of a dataset, by their keys, have labels and others have none."""
+    yes, no = (next((key for key, has in labelled.items() if has is wanted), None) for wanted in (True, False))
+    if yes is not None and no is not None and config.labels is None:
+        raise InputError(
+            f"{url}: {yes} has labels and {no} has none; name only files of one kind, or say what the labels are: "
+            "--set data.labels=none, or a file with the labels"
+        )
+
+
+def labels_or_none(table: pa.Table) -> list[int]:
+    """Return the labels of a canonical table, -1 where there is none."""
+    labels: list[int] = (
+        table["label"].fill_null(-1).to_pylist() if "label" in table.column_names else [-1] * table.num_rows
+    )
+    return labels
 
 
 def all_labels(url: str, table: pa.Table) -> list[int] | None:

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.images import SUFFIXES, suffix_of
@@ -103,7 +105,8 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     classes = noted_classes(store)
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         looks = list(pool.map(lambda entry: _look(store, entry, config, classes), entries))
-    _refuse_half_labelled(store, looks)
+    if config.labels is None:
+        _refuse_half_labelled(store, looks)
     if config.label_column != _DEFAULT_LABEL_COLUMN and not any(look.labelled or look.unknown for look in looks):
         raise InputError(
             f"{store.url}: no .json member has a field {config.label_column!r}; "
@@ -141,6 +144,20 @@ def read_rows(
             "delete the .idx beside it if there is one, and start again"
         )
     return _table(store, key, samples, index.extensions, cut, config, classes)
+
+
+def read_labels(
+    store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
+) -> NDArray[np.int64] | None:
+    """Return the labels of one tar, -1 for none, or None if no sample has one; images are not read."""
+    where, size = f"{store.url}/{key}", store.entry(key).size
+    with _reader(store, key) as read:
+        indexed = _indexed(store, key, size, read)
+        samples = group_members(where, all_members(where, read, size) if indexed is None else indexed)
+        labels = [_label(where, sample, read, config, classes) for _, sample in samples]
+    if all(label is None for label in labels):
+        return None
+    return np.array([-1 if label is None else label for label in labels], np.int64)
 
 
 @contextmanager

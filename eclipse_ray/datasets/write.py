@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import pickle
 import posixpath
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +20,17 @@ from eclipse_ray.datasets import folder, npz, parquet, webdataset
 from eclipse_ray.datasets.formats import UNFINISHED, Source, open_source, read_tables
 from eclipse_ray.datasets.images import ImageError, check_encoding, content_hash, decode_stored, encode_image
 from eclipse_ray.datasets.memory import choose_clean, decode_resized
-from eclipse_ray.datasets.table import ESCAPED_KEYS, NOTE, canonical_table, extra_columns, image_bytes
+from eclipse_ray.datasets.table import (
+    ESCAPED_KEYS,
+    LABELLED,
+    NOTE,
+    all_labels,
+    canonical_table,
+    extra_columns,
+    image_bytes,
+    labels_or_none,
+    refuse_extras,
+)
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 
@@ -27,6 +41,9 @@ _WRITERS: dict[Layout, Writer] = {
     "folder": lambda store, tables, classes, _: folder.write(store, tables, classes=classes),
     "webdataset": webdataset.write,
     "npz": npz.write,
+    "npy": lambda store, tables, _, config: _write_whole(store, tables, config, _npy_files),
+    "pt": lambda store, tables, _, config: _write_whole(store, tables, config, _torch_file),
+    "pkl": lambda store, tables, _, config: _write_whole(store, tables, config, _pickled_pairs),
 }
 
 
@@ -39,30 +56,129 @@ def write_dataset(
     layout: Layout = "parquet",
     data_config: DataConfig | None = None,
     resume: bool = False,
+    passed_over: str = "",
 ) -> int:
     """Write canonical `tables` as a new dataset at `url` and return the number of images.
 
     The parts are written first and the note `_eclipse/dataset.json` last; until then readers refuse the dataset.
-    With `resume`, the same tables overwrite the parts that an interrupted call left. Raises InputError if `url`
-    already holds other data, and for data that `layout` cannot hold.
+    `passed_over` is the sentence of the source on files that were not read, for the report. With `resume`, the
+    same tables overwrite the parts that an interrupted call left. Raises InputError if `url` already holds other
+    data, and for data that `layout` cannot hold.
     """
     store = Store(url)
     if not resume:
         refuse_existing(store)
     store.write(UNFINISHED, b"")
+    labelled = False
+
+    def watched() -> Iterator[pa.Table]:
+        nonlocal labelled
+        for table in tables:
+            labelled = labelled or "label" in table.column_names
+            yield table
+
     try:
-        images = _WRITERS[layout](store, tables, classes, data_config or DataConfig())
+        images = _WRITERS[layout](store, watched(), classes, data_config or DataConfig())
     except InputError:
         # If nothing was written, the mark is removed too, so that the same output can be used again.
         if next(store.list(), None) is None:
             store.delete(UNFINISHED)
         raise
-    note = {"images": images, "classes": None if classes is None else list(classes), "source": source}
+    note = {
+        "images": images,
+        "classes": None if classes is None else list(classes),
+        "source": source,
+        **({} if labelled else {LABELLED: False}),
+        **({"passed_over": passed_over} if passed_over else {}),
+    }
     if layout == "webdataset":
         note[ESCAPED_KEYS] = True
     store.write(NOTE, json.dumps(note, indent=2).encode())
     store.delete(UNFINISHED)
     return images
+
+
+# ---- The forms in which poisons are published, each a file or two as training scripts of the field load them
+
+
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64] | None]
+"""All images (N, H, W, 3) and labels (N), None without labels."""
+
+
+def _write_whole(
+    store: Store,
+    tables: Iterable[pa.Table],
+    config: DataConfig,
+    files_of: Callable[[str, Arrays], dict[str, bytes]],
+) -> int:
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    labelled = False
+    for table in tables:
+        refuse_extras(store.url, table, "an array file")
+        images.append(npz.stack_images(store.url, table, config))
+        known = all_labels(store.url, table)
+        labelled = labelled or known is not None
+        labels += known or []
+    if len({each.shape[1:] for each in images}) > 1:
+        raise InputError(f"{store.url}: images differ in size; bring them to one size with --resize")
+    whole = np.concatenate(images)
+    for name, data in files_of(store.url, (whole, np.array(labels, np.int64) if labelled else None)).items():
+        store.write(name, data)
+    return len(whole)
+
+
+def _npy_files(url: str, arrays: Arrays) -> dict[str, bytes]:
+    files = {}
+    for name, values in zip(("images.npy", "labels.npy"), arrays, strict=True):
+        if values is not None:
+            stream = io.BytesIO()
+            np.save(stream, values, allow_pickle=False)
+            files[name] = stream.getvalue()
+    return files
+
+
+def _pickled_pairs(url: str, arrays: Arrays) -> dict[str, bytes]:
+    """A list of (raw RGB bytes, label), as ECLIPSE publishes; this pickle names no class."""
+    images, labels = arrays
+    if labels is None or images.shape[1] != images.shape[2]:
+        raise InputError(f"{url}: a pickled list holds square images with labels; use the npy layout")
+    pairs = [(image.tobytes(), label) for image, label in zip(images, labels.tolist(), strict=True)]
+    return {"data.pkl": pickle.dumps(pairs, protocol=4)}
+
+
+def _torch_file(url: str, arrays: Arrays) -> dict[str, bytes]:
+    """What torch.save writes of {"data": uint8 (N, 3, H, W), "labels": int64 (N)}; datasets know no torch."""
+    images, labels = arrays
+    found: dict[str, NDArray[Any]] = {"data": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
+    if labels is not None:
+        found["labels"] = labels
+    members, opcodes = {}, b"\x80\x02}"
+    for place, (name, array) in enumerate(found.items()):
+        members[f"data/data/{place}"] = array.astype(array.dtype.newbyteorder("<")).tobytes()
+        opcodes += _opcodes(name) + _tensor_opcodes(str(place), array) + b"s"
+    members |= {"data/data.pkl": opcodes + b".", "data/byteorder": b"little", "data/version": b"3\n"}
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            # ZipInfo has a fixed date, so that the same arrays give the same bytes.
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return {"data.pt": stream.getvalue()}
+
+
+def _tensor_opcodes(key: str, array: NDArray[Any]) -> bytes:
+    kind = {"uint8": "Byte", "int64": "Long"}[array.dtype.name]
+    strides = tuple(step // array.itemsize for step in array.strides)
+    storage = _opcodes("storage") + f"ctorch\n{kind}Storage\n".encode() + _opcodes(key) + _opcodes("cpu")
+    values = (
+        b"((" + storage + _opcodes(array.size) + b"tQ" + _opcodes(0) + _opcodes(array.shape) + _opcodes(strides)
+    )
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + values + b"\x89ccollections\nOrderedDict\n)RtR"
+
+
+def _opcodes(value: str | int | tuple[int, ...]) -> bytes:
+    # The opcodes of a pickle, without its head and its end.
+    return pickle.dumps(value, protocol=2)[2:-1]
 
 
 def refuse_existing(store: Store) -> None:
@@ -94,6 +210,7 @@ def convert(source_url: str, output_url: str, data_config: DataConfig, layout: L
         source=source_url,
         layout=layout,
         data_config=data_config,
+        passed_over=source.passed_over,
     )
 
 
@@ -143,6 +260,7 @@ def split(
             _select(source, data_config, side),
             classes=source.classes,
             source=source_url,
+            passed_over=source.passed_over,
         )
     return {**counts, "output": output_url}
 
@@ -156,8 +274,7 @@ def _read_contents(source: Source, data_config: DataConfig) -> tuple[list[str | 
                 hashes.append(content_hash(decode_stored(data, data_config)))
             except ImageError:
                 hashes.append(None)
-        known = "label" in table.column_names
-        labels.extend(table["label"].to_pylist() if known else [None] * table.num_rows)
+        labels.extend(None if label < 0 else label for label in labels_or_none(table))
     return hashes, labels
 
 

@@ -31,7 +31,7 @@ from eclipse_ray.quality import WINDOW, psnr, ssim
 from eclipse_ray.storage.store import Store
 
 Pixels = NDArray[np.uint8]
-CANONICAL_COLUMNS: Settings = {"data.image_column": "image", "data.label_column": "label"}
+CANONICAL_COLUMNS: Settings = {"data.image_column": "image", "data.label_column": "label", "data.labels": None}
 
 
 class Cache:
@@ -90,7 +90,9 @@ def part_of(config: Config, cache: Cache, url: str, ids: Sequence[str] | None, k
     A part is written once, with the bytes it has, because the verbs that read it know no limit.
     """
     if ids is None:
-        return {"data.source": url, "data.clean": url}
+        # Other labels than its own belong to data.source only.
+        own = {} if url == config.data.source or not config.data.label_file else {"data.labels": None}
+        return {"data.source": url, "data.clean": url, **own}
     target = cache.url("parts", key)
     with cache.writing:
         if not _complete(target):
@@ -193,7 +195,7 @@ def load_published(url: str, source: ImageSet, config: Config) -> ImageSet:
 
     Raises InputError for an image that is missing at `url`, or that has another label or size there.
     """
-    found, clean = load_images(url, config.data, require_labels=True), config.data.source
+    found, clean = load_images(url, config.data), config.data.source
     place = {name: index for index, name in enumerate(found.ids)}
     missing = [name for name in source.ids if name not in place]
     if missing:

@@ -15,7 +15,7 @@ from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
 from eclipse_ray.config import CompensationConfig, Config, digest, with_overrides
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import content_hash
-from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images, load_sample
+from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images, load_sample, require_classes
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, read_card, weights_digest
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.experiments import search
@@ -63,6 +63,13 @@ def labels_of(images: ImageSet) -> NDArray[np.int64]:
     """Return the labels of a set that was read as a labelled one."""
     assert images.labels is not None, "the set was read as a labelled one"
     return images.labels
+
+
+def check_labels(config: Config, *urls: str, partly: bool = False) -> None:
+    """Say which classes sets have, before an image of any is read; data.source needs two. Raises InputError."""
+    for url in urls:
+        least = 2 if url == config.data.source else 1
+        require_classes(url, open_source(url, config.data), config.data, least, partly=partly)
 
 
 @dataclass
@@ -141,8 +148,8 @@ def open_evaluation(config: Config) -> Experiment:
     data = config.data
     if not data.source or not data.test:
         raise ConfigError("evaluate needs both: eclipse-ray evaluate SRC --test SRC")
-    source = load_images(data.source, data, require_labels=True)
-    test = load_images(data.test, data, require_labels=True)
+    check_labels(config, data.source, data.test)
+    source, test = load_images(data.source, data), load_images(data.test, data)
     _same_classes(data.source, source, data.test, test)
     if source.images.shape[1:] != test.images.shape[1:]:
         raise InputError(
@@ -186,8 +193,9 @@ def open_matrix(config: Config) -> Experiment:
     for name, value in (("data.source", data.source), ("data.test", data.test), ("data.output", data.output)):
         if not value:
             raise ConfigError(f"{name} is not set: a matrix needs data.source, data.test and data.output")
-    source = load_images(str(data.source), data, require_labels=True, limit=matrix.limit)
-    test = load_images(str(data.test), data, require_labels=True, limit=matrix.test_limit)
+    check_labels(config, str(data.source), str(data.test), *published_sources(config))
+    source = load_images(str(data.source), data, limit=matrix.limit)
+    test = load_images(str(data.test), data, limit=matrix.test_limit)
     sparse = load_images(data.clean, data) if data.clean else None
     _check_classes(config, source)
     _same_classes(str(data.source), source, str(data.test), test)
@@ -277,6 +285,8 @@ def sweep_sets(config: Config) -> Sets:
     data, sweep = config.data, config.sweep
     if not data.source or not data.clean or not data.output:
         raise ConfigError("a sweep needs SRC, --clean SRC and --out DIR")
+    check_labels(config, data.source)
+    check_labels(config, data.clean, partly=True)
     clean = load_images(data.clean, data)
     total = open_source(data.source, data).images
     parts: dict[float | None, ImageSet] = {}

@@ -10,7 +10,7 @@ import numpy as np
 from eclipse_ray import ledger
 from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
 from eclipse_ray.config import Config, to_yaml
-from eclipse_ray.datasets.formats import Source, open_source, read_parts, read_tables
+from eclipse_ray.datasets.formats import PASSED_OVER, Source, open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import (
     ImageError,
     centre_crop,
@@ -89,6 +89,8 @@ class Prepared:
     def claim(self) -> None:
         """Make the output folder this run's, or find it so. Raises ResumeError if it is another's."""
         ledger.open_run(self.store, self.plan, self.fingerprint, to_yaml(self.config))
+        if self.source.passed_over:
+            self.store.write(PASSED_OVER, self.source.passed_over.encode())
 
 
 def prepare(config: Config, *, extend: bool = False) -> Prepared:
@@ -187,7 +189,10 @@ def _fingerprint(config: Config, plan: ledger.Plan, weights: str) -> ledger.Fing
     tree = {
         "purify": config.purify.model_dump(mode="json", include=PURIFY_IN_FINGERPRINT),
         "compensation": config.compensation.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json", include=DATA_IN_FINGERPRINT),
+        "data": {
+            **config.data.model_dump(mode="json", include=DATA_IN_FINGERPRINT),
+            **config.data.deciding_labels(),
+        },
         "run": {"seed": config.run.seed},
     }
     return ledger.Fingerprint(tree, weights, ledger.plan_digest(plan.base), ENGINE_VERSION)

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from eclipse_ray import ledger
 from eclipse_ray.config import Config, DataConfig, Settings, recorded_config, with_overrides
-from eclipse_ray.datasets.formats import FORMATS, Source, open_source, read_parts
+from eclipse_ray.datasets.formats import FORMATS, PASSED_OVER, Source, open_source, read_parts
 from eclipse_ray.datasets.images import decode_required
 from eclipse_ray.datasets.memory import decode_resized
 from eclipse_ray.datasets.table import Span, image_bytes, read_note
@@ -217,6 +217,7 @@ class Purification:
         self.plan, self.statuses = ledger.read_plan(store), ledger.read_statuses(store)
         self.config = with_overrides(read_config(store) or Config(), moved or {})
         self.noise = _noise(store, self.config)
+        self.passed_over = store.read(PASSED_OVER).decode() if store.exists(PASSED_OVER) else ""
         self.done = [self.statuses[shard.name] for shard in self.plan.shards if shard.name in self.statuses]
         """Statuses of the planned shards that are committed, in plan order."""
         self.planned = sum(shard.rows for shard in self.plan.shards)

@@ -59,10 +59,12 @@ def facts(run: Purification, quality: Sequence[str] = ()) -> Facts:
         f"They were noised to t_star = {noise.t_star:,} of {len(noise.alphas_cumprod):,} and denoised in {steps} "
         f"({noise.sampler}); compensation: {run.config.compensation.mode}."
     )
+    done = f"{run.ok:,} of {run.planned:,} images were purified, {failed}{end}."
+    over = [f"Of the source, {run.passed_over}."] if run.passed_over else []
     good = [*quality, *_likeness(run), *_perturbation(run)] or ["No image could be compared with what it was."]
     return Facts(
         [
-            ("What was done?", [f"{run.ok:,} of {run.planned:,} images were purified, {failed}{end}.", how]),
+            ("What was done?", [done, how, *over]),
             ("Is it still good?", good),
             ("What changed most and least?", _extremes(run) or ["No image could be compared."]),
             ("What failed?", [_failed(run)]),

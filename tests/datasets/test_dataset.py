@@ -10,7 +10,7 @@ from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import folder, parquet
 from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import content_hash, encode_image
-from eclipse_ray.datasets.memory import load_images, load_mixed
+from eclipse_ray.datasets.memory import load_images, load_mixed, require_classes
 from eclipse_ray.datasets.table import canonical_table
 from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.errors import InputError
@@ -41,7 +41,7 @@ def test_what_is_written_loads_again(tmp_path_factory, labels, cuts, layout):
     whole = table(pixels, labels)
     pieces = [whole.slice(start, cuts) for start in range(0, len(labels), cuts)]
     assert write_dataset(url, pieces, classes=CLASSES, source="test", layout=layout) == len(labels)
-    loaded = load_images(url, CONFIG, require_labels=True)
+    loaded = load_images(url, CONFIG)
     assert loaded.classes == CLASSES
     written = sorted((content_hash(p), label) for p, label in zip(pixels, labels, strict=True))
     assert sorted(zip(loaded.hashes(), loaded.labels.tolist(), strict=True)) == written
@@ -69,20 +69,24 @@ def test_limit_takes_the_first(tmp_path):
 
 
 def test_bad_sets_are_refused_by_name(tmp_path):
-    def refused(name, *tables, classes=None, **options):
+    def refused(name, *tables, classes=None, read=lambda url: load_images(url, CONFIG)):
         url = str(tmp_path / name)
         write_dataset(url, tables, classes=classes, source="test")
         with pytest.raises(InputError) as caught:
-            load_images(url, CONFIG, **options)
+            read(url)
         return str(caught.value)
+
+    def labelled(url):
+        return require_classes(url, open_source(url, CONFIG), CONFIG)
 
     sizes = refused("a", table(images(1)), table(images(1, size=5), ids=["big"]))
     assert "im/000 is 4x4 and big is 5x5" in sizes
     assert "image bad: not an image" in refused("b", canonical_table(["bad"], [b"<html>"]))
     assert "id im/000 occurs more than once" in refused("c", table(images(1)), table(images(1)))
-    assert "has no labels" in refused("d", table(images(1)), require_labels=True)
-    assert "im/001 has no label" in refused("e", table(images(2), [1, None]), require_labels=True)
-    beyond = refused("f", table(images(2), [1, 3]), classes=CLASSES, require_labels=True)
+    assert "has no labels" in refused("d", table(images(1)), read=labelled)
+    half = refused("e", table(images(2), [1, None]), read=labelled)
+    assert "row 1 of data/part-00000.parquet has no label" in half
+    beyond = refused("f", table(images(2), [1, 3]), classes=CLASSES, read=labelled)
     assert "label 3 is out of range, there are 3 classes" in beyond
 
 
@@ -106,7 +110,7 @@ def test_files_are_bounded(tmp_path):
 def test_nothing_is_written_over(tmp_path):
     write_dataset(str(tmp_path / "a"), [table(images(1))], classes=None, source="test")
     note = json.loads((tmp_path / "a" / "_eclipse" / "dataset.json").read_text())
-    assert note == {"images": 1, "classes": None, "source": "test"}
+    assert note == {"images": 1, "classes": None, "source": "test", "labelled": False}
     with pytest.raises(InputError, match=r"already holds data \(data/part-00000"):
         write_dataset(str(tmp_path / "a"), [], classes=None, source="test")
     (tmp_path / "file").touch()

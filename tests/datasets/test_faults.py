@@ -13,7 +13,7 @@ from eclipse_ray import ledger
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import load_images
+from eclipse_ray.datasets.memory import load_images, require_classes
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.datasets.write import convert, write_dataset
 from eclipse_ray.errors import InputError
@@ -183,8 +183,8 @@ def test_labels_out_of_range_without_statistics_are_named_by_their_reader(tmp_pa
 def test_missing_labels_are_named_by_whoever_needs_them(tmp_path):
     write_dataset(str(tmp_path / "s"), [canonical_table(["a"], [PNG], [None])], classes=["x"], source="test")
     assert open_source(str(tmp_path / "s"), CONFIG).images == 1
-    with pytest.raises(InputError, match="image a has no label"):
-        load_images(str(tmp_path / "s"), CONFIG, require_labels=True)
+    with pytest.raises(InputError, match=r"has no labels .*data\.labels=FILE"):
+        require_classes(str(tmp_path / "s"), open_source(str(tmp_path / "s"), CONFIG), CONFIG)
 
 
 def test_page_checksums_are_what_notices(tmp_path):

@@ -169,7 +169,8 @@ def test_files_that_no_format_reads_are_counted_and_named(tmp_path, capsys):
     for name in ("a.png", "b.jfif", "c.jpe", "metadata.csv", "more.csv", "README"):
         (tmp_path / name).write_bytes(PNG)
     assert open_source(str(tmp_path), CONFIG).images == 3
-    assert "3 files are passed over: 2 .csv, 1 without a suffix, such as README" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "3 files are passed over: 2 .csv, 1 without a suffix, such as README" in said
     open_source(str(tmp_path / "a.png"), CONFIG)
     assert capsys.readouterr().err == ""
 

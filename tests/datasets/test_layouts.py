@@ -130,3 +130,35 @@ def test_arrays_need_images_of_one_size_that_can_be_decoded(tmp_path):
     write_dataset(str(tmp_path / "broken"), [broken], classes=None, source="test")
     with pytest.raises(InputError, match="image a: not an image"):
         convert(str(tmp_path / "broken"), str(tmp_path / "two"), CONFIG, "npz")
+
+
+@pytest.mark.parametrize("layout", ["npy", "pt", "pkl"])
+def test_files_as_published_keep_pixels_labels_and_order_and_refuse_the_rest(tmp_path, layout):
+    source = put(tmp_path / "src", pixels(5), [0, 1, 2, 2, 1])
+    assert convert(source, str(tmp_path / "out"), CONFIG, layout) == 5
+    loaded = load_images(str(tmp_path / "out"), CONFIG)
+    assert np.array_equal(loaded.images, pixels(5))
+    assert loaded.labels.tolist() == [0, 1, 2, 2, 1]
+    assert loaded.classes == CLASSES
+    source = put(tmp_path / "more", pixels(2), [0, 1], extras=pa.table({"txt": ["a", "b"]}))
+    with pytest.raises(InputError, match="an array file cannot hold the column 'txt'"):
+        convert(source, str(tmp_path / "refused"), CONFIG, layout)
+    source = put(tmp_path / "half", pixels(2), [0, None])
+    with pytest.raises(InputError, match="has no label"):
+        convert(source, str(tmp_path / "half refused"), CONFIG, layout)
+    one, other = (put(tmp_path / f"side {side}", pixels(1, side), [0], [f"{side}"]) for side in (16, 32))
+    (tmp_path / "two").mkdir()
+    for number, url in enumerate((one, other)):
+        (file,) = (tmp_path / url / "data").iterdir()
+        file.rename(tmp_path / "two" / f"{number}.parquet")
+    with pytest.raises(InputError, match="differ in size"):
+        convert(str(tmp_path / "two"), str(tmp_path / "two refused"), CONFIG, layout)
+
+
+@pytest.mark.parametrize("ids", [["0.png", "1.png"], ["data/0.png", "data/1.png"], ["a/0.png", "b/1.png"]])
+def test_images_without_labels_keep_their_folders(tmp_path, ids):
+    source = put(tmp_path / "src", pixels(2), None, ids, classes=None)
+    convert(source, str(tmp_path / "out"), CONFIG, "folder")
+    assert [(tmp_path / "out" / name).is_file() for name in ids] == [True, True]
+    loaded = load_images(str(tmp_path / "out"), CONFIG)
+    assert (loaded.ids, loaded.labels) == (ids, None)

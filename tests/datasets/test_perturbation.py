@@ -327,7 +327,7 @@ def test_copies_in_the_clean_set_match_if_their_labels_agree(tmp_path):
 
 def test_a_clean_set_without_labels_is_refused(tmp_path, clean):
     bare = write(tmp_path / "bare", IMAGES, labels=None, classes=None)
-    with pytest.raises(InputError, match="has images without labels"):
+    with pytest.raises(InputError, match="has no labels"):
         labels_from(clean, bare, str(tmp_path / "out"), CONFIG)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from eclipse_ray import log
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import published
 from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
@@ -25,7 +26,7 @@ ONE_HOT = np.eye(5)[LABELS]
 
 @pytest.fixture(autouse=True)
 def say_again():
-    published._say_once.cache_clear()
+    log.say_once.cache_clear()
 
 
 def pixels(table):

@@ -287,3 +287,71 @@ def test_a_note_beside_a_dataset_is_data(tmp_path, canary):
     (tmp_path / "src" / "_eclipse").mkdir()
     (tmp_path / "src" / "_eclipse" / "dataset.json").write_bytes(pickle.dumps(Touch(canary)))
     assert open_source(str(tmp_path / "src"), CONFIG).classes == ["cat", "dog"]
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """A labelled set of two classes without harm, and where a harmful published set is to be written."""
+    np.savez(
+        tmp_path / "clean.npz",
+        images=np.arange(4 * 768, dtype=np.uint8).reshape(4, 16, 16, 3),
+        labels=[0, 1, 0, 1],
+    )
+    np.save(tmp_path / "delta.npy", np.zeros((4, 3, 16, 16), np.float32))
+    return str(tmp_path / "clean.npz"), str(tmp_path / "bad.pkl"), str(tmp_path / "out")
+
+
+SOURCES = {
+    "convert": lambda good, bad, out: ["convert", bad, out],
+    "convert, --labels-from": lambda good, bad, out: ["convert", good, out, "--labels-from", bad],
+    "split": lambda good, bad, out: ["split", bad, "--clean", "1", "--out", out],
+    "poison": lambda good, bad, out: ["poison", "urp", bad, out],
+    "apply": lambda good, bad, out: ["apply", str(Path(good).parent / "delta.npy"), bad, out],
+    "apply, DELTA": lambda good, bad, out: ["apply", bad, good, out],
+    "apply, --index": lambda good, bad, out: [
+        *("apply", str(Path(good).parent / "delta.npy"), good, out),
+        *("--index", bad),
+    ],
+    "train": lambda good, bad, out: ["train", "--clean", bad, "--out", out],
+    "audit": lambda good, bad, out: ["audit", bad],
+    "evaluate": lambda good, bad, out: ["evaluate", bad, "--test", good],
+    "evaluate, --test": lambda good, bad, out: ["evaluate", good, "--test", bad],
+    "a matrix": lambda good, bad, out: [
+        *("evaluate", good, "--test", good, "--out", out),
+        *("--set", f"matrix.poisons=[{{name: published, source: {bad}, label: it}}]"),
+    ],
+    "sweep": lambda good, bad, out: ["sweep", bad, "--clean", good, "--out", out],
+    "sweep, --clean": lambda good, bad, out: ["sweep", good, "--clean", bad, "--out", out],
+    "data.labels": lambda good, bad, out: ["convert", good, out, "--set", f"data.labels={bad}"],
+}
+
+
+@pytest.mark.parametrize("place", SOURCES)
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_each_place_where_a_verb_reads_a_published_file(canary, sets, monkeypatch, capfd, place, form):
+    good, bad, out = sets
+    write_published(Path(bad), [(bytes(768), 0), (bytes(768), Touch(canary))], form)
+    code, err = call(monkeypatch, capfd, *SOURCES[place](good, bad, out))
+    assert code == 2
+    one_sentence(err[err.index("error: ") :], "bad.pkl", "can run code")
+
+
+def test_the_source_of_a_purification(world, canary, sets, monkeypatch, capfd):
+    _, bad, out = sets
+    write_published(Path(bad), [(bytes(768), 0), (bytes(768), Touch(canary))], "pickle")
+    code, err = call(monkeypatch, capfd, "purify", bad, out, "--denoiser", world.denoiser)
+    assert code == 2
+    one_sentence(err[err.index("error: ") :], "bad.pkl", "can run code")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".pkl"])
+def test_label_file(tmp_path, canary, sets, monkeypatch, capfd, suffix):
+    file = tmp_path / f"labels{suffix}"
+    if suffix == ".npy":
+        np.save(file, np.array([Touch(canary), 1, 0, 1], dtype=object), allow_pickle=True)
+    else:
+        write_published(file, [0, 1, 0, Touch(canary)], "zip" if suffix == ".pt" else "pickle")
+    good, _, out = sets
+    code, err = call(monkeypatch, capfd, "convert", good, out, "--set", f"data.labels={file}")
+    assert code == 2
+    one_sentence(err[err.index("error: ") :], file.name, "can run code")

@@ -1,0 +1,389 @@
+"""Labels that are not what they seem: each reading is right, or a question that `data.labels` answers."""
+
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.formats import open_source, read_labels, read_tables
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.labels import read_label_file
+from eclipse_ray.datasets.memory import load_images, load_mixed, require_classes
+from eclipse_ray.datasets.table import canonical_table, table_to_parquet
+from eclipse_ray.datasets.write import convert
+from eclipse_ray.errors import InputError
+
+CONFIG = DataConfig()
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
+
+
+def fill(folder, *keys):
+    for number, key in enumerate(keys):
+        file = folder / key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_image(PIXELS[number], "png"))
+    return str(folder)
+
+
+def labels_at(url, **settings):
+    """Return {id: label} of a dataset, None for no label, and its classes, as rows and labels alone say."""
+    config = DataConfig(**settings)
+    source = open_source(url, config)
+    found = {}
+    for table in read_tables(source, config):
+        values = table["label"].to_pylist() if "label" in table.column_names else [None] * table.num_rows
+        found |= dict(zip(table["id"].to_pylist(), values, strict=True))
+    alone = read_labels(source, config)
+    expected = [-1 if label is None else label for label in found.values()]
+    assert ([-1] * source.images if alone is None else alone.tolist()) == expected
+    return found, source.classes
+
+
+def asked(url, *words, **settings):
+    with pytest.raises(InputError) as caught:
+        open_source(url, DataConfig(**settings))
+    assert all(word in str(caught.value) for word in (url, *words)), caught.value
+
+
+QUESTIONS = {
+    "one level deeper": (("images/cat/0.png", "images/dog/1.png"), "images/, in 2 folders (cat, dog)"),
+    "groups of classes": (("pets/cat/0.png", "pets/dog/1.png", "farm/cow/2.png"), "all in folders below"),
+    "splits in classes": (("cat/train/0.png", "cat/test/1.png", "dog/train/2.png"), "all in folders below"),
+    "a split beside classes": (("cat/0.png", "dog/1.png", "val/2.png"), "named after splits"),
+    "two splits and a rest": (("train/0.png", "test/1.png", "extra/2.png"), "named after splits"),
+    "a folder that holds everything": (("all/0.png", "all/1.png", "cat/2.png"), "parts of a dataset"),
+    "masks": (("images/0.png", "masks/0.png"), "parts of a dataset"),
+    "gaps": (("0/0.png", "1/1.png", "3/2.png"), "numbered with gaps"),
+    "partitions of a date": (("date=1/0.png", "date=2/1.png"), "partitions of something else"),
+    "case": (("cat/0.png", "Cat/1.png", "dog/2.png"), "differ only in their case"),
+    "images beside": (("cat/0.png", "1.png"), "beside them (1.png)"),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_doubtful_folder_is_a_question_that_a_setting_answers(tmp_path, name):
+    keys, words = QUESTIONS[name]
+    url = fill(tmp_path, *keys)
+    asked(url, words, "data.labels=folder")
+    assert labels_at(url, labels="none") == (dict.fromkeys(sorted(keys)), None)
+    if name == "images beside":
+        asked(url, words, labels="folder")
+        return
+    tops = sorted({key.partition("/")[0] for key in keys})
+    found, classes = labels_at(url, labels="folder")
+    assert classes == [top.partition("=")[2] or top for top in tops]
+    assert found == {key: tops.index(key.partition("/")[0]) for key in keys}
+
+
+def test_training_a_denoiser_asks_nothing_about_labels(tmp_path):
+    assert len(load_mixed(fill(tmp_path, "0/0.png", "2/1.png"), CONFIG).ids) == 2
+
+
+@pytest.mark.parametrize(
+    "tops", [("train", "val"), ("train2017", "val2017"), ("train_images", "test_images"), ("dev",)]
+)
+def test_folders_named_after_splits_are_no_classes_whatever_is_said(tmp_path, tops):
+    url = fill(tmp_path, *(f"{top}/cat/0.png" for top in tops), *(f"{top}/dog/0.png" for top in tops))
+    for labels in (None, "folder", "none"):
+        asked(url, "not classes", tops[0], labels=labels)
+    assert open_source(f"{url}/{tops[0]}", CONFIG).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("form", ["{}", "class_{}", "label={}", "{}-x"])
+def test_numbers_in_names_of_classes_decide_their_order(tmp_path, form):
+    numbers = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    url = fill(tmp_path, *(f"{form.format(number)}/a.png" for number in numbers))
+    found, classes = labels_at(url)
+    names = [form.format(number).removeprefix("label=") for number in numbers]
+    assert classes == names
+    assert found == {f"{form.format(number)}/a.png": number for number in numbers}
+
+
+def test_classes_with_one_inner_folder_are_classes(tmp_path):
+    found, classes = labels_at(fill(tmp_path, "n01/images/0.png", "n07/images/1.png"))
+    assert (found, classes) == ({"n01/images/0.png": 0, "n07/images/1.png": 1}, ["n01", "n07"])
+
+
+def test_folders_without_a_name_in_keys_of_a_bucket_are_no_class():
+    # A disk has no such names, so the rule is asked itself.
+    from eclipse_ray.datasets.folder import class_folders, folder_label
+    from eclipse_ray.storage.store import Store
+
+    store = Store("memory://nameless")
+    keys = ["/cat/0.png", "dog//1.png", "dog/2.png"]
+    assert class_folders(store, keys, CONFIG) == ["cat", "dog"]
+    assert [folder_label(store, key, ["cat", "dog"]) for key in keys] == [0, 1, 1]
+    with pytest.raises(InputError, match="beside them"):
+        class_folders(store, ["/0.png", "dog/1.png"], CONFIG)
+
+
+def test_a_folder_without_images_among_classes_is_a_question(tmp_path):
+    url = fill(tmp_path, "bird/0.png", "dog/1.png")
+    (tmp_path / "cat").mkdir()
+    asked(url, "the folder cat/ holds no image")
+    assert labels_at(url, labels="folder")[1] == ["bird", "dog"]
+    (tmp_path / "cat" / "a.heic").write_bytes(b"x")
+    asked(url, "the folder cat/ holds no image")
+
+
+def test_a_class_whose_every_image_fails_keeps_its_label(tmp_path):
+    url = fill(tmp_path, "bird/0.png", "cat/1.png", "dog/2.png")
+    (tmp_path / "cat" / "1.png").write_bytes(b"<html>")
+    assert labels_at(url) == ({"bird/0.png": 0, "cat/1.png": 1, "dog/2.png": 2}, ["bird", "cat", "dog"])
+
+
+def rows(*ids, labels=None, classes=None):
+    encoded = [encode_image(PIXELS[number], "png") for number in range(len(ids))]
+    return table_to_parquet(canonical_table(list(ids), encoded, labels, None, classes))
+
+
+def test_partitions_of_tables_are_a_question(tmp_path):
+    for value in (3, 10):
+        (tmp_path / f"label={value}").mkdir()
+        (tmp_path / f"label={value}" / "a.parquet").write_bytes(rows(f"{value}"))
+    asked(str(tmp_path), "label=10/a.parquet may be a label")
+    assert labels_at(str(tmp_path), labels="none") == ({"10": None, "3": None}, None)
+    assert labels_at(str(tmp_path), labels="folder") == ({"10": 1, "3": 0}, ["3", "10"])
+
+
+def half_parquet(folder):
+    (folder / "a.parquet").write_bytes(rows("a", labels=[1]))
+    (folder / "b.parquet").write_bytes(rows("b"))
+
+
+def half_npz(folder):
+    np.savez(folder / "a.npz", images=PIXELS[:1], labels=np.array([1]))
+    np.savez(folder / "b.npz", images=PIXELS[1:2])
+
+
+def half_published(folder):
+    torch.save({"data": torch.from_numpy(PIXELS[:1]), "labels": torch.tensor([1])}, folder / "a.pt")
+    torch.save({"data": torch.from_numpy(PIXELS[1:2])}, folder / "b.pt")
+
+
+@pytest.mark.parametrize("make", [half_parquet, half_npz, half_published])
+def test_files_of_which_some_have_labels_are_a_question(tmp_path, make):
+    make(tmp_path)
+    suffix = next(tmp_path.iterdir()).suffix
+    asked(str(tmp_path), f"a{suffix} has labels and b{suffix} has none", "data.labels=none")
+    assert set(labels_at(str(tmp_path), labels="none")[0].values()) == {None}
+
+
+# ---- Label files
+
+
+def write_text(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+FILES = {
+    "names.csv": (write_text("names.csv", "file_name,label\na.png,2\nb.png,0\n"), [2, 0], None),
+    "kaggle.csv": (write_text("kaggle.csv", "id,breed\na,pug\nb,beagle\n"), [1, 0], ["beagle", "pug"]),
+    "floats.tsv": (write_text("floats.tsv", "path\tclass\na.png\t2.0\nb.png\t0.0\n"), [2, 0], None),
+    "pairs.txt": (write_text("pairs.txt", "a.png 2\nb.png 0\n"), [2, 0], None),
+    "metadata.jsonl": (
+        write_text(
+            "metadata.jsonl", '{"file_name": "a.png", "label": "cat"}\n{"file_name": "b.png", "label": "ape"}\n'
+        ),
+        [1, 0],
+        ["ape", "cat"],
+    ),
+    "dataset.json": (write_text("dataset.json", '{"labels": [["a.png", 2], ["b.png", 0]]}'), [2, 0], None),
+    "names.json": (write_text("names.json", '{"a.png": 2, "b.png": 0}'), [2, 0], None),
+    "order.csv": (write_text("order.csv", "label\n2\n0\n"), [2, 0], None),
+    "order.txt": (write_text("order.txt", "cat\nape\n"), [1, 0], ["ape", "cat"]),
+    "order.json": (write_text("order.json", "[2, 0]"), [2, 0], None),
+    "order.npy": (lambda folder: np.save(folder / "order.npy", np.array([[2], [0]])), [2, 0], None),
+    "onehot.npy": (lambda folder: np.save(folder / "onehot.npy", np.eye(3)[[2, 0]]), [2, 0], None),
+    "text.npy": (lambda folder: np.save(folder / "text.npy", np.array(["cat", "ape"])), [1, 0], ["ape", "cat"]),
+    "order.pt": (lambda folder: torch.save(torch.tensor([2, 0]), folder / "order.pt"), [2, 0], None),
+    "order.pkl": (lambda folder: (folder / "order.pkl").write_bytes(pickle.dumps([2, 0])), [2, 0], None),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_label_file_gives_the_labels_of_a_folder(tmp_path, name):
+    make, expected, names = FILES[name]
+    make(tmp_path)
+    by_name = read_label_file(str(tmp_path / name)).names is not None
+    keys = ("a.png", "b.png") if by_name else ("0.png", "1.png")
+    url = fill(tmp_path / "set", *keys)
+    found, classes = labels_at(url, labels=str(tmp_path / name))
+    assert (found, classes) == (dict(zip(keys, expected, strict=True)), names)
+    # The table may lie in the folder itself.
+    (tmp_path / name).rename(tmp_path / "set" / name)
+    assert labels_at(url, labels=f"{url}/{name}")[0] == found
+
+
+def test_labels_in_order_go_by_the_numbers_of_images_and_not_by_the_text(tmp_path):
+    url = fill(tmp_path / "set", *(f"data/{number}.png" for number in range(11)))
+    np.save(tmp_path / "l.npy", np.arange(11) * 3)
+    found, _ = labels_at(url, labels=str(tmp_path / "l.npy"))
+    assert found == {f"data/{number}.png": 3 * number for number in range(11)}
+
+
+def test_labels_in_order_of_one_file(tmp_path):
+    np.savez(tmp_path / "x.npz", images=PIXELS[:5], labels=np.zeros(5, int))
+    np.save(tmp_path / "l.npy", np.array([4, 3, 2, 1, -1]))
+    found, _ = labels_at(str(tmp_path / "x.npz"), labels=str(tmp_path / "l.npy"))
+    assert list(found.values()) == [4, 3, 2, 1, None]
+    np.save(tmp_path / "l.npy", np.array([4, 3]))
+    with pytest.raises(InputError, match=r"holds 2 labels in order, .* has 5 images"):
+        open_source(str(tmp_path / "x.npz"), DataConfig(labels=str(tmp_path / "l.npy")))
+
+
+def test_labels_by_id_of_a_table(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(rows("x", "y", labels=[0, 0], classes=["one"]))
+    (tmp_path / "l.json").write_text(json.dumps({"y": "dog", "x": "cat", "z": "cow"}))
+    settings = {"labels": str(tmp_path / "l.json")}
+    assert labels_at(str(tmp_path / "a.parquet"), **settings) == ({"x": 0, "y": 2}, ["cat", "cow", "dog"])
+    (tmp_path / "l.json").write_text(json.dumps({"y": "dog"}))
+    source = open_source(str(tmp_path / "a.parquet"), DataConfig(**settings))
+    with pytest.raises(InputError, match="has no label for image x"):
+        list(read_tables(source, DataConfig(**settings)))
+
+
+BAD = {
+    "l.csv": ("a,b,c\n1,2,3\n", "its columns are a, b, c; .*data.label_column=NAME"),
+    "twice.csv": ("file,label\na.png,1\na.png,2\n", "a.png occurs more than once"),
+    "short.csv": ("file,label\na.png\n", "different lengths"),
+    "mixed.csv": ("file,label\na.png,1\nb.png,\n", "label 1 is ''"),
+    "l.json": ("{", "not readable"),
+    "half.json": ("[1, 1.5]", "label 0 is 1; expected whole numbers"),
+    "l.yaml": ("a: 1", "not a file of labels"),
+    "low.txt": ("-2\n", "below -1"),
+    "empty.txt": ("", "holds no labels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_is_no_file_of_labels_is_refused_by_name(tmp_path, name):
+    text, words = BAD[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name}: .*{words}|{words}"):
+        read_label_file(str(tmp_path / name))
+    with pytest.raises(InputError, match="there is no such file"):
+        read_label_file(str(tmp_path / "absent.csv"))
+
+
+def test_images_without_a_line_or_with_a_shared_one_are_named(tmp_path):
+    url = fill(tmp_path / "set", "x/a.png", "y/a.png", "y/b.png")
+    (tmp_path / "l.csv").write_text("file,label\na.png,1\nb.png,2\n")
+    with pytest.raises(InputError, match=r"x/a\.png and y/a\.png would get the same line"):
+        open_source(url, DataConfig(labels=str(tmp_path / "l.csv")))
+    (tmp_path / "l.csv").write_text("file,label\nx/a.png,1\ny/a.png,2\n")
+    with pytest.raises(InputError, match=r"y/b\.png by its name"):
+        open_source(url, DataConfig(labels=str(tmp_path / "l.csv")))
+
+
+def test_a_label_file_belongs_to_the_source_and_not_to_other_sets(tmp_path):
+    train, test = fill(tmp_path / "train", "0.png", "1.png"), fill(tmp_path / "test", "cat/0.png", "dog/1.png")
+    np.save(tmp_path / "l.npy", np.array([1, 0]))
+    config = DataConfig(source=train, labels=str(tmp_path / "l.npy"))
+    assert load_images(train, config).labels.tolist() == [1, 0]
+    assert load_images(test, config).labels.tolist() == [0, 1]
+    assert load_images(test, config).classes == ["cat", "dog"]
+
+
+def test_a_changed_label_file_is_another_input(tmp_path):
+    url = fill(tmp_path / "set", "0.png", "1.png")
+    config = DataConfig(labels=str(tmp_path / "l.txt"))
+    (tmp_path / "l.txt").write_text("0\n1\n")
+    before = open_source(url, config).parts
+    (tmp_path / "l.txt").write_text("1\n1\n")
+    assert {part.version for part in before}.isdisjoint(part.version for part in open_source(url, config).parts)
+
+
+# ---- What is said before images are read
+
+
+def test_classes_are_said_and_labels_checked_before_any_image_is_read(tmp_path, capsys, monkeypatch):
+    url = fill(tmp_path, "cat/0.png", "cat/1.png", "dog/2.png")
+    opened = open_source(url, CONFIG)
+    monkeypatch.setattr("eclipse_ray.storage.store.Store.read", lambda *_: pytest.fail("an image was read"))
+    assert require_classes(url, opened, CONFIG, 2).tolist() == [0, 0, 1]
+    assert f"{url}: 2 classes in 3 images: cat 2, dog 1\n" in capsys.readouterr().err
+
+
+def test_one_class_is_refused_where_two_are_needed(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(rows("a", "b", labels=[1, 1], classes=["cat", "dog"]))
+    source = open_source(str(tmp_path), CONFIG)
+    with pytest.raises(InputError, match="all 2 images are of one class, dog, where at least 2"):
+        require_classes(str(tmp_path), source, CONFIG, 2)
+    assert require_classes(str(tmp_path), source, CONFIG).tolist() == [1, 1]
+
+
+def test_many_classes_fit_one_line_and_empty_ones_are_named(tmp_path, capsys):
+    names = [f"c{number}" for number in range(30)]
+    table = pa.table({"image": [encode_image(PIXELS[0], "png")] * 29, "label": list(range(29))})
+    metadata = {b"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    require_classes(str(tmp_path), open_source(str(tmp_path), CONFIG), CONFIG)
+    said = capsys.readouterr().err
+    assert "30 classes in 29 images: c0 1, c1 1" in said
+    assert "and 10 more, each 0 to 1; 1 without images, such as c29" in said
+
+
+# ---- Files that are passed over
+
+
+def test_every_file_is_read_or_counted_and_strict_refuses(tmp_path, capsys):
+    url = fill(tmp_path / "set", "a.png", "b.png")
+    for name in ("x.heic", "y.heic", "labels.csv", ".c.png", ".DS_Store"):
+        (tmp_path / "set" / name).write_bytes(b"x")
+    sentence = "5 files are passed over: 2 .heic, 1 without a suffix, 1 .png, 1 .csv, such as .DS_Store"
+    assert open_source(url, CONFIG).passed_over == sentence
+    said = capsys.readouterr().err
+    assert f"{url}: {sentence}; if it holds labels, read them with --set data.labels={url}/labels.csv" in said
+    with pytest.raises(
+        InputError, match=r"5 files are passed over.*; take them out of the source, or leave out --strict"
+    ):
+        open_source(url, DataConfig(strict=True))
+    convert(url, str(tmp_path / "out"), CONFIG)
+    assert json.loads((tmp_path / "out" / "_eclipse" / "dataset.json").read_text())["passed_over"] == sentence
+    assert open_source(str(tmp_path / "out"), DataConfig(strict=True)).passed_over == ""
+
+
+ONE, TWO = ("cat/0.png", "cat/1.png"), ("cat/0.png", "dog/1.png")
+
+
+@pytest.mark.parametrize(
+    ("verb", "source", "other", "words"),
+    [
+        ("poison", ONE, None, "set: has no labels"),
+        ("audit", ONE, None, "set: has no labels"),
+        ("evaluate", ONE, TWO, "set: has no labels"),
+        ("evaluate", TWO, ONE, "other: has no labels"),
+        ("matrix", TWO, ONE, "other: has no labels"),
+        ("sweep", ONE, TWO, "set: has no labels"),
+        ("sweep", TWO, ONE, "other: has no labels"),
+        *((verb, "one", TWO, "of one class") for verb in ("poison", "audit", "evaluate", "matrix", "sweep")),
+    ],
+)
+def test_verbs_check_labels_before_they_read_an_image(tmp_path, verb, source, other, words):
+    """The images are none, so whoever reads one says so."""
+    import eclipse_ray
+
+    url = fill(tmp_path / "set", *(ONE if source == "one" else source))
+    beside = fill(tmp_path / "other", *(other or TWO))
+    for file in (*(tmp_path / "set").rglob("*.png"), *(tmp_path / "other").rglob("*.png")):
+        file.write_bytes(b"no image")
+    settings = {"matrix.clean": True, "data.output": str(tmp_path / "out")} if verb == "matrix" else {}
+    if source == "one":
+        (tmp_path / "l.txt").write_text("cat/0.png 1\ncat/1.png 1\n")
+        settings["data.labels"] = str(tmp_path / "l.txt")
+    out = str(tmp_path / "out")
+    calls = {
+        "poison": lambda: eclipse_ray.poison("urp", url, out, settings=settings),
+        "audit": lambda: eclipse_ray.audit(url, settings=settings),
+        "evaluate": lambda: eclipse_ray.evaluate(url, test=beside, settings=settings),
+        "matrix": lambda: eclipse_ray.evaluate(url, test=beside, settings=settings),
+        "sweep": lambda: eclipse_ray.sweep(url, clean=beside, out=out, settings=settings),
+    }
+    with pytest.raises(InputError, match=words):
+        calls[verb]()

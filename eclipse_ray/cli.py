@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from eclipse_ray.config.words import describe
 from eclipse_ray.errors import (
     EXIT_BAD_INPUT,
     EXIT_OK,
@@ -28,8 +27,9 @@ from eclipse_ray.errors import (
 )
 from eclipse_ray.log import say
 from eclipse_ray.outcome import conclude, exit_code, folder_of, reserve_standard_output, show
+from eclipse_ray.parameters import OUTPUT, PLANS, RUN, Parameter, Verb, declared, describe, resolved
 from eclipse_ray.progress import close_all
-from eclipse_ray.verbs import OUTPUT, PLANS, RUN, VERBS, Parameter, Verb, declared, resolved
+from eclipse_ray.verbs import VERBS
 
 STOPPED = "stopped; run the same command again to resume"
 STOP_SECONDS = 1.0

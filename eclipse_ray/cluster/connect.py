@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from eclipse_ray.config import Config
-from eclipse_ray.config.paths import did_you_mean
-from eclipse_ray.errors import ConfigError, EclipseError, InputError, StorageError
+from eclipse_ray.errors import ConfigError, EclipseError, InputError, StorageError, did_you_mean
 from eclipse_ray.log import say
 from eclipse_ray.storage.store import Store
 

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.datasets import cifar, folder, npz, parquet, published, webdataset
 from eclipse_ray.datasets.table import Part, Span, extra_columns, with_classes
-from eclipse_ray.errors import InputError
+from eclipse_ray.errors import InputError, did_you_mean
 from eclipse_ray.log import say
 from eclipse_ray.storage import is_hidden
 from eclipse_ray.storage.store import Entry, Store

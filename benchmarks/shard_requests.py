@@ -22,10 +22,11 @@ import pyarrow as pa
 from aiobotocore.client import AioBaseClient
 from moto.server import ThreadedMotoServer
 
-from eclipse_ray import ledger, verbs
+from eclipse_ray import ledger
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table, table_to_parquet
+from eclipse_ray.parameters import resolve
 from eclipse_ray.purification.shard import Job, Task, pack, task_rows, unpack
 from eclipse_ray.purification.stages import CHANGE_COLUMNS, encode_and_commit, read_and_decode
 from eclipse_ray.storage.store import Store
@@ -64,7 +65,7 @@ def purify_one(job: Job, task: Task) -> None:
 
 def job_for(source: str, output: str) -> Job:
     """Return the job of a purification with default settings."""
-    config = verbs.resolve(None, None, {"purify.shard_images": ROWS})
+    config = resolve(None, None, {"purify.shard_images": ROWS})
     opened = open_source(source, config.data)
     return Job(
         source=opened.url,

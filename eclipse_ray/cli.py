@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from eclipse_ray.config.words import describe
+import eclipse_ray.verbs  # noqa: F401 - its functions are the verbs
 from eclipse_ray.errors import (
     EXIT_BAD_INPUT,
     EXIT_OK,
@@ -27,8 +27,8 @@ from eclipse_ray.errors import (
 )
 from eclipse_ray.log import say
 from eclipse_ray.outcome import conclude, exit_code, folder_of, reserve_standard_output, show
+from eclipse_ray.parameters import OUTPUT, PLANS, RUN, VERBS, Parameter, Verb, declared, describe, resolved
 from eclipse_ray.progress import close_all, last_words
-from eclipse_ray.verbs import OUTPUT, PLANS, RUN, VERBS, Parameter, Verb, declared, resolved
 
 # Typer carries a click of its own in some versions; this is its UsageError wherever it lies.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]

@@ -18,11 +18,11 @@ from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say
+from eclipse_ray.parameters import ConfigLike, resolve
 from eclipse_ray.progress import pace
 from eclipse_ray.reports.charts import amplified, image_grid
 from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult, to_json
 from eclipse_ray.storage.store import Store
-from eclipse_ray.verbs import ConfigLike
 
 PICTURE = "demo.png"
 # A laptop's share of every step: 2 cores finish in minutes.
@@ -45,7 +45,7 @@ def demo(output: str = "runs/demo", *, config: ConfigLike = None, settings: Sett
     The same call resumes; everything already made with the same settings is kept.
     """
     started = time.monotonic()
-    resolved = verbs.resolve(config, {**SETTINGS, **(settings or {})}, {})
+    resolved = resolve(config, {**SETTINGS, **(settings or {})}, {})
     folders = {
         name: f"{output}/{name}" for name in ("source", "test", "split", "poisoned", "denoiser", "purified")
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -60,3 +62,22 @@ def error_of_note(note: str) -> EclipseError:
     name, text = json.loads(note)
     kinds = (ConfigError, InputError, ResumeError, StorageError, InterruptedRunError)
     return {kind.__name__: kind for kind in kinds}.get(name, EclipseError)(text)
+
+
+def did_you_mean(path: str) -> str:
+    """Return "; did you mean X?" for a local path whose first wrong part resembles a name there, else ""."""
+    if "://" in path:
+        return ""
+    folder, rest = os.path.split(path.rstrip("/"))
+    while folder and not os.path.isdir(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest)
+    first, _, below = rest.partition("/")
+    try:
+        close = difflib.get_close_matches(first, os.listdir(folder or "."), n=1, cutoff=0.6)
+    except OSError:
+        return ""
+    # The same name once more means that what is below it is missing, or that it cannot be read.
+    if not close or close[0] == first:
+        return ""
+    return f"; did you mean {os.path.join(folder, close[0], below).rstrip('/')}?"

@@ -1,26 +1,19 @@
 """The verbs: one function for each, which declares its parameters; `eclipse_ray` offers all of them.
 
-The annotation of a parameter holds its type, its help and, if it sets a setting, the name of that setting, from
-which range and default come. The command line (cli.py) and the reference (tools/pages.py) are made from these
-functions: a positional parameter is an argument there, a keyword is an option of the same name. A parameter that
-has no `Parameter` exists in Python only. The functions stand in the order of `eclipse-ray --help`.
-
-`config` is a Config, or the path or URL of a YAML file; `settings` ({"section.key": value}) override it; arguments
-override both. Heavy libraries are imported by the verbs that need them, when they are called.
+The functions stand in the order of `eclipse-ray --help`. `config` is a Config, or the path or URL of a YAML file;
+`settings` ({"section.key": value}) override it; arguments override both. Heavy libraries are imported by the verbs
+that need them, when they are called.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from eclipse_ray import log, results
+from eclipse_ray import results
 from eclipse_ray.config import (
     Config,
     Half,
@@ -29,136 +22,24 @@ from eclipse_ray.config import (
     ScheduleName,
     Settings,
     Unit,
-    holds_secret,
-    load_config,
     parse_assignment,
     to_yaml,
-    with_overrides,
 )
 from eclipse_ray.errors import ConfigError
+from eclipse_ray.parameters import (
+    METHOD,
+    OUTPUT,
+    PLANS,
+    RUN,
+    VERBS,
+    ConfigLike,
+    Parameter,
+    plan_of,
+    resolve,
+    resolved,
+    verb,
+)
 from eclipse_ray.progress import ProgressLine
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-# Groups of options in --help, in the order in which people ask: where, how, by what means, in which form.
-DATA, METHOD, RUN, OUTPUT = "Data", "Method", "Run", "Settings and output"
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """What the command line and the reference say about a parameter, besides its name, type and default.
-
-    `setting` is the setting that it sets, which gives the help unless there is another one. `option` is its name
-    on the command line where that differs. `pair` reads one NAME=VALUE of an option that fills a mapping.
-    """
-
-    help: str = ""
-    metavar: str | None = None
-    setting: str = ""
-    panel: str = DATA
-    minimum: float | None = None
-    option: str = ""
-    pair: Callable[[str], tuple[str, Any]] | None = None
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A function as a command, its group in --help and its examples.
-
-    `report`: it leaves a report in its output folder. `here`: it works on files of this machine, so it cannot be
-    submitted. `interruptible`: it decides itself what Ctrl-C means.
-    """
-
-    function: Callable[..., Any]
-    group: str
-    examples: tuple[str, ...]
-    report: bool = False
-    here: bool = False
-    interruptible: bool = False
-
-
-VERBS: dict[str, Verb] = {}
-"""All verbs by their name on the command line; filled by the functions below."""
-PLANS: dict[Callable[..., Any], Callable[..., Any]] = {}
-"""The dry runs, by the function of the verb."""
-
-
-def _verb(
-    group: str, *examples: str, report: bool = False, here: bool = False, interruptible: bool = False
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function a verb. A test parses each example as a command line, and asks for two at least."""
-
-    def declare(function: Callable[P, R]) -> Callable[P, R]:
-        name = function.__name__.replace("_", "-")
-        VERBS[name] = Verb(function, group, examples, report, here, interruptible)
-        return function
-
-    return declare
-
-
-def _plan_of(verb: Callable[P, Any]) -> Callable[[Callable[[Config, dict[str, Any]], R]], Callable[P, R]]:
-    """Make a function the dry run of a verb: it gets the resolved settings and the arguments by name."""
-
-    def declare(body: Callable[[Config, dict[str, Any]], R]) -> Callable[P, R]:
-        @functools.wraps(body)
-        def plan(*arguments: P.args, **keywords: P.kwargs) -> R:
-            bound = signature.bind(*arguments, **keywords)
-            bound.apply_defaults()
-            return body(resolved(verb, bound.arguments), bound.arguments)
-
-        signature = inspect.signature(verb)
-        returned = inspect.signature(body).return_annotation
-        vars(plan)["__signature__"] = signature.replace(return_annotation=returned)
-        PLANS[verb] = plan
-        return plan
-
-    return declare
-
-
-@functools.cache
-def declared(verb: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Parameter]]:
-    """Return the parameters of a verb that the command line has too, with plain types, and their declarations."""
-    found = {}
-    for name, one in inspect.signature(verb, eval_str=True).parameters.items():
-        if get_origin(one.annotation) is Annotated:
-            plain, declaration = get_args(one.annotation)
-            found[name] = (one.replace(annotation=plain), declaration)
-    return found
-
-
-ConfigLike = Config | str | None
-
-
-def resolved(verb: Callable[..., Any], given: Mapping[str, Any]) -> Config:
-    """Return the settings of a call of `verb` with the arguments `given`: the named ones override the others."""
-    named = {one.setting: given[name] for name, (_, one) in declared(verb).items() if one.setting}
-    return resolve(given["config"], given["settings"], named)
-
-
-def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> Config:
-    """Return the settings of one call: `config` <- `settings` <- those of `named` that are not None.
-
-    A config file may lie at a path or any fsspec URL. From here on messages have the form of run.log_format.
-    """
-    overrides = {**(settings or {}), **{key: value for key, value in named.items() if value is not None}}
-    if isinstance(config, Config):
-        found = with_overrides(config, overrides)
-    else:
-        found = load_config(config, overrides, _read_anywhere)
-    log.set_format(found.run.log_format)
-    return found
-
-
-def _read_anywhere(url: str) -> bytes:
-    if "://" not in url:
-        return Path(url).read_bytes()
-    from eclipse_ray.storage.store import Store
-
-    if holds_secret(url):
-        raise ConfigError("--config: the URL holds a password or token; give credentials by environment variables")
-    return Store(url).read()
-
 
 # Parameters that several verbs share.
 
@@ -180,15 +61,15 @@ Resize = Annotated[
 Strict = Annotated[
     bool | None, Parameter("Files that are passed over are an error, exit code 2", setting="data.strict")
 ]
-OutputFolder = Annotated[str, Parameter("Output folder of purify.", "DST")]
+OutputFolder = Annotated[str, Parameter("Output folder of purify.", "DST", "data.output")]
 ResultFolder = Annotated[str | None, Parameter("Folder of results.", "DIR", "data.output")]
-DenoiserFolder = Annotated[str, Parameter("Folder of the denoiser.", "DIR")]
+DenoiserFolder = Annotated[str, Parameter("Folder of the denoiser.", "DIR", "denoiser.output")]
 ReadableSource = Annotated[str, Parameter("Any readable dataset.", "SRC", "data.source")]
 LabelledSource = Annotated[str, Parameter("Labelled dataset.", "SRC", "data.source")]
 NewFolder = Annotated[str, Parameter("New folder.", "DST", "data.output")]
 
 
-@_verb("Start here", "eclipse-ray doctor", "eclipse-ray doctor --store s3://bucket/purified")
+@verb("Start here", "eclipse-ray doctor", "eclipse-ray doctor --store s3://bucket/purified")
 def doctor(
     *,
     store: Annotated[
@@ -203,7 +84,7 @@ def doctor(
     return room.doctor(resolved(doctor, locals()), store)
 
 
-@_verb(
+@verb(
     "Start here",
     "eclipse-ray demo",
     "eclipse-ray demo --out runs/short --set denoiser.iterations=100",
@@ -225,7 +106,7 @@ def demo(
     return room.demo(out, config=config, settings=settings)
 
 
-@_verb(
+@verb(
     "Purify",
     "eclipse-ray train --clean my/trusted --out my/denoiser",
     "eclipse-ray train --clean my/trusted --out my/den --set denoiser.preset=paper",
@@ -245,7 +126,7 @@ def train(
     return room.train(resolved(train, locals()))
 
 
-@_verb(
+@verb(
     "Purify",
     "eclipse-ray purify my/dataset my/purified --denoiser my/denoiser",
     "eclipse-ray purify s3://in/set s3://out/set --denoiser s3://out/denoiser",
@@ -281,7 +162,7 @@ def purify(
     return room.purify(resolved(purify, locals()), retry_failed=retry_failed, extend=extend)
 
 
-@_plan_of(purify)
+@plan_of(purify)
 def purify_plan(config: Config, given: dict[str, Any]) -> results.DryRunResult:
     """Return what `purify` would do and about how long it would take; nothing is written, no cluster is asked."""
     from eclipse_ray.purification import plan as room
@@ -289,29 +170,36 @@ def purify_plan(config: Config, given: dict[str, Any]) -> results.DryRunResult:
     return room.estimate(config, extend=given["extend"])
 
 
-@_verb("Purify", "eclipse-ray status my/purified", "eclipse-ray status my/purified --watch", interruptible=True)
+@verb("Purify", "eclipse-ray status my/purified", "eclipse-ray status my/purified --watch", interruptible=True)
 def status(
     output: OutputFolder,
     *,
     watch: Annotated[bool, Parameter("Repeat until the run is done or you stop it.", panel=RUN)] = False,
     every: Annotated[float, Parameter("Seconds between two looks, with watch.", panel=RUN, minimum=0.1)] = 5,
+    config: ConfigFile = None,
+    settings: Assignments = None,
 ) -> results.StatusResult:
     """Say how far a run is, also while it runs."""
     from eclipse_ray import ledger
     from eclipse_ray.storage.store import Store
 
-    return _watched(output, every) if watch else ledger.summarise(Store(output))
+    resolved(status, locals())
+
+    def look() -> results.StatusResult:
+        return ledger.summarise(Store(output))
+
+    return _watched(look, every) if watch else look()
 
 
-def _watched(output: str, every: float) -> results.StatusResult:
+def _watched(look: Callable[[], results.StatusResult], every: float) -> results.StatusResult:
     """Show the progress of a run until it is done or the user stops watching; return the last look."""
-    found = status(output)
+    found = look()
     with ProgressLine("status", "images", found.planned, every, found.ok + found.failed) as line:
         line.failed = found.failed
         try:
             while found.shards_done < found.shards:
                 time.sleep(every)
-                found = status(output)
+                found = look()
                 line.total = found.planned
                 line.advance(found.ok + found.failed - line.done, found.failed - line.failed)
         except KeyboardInterrupt:
@@ -320,16 +208,19 @@ def _watched(output: str, every: float) -> results.StatusResult:
     return found
 
 
-@_verb("Purify", "eclipse-ray verify my/purified", "eclipse-ray verify s3://out/set --json")
-def verify(output: OutputFolder) -> results.VerifyResult:
+@verb("Purify", "eclipse-ray verify my/purified", "eclipse-ray verify s3://out/set --json")
+def verify(
+    output: OutputFolder, *, config: ConfigFile = None, settings: Assignments = None
+) -> results.VerifyResult:
     """Prove from the bytes that every planned image is there once; exit 1 if not."""
     from eclipse_ray import ledger
     from eclipse_ray.storage.store import Store
 
+    resolved(verify, locals())
     return ledger.verify(Store(output))
 
 
-@_verb("Purify", "eclipse-ray gc my/purified", "eclipse-ray gc s3://out/set --idle")
+@verb("Purify", "eclipse-ray gc my/purified", "eclipse-ray gc s3://out/set --idle")
 def gc(
     output: OutputFolder,
     *,
@@ -337,17 +228,20 @@ def gc(
         bool,
         Parameter("No run is writing there: files and uploads of unfinished shards go too.", panel=RUN),
     ] = False,
+    config: ConfigFile = None,
+    settings: Assignments = None,
 ) -> results.GcResult:
     """Remove files that dead workers left behind; never one that a status names."""
     from eclipse_ray import ledger
     from eclipse_ray.storage.store import Store
 
+    resolved(gc, locals())
     store = Store(output)
     removed = ledger.collect(store, idle)
     return results.GcResult(removed, store.abort_uploads() if idle else 0, store.url)
 
 
-@_verb(
+@verb(
     "Judge and tune",
     "eclipse-ray audit my/dataset",
     "eclipse-ray audit my/dataset --clean my/trusted --out my/audit",
@@ -384,7 +278,7 @@ def _audited(config: Config) -> results.AuditResult:
     return done.result
 
 
-@_verb(
+@verb(
     "Judge and tune",
     "eclipse-ray evaluate my/purified --test my/test",
     "eclipse-ray evaluate --config configs/quick.yaml --dry-run",
@@ -409,7 +303,7 @@ def evaluate(
     return _measure(found) if _is_matrix(found) else _evaluated(found)
 
 
-@_plan_of(evaluate)
+@plan_of(evaluate)
 def evaluate_plan(config: Config, given: dict[str, Any]) -> results.MatrixPlan:
     """Return which cells of a matrix are missing and about how long they will take; nothing is written."""
     from eclipse_ray.experiments import run
@@ -450,7 +344,7 @@ def _evaluated(config: Config) -> results.EvaluateResult:
     return result
 
 
-@_verb(
+@verb(
     "Judge and tune",
     "eclipse-ray sweep my/data --clean my/held --denoiser my/den --out sweep",
     "eclipse-ray sweep --config configs/sweep-quick.yaml --dry-run",
@@ -487,7 +381,7 @@ def _swept(config: Config) -> results.SweepResult:
     return run.sweep(config, write_sweep)
 
 
-@_plan_of(sweep)
+@plan_of(sweep)
 def sweep_plan(config: Config, given: dict[str, Any]) -> results.SweepPlan:
     """Return which trials of a sweep are missing and about how long they take; nothing is written."""
     from eclipse_ray.experiments import run
@@ -495,19 +389,23 @@ def sweep_plan(config: Config, given: dict[str, Any]) -> results.SweepPlan:
     return run.plan_sweep(config)
 
 
-@_verb(
+@verb(
     "Judge and tune",
     "eclipse-ray report my/purified",
     "eclipse-ray report my/purified --audit my/audit-before --audit my/audit-after",
     here=True,
 )
 def report(
-    output: Annotated[str, Parameter("Output of train, purify, evaluate, sweep, audit or demo.", "DIR")],
+    output: Annotated[
+        str, Parameter("Output of train, purify, evaluate, sweep, audit or demo.", "DIR", "data.output")
+    ],
     *,
     audits: Annotated[
         list[str] | None,
         Parameter("Folder of an audit of what was purified, or of the result.", "DIR", option="--audit"),
     ] = None,
+    config: ConfigFile = None,
+    settings: Assignments = None,
 ) -> results.ReportResult:
     """Write DIR/report/index.html: one page, complete in itself, on what an output folder holds."""
     try:
@@ -518,10 +416,11 @@ def report(
         raise ConfigError(
             f"a report needs {error.name}; install it with: pip install 'eclipse-ray[report]'"
         ) from error
+    resolved(report, locals())
     return write_report(output, audits or ())
 
 
-@_verb(
+@verb(
     "Datasets and weights",
     "eclipse-ray convert my/photographs my/parquet --resize 64",
     "eclipse-ray convert s3://bucket/tars my/folders --layout folder",
@@ -552,7 +451,7 @@ def convert(
     return _recorded(found, results.DatasetResult(done.images, output, details))
 
 
-@_verb(
+@verb(
     "Datasets and weights",
     "eclipse-ray apply perturbation.pt my/clean my/poisoned",
     "eclipse-ray apply noise.pkl my/clean my/poisoned --round truncate",
@@ -602,7 +501,7 @@ def apply(
     return _recorded(found, results.DatasetResult(done.images, output, details))
 
 
-@_verb(
+@verb(
     "Datasets and weights",
     "eclipse-ray split my/dataset --clean 500 --out my/split",
     "eclipse-ray split my/dataset --clean 500 --out my/split --set run.seed=1",
@@ -625,7 +524,7 @@ def split(
     return _recorded(found, results.DatasetResult(sum(sizes.values()), out, dict(sizes)))
 
 
-@_verb(
+@verb(
     "Datasets and weights",
     "eclipse-ray poison ar my/dataset my/poisoned",
     "eclipse-ray poison em my/dataset my/poisoned --set poison.cost=reduced",
@@ -656,7 +555,7 @@ def _recorded(config: Config, result: results.DatasetResult) -> results.DatasetR
     return result
 
 
-@_verb(
+@verb(
     "Datasets and weights",
     "eclipse-ray import-checkpoint ema_0.9999_250000.pt --out my/denoiser",
     "eclipse-ray import-checkpoint 64x64_diffusion.pt --out my/denoiser --heads 1",
@@ -671,10 +570,13 @@ def import_checkpoint(
     ] = 4,
     timesteps: Annotated[int, Parameter("T in training.", panel=METHOD, minimum=2)] = 4000,
     schedule: Annotated[ScheduleName, Parameter("Noise schedule in training.", panel=METHOD)] = "cosine",
+    config: ConfigFile = None,
+    settings: Assignments = None,
 ) -> results.ImportResult:
     """Make a denoiser of weights saved by improved-diffusion or guided-diffusion."""
     from eclipse_ray.diffusion import improved_diffusion as room
 
+    resolved(import_checkpoint, locals())
     return room.import_checkpoint(file, out=out, heads=heads, timesteps=timesteps, schedule=schedule)
 
 
@@ -686,7 +588,7 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-@_verb(
+@verb(
     "On a cluster",
     "eclipse-ray submit purify --config s3://bucket/run.yaml",
     "eclipse-ray submit train --config s3://bucket/run.yaml --no-wait",

@@ -11,8 +11,9 @@ from typing import get_args
 import pytest
 import typer
 
-from eclipse_ray import cli, verbs
+from eclipse_ray import cli, parameters, verbs
 from eclipse_ray.config import load_config, parse_assignment
+from eclipse_ray.parameters import PLANS, declared, resolved
 from eclipse_ray.results import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +95,7 @@ def test_the_command_line_is_the_one_that_is_frozen():
 def test_what_sets_the_same_thing_has_the_same_name_in_every_verb():
     names: dict[str, set[str]] = {}
     for verb in verbs.VERBS.values():
-        for name, (parameter, declaration) in verbs.declared(verb.function).items():
+        for name, (parameter, declaration) in declared(verb.function).items():
             if declaration.setting and parameter.kind is parameter.KEYWORD_ONLY:
                 names.setdefault(declaration.setting, set()).add(name)
     assert len(names) > 8
@@ -105,7 +106,7 @@ def test_a_parameter_of_a_verb_is_on_the_command_line_or_known_to_be_for_python_
     found = {
         (name, key)
         for name, verb in verbs.VERBS.items()
-        for key in inspect.signature(verb.function).parameters.keys() - verbs.declared(verb.function)
+        for key in inspect.signature(verb.function).parameters.keys() - declared(verb.function)
     }
     python_only = ("arguments", "stop_on_interrupt", "show", "config", "settings")
     assert found == {("submit", key) for key in python_only}
@@ -120,9 +121,9 @@ def test_an_argument_overrides_the_setting_that_it_names():
         "config": None,
         "settings": {"data.clean": "other"},
     }
-    config = verbs.resolved(verbs.train, given)
+    config = resolved(verbs.train, given)
     assert (config.data.clean, config.denoiser.output, config.data.resize) == ("c", "o", 48)
-    kept = verbs.resolved(verbs.train, {**given, "clean": None})
+    kept = resolved(verbs.train, {**given, "clean": None})
     assert kept.data.clean == "other"
 
 
@@ -141,7 +142,7 @@ def test_help_imports_nothing_heavy():
 def test_the_package_offers_every_verb_and_every_dry_run():
     import eclipse_ray
 
-    for function in (*(verb.function for verb in verbs.VERBS.values()), *verbs.PLANS.values()):
+    for function in (*(verb.function for verb in verbs.VERBS.values()), *PLANS.values()):
         assert getattr(eclipse_ray, function.__name__) is function
         assert function.__name__ in eclipse_ray.__all__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -150,7 +151,7 @@ def test_the_package_offers_every_verb_and_every_dry_run():
 
 def test_a_config_is_read_once(monkeypatch, tmp_path):
     read = []
-    monkeypatch.setattr(verbs, "_read_anywhere", lambda url: read.append(url) or b"run: {seed: 7}")
+    monkeypatch.setattr(parameters, "_read_anywhere", lambda url: read.append(url) or b"run: {seed: 7}")
     seen = []
     monkeypatch.setattr("eclipse_ray.datasets.write.split", lambda *given: seen.append(given[3]) or {})
     with pytest.raises(KeyError, match="clean"):
@@ -159,7 +160,7 @@ def test_a_config_is_read_once(monkeypatch, tmp_path):
 
 
 def test_a_dry_run_has_the_parameters_of_its_verb():
-    for verb, plan in verbs.PLANS.items():
+    for verb, plan in PLANS.items():
         assert inspect.signature(plan).parameters == inspect.signature(verb).parameters
     with pytest.raises(TypeError, match="nonsense"):
         verbs.sweep_plan(nonsense=1)
@@ -222,7 +223,7 @@ def test_every_result_shows_itself_in_a_notebook_escaped():
 
 
 def test_a_path_with_a_slip_gets_the_nearest(monkeypatch, tmp_path):
-    from eclipse_ray.config.paths import did_you_mean
+    from eclipse_ray.errors import did_you_mean
 
     (tmp_path / "photographs" / "cats").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

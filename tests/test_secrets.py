@@ -6,6 +6,7 @@ from eclipse_ray import verbs
 from eclipse_ray.config import Config, holds_secret, load_config
 from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.errors import ConfigError
+from eclipse_ray.parameters import resolve
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def test_a_url_with_a_secret_is_refused_without_showing_it(url):
     assert holds_secret(url)
     for use in (
         lambda: load_config(None, {"data.source": url}),
-        lambda: verbs.resolve(Config(), {"data.output": url}, {}),
+        lambda: resolve(Config(), {"data.output": url}, {}),
         lambda: load_config(None, {"matrix.poisons": [{"name": "ar", "data.source": url}]}),
     ):
         with pytest.raises(ConfigError, match="holds a password, token or signature") as caught:
@@ -50,10 +51,10 @@ def test_a_refused_call_writes_nothing(tmp_path):
 
 def test_a_config_file_may_lie_at_any_url(tmp_path):
     (tmp_path / "run.yaml").write_text("purify: {t_star: 7}\nrun: {seed: 3}\n")
-    config = verbs.resolve(f"file://{tmp_path}/run.yaml", {"run.seed": 4}, {})
+    config = resolve(f"file://{tmp_path}/run.yaml", {"run.seed": 4}, {})
     assert (config.purify.t_star, config.run.seed) == (7, 4)
     with pytest.raises(ConfigError, match="there is no such file"):
-        verbs.resolve(f"file://{tmp_path}/none.yaml", None, {})
+        resolve(f"file://{tmp_path}/none.yaml", None, {})
     with pytest.raises(ConfigError) as caught:
-        verbs.resolve("https://me:hunter2@host/run.yaml", None, {})
+        resolve("https://me:hunter2@host/run.yaml", None, {})
     assert "hunter2" not in str(caught.value)

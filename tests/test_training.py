@@ -15,6 +15,7 @@ from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.diffusion.training import run_fit, split_heldout, start_fit
 from eclipse_ray.errors import ConfigError, InputError, ResumeError
+from eclipse_ray.parameters import resolve
 from eclipse_ray.training import deciding_settings
 from tests.support import DEBUG, kill_when
 
@@ -37,9 +38,7 @@ def test_the_folder_is_a_denoiser(world, trained):
     assert result.denoise_psnr > 0
     UNet2DModel.from_pretrained(output)
     card = read_card(output)
-    assert sorted(card.sparse_hashes) == sorted(
-        load_images(world.clean, verbs.resolve(None, None, {}).data).hashes()
-    )
+    assert sorted(card.sparse_hashes) == sorted(load_images(world.clean, resolve(None, None, {}).data).hashes())
     assert [point["iteration"] for point in card.history] == [10, 20]
     assert load_denoiser(output).t_max == 5
 

@@ -69,7 +69,8 @@ def _link(match: re.Match[str], base: Path) -> str:
 
 def commands() -> str:
     """Return the page of all verbs, made from their declarations: on the command line and in Python."""
-    from eclipse_ray.verbs import VERBS
+    import eclipse_ray.verbs  # noqa: F401 - its functions are the verbs
+    from eclipse_ray.parameters import VERBS
 
     parts = [
         "# Commands\n",
@@ -85,7 +86,7 @@ def commands() -> str:
 
 def _command(name: str, verb: Any) -> str:
     from eclipse_ray.cli import help_of
-    from eclipse_ray.verbs import PLANS, declared
+    from eclipse_ray.parameters import PLANS, declared
 
     arguments, options = [], []
     for parameter, one in declared(verb.function).values():
@@ -127,7 +128,7 @@ def _in_python(function: Any) -> str:
 def settings() -> str:
     """Return the page of all settings, made from the models of the configuration."""
     from eclipse_ray.config import PRESETS, RECIPES, Config
-    from eclipse_ray.config.words import describe_section
+    from eclipse_ray.parameters import describe_section
 
     parts = [
         "# Settings\n",

@@ -18,9 +18,15 @@ from typing import TYPE_CHECKING
 import ray
 
 from eclipse_ray.config import Config
-from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.contact import ANSWER_SECONDS, first_contact
-from eclipse_ray.errors import ConfigError, EclipseError, InputError, InterruptedRunError, StorageError
+from eclipse_ray.errors import (
+    ConfigError,
+    EclipseError,
+    InputError,
+    InterruptedRunError,
+    StorageError,
+    did_you_mean,
+)
 from eclipse_ray.log import listen, say
 from eclipse_ray.storage.store import Store
 

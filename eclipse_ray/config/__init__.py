@@ -14,112 +14,33 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from eclipse_ray.config.paths import did_you_mean
-from eclipse_ray.config.secrets import holds_secret, is_secret_name, refuse_secrets
-from eclipse_ray.config.sections import (
-    BATCH_PIXELS,
-    PRESETS,
-    RECIPES,
-    TILE,
-    TILE_OVERLAP,
-    Alpha,
-    Animated,
-    AuditConfig,
-    CompensationConfig,
-    DataConfig,
-    DefenseConfig,
-    DenoiserConfig,
-    EvaluateConfig,
-    Half,
-    Layout,
-    LoggerName,
-    MatrixConfig,
-    MatrixItem,
-    PoisonConfig,
-    Precision,
-    PrivacyConfig,
-    PurifyConfig,
-    Range,
-    Rounding,
-    RunConfig,
-    Sampler,
-    ScheduleName,
-    Section,
-    Settings,
-    SweepConfig,
-    Unit,
-    VictimConfig,
-    default_t_max,
-)
-from eclipse_ray.errors import ConfigError
-
-__all__ = [
-    "BATCH_PIXELS",
-    "PRESETS",
-    "RECIPES",
-    "TILE",
-    "TILE_OVERLAP",
-    "Alpha",
-    "Animated",
-    "AuditConfig",
-    "CompensationConfig",
-    "Config",
-    "DataConfig",
-    "DefenseConfig",
-    "DenoiserConfig",
-    "Half",
-    "Layout",
-    "LoggerName",
-    "MatrixItem",
-    "PoisonConfig",
-    "Precision",
-    "PrivacyConfig",
-    "PurifyConfig",
-    "Range",
-    "Rounding",
-    "RunConfig",
-    "Sampler",
-    "ScheduleName",
-    "Settings",
-    "SweepConfig",
-    "Unit",
-    "VictimConfig",
-    "difference",
-    "digest",
-    "flatten",
-    "holds_secret",
-    "is_secret_name",
-    "load_config",
-    "parse_assignment",
-    "recorded_config",
-    "to_yaml",
-    "validated",
-    "with_overrides",
-]
-
+from eclipse_ray.config import sections
+from eclipse_ray.config.sections import *  # noqa: F403 - the sections and their words are offered here
+from eclipse_ray.errors import ConfigError, did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class Config(Section):
+class Config(sections.Section):
     """All settings of all commands."""
 
-    data: DataConfig = Field(default_factory=DataConfig)
-    denoiser: DenoiserConfig = Field(default_factory=DenoiserConfig)
-    purify: PurifyConfig = Field(default_factory=PurifyConfig)
-    compensation: CompensationConfig = Field(default_factory=CompensationConfig)
-    defense: DefenseConfig = Field(default_factory=DefenseConfig)
-    poison: PoisonConfig = Field(default_factory=PoisonConfig)
-    victim: VictimConfig = Field(default_factory=VictimConfig)
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
-    matrix: MatrixConfig = Field(default_factory=MatrixConfig)
-    sweep: SweepConfig = Field(default_factory=SweepConfig)
-    audit: AuditConfig = Field(default_factory=AuditConfig)
-    run: RunConfig = Field(default_factory=RunConfig)
+    data: sections.DataConfig = Field(default_factory=sections.DataConfig)
+    denoiser: sections.DenoiserConfig = Field(default_factory=sections.DenoiserConfig)
+    purify: sections.PurifyConfig = Field(default_factory=sections.PurifyConfig)
+    compensation: sections.CompensationConfig = Field(default_factory=sections.CompensationConfig)
+    defense: sections.DefenseConfig = Field(default_factory=sections.DefenseConfig)
+    poison: sections.PoisonConfig = Field(default_factory=sections.PoisonConfig)
+    victim: sections.VictimConfig = Field(default_factory=sections.VictimConfig)
+    evaluate: sections.EvaluateConfig = Field(default_factory=sections.EvaluateConfig)
+    matrix: sections.MatrixConfig = Field(default_factory=sections.MatrixConfig)
+    sweep: sections.SweepConfig = Field(default_factory=sections.SweepConfig)
+    audit: sections.AuditConfig = Field(default_factory=sections.AuditConfig)
+    run: sections.RunConfig = Field(default_factory=sections.RunConfig)
 
 
 def _read_file(file: str) -> bytes:
@@ -127,7 +48,7 @@ def _read_file(file: str) -> bytes:
 
 
 def load_config(
-    file: str | None = None, overrides: Settings | None = None, read: Callable[[str], bytes] = _read_file
+    file: str | None = None, overrides: sections.Settings | None = None, read: Callable[[str], bytes] = _read_file
 ) -> Config:
     """Return defaults <- preset <- YAML `file`, which `read` reads <- `overrides` ({"section.key": value}).
 
@@ -148,7 +69,7 @@ def recorded_config(tree: Mapping[str, Any]) -> Config:
     return Config.model_validate(kept)
 
 
-def with_overrides(config: Config, overrides: Settings) -> Config:
+def with_overrides(config: Config, overrides: sections.Settings) -> Config:
     """Return a copy of `config` with {"section.key": value} replaced and everything validated again.
 
     Another denoiser.preset or victim.recipe takes the values of the former one along, and another denoiser.t_star
@@ -161,12 +82,12 @@ SELECTORS = frozenset({"denoiser.preset", "victim.recipe", "denoiser.t_star", "d
 """Settings on which the defaults of others depend."""
 
 
-def _overridden(tree: dict[str, Any], overrides: Settings) -> Config:
+def _overridden(tree: dict[str, Any], overrides: sections.Settings) -> Config:
     if not SELECTORS.isdisjoint(overrides):
         tree = _without_groups(tree)
     for key, value in overrides.items():
         _assign(tree, key, value)
-    for section, values in PRESETS.get(_preset(tree), {}).items():
+    for section, values in sections.PRESETS.get(_preset(tree), {}).items():
         chosen = tree.get(section) or {}
         tree[section] = {**values, **chosen} if isinstance(chosen, dict) else chosen
     return _validate(tree)
@@ -191,14 +112,15 @@ def _preset(tree: Mapping[str, Any]) -> str:
 
 def _given(tree: Mapping[str, Any], section: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a section holds under the preset and recipe of `tree` where nothing else is chosen."""
-    group = PRESETS.get(_preset(tree), {}).get(section, {})
+    group = sections.PRESETS.get(_preset(tree), {}).get(section, {})
     if section == "victim":
-        group = {str(name): values for name, values in RECIPES.items()}.get(str(chosen.get("recipe", "quick")), {})
+        recipes = {str(name): values for name, values in sections.RECIPES.items()}
+        group = recipes.get(str(chosen.get("recipe", "quick")), {})
     given = {**_defaults()[section], **group}
     if section == "denoiser" and "t_max" not in group:
         t_star, levels = ({**given, **chosen}[key] for key in ("t_star", "num_train_timesteps"))
         if isinstance(t_star, int) and isinstance(levels, int):
-            given["t_max"] = default_t_max(t_star, levels)
+            given["t_max"] = sections.default_t_max(t_star, levels)
     return given
 
 
@@ -209,8 +131,11 @@ def _defaults() -> dict[str, Any]:
 
 def _grouped() -> dict[str, set[str]]:
     """Return the keys of each section that some preset or recipe sets, and t_max, which follows t_star."""
-    keys: dict[str, set[str]] = {"denoiser": {"t_max"}, "victim": {key for one in RECIPES.values() for key in one}}
-    for preset in PRESETS.values():
+    keys: dict[str, set[str]] = {
+        "denoiser": {"t_max"},
+        "victim": {key for one in sections.RECIPES.values() for key in one},
+    }
+    for preset in sections.PRESETS.values():
         for section, values in preset.items():
             keys.setdefault(section, set()).update(values)
     return keys
@@ -323,3 +248,53 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
         return list(model.model_fields)
     section = model.model_fields[path[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+# Passwords and tokens have no place in settings: settings are recorded beside every output and shown in logs.
+
+# Of a name, after its hyphens are gone: `X-Amz-Signature`, `sig`, `access_token`, `AccountKey`, ...
+_SECRET_ENDINGS = ("token", "secret", "password", "passwd", "signature", "credential", "apikey", "accesskey")
+_SECRET_NAMES = {"sig", "key", "pwd", "auth", "accountkey", "sas", "awsaccesskeyid"}
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether a value of that name is a password, key or token."""
+    plain = unquote(name).lower().replace("-", "").replace("_", "")
+    return plain in _SECRET_NAMES or plain.endswith(_SECRET_ENDINGS)
+
+
+def holds_secret(text: str) -> bool:
+    """Return whether `text` is a URL with a password, or with a token or signature among its parameters."""
+    if "://" not in text:
+        return False
+    try:
+        # Of fsspec's chains (zip://x::https://...) every link is looked at.
+        links = [urlsplit(link) for link in text.split("::")]
+    except ValueError:
+        return True
+    for link in links:
+        login, at, _ = link.netloc.rpartition("@")
+        if at and ":" in login:
+            return True
+        if any(is_secret_name(name) for name, _ in parse_qsl(f"{link.query}&{link.fragment}")):
+            return True
+    return False
+
+
+def refuse_secrets(tree: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ConfigError, naming the key and never the value, if any text of the settings holds a secret."""
+    for key, value in tree.items():
+        _refuse(f"{prefix}{key}", value)
+
+
+def _refuse(path: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        refuse_secrets(value, f"{path}.")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse(path, item)
+    elif isinstance(value, str) and holds_secret(value):
+        raise ConfigError(
+            f"{path}: the URL holds a password, token or signature, and settings are recorded; leave it out and "
+            "give credentials by environment variables, a profile, or the role of the machine"
+        )

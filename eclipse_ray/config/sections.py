@@ -285,8 +285,7 @@ class CompensationConfig(Section):
 class DefenseConfig(Section):
     """Rival defenses; the defaults are the published numbers (docs/defenses.md).
 
-    Each defense declares its settings in its file below `eclipse_ray/defenses/`, such as `aa_draws`. They are
-    checked when a defense is used.
+    Each defense declares its settings in its file below `eclipse_ray/defenses/`, such as `aa_draws`.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -296,7 +295,7 @@ class PoisonConfig(Section):
     """An availability poison: what all of them share, and the settings of the named one beside it.
 
     Each poison declares its own settings in its file below `eclipse_ray/poisons/`, with its numbers at full and at
-    reduced cost. They are checked when the poison is used. Null stands for the number of `cost`.
+    reduced cost. Null stands for the number of `cost`.
     """
 
     model_config = ConfigDict(extra="allow")

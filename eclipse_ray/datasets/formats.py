@@ -18,10 +18,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.config.paths import did_you_mean
 from eclipse_ray.datasets import cifar, folder, labels, npz, parquet, published, webdataset
 from eclipse_ray.datasets.table import Part, Span, extra_columns, labels_or_none, noted_classes, with_classes
-from eclipse_ray.errors import InputError
+from eclipse_ray.errors import InputError, did_you_mean
 from eclipse_ray.log import say_once
 from eclipse_ray.storage import is_hidden
 from eclipse_ray.storage.store import Entry, Store

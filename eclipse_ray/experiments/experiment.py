@@ -193,6 +193,9 @@ def open_matrix(config: Config) -> Experiment:
     for name, value in (("data.source", data.source), ("data.test", data.test), ("data.output", data.output)):
         if not value:
             raise ConfigError(f"{name} is not set: a matrix needs data.source, data.test and data.output")
+    # Once without images, so that a wrong entry is found before minutes of reading.
+    unread: dict[float | None, str] = dict.fromkeys(sparse_counts(config), "") if data.clean else {}
+    build_grid(config, Facts("", "", unread, published=dict.fromkeys(published_sources(config), "")))
     check_labels(config, str(data.source), str(data.test), *published_sources(config))
     source = load_images(str(data.source), data, limit=matrix.limit)
     test = load_images(str(data.test), data, limit=matrix.test_limit)

@@ -26,7 +26,7 @@ from eclipse_ray.experiments.experiment import Experiment, labels_of
 from eclipse_ray.experiments.recipe import PUBLISHED, Column, Entry, Recipe, Row
 from eclipse_ray.experiments.search import COMPENSATION_AXES, Trial
 from eclipse_ray.experiments.worker import score_of
-from eclipse_ray.poisons import budget, variant_of
+from eclipse_ray.poisons import budget, cost_of, variant_of
 from eclipse_ray.results import (
     EvaluateResult,
     MatrixAxis,
@@ -60,7 +60,7 @@ def tidy_row(experiment: Experiment, recipe: Recipe) -> TidyRow:
         "poison": recipe.column.entry.label,
         "variant": variant_of(poison) if poison else "",
         "budget": bound(experiment, recipe.column),
-        "cost": poison.cost if poison else "",
+        "cost": cost_of(poison) if poison else "",
         "poison_seconds": fitted.get("seconds"),
         "defense": recipe.row.entry.label,
         "victim": recipe.victim.entry.label,

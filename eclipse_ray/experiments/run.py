@@ -27,7 +27,6 @@ from eclipse_ray.cluster.work import (
     Tasks,
     Watch,
     message_of,
-    on_a_thread,
     on_threads,
     reaching,
     run_tasks,
@@ -193,10 +192,8 @@ class _Runner:
         """Make what the recipes need, then train their victims."""
         columns = self._columns(recipes)
         recipes = [recipe for recipe in recipes if recipe.column.key in columns]
-        looks = [self._likeness(key, ref) for key, ref in columns.items() if ref is not None]
         made = self.make_sets(recipes, columns)
-        if looks:
-            on_a_thread(lambda: ray.wait(looks, num_returns=len(looks)), self.name)
+        self._compare({one.column.key: one.column.entry.label for one in recipes}, columns)
         ready = [recipe for recipe in recipes if all(need.key in made for need in recipe.needs)]
         self.train(ready, columns)
 
@@ -293,10 +290,16 @@ class _Runner:
             self._failed([recipe for recipe in recipes if recipe.column.key == column.key], error)
             return None
         url = experiment.cache.url("poisons", column.key)
-        return self._io_task(artifacts.load_column).remote(url, sets.source.ids, self.config.data.max_pixels)
+        load = ray.remote(num_cpus=self.resources.cpus_per_core)(artifacts.load_column)
+        return load.remote(url, sets.source.ids, self.config.data.max_pixels)
 
-    def _likeness(self, key: str, images: Any) -> Any:
-        return self._io_task(likeness).remote(key, self.bench, images)
+    def _compare(self, labels: Mapping[str, str], columns: dict[str, Any]) -> None:
+        """Measure what each poison does to the images; a failure costs its rows the PSNR, and is said."""
+        jobs = {key: (key, self.bench, columns[key]) for key in labels if columns[key] is not None}
+        watch = Watch(self.name, "column", self.config.run.watchdog_seconds)
+        for key, done in self._each(likeness, jobs, watch):
+            if done.error:
+                say(f"{self.name}: the PSNR of {labels[key]} is missing: {message_of(done.error)}")
 
     def tune(self, left: int) -> None:
         """Run the missing trials of a sweep inside Ray Tune, or as many as Optuna may still choose."""
@@ -335,9 +338,6 @@ class _Runner:
         tasks = Tasks(function, self.concurrent, self.cpus, self.gpus, RETRIES)
         keys = list(jobs)
         return ((keys[done.number], done) for done in run_tasks(tasks, jobs.values(), watch))
-
-    def _io_task(self, function: Callable[..., Any]) -> Any:
-        return ray.remote(num_cpus=self.resources.cpus_per_core)(function)
 
     def _show(self, entry: dict[str, Any]) -> None:
         progress = Progress(**entry)

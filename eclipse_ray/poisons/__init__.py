@@ -75,6 +75,8 @@ __all__ = [
     "Session",
     "State",
     "budget",
+    "check_poison",
+    "cost_of",
     "fit_poison",
     "perturb",
     "poison_fitted",
@@ -112,6 +114,27 @@ def resolved_poison(config: PoisonConfig) -> PoisonConfig:
     """Return `config` with every setting of its poison written out. Raises as `settings_of` does."""
     shared = config.model_dump(mode="json", include={"name", "cost", *PoisonConfig.OF_A_RUN})
     return PoisonConfig.model_validate({**shared, **settings_of(config).model_dump(mode="json")})
+
+
+def check_poison(config: PoisonConfig) -> None:
+    """Refuse a setting that no poison has, and values out of range for the named one where it has all of them.
+
+    Settings may be there for a poison that is named later, on the command line or in a matrix. Raises ConfigError.
+    """
+    named, chosen = _named(config.name).model_fields, config.own()
+    if chosen.keys() <= named.keys():
+        settings_of(config)
+        return
+    known = {key for model in poison_settings().values() for key in model.model_fields}
+    for key in chosen:
+        if key not in known:
+            close = difflib.get_close_matches(key, [*known, *PoisonConfig.model_fields], n=1, cutoff=0.0)[0]
+            raise ConfigError(f"poison.{key}: no poison has such a setting; did you mean poison.{close}?")
+
+
+def cost_of(config: PoisonConfig) -> str:
+    """Return the cost of a poison whose numbers depend on it, else ""."""
+    return config.cost if _named(config.name).numbers.get("reduced") else ""
 
 
 def variant_of(config: PoisonConfig) -> str:

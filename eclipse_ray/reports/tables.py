@@ -225,8 +225,7 @@ def _poisons(view: MatrixView) -> list[MatrixAxis]:
 def _title(view: MatrixView, column: MatrixAxis) -> str:
     """Return the label of a column; a poison that was fitted with reduced numbers is called so."""
     costs = {row["cost"] for row in view.rows if row["poison"] == column.label}
-    reduced = costs == {"reduced"} and column.published not in ONE_COST
-    return f"{column.label} (reduced)" if reduced and "reduced" not in column.label else column.label
+    return f"{column.label} (reduced)" if costs == {"reduced"} and "reduced" not in column.label else column.label
 
 
 def _accuracy(view: MatrixView, cells: Cells) -> Table | None:
@@ -299,8 +298,6 @@ def _table(view: MatrixView, title: str, head: Sequence[str], row: Callable[[Mat
 POISONS = ("em", "tap", "rem", "sep", "efp", "urp", "lsp", "ar", "adp")
 AVERAGE = "avg"
 CLEAN = "clean"
-ONE_COST = ("urp", "lsp", "ar", "cuda", "shift", "mixture", "ops")
-"""Poisons that have no reduced numbers."""
 
 _PUBLISHED: dict[str, Any] = json.loads(
     files("eclipse_ray.reports").joinpath("published.json").read_text(encoding="utf-8")

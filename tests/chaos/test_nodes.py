@@ -21,6 +21,7 @@ import yaml
 
 from eclipse_ray import verbs
 from eclipse_ray.diffusion.checkpoint import read_card
+from eclipse_ray.parameters import resolve
 from eclipse_ray.purification.plan import prepare
 from eclipse_ray.purification.shard import Task, task_rows
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
@@ -45,7 +46,7 @@ def undisturbed(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     named = {"data.source": world.poisoned, "data.output": str(output), "purify.denoiser": world.denoiser}
     settings = {**DEBUG, **{key: yaml.safe_load(str(value)) for key, value in SETTINGS.items()}}
-    prepared = prepare(verbs.resolve(None, settings, named))
+    prepared = prepare(resolve(None, settings, named))
     prepared.claim()
     purifier = Purifier(prepared.job)
     for shard in prepared.plan.shards:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from eclipse_ray import verbs
 from eclipse_ray.config import CompensationConfig, load_config
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import ImageError, encode_image
 from eclipse_ray.diffusion import sampling
 from eclipse_ray.errors import StorageError, error_of_note
 from eclipse_ray.ledger import open_run, plan_shards, read_statuses, session
+from eclipse_ray.parameters import resolve
 from eclipse_ray.purification import stages
 from eclipse_ray.purification.shard import Failure, Job, Task, task_rows, unpack
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
@@ -25,7 +25,7 @@ from tests.support import DEBUG
 
 
 def shard_of_sixteen(world, output) -> tuple[Job, Task]:
-    config = verbs.resolve(None, DEBUG, {"purify.batch_size": 8})
+    config = resolve(None, DEBUG, {"purify.batch_size": 8})
     source = open_source(world.poisoned, config.data)
     shards = plan_shards(source.parts, 16)[:1]
     job = Job(

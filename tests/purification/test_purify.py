@@ -14,6 +14,7 @@ from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.errors import InputError, ResumeError, error_of_note
 from eclipse_ray.ledger import plan_shards, read_statuses
+from eclipse_ray.parameters import resolve
 from eclipse_ray.purification import plan as prepare
 from eclipse_ray.purification import shard as rows
 from eclipse_ray.purification import stages
@@ -56,7 +57,7 @@ def test_every_image_arrives_once_with_its_label(world, purified):
 
 def test_order_within_a_shard_is_the_sources(world, purified):
     output, _ = purified
-    ids = load_images(world.poisoned, verbs.resolve(None, None, {}).data).ids
+    ids = load_images(world.poisoned, resolve(None, None, {}).data).ids
     for status in read_statuses(Store(str(output))).values():
         shard_ids = pq.read_table(output / status.object)["id"].to_pylist()
         first = ids.index(shard_ids[0])
@@ -106,7 +107,7 @@ def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
     (output / "_eclipse/status/000003/0.json").unlink()
     (output / "_eclipse/manifest.parquet").unlink()
     with pytest.raises(InputError, match="not finished"):
-        open_source(str(output), verbs.resolve(None, None, {}).data)
+        open_source(str(output), resolve(None, None, {}).data)
     purify(world, output)
     assert lost.read_bytes() == content
     assert verbs.verify(str(output)).ok
@@ -201,7 +202,7 @@ def test_samples_of_large_images_are_their_middles(world, tmp_path):
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.png").write_bytes(encode_image(np.zeros((400, 90, 3), np.uint8), "png"))
-    config = verbs.resolve(None, None, {})
+    config = resolve(None, None, {})
     sample = prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)[0]
     assert (sample.height, sample.width, sample.crop.shape) == (400, 90, (64, 64, 3))
     config.data.resize = 32
@@ -209,19 +210,19 @@ def test_samples_of_large_images_are_their_middles(world, tmp_path):
 
 
 def test_leakage_is_found_whatever_the_size_worked_at(world, tmp_path):
-    config = verbs.resolve(None, {**SHARDS, "data.resize": 24}, {})
+    config = resolve(None, {**SHARDS, "data.resize": 24}, {})
     source = open_source(world.clean, config.data)
     batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
     job = make_job(source, config, world, str(tmp_path / "out"))
     _, images, _ = rows.unpack(stages.read_and_decode(batch, job))
     assert {image.shape for image in images} == {(24, 24, 3)}
-    stored = load_images(world.clean, verbs.resolve(None, None, {}).data).hashes()
+    stored = load_images(world.clean, resolve(None, None, {}).data).hashes()
     fatal = stages.read_and_decode(batch, replace(job, sparse_hashes=frozenset(stored)))["fatal"][0].as_py()
     assert "is in the sparse clean set" in fatal
 
 
 def test_no_column_between_stages_is_a_python_object(world, tmp_path):
-    config = verbs.resolve(None, SHARDS, {})
+    config = resolve(None, SHARDS, {})
     source = open_source(world.poisoned, config.data)
     job = make_job(source, config, world, str(tmp_path / "out"))
     batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
@@ -240,7 +241,7 @@ def test_the_wrong_denoiser_is_noticed(world, tmp_path, capsys):
     from eclipse_ray.diffusion.checkpoint import load_denoiser
 
     write_synthetic(str(tmp_path / "src"), 8, 16, 3)
-    images = load_images(str(tmp_path / "src"), verbs.resolve(None, None, {}).data)
+    images = load_images(str(tmp_path / "src"), resolve(None, None, {}).data)
     denoiser = load_denoiser(world.denoiser)
     prepare.warn_if_unsuitable(denoiser, list(images.images), 15.0, denoiser.t_star)
     assert "warning" not in capsys.readouterr().err
@@ -254,7 +255,7 @@ def test_an_imported_denoiser_must_leave_no_more_than_the_noise(capsys):
 
     from eclipse_ray.diffusion.network import build_denoiser, build_unet
 
-    config = verbs.resolve(None, {"denoiser.preset": "debug"}, {}).denoiser
+    config = resolve(None, {"denoiser.preset": "debug"}, {}).denoiser
     denoiser = build_denoiser(build_unet(config), config).eval()
     images = list(np.random.default_rng(0).integers(60, 200, (8, 16, 16, 3), dtype=np.uint8))
     with torch.no_grad():
@@ -330,7 +331,7 @@ def test_two_images_of_one_id_are_refused(world, tmp_path):
     table = pq.read_table(sorted((world.root / "poisoned/data").glob("*.parquet"))[0]).slice(0, 4)
     ids = pa.array(["a", "b", "b", "c"])
     pq.write_table(table.set_column(table.column_names.index("id"), "id", ids), tmp_path / "source/x.parquet")
-    config = verbs.resolve(None, SHARDS, {})
+    config = resolve(None, SHARDS, {})
     source = open_source(str(tmp_path / "source"), config.data)
     task = rows.Task(plan_shards(source.parts, 16)[0])
     job = make_job(source, config, world, str(tmp_path / "out"))
@@ -342,7 +343,7 @@ def test_two_images_of_one_id_are_refused(world, tmp_path):
 
 def test_what_cannot_be_read_becomes_error_rows_of_its_own(world, tmp_path):
     verbs.convert(world.test, str(tmp_path / "source"), layout="folder", settings=DEBUG)
-    config = verbs.resolve(None, SHARDS, {})
+    config = resolve(None, SHARDS, {})
     source = open_source(str(tmp_path / "source"), config.data)
     task = rows.Task(plan_shards(source.parts, 16)[0])
     gone = [span.key for span in task.shard.spans][3]

@@ -7,9 +7,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray.config import PoisonConfig
-from eclipse_ray.poisons import poison_settings, settings_of
-from eclipse_ray.reports.tables import ONE_COST, TIDY, read_view, spread, tables_of, write_tables
+from eclipse_ray.reports.tables import TIDY, read_view, spread, tables_of, write_tables
 from eclipse_ray.reports.tables import to_markdown as written
 from eclipse_ray.results import MatrixAxis, MatrixView
 from eclipse_ray.storage.store import Store
@@ -144,20 +142,13 @@ def test_rows_of_an_earlier_version_make_their_own_axes(tmp_path):
 
 
 def test_a_poison_with_reduced_numbers_is_called_so_in_every_table():
-    rows = [row | {"cost": "" if row["poison"] == "clean" else "reduced"} for row in FULL]
+    rows = [row | {"cost": "reduced" if row["poison"] == "em" else ""} for row in FULL]
     markdown = to_markdown(view(rows))
     assert section(markdown, "Test accuracy")["defense"] == ["em (reduced)", "ar", "AVG"]
     assert section(markdown, "Gap to undefended clean")["defense"] == ["em (reduced)", "ar", "AVG"]
     assert "Budgets: em (reduced): L-inf 8/255" in markdown
     full = [row | {"cost": "full"} for row in FULL]
     assert "reduced" not in to_markdown(replace(view(rows), rows=full))
-
-
-def test_the_poisons_without_reduced_numbers_are_those_whose_settings_are_equal_at_both_costs():
-    full, reduced = (
-        {n: settings_of(PoisonConfig(name=n, cost=c)) for n in poison_settings()} for c in ("full", "reduced")
-    )
-    assert {name for name in full if full[name] == reduced[name]} == set(ONE_COST)
 
 
 @pytest.mark.parametrize(("values", "text"), [([], "·"), ([50.0], "50.0"), ([49.0, 51.0], "50.0 ± 1.4")])

@@ -1,0 +1,226 @@
+"""How a verb declares its parameters, how they and the settings read in words, and the settings of one call.
+
+The annotation of a parameter holds its type, its help and, if it sets a setting, the name of that setting, from
+which range and default come. The command line (cli.py) and the reference (tools/pages.py) are made from these
+declarations: a positional parameter is an argument there, a keyword is an option of the same name. A parameter
+that has no `Parameter` exists in Python only.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from eclipse_ray import log
+from eclipse_ray.config import Config, Settings, holds_secret, load_config, with_overrides
+from eclipse_ray.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Groups of options in --help, in the order in which people ask: where, how, by what means, in which form.
+DATA, METHOD, RUN, OUTPUT = "Data", "Method", "Run", "Settings and output"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What the command line and the reference say about a parameter, besides its name, type and default.
+
+    `setting` is the setting that it sets, which gives the help unless there is another one. `option` is its name
+    on the command line where that differs. `pair` reads one NAME=VALUE of an option that fills a mapping.
+    """
+
+    help: str = ""
+    metavar: str | None = None
+    setting: str = ""
+    panel: str = DATA
+    minimum: float | None = None
+    option: str = ""
+    pair: Callable[[str], tuple[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A function as a command, its group in --help and its examples.
+
+    `report`: it leaves a report in its output folder. `here`: it works on files of this machine, so it cannot be
+    submitted. `interruptible`: it decides itself what Ctrl-C means.
+    """
+
+    function: Callable[..., Any]
+    group: str
+    examples: tuple[str, ...]
+    report: bool = False
+    here: bool = False
+    interruptible: bool = False
+
+
+VERBS: dict[str, Verb] = {}
+"""All verbs by their name on the command line; filled by the functions of verbs.py."""
+PLANS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""The dry runs, by the function of the verb."""
+
+
+def verb(
+    group: str, *examples: str, report: bool = False, here: bool = False, interruptible: bool = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function a verb. A test parses each example as a command line, and asks for two at least."""
+
+    def declare(function: Callable[P, R]) -> Callable[P, R]:
+        name = function.__name__.replace("_", "-")
+        VERBS[name] = Verb(function, group, examples, report, here, interruptible)
+        return function
+
+    return declare
+
+
+def plan_of(verb: Callable[P, Any]) -> Callable[[Callable[[Config, dict[str, Any]], R]], Callable[P, R]]:
+    """Make a function the dry run of a verb: it gets the resolved settings and the arguments by name."""
+
+    def declare(body: Callable[[Config, dict[str, Any]], R]) -> Callable[P, R]:
+        @functools.wraps(body)
+        def plan(*arguments: P.args, **keywords: P.kwargs) -> R:
+            bound = signature.bind(*arguments, **keywords)
+            bound.apply_defaults()
+            return body(resolved(verb, bound.arguments), bound.arguments)
+
+        signature = inspect.signature(verb)
+        returned = inspect.signature(body).return_annotation
+        vars(plan)["__signature__"] = signature.replace(return_annotation=returned)
+        PLANS[verb] = plan
+        return plan
+
+    return declare
+
+
+@functools.cache
+def declared(verb: Callable[..., Any]) -> dict[str, tuple[inspect.Parameter, Parameter]]:
+    """Return the parameters of a verb that the command line has too, with plain types, and their declarations."""
+    found = {}
+    for name, one in inspect.signature(verb, eval_str=True).parameters.items():
+        if get_origin(one.annotation) is Annotated:
+            plain, declaration = get_args(one.annotation)
+            found[name] = (one.replace(annotation=plain), declaration)
+    return found
+
+
+ConfigLike = Config | str | None
+
+
+def resolved(verb: Callable[..., Any], given: Mapping[str, Any]) -> Config:
+    """Return the settings of a call of `verb` with the arguments `given`: the named ones override the others."""
+    named = {one.setting: given[name] for name, (_, one) in declared(verb).items() if one.setting}
+    return resolve(given["config"], given["settings"], named)
+
+
+def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> Config:
+    """Return the settings of one call: `config` <- `settings` <- those of `named` that are not None.
+
+    A config file may lie at a path or any fsspec URL. From here on messages have the form of run.log_format.
+    """
+    overrides = {**(settings or {}), **{key: value for key, value in named.items() if value is not None}}
+    if isinstance(config, Config):
+        found = with_overrides(config, overrides)
+    else:
+        found = load_config(config, overrides, _read_anywhere)
+    log.set_format(found.run.log_format)
+    _check_files(found)
+    return found
+
+
+def _check_files(config: Config) -> None:
+    """Check what is set of the settings that poisons and defenses declare in their files, which import torch."""
+    if config.poison.model_extra:
+        from eclipse_ray.poisons import check_poison
+
+        check_poison(config.poison)
+    if config.defense.model_extra:
+        from eclipse_ray.defenses import resolved_defense
+
+        resolved_defense(config.defense)
+
+
+def _read_anywhere(url: str) -> bytes:
+    if "://" not in url:
+        return Path(url).read_bytes()
+    from eclipse_ray.storage.store import Store
+
+    if holds_secret(url):
+        raise ConfigError("--config: the URL holds a password or token; give credentials by environment variables")
+    return Store(url).read()
+
+
+@dataclass(frozen=True)
+class Described:
+    """One setting in words; `bounds` is empty where any value of the type will do."""
+
+    key: str
+    kind: str
+    bounds: str
+    default: str
+    text: str
+
+
+def describe(key: str) -> Described:
+    """Return the setting "section.key" in words. Raises KeyError if there is none."""
+    section, _, name = key.partition(".")
+    return _described(key, section_fields(section)[name])
+
+
+def describe_section(section: str) -> list[Described]:
+    """Return all settings of a section in words, in order."""
+    return [_described(f"{section}.{name}", field) for name, field in section_fields(section).items()]
+
+
+def section_fields(section: str) -> dict[str, FieldInfo]:
+    """Return the fields of a section of the configuration by name."""
+    model: Any = Config.model_fields[section].annotation
+    return dict(model.model_fields)
+
+
+def _described(key: str, field: FieldInfo) -> Described:
+    default = field.get_default(call_default_factory=True)
+    shown = default if isinstance(default, str) else yaml.safe_dump(_plain(default), default_flow_style=True)
+    return Described(
+        key, _kind(field.annotation), _bounds(field), shown.removesuffix("...\n").strip(), field.description or ""
+    )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _kind(annotation: Any) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(part) for part in parts)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_kind(part) for part in parts)
+    if origin is tuple:
+        return f"list of {_kind(parts[0])}"
+    if origin is dict:
+        return "mapping"
+    return "null" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
+
+
+def _bounds(field: FieldInfo) -> str:
+    """Return the range in words: "0 to 1", "above 0", "1 or more"."""
+    limits = {
+        name: getattr(one, name)
+        for one in field.metadata
+        for name in ("ge", "gt", "le", "lt")
+        if hasattr(one, name)
+    }
+    low = f"above {limits['gt']:g}" if "gt" in limits else f"{limits['ge']:g}" if "ge" in limits else ""
+    high = f"below {limits['lt']:g}" if "lt" in limits else f"{limits['le']:g}" if "le" in limits else ""
+    if low and high:
+        return f"{low} to {high}" if "lt" not in limits else f"{low}, {high}"
+    return high or (f"{low} or more" if "ge" in limits else low)

@@ -27,9 +27,9 @@ from eclipse_ray.poisons.surrogate import (
 )
 from eclipse_ray.victims.training import classify
 
-# The numbers of the trial in which the method was found; none of them is a setting.
+# Bound, steps and the untouched part are those of the trial in which the method was found. None is a setting.
 SURROGATES = 2
-"""Networks, which take turns. One is as strong on most poisons; two are fitted in the same time on two cores."""
+"""Networks, which take turns. Two cores or GPUs fit them in the time of one."""
 SURROGATE_STEPS = 1000
 """Most optimiser steps of a surrogate. Shortcuts are learned early, so a larger set needs no more."""
 STEPS = 5

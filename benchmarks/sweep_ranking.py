@@ -39,8 +39,12 @@ SPACE: dict[str, list[Any]] = {
     "compensation.p": [0.0, 0.4],
     "compensation.sigma": [0.0, 0.1],
 }
-OBJECTIVES = ("proxy_accuracy", "score", "psnr")
-"""`score` is proxy_accuracy with its bonus for fidelity; `psnr` is what fidelity alone would choose."""
+OBJECTIVES = ("proxy_accuracy", "score", "psnr", "removed")
+"""`score` is proxy_accuracy with its bonus for fidelity; `psnr` is what fidelity alone would choose.
+
+`removed` is 1 - rho, the part of the poison's perturbation that purification removes. It needs no victim, and the
+clean images, so it orders settings for research and not for a user.
+"""
 SIGNIFICANT = 1.645
 """One-sided 5 % of a normal deviate: rank correlations below this over sqrt(n - 1) may be chance."""
 
@@ -90,15 +94,21 @@ def matrix_settings(options: argparse.Namespace, denoiser: str, points: list[Poi
     }
 
 
-def truth(options: argparse.Namespace, settings: Settings) -> dict[str, dict[str, float]]:
-    """Return {poison: {point: mean test accuracy}}, measured by the matrix."""
+def truth(options: argparse.Namespace, settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
+    """Return {poison: {point: mean test accuracy and the part removed}}, measured by the matrix."""
     print(verbs.evaluate(settings=settings), flush=True)
     rows = pq.read_table(options.out / "truth/results.parquet").to_pylist()
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
-        found.setdefault(row["poison"], {}).setdefault(row["defense"], []).append(row["test_accuracy"])
+        found.setdefault(row["poison"], {}).setdefault(row["defense"], []).append(row)
     return {
-        poison: {label: statistics.fmean(values) for label, values in labels.items()}
+        poison: {
+            label: {
+                "test_accuracy": statistics.fmean(row["test_accuracy"] for row in seeds),
+                "removed": 1 - seeds[0]["rho"],
+            }
+            for label, seeds in labels.items()
+        }
         for poison, labels in found.items()
     }
 
@@ -124,9 +134,10 @@ def swept(options: argparse.Namespace, poison: str, source: str, denoiser: str) 
     return rows
 
 
-def ranking(poison: str, rows: list[dict[str, Any]], accuracy: dict[str, float]) -> list[dict[str, Any]]:
+def ranking(poison: str, rows: list[dict[str, Any]], known: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """Return, for each objective, its rank correlation with the truth and what choosing by it gives."""
-    pairs = [(row, accuracy[row["point"]]) for row in rows if row["point"] in accuracy]
+    both = [(row, known[row["point"]]) for row in rows if row["point"] in known]
+    pairs = [({**row, **true}, true["test_accuracy"]) for row, true in both]
     best = max(value for _, value in pairs)
     found = []
     for objective in OBJECTIVES:

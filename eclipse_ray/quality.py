@@ -1,4 +1,4 @@
-"""How far images are from clean ones: PSNR and SSIM."""
+"""How far images are from clean ones, PSNR and SSIM, and how much of a poison is left in them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ def psnr(images: Tensor, reference: Tensor, *, peak: float = 255.0) -> float:
     for one, other in zip(torch.split(images, BATCH), torch.split(reference, BATCH), strict=True):
         total += float((one.double() - other.double()).square().sum())
     return math.inf if total == 0 else 10 * math.log10(peak**2 * images.numel() / total)
+
+
+def survival(defended: Tensor, defended_clean: Tensor, poisoned: Tensor, clean: Tensor) -> float | None:
+    """Return rho = <P(x + delta) - P(x), delta> / |delta|^2 over all images x, the part of delta that survives P.
+
+    All four are uint8 (N, H, W, 3): P(x + delta), P(x) with the same noise, x + delta and x. With several draws of
+    P the first two are (D, N, H, W, 3). None if no image is poisoned; 0 where nothing is left, 1 where all is.
+    """
+    delta = poisoned.double() - clean.double()
+    size = float(delta.square().sum())
+    if size == 0:
+        return None
+    left = defended.double() - defended_clean.double()
+    return float((left * delta).sum()) / (size * left.numel() / delta.numel())
 
 
 def ssim(images: Tensor, reference: Tensor) -> float:

@@ -1,17 +1,25 @@
-"""Ray Train fits the denoiser on the enlarged sparse clean set, on any number of workers, and resumes."""
+"""Ray Train fits the denoiser on the enlarged sparse clean set, on any number of workers, and resumes.
+
+With `denoiser.against` it fits surrogates on the suspicious set first, which are kept in the output folder; the
+denoiser then learns to remove what they have learned (inversion.py).
+"""
 
 from __future__ import annotations
 
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
+import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 
 from eclipse_ray import ledger, log
@@ -27,21 +35,25 @@ from eclipse_ray.cluster.connect import (
 from eclipse_ray.cluster.metrics import Curves, open_curves
 from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thread, reaching, start_board
 from eclipse_ray.config import Config, DenoiserConfig, digest, to_yaml
-from eclipse_ray.datasets.memory import MixedSet, load_mixed
+from eclipse_ray.datasets.memory import ImageSet, MixedSet, load_mixed, load_squares
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, read_card, save_denoiser
 from eclipse_ray.diffusion.network import timestep_scale
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.diffusion.training import ImageBuffer, centre_crops, image_buffer
 from eclipse_ray.errors import ConfigError, InputError, InterruptedRunError, ResumeError
+from eclipse_ray.inversion import METHOD, SURROGATES, Inversion, fit_surrogate, open_surrogate, surrogate_settings
 from eclipse_ray.log import say
+from eclipse_ray.poisons.interface import LabelledImages, Session
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import TrainResult
 from eclipse_ray.storage.store import Store
 
 STATE_FILE = "state.pt"
 # Settings that say how training is spread or watched; all others decide the weights.
-NOT_IN_FINGERPRINT = {"output", "num_workers", "use_gpu", "report_every", "checkpoint_every"}
+NOT_IN_FINGERPRINT = {"output", "against", "num_workers", "use_gpu", "report_every", "checkpoint_every"}
+MOST_SUSPICIOUS = 50_000
+"""Most images that surrogates are trained on; their number of optimiser steps is bounded anyway."""
 
 
 def train(config: Config) -> TrainResult:
@@ -51,13 +63,14 @@ def train(config: Config) -> TrainResult:
     """
     clean, output = _locations(config)
     images = _sparse_set(config, clean)
+    suspicious = _suspicious_set(config, clean, images) if config.denoiser.against else None
     store = Store(output)
     refuse_process_local(output, store.in_this_process_only)
-    fingerprint = _fingerprint(config, images.hashes)
+    fingerprint = _fingerprint(config, images.hashes, suspicious)
     ledger.claim(store, fingerprint, to_yaml(config))
     log.set_run("train", fingerprint.value)
     if not store.exists(CARD_FILE):
-        _run_training(config, store, images, fingerprint.value)
+        _run_training(config, store, images, suspicious, fingerprint.value)
     else:
         say(f"{output}: already trained with these settings and images")
     card = read_card(local_denoiser(output))
@@ -90,6 +103,35 @@ def _sparse_set(config: Config, clean: str) -> MixedSet:
     return images
 
 
+@dataclass(frozen=True)
+class Suspicious:
+    """What surrogates are trained on: at most MOST_SUSPICIOUS squares, and a digest of the whole set."""
+
+    squares: ImageSet
+    num_classes: int
+    total: int
+    content: str
+
+    def record(self) -> dict[str, Any]:
+        """Return what decides the surrogates and what is done with them, for fingerprint and card."""
+        return {**METHOD, "images": self.total, "content": self.content}
+
+
+def _suspicious_set(config: Config, clean: str, trusted: MixedSet) -> Suspicious:
+    """Return the images of denoiser.against. Raises InputError if it shares images with the trusted ones."""
+    against = str(config.denoiser.against)
+    side, seed = config.denoiser.image_size, config.run.seed
+    squares, known = load_squares(against, config.data, side, MOST_SUSPICIOUS, seed)
+    shared = len(known.keys() & set(trusted.hashes))
+    if shared:
+        raise InputError(f"{against}, {clean}: share {shared} images (by content); they must be disjoint")
+    labels = [label for each in known.values() for label in each]
+    if len(set(labels)) < 2:
+        raise InputError(f"{against}: all images have one label, so no network can learn what poisons them")
+    content = digest(sorted([name, *sorted(each)] for name, each in known.items()))
+    return Suspicious(squares, max(max(labels) + 1, len(squares.classes or [])), len(labels), content)
+
+
 def deciding_settings(denoiser: DenoiserConfig) -> dict[str, Any]:
     """Return the settings that decide the weights."""
     settings = denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
@@ -97,60 +139,162 @@ def deciding_settings(denoiser: DenoiserConfig) -> dict[str, Any]:
     return {**settings, "timestep_sampler": "uniform"}
 
 
-def _fingerprint(config: Config, hashes: list[str]) -> ledger.Fingerprint:
+def _fingerprint(config: Config, hashes: list[str], suspicious: Suspicious | None) -> ledger.Fingerprint:
     tree = {
         "denoiser": deciding_settings(config.denoiser),
         "data": {"resize": config.data.resize},
         "run": {"seed": config.run.seed},
+        **({"against": suspicious.record()} if suspicious else {}),
     }
     return ledger.Fingerprint(config=tree, weights="", input=digest(sorted(hashes)), engine_version=ENGINE_VERSION)
 
 
-def _run_training(config: Config, store: Store, images: MixedSet, fingerprint: str) -> None:
+def _run_training(
+    config: Config, store: Store, images: MixedSet, suspicious: Suspicious | None, fingerprint: str
+) -> None:
     curves = open_curves(config.run.loggers, store.url, fingerprint)
-    total, every = config.denoiser.iterations, config.run.progress_seconds
-    with ProgressLine("train", "iterations", total, every, phase=reaching(config)) as line:
+    with ProgressLine("train", "iterations", 1, config.run.progress_seconds, phase=reaching(config)):
         resources = connect(config)
         workers, use_gpu = _workers(config, resources)
         require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
         require_gpus(resources, workers * use_gpu, f"denoiser.use_gpu with denoiser.num_workers={workers}")
         require_place(resources, 1, float(use_gpu), "a worker of the training")
-        board = start_board()
-        line.phase = f"starting {workers} worker{'s' * (workers > 1)}"
+    name, record = "train", None
+    starting = f"starting {workers} worker{'s' * (workers > 1)}"
+    if suspicious is not None:
+        name, record = "train, part 2 of 2: denoiser", suspicious.record()
+        _fit_surrogates(config, store, suspicious, resources, fingerprint)
+    line = ProgressLine(
+        name, "iterations", config.denoiser.iterations, config.run.progress_seconds, phase=starting
+    )
+    settings = {
+        # One buffer, which every worker of a node reads in place.
+        "pixels": ray.put(images.pixels),
+        "sizes": images.sizes.tolist(),
+        "hashes": images.hashes,
+        "fingerprint": fingerprint,
+        "against": record,
+        "num_classes": suspicious.num_classes if suspicious else 0,
+    }
+    callbacks: list[UserCallback] = [TrainLogger(curves)] if config.run.loggers else []
+    trainer = _Trainer(config, store, resources, workers, use_gpu)
+    watch = Watch("training", "iteration", config.run.watchdog_seconds)
+    checkpoint = trainer.fit(
+        _train_worker, settings, fingerprint, lambda entry: _show(line, entry), line, watch, callbacks
+    )
+    if checkpoint is None:
+        raise InterruptedRunError("training stopped without a checkpoint; run the same command again to resume")
+    _publish(checkpoint, store)
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """How Ray Train runs a function on workers: both the fit of the surrogates and that of the denoiser."""
+
+    config: Config
+    store: Store
+    resources: Resources
+    workers: int
+    use_gpu: bool
+
+    def fit(
+        self,
+        worker: Callable[[dict[str, Any]], None],
+        settings: dict[str, Any],
+        name: str,
+        show: Callable[[dict[str, Any]], None],
+        line: ProgressLine,
+        watch: Watch,
+        callbacks: list[UserCallback],
+    ) -> Checkpoint | None:
+        """Run `worker` under `name` and return its last checkpoint; what it posts on the board goes to `show`.
+
+        Raises its EclipseError, and InterruptedRunError when Ray gives up or `watch` sees no sign of life.
+        """
+        board, store = start_board(), self.store
         trainer = ray.train.torch.TorchTrainer(
-            _train_worker,
+            worker,
             train_loop_config={
-                "config": config.model_dump(mode="json"),
-                # One buffer, which every worker of a node reads in place.
-                "pixels": ray.put(images.pixels),
-                "sizes": images.sizes.tolist(),
-                "hashes": images.hashes,
-                "fingerprint": fingerprint,
-                "threads": 0 if use_gpu else max(1, resources.cores // workers),
+                "config": self.config.model_dump(mode="json"),
+                "output": store.url,
+                "threads": 0 if self.use_gpu else max(1, self.resources.cores // self.workers),
                 "board": board,
+                **settings,
             },
             scaling_config=ScalingConfig(
                 # On a cluster, one worker is enough to go on with while a lost node is replaced.
-                num_workers=workers if resources.local else (1, workers),
-                use_gpu=use_gpu,
+                num_workers=self.workers if self.resources.local else (1, self.workers),
+                use_gpu=self.use_gpu,
                 resources_per_worker={"CPU": 1},
             ),
             run_config=RunConfig(
-                name=fingerprint,
+                name=name,
                 storage_path=store.path("_eclipse/train") if store.local else f"{store.url}/_eclipse/train",
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 failure_config=FailureConfig(max_failures=3),
-                callbacks=[TrainLogger(curves)] if config.run.loggers else [],
+                callbacks=callbacks,
             ),
         )
-        watch = Watch("training", "iteration", config.run.watchdog_seconds)
-        with BoardWatcher(board, lambda entry: _show(line, entry), watch):
+        with line, BoardWatcher(board, show, watch):
             result = on_a_thread(trainer.fit, watch)
-    if result.error is not None:
-        raise brought_home(result.error, watch.what)
-    if result.checkpoint is None:
-        raise InterruptedRunError("training stopped without a checkpoint; run the same command again to resume")
-    _publish(result.checkpoint, store)
+        if result.error is not None:
+            raise brought_home(result.error, watch.what)
+        return result.checkpoint
+
+
+def _surrogate_key(number: int) -> str:
+    return f"_eclipse/surrogates/{number}.safetensors"
+
+
+def _fit_surrogates(
+    config: Config, store: Store, suspicious: Suspicious, resources: Resources, fingerprint: str
+) -> None:
+    """Fit the surrogates that the output folder does not hold yet; each worker of Ray Train fits whole ones."""
+    left = [number for number in range(SURROGATES) if not store.exists(_surrogate_key(number))]
+    if not left:
+        return
+    squares, iterations = suspicious.squares, config.denoiser.iterations
+    epochs = surrogate_settings(len(squares.ids), iterations).surrogate_epochs
+    line = ProgressLine(
+        "train, part 1 of 2: surrogates", "epochs", epochs * len(left), config.run.progress_seconds
+    )
+    settings = {
+        "pixels": ray.put(squares.images),
+        "labels": ray.put(squares.labels),
+        "ids": squares.ids,
+        "num_classes": suspicious.num_classes,
+    }
+    workers, use_gpu = _workers(config, resources)
+    trainer = _Trainer(config, store, resources, min(workers, len(left)), use_gpu)
+    watch = Watch("training of the surrogates", "epoch", config.run.watchdog_seconds)
+    done: dict[int, int] = {}
+
+    def show(entry: dict[str, Any]) -> None:
+        # A surrogate that Ray had to start again reports its first epochs twice.
+        done[entry["surrogate"]] = entry["epoch"]
+        line.advance(sum(done.values()) - line.done, note=entry["note"])
+
+    trainer.fit(_surrogate_worker, settings, f"{fingerprint}-surrogates", show, line, watch, [])
+
+
+def _surrogate_worker(settings: dict[str, Any]) -> None:
+    """One Ray Train worker; fits its share of the surrogates that are missing, and stores each at once."""
+    config, store = Config.model_validate(settings["config"]), Store(settings["output"])
+    context = ray.train.get_context()
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    pixels, labels = _read_only(settings["pixels"]), _read_only(settings["labels"])
+    suspicious = LabelledImages(pixels, labels, settings["ids"], settings["num_classes"])
+    for number in range(context.get_world_rank(), SURROGATES, context.get_world_size()):
+        if store.exists(_surrogate_key(number)):
+            continue
+
+        def report(done: int, _total: int, note: str, number: int = number) -> None:
+            settings["board"].post.remote({"surrogate": number, "epoch": done, "note": note})
+
+        session = Session(ray.train.torch.get_device(), report, lambda: None, lambda _state: None)
+        state = fit_surrogate(suspicious, config.denoiser.iterations, config.run.seed + number, session)
+        store.write(_surrogate_key(number), safetensors.torch.save(state))
 
 
 class TrainLogger(UserCallback):
@@ -221,7 +365,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
             settings["board"].post.remote(vars(progress))
 
     def checkpoint(state: training.Fit) -> None:
-        card = _card(config, state, len(images), settings["hashes"], settings["fingerprint"])
+        card = _card(config, state, settings)
         _report_checkpoint(state if first else None, card)
 
     training.run_fit(
@@ -235,15 +379,34 @@ def _train_worker(settings: dict[str, Any]) -> None:
         world_size=context.get_world_size(),
         wrap=ray.train.torch.prepare_model,
         on_step=step,
+        perturb=_inversion(config, settings, device) if settings["against"] else None,
+    )
+
+
+def _inversion(config: Config, settings: dict[str, Any], device: torch.device) -> Inversion:
+    store, context = Store(settings["output"]), ray.train.get_context()
+    states = [safetensors.torch.load(store.read(_surrogate_key(number))) for number in range(SURROGATES)]
+    return Inversion(
+        [open_surrogate(state, settings["num_classes"], device) for state in states],
+        settings["num_classes"],
+        config.denoiser.batch_size,
+        config.run.seed,
+        context.get_world_rank(),
+        context.get_world_size(),
     )
 
 
 def _shared_images(settings: dict[str, Any]) -> ImageBuffer:
+    sizes = torch.tensor(settings["sizes"], dtype=torch.int64)
+    return image_buffer(_read_only(settings["pixels"]), sizes)
+
+
+def _read_only(reference: Any) -> torch.Tensor:
+    array: NDArray[Any] = ray.get(reference)
     with warnings.catch_warnings():
         # The object store hands out read-only memory; torch warns of writes, and nothing here writes.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        pixels = torch.from_numpy(ray.get(settings["pixels"]))
-    return image_buffer(pixels, torch.tensor(settings["sizes"], dtype=torch.int64))
+        return torch.from_numpy(array)
 
 
 def _restore(fit: training.Fit) -> None:
@@ -254,9 +417,13 @@ def _restore(fit: training.Fit) -> None:
         fit.restore(torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True))
 
 
-def _card(config: Config, fit: training.Fit, images: int, hashes: list[str], fingerprint: str) -> Card:
+def _card(config: Config, fit: training.Fit, settings: dict[str, Any]) -> Card:
     last = fit.history[-1] if fit.history else {"denoise_psnr": 0.0, "noisy_psnr": 0.0}
     denoiser = config.denoiser
+    against: dict[str, Any] = {}
+    if settings["against"]:
+        seeds = [config.run.seed + number for number in range(SURROGATES)]
+        against = {"against": {"source": denoiser.against, **settings["against"], "surrogate_seeds": seeds}}
     return Card(
         t_max=denoiser.t_max or denoiser.num_train_timesteps,
         t_star=denoiser.t_star,
@@ -266,10 +433,10 @@ def _card(config: Config, fit: training.Fit, images: int, hashes: list[str], fin
         iterations=fit.iteration,
         denoise_psnr=last["denoise_psnr"],
         noisy_psnr=last["noisy_psnr"],
-        sparse_images=images,
-        sparse_hashes=sorted(hashes),
-        fingerprint=fingerprint,
-        settings={**denoiser.model_dump(mode="json"), "seed": config.run.seed},
+        sparse_images=len(settings["hashes"]),
+        sparse_hashes=sorted(settings["hashes"]),
+        fingerprint=settings["fingerprint"],
+        settings={**denoiser.model_dump(mode="json", exclude={"against"}), "seed": config.run.seed, **against},
         history=fit.history,
     )
 

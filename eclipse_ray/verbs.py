@@ -109,11 +109,15 @@ def demo(
 @verb(
     "Purify",
     "eclipse-ray train --clean my/trusted --out my/denoiser",
+    "eclipse-ray train --clean my/trusted --against my/dataset --out my/denoiser",
     "eclipse-ray train --clean my/trusted --out my/den --set denoiser.preset=paper",
 )
 def train(
     *,
     clean: Annotated[str | None, Parameter("Sparse clean set: trusted images.", "SRC", "data.clean")] = None,
+    against: Annotated[
+        str | None, Parameter("Labelled dataset to purify, to learn its poison.", "SRC", "denoiser.against")
+    ] = None,
     out: Annotated[str | None, Parameter("Folder of the denoiser.", "DIR", "denoiser.output")] = None,
     resize: Resize = None,
     strict: Strict = None,

@@ -115,6 +115,7 @@ def test_a_parameter_of_a_verb_is_on_the_command_line_or_known_to_be_for_python_
 def test_an_argument_overrides_the_setting_that_it_names():
     given = {
         "clean": "c",
+        "against": None,
         "out": "o",
         "resize": 48,
         "strict": True,

@@ -8,7 +8,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from eclipse_ray.errors import InputError
-from eclipse_ray.quality import EQUAL_PSNR, STRIP, changes, psnr, ssim
+from eclipse_ray.quality import EQUAL_PSNR, STRIP, changes, psnr, ssim, survival
 
 
 def images(count: int, seed: int) -> torch.Tensor:
@@ -61,3 +61,18 @@ def test_sets_that_cannot_be_compared_are_refused():
         psnr(images(2, 0), images(3, 0))
     with pytest.raises(InputError, match="at least 11 pixels"):
         ssim(images(2, 0)[:, :8], images(2, 0)[:, :8])
+
+
+def test_survival_is_the_part_of_the_perturbation_that_is_left():
+    clean = images(3, 0) // 2 + 32
+    delta = torch.randint(0, 2, clean.shape, generator=torch.Generator().manual_seed(0)) * 16 - 8
+    poisoned = (clean.int() + delta).to(torch.uint8)
+    assert survival(poisoned, clean, poisoned, clean) == 1
+    assert survival(clean, clean, poisoned, clean) == 0
+    # What a defense does to all images alike is no survival, and half of the perturbation is half.
+    half = (clean.int() + delta // 2 + 5).to(torch.uint8)
+    assert survival(half, (clean.int() + 5).to(torch.uint8), poisoned, clean) == pytest.approx(0.5)
+    draws = torch.stack([poisoned, clean, half])
+    same = torch.stack([clean, clean, (clean.int() + 5).to(torch.uint8)])
+    assert survival(draws, same, poisoned, clean) == pytest.approx(0.5)
+    assert survival(clean, clean, clean, clean) is None

@@ -2,21 +2,28 @@
 
 import json
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray.train.torch
 import torch
 from diffusers import UNet2DModel
+from ray.train import Checkpoint
 
-from eclipse_ray import verbs
+from eclipse_ray import training, verbs
+from eclipse_ray.cluster.connect import Resources
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.diffusion.training import run_fit, split_heldout, start_fit
 from eclipse_ray.errors import ConfigError, InputError, ResumeError
+from eclipse_ray.inversion import METHOD, SURROGATES
 from eclipse_ray.parameters import resolve
-from eclipse_ray.training import deciding_settings
+from eclipse_ray.training import _fingerprint, deciding_settings
 from tests.support import DEBUG, kill_when
 
 SHORT = {**DEBUG, "denoiser.iterations": 20, "denoiser.checkpoint_every": 10, "denoiser.num_workers": 2}
@@ -94,6 +101,180 @@ def test_a_killed_training_continues(world, trained, tmp_path):
     iterations = [point["iteration"] for point in card.history]
     assert iterations == sorted(set(iterations))
     assert iterations[-1] == 90
+
+
+AGAINST = {**DEBUG, "denoiser.iterations": 8, "denoiser.checkpoint_every": 2, "denoiser.num_workers": 1}
+
+
+@dataclass
+class OneProcess:
+    """Runs the workers of Ray Train in this process, one after another; `stop_after` reports it is killed."""
+
+    checkpoints: Path
+    ranks: int = 1
+    stop_after: int | None = None
+    reports: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def get_context(self) -> "OneProcess":
+        return self
+
+    def get_world_rank(self) -> int:
+        return self.rank
+
+    def get_world_size(self) -> int:
+        return self.world
+
+    def get_checkpoint(self) -> Checkpoint | None:
+        kept = sorted(self.checkpoints.glob("*"))
+        return Checkpoint.from_directory(kept[-1]) if kept else None
+
+    def report(self, _metrics: object, checkpoint: Checkpoint) -> None:
+        shutil.copytree(checkpoint.path, self.checkpoints / f"{len(list(self.checkpoints.glob('*'))):03d}")
+        self.reports += 1
+        if self.reports == self.stop_after:
+            raise KeyboardInterrupt
+
+    def fit(self, trainer, worker, settings, _name, show, line, _watch, _callbacks) -> Checkpoint | None:
+        post = SimpleNamespace(remote=show)
+        common = {"config": trainer.config.model_dump(mode="json"), "output": trainer.store.url, "threads": 0}
+        surrogates = worker is training._surrogate_worker
+        self.world = self.ranks if surrogates else 1
+        with line:
+            for rank in range(self.world):
+                self.rank = rank
+                worker({**common, "board": SimpleNamespace(post=post), **settings})
+        return None if surrogates else self.get_checkpoint()
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Return what puts OneProcess in the place of Ray."""
+
+    def put(**options: int) -> OneProcess:
+        one = OneProcess(tmp_path / "checkpoints", **options)
+        for name in ("get_context", "get_checkpoint", "report"):
+            monkeypatch.setattr(ray.train, name, getattr(one, name))
+        monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model: model)
+        monkeypatch.setattr(ray, "put", lambda value: value)
+        monkeypatch.setattr(ray, "get", lambda value: value)
+        monkeypatch.setattr(training, "connect", lambda _config: Resources(2, 0, 2, True))
+        monkeypatch.setattr(training._Trainer, "fit", lambda *given: one.fit(*given))
+        return one
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def unlabelled(world, tmp_path_factory) -> str:
+    """Return the trusted images without their labels."""
+    folder = tmp_path_factory.mktemp("trusted")
+    for index, image in enumerate(load_images(world.clean, load_config(None, DEBUG).data).images):
+        (folder / f"{index}.png").write_bytes(encode_image(image, "png"))
+    return str(folder)
+
+
+def train_against(world, clean, output, **settings):
+    return verbs.train(clean=clean, against=world.poisoned, out=str(output), settings={**AGAINST, **settings})
+
+
+def files_of(output) -> dict[str, bytes]:
+    """Return the weights of the denoiser and of its surrogates."""
+    found = [*output.glob("_eclipse/surrogates/*"), *output.glob("*.safetensors")]
+    return {file.name: file.read_bytes() for file in found}
+
+
+def test_a_denoiser_is_trained_against_a_suspicious_set_without_labels_of_the_trusted(
+    world, unlabelled, here, tmp_path, capfd
+):
+    here(ranks=2)
+    result = train_against(world, unlabelled, tmp_path / "out")
+    assert result.iterations == 8
+    card = read_card(tmp_path / "out")
+    assert card.sparse_images == 20
+    recorded = card.settings["against"]
+    assert recorded["source"] == world.poisoned
+    assert (recorded["images"], recorded["surrogate_seeds"]) == (240, [0, 1])
+    assert recorded.items() >= METHOD.items()
+    assert load_denoiser(tmp_path / "out").t_max == 5
+    said = capfd.readouterr().err
+    assert "train, part 1 of 2: surrogates: 8/8 epochs" in said
+    assert "train, part 2 of 2: denoiser: 8/8 iterations" in said
+    # Labels that trusted images have are not used: the same weights, whoever fits the surrogates.
+    here(ranks=1).checkpoints = tmp_path / "others"
+    train_against(world, world.clean, tmp_path / "labelled")
+    one, other = files_of(tmp_path / "out"), files_of(tmp_path / "labelled")
+    assert len(one) == 1 + SURROGATES == len(set(one.values()))
+    assert one["0.safetensors"] == other["0.safetensors"]
+    assert one["1.safetensors"] == other["1.safetensors"]
+
+
+@pytest.mark.parametrize("stop_after", [None, 2])
+def test_a_training_against_a_set_that_is_stopped_goes_on_with_its_surrogates(
+    world, unlabelled, here, tmp_path, monkeypatch, stop_after
+):
+    here()
+    train_against(world, unlabelled, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "checkpoints")
+    output = tmp_path / "stopped"
+    fitted, fit = [], training.fit_surrogate
+
+    def once(suspicious, iterations, seed, session):
+        if stop_after is None and fitted == [0]:
+            fitted.append(None)
+            raise KeyboardInterrupt
+        fitted.append(seed)
+        return fit(suspicious, iterations, seed, session)
+
+    monkeypatch.setattr(training, "fit_surrogate", once)
+    here(stop_after=stop_after or 0)
+    with pytest.raises(KeyboardInterrupt):
+        train_against(world, unlabelled, output)
+    assert not (output / "eclipse.json").exists()
+    here()
+    assert train_against(world, unlabelled, output).iterations == 8
+    assert [seed for seed in fitted if seed is not None] == [0, 1]
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+def test_a_training_without_a_suspicious_set_has_the_fingerprint_and_the_card_that_it_had(trained):
+    config = load_config(None, DEBUG)
+    found = _fingerprint(config, ["b", "a"], None)
+    assert found.config.keys() == {"denoiser", "data", "run"}
+    assert found == _fingerprint(load_config(None, {**DEBUG, "denoiser.against": "elsewhere"}), ["a", "b"], None)
+    assert "against" not in found.config["denoiser"]
+    assert "against" not in read_card(trained[0]).settings
+    assert files_of(trained[0]).keys() == {"diffusion_pytorch_model.safetensors"}
+
+
+def test_another_suspicious_set_is_another_training(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_run_training", lambda *_given: None)
+    with pytest.raises(InputError, match="not a denoiser folder"):
+        train_against(world, world.clean, tmp_path / "out")
+    with pytest.raises(ResumeError, match=r"against\.content"):
+        verbs.train(clean=world.clean, against=world.rest, out=str(tmp_path / "out"), settings=AGAINST)
+    with pytest.raises(ResumeError, match="against"):
+        verbs.train(clean=world.clean, out=str(tmp_path / "out"), settings=AGAINST)
+
+
+def test_a_suspicious_set_that_holds_trusted_images_is_refused(world, tmp_path):
+    with pytest.raises(InputError, match=r"share 20 images \(by content\); they must be disjoint"):
+        verbs.train(clean=world.clean, against=world.clean, out=str(tmp_path / "out"), settings=SHORT)
+
+
+def test_a_suspicious_set_without_labels_or_with_one_alone_is_refused(world, unlabelled, tmp_path):
+    with pytest.raises(InputError, match="has no labels"):
+        verbs.train(clean=world.clean, against=unlabelled, out=str(tmp_path / "out"), settings=SHORT)
+    for label, count in (("a", 20), ("b", 1)):
+        (tmp_path / "one" / label).mkdir(parents=True)
+        for index in range(count):
+            shutil.copy(Path(unlabelled) / f"{index}.png", tmp_path / "one" / label / f"{index}.png")
+    # It cannot be decoded, and so it is left out.
+    (tmp_path / "one/b/0.png").write_bytes(b"")
+    with pytest.raises(InputError, match="all images have one label"):
+        verbs.train(clean=world.test, against=str(tmp_path / "one"), out=str(tmp_path / "out"), settings=SHORT)
 
 
 @pytest.mark.chaos

@@ -168,6 +168,9 @@ class DenoiserConfig(Section):
 
     preset: Literal["debug", "small", "paper"] = Field("small", description="Named group of defaults.")
     output: str | None = Field(None, description="Folder of the trained denoiser.")
+    against: str | None = Field(
+        None, description="Suspicious labelled set; the denoiser learns what networks trained on it have learned."
+    )
     image_size: int = Field(32, ge=8, description="Training size in pixels.")
     block_out_channels: tuple[int, ...] = Field((24, 48), min_length=1, description="Channels of each level.")
     layers_per_block: int = Field(1, ge=1, description="Residual blocks of each level.")

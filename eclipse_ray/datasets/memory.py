@@ -177,6 +177,45 @@ def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
     return MixedSet(ids, np.frombuffer(pixels, np.uint8), np.array(sizes, np.int64).reshape(-1, 2), hashes)
 
 
+def load_squares(
+    url: str, data_config: DataConfig, side: int, most: int, seed: int
+) -> tuple[ImageSet, dict[str, list[int]]]:
+    """Return the central squares of at most `most` labelled images, and the labels of all images by content hash.
+
+    The squares are `side` pixels wide, of images chosen by `seed`. A hash is that of an image as it is stored.
+    Images that cannot be decoded or are smaller are left out. Raises InputError for a missing label, an id that
+    occurs twice, or no image that is large enough.
+    """
+    source = open_source(url, data_config)
+    labels = require_classes(url, source, data_config, 2).tolist()
+    chosen = set(np.random.default_rng(seed).permutation(source.images)[:most].tolist())
+    ids: list[str] = []
+    squares: dict[int, tuple[NDArray[np.uint8], str]] = {}
+    known: dict[str, list[int]] = defaultdict(list)
+    for table in read_tables(source, data_config, max_images=2048):
+        for place, data in enumerate(image_bytes(table), len(ids)):
+            try:
+                stored = decode_stored(data, data_config)
+            except ImageError:
+                continue
+            content = content_hash(stored)
+            known[content].append(labels[place])
+            image = resize_image(stored, data_config.resize)
+            top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+            if place in chosen and min(top, left) >= 0:
+                squares[place] = image[top : top + side, left : left + side].copy(), content
+        ids += table["id"].to_pylist()
+    _refuse_repeated_ids(url, ids)
+    if not squares:
+        raise InputError(
+            f"{url}: no image has {side}x{side} pixels, on which the denoiser trains; "
+            f"lower denoiser.image_size, or enlarge them with --resize {side}"
+        )
+    pixels, hashes = np.stack([square for square, _ in squares.values()]), [one for _, one in squares.values()]
+    taken = np.array([labels[place] for place in squares], np.int64)
+    return ImageSet([ids[place] for place in squares], pixels, taken, source.classes, hashes), known
+
+
 def random_chunks(parts: Sequence[Part], count: int, seed: int) -> list[list[Span]]:
     """Return randomly chosen chunks of rows, in stored order, that hold at least CANDIDATES times `count` rows."""
     chunks = list(chunk_spans(parts, CHUNK_IMAGES, CHUNK_BYTES))

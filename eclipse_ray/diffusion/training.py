@@ -87,6 +87,24 @@ def loss_simple(eps_pred: Tensor, epsilon: Tensor) -> Tensor:
     return (eps_pred - epsilon).square().mean(dim=(1, 2, 3))
 
 
+TYPICAL_DELTA = 7 / 127.5
+"""Size on [-1, 1] of the perturbations in `loss_perturbed`, the middle of their bounds; it weighs timesteps."""
+
+
+def loss_perturbed(eps_pred: Tensor, epsilon: Tensor, delta: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Return the loss of each image (B,) that makes x0_pred the image without its perturbation `delta`.
+
+    x_t is sqrt(abar) (x0 + delta) + sqrt(1 - abar) epsilon, and x0_pred is (x_t - sqrt(1 - abar) eps_pred) /
+    sqrt(abar). With SNR = abar / (1 - abar) that is x0 where eps_pred is epsilon + sqrt(SNR) delta. The squared
+    error is divided by 1 + SNR TYPICAL_DELTA^2, the size of that target: SNR has no bound towards t = 0, and a few
+    small timesteps would otherwise decide the weights.
+    """
+    abar = alphas_cumprod[t].view(-1, 1, 1, 1)
+    snr = abar / (1 - abar)
+    target = epsilon + snr.sqrt().to(epsilon.dtype) * delta
+    return loss_simple(eps_pred, target) / (1 + snr.flatten() * TYPICAL_DELTA**2).to(epsilon.dtype)
+
+
 def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
     """Return KL(N(mean, variance) || N(other_mean, other_variance)) in nats, element by element."""
     log_ratio = log_variance - other_log_variance
@@ -135,16 +153,26 @@ def loss_vlb(output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, alphas_cumprod:
 
 
 def loss_hybrid(
-    network: Network, x0: Tensor, epsilon: Tensor, t: Tensor, alphas_cumprod: Tensor, vlb_weight: float
+    network: Network,
+    x0: Tensor,
+    epsilon: Tensor,
+    t: Tensor,
+    alphas_cumprod: Tensor,
+    vlb_weight: float,
+    delta: Tensor | None = None,
 ) -> Tensor:
     """Return the training loss of each image (B,): loss_simple, plus vlb_weight T loss_vlb for learned variances.
 
-    Nichol & Dhariwal 2021, eq. 16: the bound is a sum over T timesteps, so a drawn term counts T times.
+    Nichol & Dhariwal 2021, eq. 16: the bound is a sum over T timesteps, so a drawn term counts T times. With
+    `delta` (B, 3, H, W) the network is shown x0 + delta and learns x0 (`loss_perturbed`).
     """
-    x_t = add_noise(x0, epsilon, t, alphas_cumprod)
+    x_t = add_noise(x0 if delta is None else x0 + delta, epsilon, t, alphas_cumprod)
     output = network(x_t, t)
     eps_pred, mix = split_output(output)
-    simple = loss_simple(eps_pred, epsilon)
+    if delta is None:
+        simple = loss_simple(eps_pred, epsilon)
+    else:
+        simple = loss_perturbed(eps_pred, epsilon, delta, t, alphas_cumprod)
     if mix is None:
         return simple
     bound = loss_vlb(output, x0, x_t, t, alphas_cumprod)
@@ -298,13 +326,15 @@ def run_fit(
     world_size: int = 1,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     on_step: Callable[[int], None] = lambda iteration: None,
+    perturb: Callable[[Tensor, int], Tensor] | None = None,
 ) -> None:
     """Train until `iterations`; train and heldout are uint8 (N, H, W, 3) on the network's device.
 
     `train` may hold images larger than the training size, of several sizes too: each draw is a random crop.
     Indices, timesteps, noise and places of an iteration are drawn for the whole batch from (seed, iteration), and
     each worker takes its slice: the optimisation is the same for any number of workers that divides the batch.
-    `on_step` is told the number of every finished iteration.
+    `on_step` is told the number of every finished iteration. `perturb` returns, for this worker's images
+    (B, 3, H, W) in [-1, 1] and the iteration, the perturbation that the network learns to remove.
     """
     config = fit.config
     denoiser = build_denoiser(fit.unet, config).to(heldout.device)
@@ -312,10 +342,11 @@ def run_fit(
     losses: list[Tensor] = []
     while fit.iteration < config.iterations:
         x0, epsilon, t = _draw_batch(config, train, fit.iteration, seed, rank, world_size)
+        delta = perturb(x0, fit.iteration) if perturb else None
         if config.dropout:
             # Its masks come from torch's global generator: keyed, so that a resumed training draws the same.
             torch.manual_seed(_mix(_mix(seed, -1 - fit.iteration), 1 + rank))
-        loss = loss_hybrid(network, x0, epsilon, t, schedule, config.vlb_weight).mean()
+        loss = loss_hybrid(network, x0, epsilon, t, schedule, config.vlb_weight, delta).mean()
         _optimise(fit, network, loss)
         losses.append(loss.detach())
         on_step(fit.iteration)

@@ -6,6 +6,7 @@ import io
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -24,13 +25,15 @@ from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.defenses import Material
 from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.errors import InputError
-from eclipse_ray.experiments.recipe import Column, Facts, Row
+from eclipse_ray.experiments.recipe import Column, Facts, Row, transforms
 from eclipse_ray.log import say
 from eclipse_ray.poisons import POISONS
-from eclipse_ray.quality import WINDOW, psnr, ssim
+from eclipse_ray.quality import WINDOW, psnr, ssim, survival
 from eclipse_ray.storage.store import Store
 
 Pixels = NDArray[np.uint8]
+PROBED = 256
+"""Images that tell how much of a poison survives a defense."""
 CANONICAL_COLUMNS: Settings = {"data.image_column": "image", "data.label_column": "label", "data.labels": None}
 
 
@@ -130,10 +133,13 @@ def denoiser_folder(row: Row, cache: Cache) -> str:
     return row.config.purify.denoiser or cache.url("denoisers", row.denoiser)
 
 
-def fit_denoiser(config: Config, cache: Cache, key: str, ids: Sequence[str] | None, sparse: str) -> str:
+def fit_denoiser(
+    config: Config, cache: Cache, key: str, ids: Sequence[str] | None, sparse: str, against: str | None = None
+) -> str:
     """Return the folder of the denoiser `key`: the given one, or one that is trained once on images of data.clean.
 
-    `ids` and `sparse` are their names (None: all) and their identity.
+    `ids` and `sparse` are their names (None: all) and their identity. `against` is the suspicious set, if it is
+    trained against one; then both sets are canonical, because they are read with the same settings.
     """
     from eclipse_ray.training import train
 
@@ -147,7 +153,8 @@ def fit_denoiser(config: Config, cache: Cache, key: str, ids: Sequence[str] | No
         if cache.note("denoisers", key) is None:
             say(f"fitting a denoiser, {config.denoiser.iterations:,} iterations")
             began = time.monotonic()
-            result = train(with_overrides(config, {**part, "denoiser.output": folder}))
+            places = {"denoiser.output": folder, "denoiser.against": against}
+            result = train(with_overrides(config, {**part, **places}))
             cache.finish("denoisers", key, {**vars(result), "seconds": time.monotonic() - began})
     return folder
 
@@ -243,11 +250,28 @@ def make_defended(key: str, row: Row, cache: Cache, images: Pixels, original: Im
     began = time.monotonic()
     stored: Pixels = transform(material, config.defense).cpu().numpy()
     seconds = time.monotonic() - began
+    rho = _survival(row, material, stored, original)
     cache.save(key, stored)
     pace = {"seconds": seconds, "images_per_second": len(images) / seconds, "device": str(device)}
     cache.finish(
-        "defended", key, {"name": name, "images": len(images), **pace, **quality(stored, original.images)}
+        "defended",
+        key,
+        {"name": name, "images": len(images), **pace, **quality(stored, original.images), "rho": rho},
     )
+
+
+def _survival(row: Row, material: Material, stored: Pixels, original: ImageSet) -> float | None:
+    """Return rho (see `survival`) of the first PROBED images, None if none is poisoned.
+
+    None also for a transform that depends on the whole set.
+    """
+    transform, count = row.defense.transform, PROBED
+    clean = torch.from_numpy(np.array(original.images[:count]))
+    if transform is None or "op" in transforms(row.entry.name) or torch.equal(material.images[:count], clean):
+        return None
+    part = replace(material, images=clean, labels=material.labels[:count], ids=material.ids[:count])
+    defended = torch.from_numpy(stored[:, :count] if stored.ndim == 5 else stored[:count])
+    return survival(defended, transform(part, row.config.defense).cpu(), material.images[:count], clean)
 
 
 def quality(images: Pixels, reference: Pixels) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ in another way, finds what it has measured before. No Ray in here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,6 +17,7 @@ from eclipse_ray.config import CompensationConfig, Config, MatrixItem, VictimCon
 from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, Defense, combine, resolved_defense
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.errors import ConfigError
+from eclipse_ray.inversion import METHOD
 from eclipse_ray.poisons import resolved_poison
 from eclipse_ray.purification.plan import PURIFY_IN_FINGERPRINT
 
@@ -40,6 +41,7 @@ class Entry:
     """One poison, defense or victim of the config: its label, its name, and the settings that are its own.
 
     `source` is the location of a poisoned copy of data.source that others published; empty for all other entries.
+    `against` is a defense whose denoiser is trained against the images of each column.
     """
 
     label: str
@@ -47,6 +49,7 @@ class Entry:
     published: str
     settings: dict[str, Any]
     source: str = ""
+    against: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,7 @@ def make_recipe(
     rungs: Sequence[int] | None = None,
 ) -> Recipe:
     """Return the recipe of a cell; `rungs` are the numbers of ASHA that decide when a victim is stopped."""
+    row = facing(row, column)
     training = defended_key(column.key, row)
     loader = [part for part in row.entry.name.split("+") if DEFENSES[part].augmentation or DEFENSES[part].privacy]
     compensation = row.compensation.model_dump(mode="json") if row.compensation.mode != "none" else None
@@ -274,14 +278,17 @@ def _entry(item: MatrixItem, sections: Sequence[str]) -> Entry:
     if not isinstance(name, str):
         raise ConfigError(f"matrix: {item!r} has no name; an entry is a name or a mapping with `name`")
     own = {key: value for key, value in item.items() if key not in RESERVED}
+    words = ", ".join(f"{key}={value}" for key, value in own.items())
+    against = own.pop("against", False) if sections[0] == "defense" else False
+    if not isinstance(against, bool):
+        raise ConfigError(f"matrix: {name}: against is {against!r}; it is true or false")
     settings = {key if "." in key else f"{sections[0]}.{key}": value for key, value in own.items()}
     for key in settings:
         if key.split(".")[0] not in sections:
             raise ConfigError(f"matrix: {name} cannot set {key}; an entry sets keys of {', '.join(sections)}")
-    words = ", ".join(f"{key}={value}" for key, value in own.items())
     label = str(item.get("label", f"{name} ({words})" if words else name))
     # A variant is compared with no number of the paper unless its entry names one.
-    return Entry(label, name, str(item.get("published", "" if words else name)), settings)
+    return Entry(label, name, str(item.get("published", "" if words else name)), settings, against=against)
 
 
 def _published(item: dict[str, Any]) -> Entry:
@@ -347,10 +354,21 @@ def _row(config: Config, entry: Entry, facts: Facts) -> Row:
     denoiser = ""
     if any(DEFENSES[one].transform in PURIFICATIONS for one in transforms(entry.name)):
         denoiser = denoiser_key(chosen, facts, chosen.matrix.sparse_limit)
+    if entry.against and (not denoiser or chosen.purify.denoiser):
+        raise ConfigError(
+            f"matrix: {entry.label}: against is for a defense that purifies, without purify.denoiser"
+        )
     if defense.dilution:
         sparse_of(facts, chosen.matrix.sparse_limit, entry.label)
     compensation = defense.compensation(chosen) if defense.compensation else CompensationConfig(mode="none")
     return Row(entry, chosen, compensation, denoiser)
+
+
+def facing(row: Row, column: Column) -> Row:
+    """Return the row as it meets a column: a denoiser trained against the column's images has a key of its own."""
+    if not row.entry.against:
+        return row
+    return replace(row, denoiser=digest(["against", METHOD, row.denoiser, column.key]))
 
 
 def transforms(name: str) -> list[str]:
@@ -369,6 +387,8 @@ def denoiser_key(config: Config, facts: Facts, part: float | None) -> str:
     """
     from eclipse_ray.training import deciding_settings
 
+    if config.denoiser.against:
+        raise ConfigError("denoiser.against is for train; a row of a grid says `against: true`, a sweep has none")
     if config.purify.denoiser:
         return digest(["weights", facts.weights])
     sparse = sparse_of(facts, part, "the denoiser")

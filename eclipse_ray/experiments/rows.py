@@ -79,6 +79,7 @@ def tidy_row(experiment: Experiment, recipe: Recipe) -> TidyRow:
         "images_per_second": (made or {}).get("images_per_second"),
         "psnr": looks.get("psnr"),
         "ssim": looks.get("ssim"),
+        "rho": looks.get("rho"),
         "device": result.device,
         "fingerprint": recipe.key,
     }
@@ -262,7 +263,7 @@ def _to_make(experiment: Experiment, missing: list[Recipe]) -> Iterable[tuple[st
     for key, need in {need.key: need for one in missing for need in one.needs}.items():
         if cache.note("defended", key) is None:
             yield f"images under {need.row.entry.label}", images, paces["defended"].get(need.row.entry.name)
-    for key, row in {row.denoiser: row for row in experiment.grid.rows if row.denoiser}.items():
+    for key, row in {one.row.denoiser: one.row for one in missing if one.row.denoiser}.items():
         if not row.config.purify.denoiser and cache.note("denoisers", key) is None:
             yield f"denoiser of {row.entry.label}", images, None
 

@@ -221,7 +221,8 @@ class _Runner:
         for key, need in list(wanted.items()):
             try:
                 if need.row.denoiser:
-                    self.denoiser(need.row.config, need.row.denoiser)
+                    against = need.column if need.row.entry.against else None
+                    self.denoiser(need.row.config, need.row.denoiser, against)
             except InterruptedRunError:
                 raise
             except EclipseError as error:
@@ -252,14 +253,29 @@ class _Runner:
                 line.advance(1, failed=int(key in failed))
         return wanted.keys() - failed.keys()
 
-    def denoiser(self, config: Config, key: str) -> str:
-        """Return the folder of the denoiser `key`, which a row or a poison needs, fitted if it was not before."""
+    def denoiser(self, config: Config, key: str, against: Column | None = None) -> str:
+        """Return the folder of the denoiser `key`, which a row or a poison needs, fitted if it was not before.
+
+        `against` is the column, whose images are there, that it is trained against.
+        """
         experiment = self.experiment
         part = config.sweep.sparse_percent if experiment.space else config.matrix.sparse_limit
         images, clean = experiment.sets.parts.get(part), experiment.sets.sparse
         whole = images is None or clean is None or len(images.ids) == len(clean.ids)
-        ids = None if images is None or whole else images.ids
-        return artifacts.fit_denoiser(config, experiment.cache, key, ids, experiment.facts.sparse.get(part, ""))
+        ids = None if images is None or (whole and against is None) else images.ids
+        sparse, suspicious = experiment.facts.sparse.get(part, ""), None
+        if against is not None and experiment.cache.note("denoisers", key) is None:
+            suspicious = self._suspicious(against)
+        return artifacts.fit_denoiser(config, experiment.cache, key, ids, sparse, suspicious)
+
+    def _suspicious(self, column: Column) -> str:
+        """Return the location of the column's images, in canonical form."""
+        experiment = self.experiment
+        if column.config is not None:
+            return experiment.cache.url("poisons", column.key)
+        url = column.entry.source or str(self.config.data.source)
+        part = artifacts.part_of(self.config, experiment.cache, url, experiment.sets.source.ids, column.key)
+        return str(part["data.source"])
 
     def _columns(self, recipes: list[Recipe]) -> dict[str, Any]:
         """Return references to the images of columns, by key; None for those that no poison changes.

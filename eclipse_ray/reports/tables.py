@@ -37,7 +37,7 @@ TIDY = columns(
     "poison:text variant:text budget:text cost:text poison_seconds:float defense:text victim:text "
     "recipe:text epochs:int seed:int n:int sparse:int b_over_n:float test_images:int test_accuracy:float "
     "best_epoch_accuracy:float best_epoch:int seconds:float defense_seconds:float images_per_second:float "
-    "psnr:float ssim:float device:text fingerprint:text"
+    "psnr:float ssim:float rho:float device:text fingerprint:text"
 )
 """Columns of results.parquet: accuracies and b_over_n in per cent, psnr in dB; one row is one trained victim."""
 
@@ -73,11 +73,12 @@ def read_rows(store: Store) -> list[Row]:
 def read_view(store: Store, dataset: str | None) -> MatrixView:
     """Return the view that `write_tables` wrote. Raises InputError if it is damaged.
 
-    Folders of earlier versions hold rows only: their axes are the labels of the rows, and `dataset` names the
-    paper's dataset, or is None.
+    Folders of earlier versions may lack a column, which is null then. Or they hold rows only: their axes are the
+    labels of the rows, and `dataset` names the paper's dataset, or is None.
     """
     table = _read_table(store)
-    rows, axes = table.to_pylist(), (table.schema.metadata or {}).get(AXES)
+    rows = [dict.fromkeys(TIDY.names) | row for row in table.to_pylist()]
+    axes = (table.schema.metadata or {}).get(AXES)
     if axes is None:
         return _view_of_rows(rows, dataset)
     tree = json.loads(axes)
@@ -268,6 +269,7 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "images_per_second": ("images/s", "{:,.0f}".format),
     "psnr": ("PSNR, dB", "{:.1f}".format),
     "ssim": ("SSIM", "{:.3f}".format),
+    "rho": ("poison left, rho", "{:.2f}".format),
     "seconds": ("training of a victim, s", "{:,.0f}".format),
 }
 """Column of the rows: its head in the table of costs, and how its mean is written."""

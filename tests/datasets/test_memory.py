@@ -8,8 +8,10 @@ import pytest
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets import memory
 from eclipse_ray.datasets.formats import open_source
-from eclipse_ray.datasets.memory import load_sample, random_chunks, rows_in
+from eclipse_ray.datasets.images import content_hash, encode_image
+from eclipse_ray.datasets.memory import load_images, load_sample, load_squares, random_chunks, rows_in
 from eclipse_ray.datasets.synthetic import write_synthetic
+from eclipse_ray.errors import InputError
 
 DATA = load_config().data
 
@@ -55,3 +57,29 @@ def test_a_set_that_is_not_larger_is_taken_whole(dataset):
     sample = load_sample(dataset, DATA, 1000, seed=0)
     assert len(sample.ids) == 300
     assert np.array_equal(np.unique(sample.labels), np.arange(10))
+
+
+def test_squares_are_the_middle_of_chosen_images_and_every_content_is_known(dataset):
+    whole = load_images(dataset, DATA)
+    squares, known = load_squares(dataset, DATA, 8, 100, seed=0)
+    assert (len(squares.ids), squares.images.shape[1:]) == (100, (8, 8, 3))
+    places = [whole.ids.index(name) for name in squares.ids]
+    assert np.array_equal(squares.images, whole.images[places][:, 4:12, 4:12])
+    assert np.array_equal(squares.labels, whole.labels[places])
+    assert squares.stored == [whole.stored[place] for place in places]
+    assert known.keys() == set(whole.stored)
+    assert sum(len(labels) for labels in known.values()) == 300
+
+
+def test_squares_leave_out_what_is_broken_or_too_small(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 12, 3), np.uint8)
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+    (tmp_path / "a/wide.png").write_bytes(encode_image(images[0], "png"))
+    (tmp_path / "b/small.png").write_bytes(encode_image(images[1][:9], "png"))
+    (tmp_path / "b/broken.png").write_bytes(encode_image(images[2], "png")[:60])
+    squares, known = load_squares(str(tmp_path), DATA, 10, 100, seed=0)
+    assert np.array_equal(squares.images, images[:1, 5:15, 1:11])
+    assert known == {content_hash(images[0]): [0], content_hash(images[1][:9]): [1]}
+    with pytest.raises(InputError, match="no image has 13x13 pixels"):
+        load_squares(str(tmp_path), DATA, 13, 100, seed=0)

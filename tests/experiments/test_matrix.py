@@ -96,7 +96,7 @@ def test_every_cell_is_measured_and_tidy(measured):
         assert row["budget"] == {"ar": "L2 1.000", "urp": "L-inf 8/255"}[row["poison"]]
         assert row["psnr"] > 10
         assert 0 < row["ssim"] < 1
-        assert (row["images_per_second"] is None) == (row["defense"] == "none")
+        assert (row["images_per_second"] is None) == (row["defense"] == "none") == (row["rho"] is None)
         assert row["device"] == "CPU"
     assert len({row["fingerprint"] for row in rows}) == 12
 
@@ -281,6 +281,27 @@ def test_a_published_poison_is_a_column_like_any_other(measured, world):
     assert rows["none"]["psnr"] == pytest.approx(28.9, abs=1)
     text = (measured.output / "table.md").read_text()
     assert "poisoned: published" in text
+
+
+@pytest.mark.chaos
+def test_a_row_against_its_columns_trains_a_denoiser_for_each(measured, world, tmp_path):
+    own = {"name": "eclipse", "label": "learned", "against": True}
+    settings = settings_for(world, tmp_path / "out", matrix__poisons=["ar"], evaluate__seeds=1)
+    settings |= {"matrix.clean": True, "matrix.defenses": ["none", own], "purify.denoiser": None}
+    settings |= {"denoiser.iterations": 20, "denoiser.num_workers": 2}
+    assert "denoiser of learned" in verbs.evaluate_plan(settings=settings).unknown
+    result = verbs.evaluate(settings=settings)
+    assert isinstance(result, MatrixResult)
+    assert (result.cells, result.done, result.failures) == (4, 4, {})
+    cards = [json.loads(file.read_text()) for file in tmp_path.glob("out/cache/denoisers/*/eclipse.json")]
+    sources = {card["settings"]["against"]["source"].split("/cache/")[1].split("/")[0] for card in cards}
+    assert (len(cards), sources) == (2, {"parts", "poisons"})
+    assert {card["settings"]["against"]["images"] for card in cards} == {100}
+    rows = {(r["poison"], r["defense"]): r for r in pq.read_table(tmp_path / "out/results.parquet").to_pylist()}
+    assert 0 < rows["ar", "learned"]["rho"] < 1.2
+    assert rows["ar", "none"]["rho"] is None
+    assert rows["clean", "learned"]["rho"] is None
+    assert verbs.evaluate_plan(settings=settings).missing == []
 
 
 def test_dilution_needs_labels(world, tmp_path):

@@ -207,3 +207,28 @@ def test_a_ready_config_that_is_written_out_in_full_is_the_same_grid(file):
 def test_all_tables_and_the_figure_have_a_config():
     names = {file.stem for file in CONFIGS}
     assert {"quick", "reduced", "figure5", *(f"table{number}" for number in range(1, 8))} <= names
+
+
+def test_a_row_against_each_column_has_a_denoiser_for_each_and_leaves_other_rows_alone():
+    rows = ["none", "iss-g", "eclipse", {"name": "eclipse", "label": "learned", "against": True}]
+    made = grid(matrix__defenses=rows)
+    assert changed(grid(), made) == set()
+    used = {(cell.row.entry.label, cell.column.entry.label): cell.row.denoiser for cell in made.recipes}
+    plain = {key for (label, _), key in used.items() if label == "eclipse"}
+    learned = [used["learned", column] for column in ("clean", "ar", "urp")]
+    assert len(plain) == 1
+    assert len({*plain, *learned}) == 4
+    assert {need.row.denoiser for cell in made.recipes for need in cell.needs} >= set(learned)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"name": "iss-g", "against": True}, "against is for a defense that purifies"),
+        ({"name": "eclipse", "against": "sets/tap"}, "it is true or false"),
+        ({"name": "eclipse", "denoiser.against": "sets/tap"}, "a row of a grid says `against: true`"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_against_a_column_is_refused(row, words):
+    with pytest.raises(ConfigError, match=words):
+        grid(matrix__defenses=[row])

@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 import torch
-from ray.data import DataContext
 
 from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, open_denoiser, refuse_process_local
 from eclipse_ray.cluster.work import Watch, reaching, watched
@@ -28,7 +26,7 @@ from eclipse_ray.diffusion.tiling import MIN_SIDE
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, error_of_note, note_of_error
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
-from eclipse_ray.purification.run import IO_CPUS, on_actors, pool
+from eclipse_ray.purification.run import IO_CPUS, dataset_of, on_actors, pool
 from eclipse_ray.purification.shard import FailureRow, Pixels, pack, same_size_batches, unpack
 from eclipse_ray.purification.stages import purify_batch
 from eclipse_ray.results import AuditResult
@@ -269,12 +267,8 @@ def _stream(
     job: AuditJob, chunks: Sequence[Sequence[tuple[str, int, int]]], config: Config, resources: Resources
 ) -> Iterator[tuple[list[Crop], int, int]]:
     """Yield (crops, failures, rows read) of each chunk."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    # Off, because `watched` knows how long a chunk takes here.
-    context.execution_no_progress_timeout_s = -1
     rows = [pa.table({"spans": [json.dumps(spans)]}) for spans in chunks]
-    dataset = ray.data.from_arrow(rows).map_batches(
+    dataset = dataset_of(rows).map_batches(
         read_crops, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )
     if job.denoiser is not None:

@@ -6,12 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from threading import Lock
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 
 from eclipse_ray import ledger, log
 from eclipse_ray.cluster.connect import Resources, connect, require_cpus, require_gpus, require_place
@@ -141,6 +144,20 @@ def pool(config: Config, resources: Resources, shards: int) -> tuple[int, float]
     return actors, gpus
 
 
+def dataset_of(rows: list[pa.Table]) -> Dataset:
+    """Return a dataset of one block per table, which Ray Data streams silently and without its own timeout."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    # Off, because `watched` knows how long a shard takes here.
+    context.execution_no_progress_timeout_s = -1
+    # Ray Data puts an operator's function into the object store and starts its actors with references. An actor
+    # cannot be started again once the object is lost with its node (ray-project/ray#53727). Ours are small enough
+    # to travel with the call, for which Ray has no setting.
+    for name, value in (("_map_transformer_ref", "_map_transformer"), ("_data_context_ref", "data_context")):
+        setattr(ActorPoolMapOperator, name, property(attrgetter(value)))
+    return ray.data.from_arrow(rows)
+
+
 def on_actors(dataset: Dataset, actor: Callable[[Any], Any], job: Any, actors: int, gpus: float) -> Dataset:
     """Return the dataset with each block handled by a pool of `actor(job)`, each with one CPU or `gpus` GPUs."""
     return dataset.map_batches(
@@ -156,15 +173,11 @@ def on_actors(dataset: Dataset, actor: Callable[[Any], Any], job: Any, actors: i
 
 def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[Committed]:
     """Yield each shard as it is committed."""
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    # Off, because `watched` knows how long a shard takes here.
-    context.execution_no_progress_timeout_s = -1
-    dataset = ray.data.from_arrow(task_rows(tasks))
-    dataset = dataset.map_batches(
+    dataset = dataset_of(task_rows(tasks)).map_batches(
         read_and_decode, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )
-    dataset = on_actors(dataset, Purifier, job, actors, gpus)
+    # Reading has compared the images with the sparse set: the actors need no list of it.
+    dataset = on_actors(dataset, Purifier, replace(job, sparse_hashes=frozenset()), actors, gpus)
     dataset = dataset.map_batches(
         encode_and_commit, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )

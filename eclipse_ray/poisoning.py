@@ -234,19 +234,23 @@ UNBOUND_DATA = {"source", "output", "clean", "test", "encoding", "allow_lossy", 
 UNBOUND_POISON = {"save_seconds"}
 
 
-def poison(config: Config) -> DatasetResult:
+def poison(config: Config, *, show_classes: bool = True) -> DatasetResult:
     """Poison data.source into data.output; images are stored losslessly, labels, ids and extra columns stay.
 
-    An optimised poison that was interrupted goes on where it was; the same command after its end returns at once.
-    Raises InputError for missing labels, an undecodable image, or an output that already holds data, ResumeError
-    for an output that was begun with other settings.
+    The classes of the source are said first, unless it is part of an experiment that said them. An optimised
+    poison that was interrupted goes on where it was; the same command after its end returns at once. Raises
+    InputError for missing labels, an undecodable image, or an output that already holds data, ResumeError for an
+    output that was begun with other settings.
     """
     source_url, output = config.data.source, config.data.output
     if not source_url or not output:
         raise ConfigError("poison needs a source and an output: eclipse-ray poison NAME SRC DST")
     config = config.model_copy(update={"poison": resolved_poison(config.poison)})
     source = open_source(source_url, config.data)
-    job = _job(config, source, source_url, output)
+    labels = require_classes(source_url, source, config.data, 2, show=show_classes)
+    # The named classes, or one more than the largest label.
+    classes = max(int(labels.max()) + 1, len(source.classes or []))
+    job = _job(config, source, source_url, output, classes)
     if not job.optimised:
         refuse_existing(Store(output))
         spans = _spans(source, CHUNK_IMAGES)
@@ -383,13 +387,13 @@ def _chunk_task(job: PoisonJob, number: int, spans: Sequence[Span], state: Array
     return poison_chunk(job, number, spans, state)
 
 
-def _job(config: Config, source: Source, source_url: str, output: str) -> PoisonJob:
+def _job(config: Config, source: Source, source_url: str, output: str, num_classes: int) -> PoisonJob:
     return PoisonJob(
         source_url,
         source.url,
         source.format,
         source.classes,
-        _class_count(source_url, source, config),
+        num_classes,
         config.data,
         output,
         config.poison,
@@ -413,9 +417,3 @@ def _fingerprint(config: Config, source: Source) -> ledger.Fingerprint:
     denoiser = config.poison.denoiser
     weights = weights_digest(local_denoiser(denoiser)) if denoiser else ""
     return ledger.Fingerprint(tree, weights, digest([list(part) for part in source.parts]), POISON_VERSION)
-
-
-def _class_count(url: str, source: Source, config: Config) -> int:
-    """Number of classes: the named ones, or one more than the largest label."""
-    labels = require_classes(url, source, config.data, 2)
-    return max(int(labels.max()) + 1, len(source.classes or []))

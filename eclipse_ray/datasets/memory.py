@@ -56,9 +56,9 @@ class ImageSet:
 
 
 def require_classes(
-    url: str, source: Source, data_config: DataConfig, least: int = 1, *, partly: bool = False
+    url: str, source: Source, data_config: DataConfig, least: int = 1, *, partly: bool = False, show: bool = True
 ) -> NDArray[np.int64]:
-    """Say which classes the dataset at `url` has, and return its labels (N), before any image is read.
+    """Say (if `show`) which classes the dataset at `url` has, and return its labels (N), before any image is read.
 
     Raises InputError for fewer than `least` classes, a label that no class has, and a missing label: all of them,
     or one unless `partly`.
@@ -85,7 +85,8 @@ def require_classes(
             f"{url}: all {len(labels):,} images are of one class, {names[top]}, where at least {least} classes "
             "are needed; if its folders are the classes, name that folder instead"
         )
-    say_once(f"{url}: {_classes_line(names, counts)}")
+    if show:
+        say_once(f"{url}: {_classes_line(names, counts)}")
     return labels
 
 

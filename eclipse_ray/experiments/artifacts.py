@@ -180,7 +180,7 @@ def ensure_poison(
             # These begin anew; optimised ones continue with what is there.
             _clear(folder)
         own = {"poison.denoiser": local_denoiser(denoiser)} if denoiser and not config.poison.denoiser else {}
-        poison(with_overrides(config, {**part, **own, "data.output": folder}))
+        poison(with_overrides(config, {**part, **own, "data.output": folder}), show_classes=False)
     seconds = time.monotonic() - began
     images = open_source(folder, DataConfig()).images
     cache.finish("poisons", column.key, {"name": config.poison.name, "images": images, "seconds": seconds})

@@ -117,6 +117,7 @@ def test_a_test_set_that_lacks_a_class_is_refused(tmp_path):
             "data.source": str(tmp_path / "train"),
             "data.test": str(tmp_path / "test"),
             "data.output": str(tmp_path / "out"),
+            "matrix.defenses": ["none"],
         }
     )
     with pytest.raises(InputError, match=r"train has the classes a, b, c and .*test has b, c"):

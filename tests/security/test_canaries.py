@@ -319,6 +319,7 @@ SOURCES = {
     "a matrix": lambda good, bad, out: [
         *("evaluate", good, "--test", good, "--out", out),
         *("--set", f"matrix.poisons=[{{name: published, source: {bad}, label: it}}]"),
+        *("--set", "matrix.defenses=[none]"),
     ],
     "sweep": lambda good, bad, out: ["sweep", bad, "--clean", good, "--out", out],
     "sweep, --clean": lambda good, bad, out: ["sweep", good, "--clean", bad, "--out", out],

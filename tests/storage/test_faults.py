@@ -48,7 +48,7 @@ def test_a_piece_cut_three_times_is_read_whole(proxy, faulty_url, data, keep, im
 @pytest.mark.parametrize("keep", CUTS)
 def test_a_body_that_is_always_cut_is_an_error_not_short_data(proxy, faulty_url, data, keep, impatient):
     proxy.faults.append(Fault("cut", GET, times=99, keep=keep))
-    with pytest.raises(StorageError, match=r"data/x: could not read it: 4 tries in .* failed"):
+    with pytest.raises(StorageError, match=r"data/x: could not read it at http://.*: 4 tries in .* failed"):
         Store(faulty_url).read("data/x")
     with pytest.raises(StorageError, match="4 tries"), Store(faulty_url).open("data/x") as file:
         file.read()
@@ -73,7 +73,9 @@ def test_three_faults_are_waited_out_by_every_operation(proxy, faulty_url, data,
 @pytest.mark.parametrize("code", ["InternalError", "ServiceUnavailable"])
 def test_a_server_that_stays_ill_is_named_with_operation_and_key(proxy, faulty_url, code, impatient):
     proxy.faults.append(Fault("error", times=99, code=code, status=500))
-    with pytest.raises(StorageError, match=rf"/data/y: could not write it: 4 tries in .* {code}, HTTP 500"):
+    with pytest.raises(
+        StorageError, match=rf"/data/y: could not write it at http://.*: 4 tries in .* {code}, HTTP 500"
+    ):
         Store(faulty_url).create("data/y", b"1")
     assert proxy.fired["error"] == 4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,10 +94,12 @@ def pixels_of(table: pa.Table) -> np.ndarray:
 
 
 def run_cli(*arguments: str, check: int = 0) -> dict[str, object]:
-    """Run `eclipse-ray ... --json` in a process of its own; return the object it prints."""
+    """Run `eclipse-ray ... --json` in a process of its own; return the object it prints. Ray must say nothing."""
     command = [sys.executable, "-m", "eclipse_ray", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == check, done.stderr
+    noise = re.findall(r".*(?:\.cc:\d+|streaming_executor| INFO | WARNING ).*", done.stderr)
+    assert not noise, f"of no use to a user: {noise}"
     lines = done.stdout.splitlines()
     assert len(lines) == 1, f"standard output must hold one JSON object, found: {done.stdout!r}"
     return json.loads(lines[0])

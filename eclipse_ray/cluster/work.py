@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import ray
@@ -305,9 +306,41 @@ class Board:
         return entries
 
 
-def start_board() -> Any:
-    """Return the handle of a Board, an actor that takes no CPU and is started again if its machine is lost."""
-    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).remote()
+def start_board(name: str | None = None) -> Any:
+    """Return the handle of a Board: an actor without a CPU, which is started again if its machine is lost."""
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).options(name=name).remote()
+
+
+class NamedActor:
+    """Stands for the handle of an actor and finds it by its name, so that it needs no entry in the object store."""
+
+    def __init__(self, name: str, namespace: str | None = None) -> None:
+        self._name, self._namespace = name, namespace
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_"):
+            raise AttributeError(method)
+        return getattr(ray.get_actor(self._name, self._namespace), method)
+
+
+def pass_by_value() -> None:
+    """Let Ray Data start actors without references, so that one can be started again whatever else is lost.
+
+    It passes an operator's function, its settings and a tracker by reference to the object store
+    (ray-project/ray#53727), and has no setting for this. Ours are small enough to travel with the call.
+    """
+    from ray.data._internal.execution.operators import actor_pool_map_operator
+
+    for name, value in (("_map_transformer_ref", "_map_transformer"), ("_data_context_ref", "data_context")):
+        setattr(actor_pool_map_operator.ActorPoolMapOperator, name, property(attrgetter(value)))
+    actor_pool_map_operator.get_or_create_actor_location_tracker = _tracker
+
+
+def _tracker() -> NamedActor:
+    from ray.data._internal.execution.node_trackers.actor_location import get_or_create_actor_location_tracker
+
+    get_or_create_actor_location_tracker()
+    return NamedActor("ActorLocationTracker", "ActorLocationTracker")
 
 
 class BoardWatcher:

@@ -6,19 +6,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
 from threading import Lock
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset
-from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 
 from eclipse_ray import ledger, log
 from eclipse_ray.cluster.connect import Resources, connect, require_cpus, require_gpus, require_place
-from eclipse_ray.cluster.work import BoardWatcher, Watch, reaching, start_board, watched
+from eclipse_ray.cluster.work import BoardWatcher, NamedActor, Watch, pass_by_value, reaching, start_board, watched
 from eclipse_ray.config import Config
 from eclipse_ray.errors import error_of_note
 from eclipse_ray.log import say
@@ -71,8 +70,10 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
         actors, gpus = pool(config, resources, len(tasks))
         line.begin(done)
         line.phase = f"loading the denoiser on {actors} actor{'s' * (actors > 1)}"
-        session, board = ledger.session(prepared.store), start_board()
-        job = replace(prepared.job, session=session, run=prepared.fingerprint.value, board=board)
+        session = ledger.session(prepared.store)
+        name = f"board-{uuid4().hex}"
+        board, named = start_board(name), NamedActor(name)
+        job = replace(prepared.job, session=session, run=prepared.fingerprint.value, board=named)
         watch = Watch(
             "purify", "shard", config.run.watchdog_seconds, partial(ledger.hand_over, prepared.store, session)
         )
@@ -150,11 +151,7 @@ def dataset_of(rows: list[pa.Table]) -> Dataset:
     context.enable_progress_bars = False
     # Off, because `watched` knows how long a shard takes here.
     context.execution_no_progress_timeout_s = -1
-    # Ray Data puts an operator's function into the object store and starts its actors with references. An actor
-    # cannot be started again once the object is lost with its node (ray-project/ray#53727). Ours are small enough
-    # to travel with the call, for which Ray has no setting.
-    for name, value in (("_map_transformer_ref", "_map_transformer"), ("_data_context_ref", "data_context")):
-        setattr(ActorPoolMapOperator, name, property(attrgetter(value)))
+    pass_by_value()
     return ray.data.from_arrow(rows)
 
 

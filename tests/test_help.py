@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import typer
 
 from eclipse_ray import cli, parameters, verbs
 from eclipse_ray.config import load_config, parse_assignment
-from eclipse_ray.parameters import PLANS, declared, resolved
+from eclipse_ray.errors import ConfigError
+from eclipse_ray.parameters import PLANS, declared, resolve, resolved
 from eclipse_ray.results import Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +46,7 @@ def test_every_command_says_its_purpose_in_a_sentence(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_two_examples_that_its_own_parser_takes(name):
     lines = example_lines(name)
-    assert len(lines) >= 2, f"{name}: give two examples to @_verb"
+    assert len(lines) >= 2, f"{name}: give two examples to @verb"
     for line in lines:
         assert len(line) <= 78, f"{line}: too long for a terminal"
         program, verb, *words = shlex.split(line)
@@ -270,6 +272,36 @@ def test_no_subpackage_hides_the_verb_of_its_name():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"submit"}))
+def test_every_command_takes_a_config_and_settings(name):
+    assert {"config", "settings"} <= {one.name for one in COMMANDS[name].params}
+
+
+@pytest.mark.parametrize("words", [["status", "x"], ["verify", "x"], ["gc", "x"], ["report", "x"]])
+def test_a_wrong_setting_is_refused_by_commands_that_only_look(monkeypatch, capfd, words):
+    code, err = call(monkeypatch, capfd, *words, "--set", "run.sed=1")
+    assert code == 2
+    assert "did you mean run.seed?" in err
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"poison.name": "em", "poison.stepps": 3}, "poison.stepps: no poison has such a setting"),
+        ({"poison.name": "em", "poison.steps": 0}, "poison.steps: "),
+        ({"defense.aa_draw": 3}, "did you mean defense.aa_draws?"),
+        ({"defense.aa_draws": 0}, "defense.aa_draws: "),
+    ],
+)
+def test_settings_of_single_poisons_and_defenses_are_checked_when_they_are_read(settings, sentence):
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        resolve(None, settings, {})
+
+
+def test_settings_of_a_poison_that_is_named_later_are_kept():
+    assert resolve(None, {"poison.rounds": 8}, {}).poison.own() == {"rounds": 8}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from eclipse_ray.experiments import artifacts, run
 from eclipse_ray.experiments.experiment import Experiment, open_matrix
 from eclipse_ray.experiments.run import groups, share
 from eclipse_ray.poisoning import fits_at_once
+from eclipse_ray.poisons import cost_of
 from eclipse_ray.results import MatrixPlan, MatrixResult
 from tests.support import DEBUG, kill_when, run_cli
 
@@ -399,3 +400,33 @@ def test_a_driver_killed_on_the_way_goes_on_with_what_is_missing(world, tmp_path
     after = written(output)
     assert {name: after[name] for name in before} == before
     assert json.loads((results / os.listdir(results)[0]).read_text())["test_accuracy"]
+
+
+def test_a_wrong_entry_is_found_before_any_image_is_read(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("eclipse_ray.experiments.experiment.load_images", None)
+    wrong = [{"name": "em", "stepps": 3}]
+    with pytest.raises(ConfigError, match=r"poison\.stepps: em has no such setting"):
+        open_matrix(load_config(None, settings_for(world, tmp_path / "out", matrix__poisons=wrong)))
+
+
+def test_a_quality_that_cannot_be_measured_is_said(world, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(run, "likeness", _no_likeness)
+    settings = settings_for(
+        world, tmp_path / "out", matrix__defenses=["none"], matrix__poisons=["ar"], evaluate__seeds=1
+    )
+    result = verbs.evaluate(settings=settings)
+    assert isinstance(result, MatrixResult)
+    assert (result.done, result.failed) == (1, 0)
+    assert "matrix: the PSNR of ar is missing: the disk is full" in capfd.readouterr().err
+    (row,) = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    assert row["psnr"] is None
+
+
+def _no_likeness(*_given: object) -> None:
+    raise InputError("the disk is full")
+
+
+def test_only_a_poison_whose_numbers_depend_on_the_cost_has_one(world, tmp_path):
+    reduced = {"poison__cost": "reduced", "matrix__poisons": [{"name": "ar", "eps_255": 128}, "em"]}
+    ar, em = open_matrix(load_config(None, settings_for(world, tmp_path / "out", **reduced))).grid.columns
+    assert (cost_of(ar.config.poison), cost_of(em.config.poison)) == ("", "reduced")

@@ -39,6 +39,7 @@ from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, 
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.diffusion.training import Progress, run_fit, split_heldout, start_fit
+from eclipse_ray.inversion import SURROGATES, Inversion, fit_surrogate, open_surrogate
 from eclipse_ray.poisons import OPTIMISED, LabelledImages, fit_poison, poison_fitted, poison_images, quiet_session
 from eclipse_ray.victims.training import train_victim
 
@@ -46,7 +47,9 @@ TRUSTED = 2500
 CLASSES = 10
 COLUMNS = ("clean", "tap-published", "clean-as-tap", "ar", "lsp", "cuda", "ops")
 FULL_COST = ("em", "sep")
-ROWS = ("none", "iss-j", "eclipse")
+ROWS = ("none", "iss-j", "eclipse", "eclipse-against")
+SECONDS = {"none": 150, "iss-j": 160, "eclipse": 170, "eclipse-against": 480}
+"""What a victim is expected to take on an H100, by row; a poison at full cost is expected to take 400 more."""
 SIZES = ((32, 32), (375, 500))
 PEAK_BF16 = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
 """Dense bfloat16 operations per second, by the start of the device's name, as its maker states them."""
@@ -90,12 +93,12 @@ def sets(bench: Bench) -> tuple[ImageSet, ImageSet, ImageSet]:
 
 def _cifar(bench: Bench, part: str, tiny: int) -> ImageSet:
     url = f"{bench.cifar}/{part}-*.parquet"
-    return load_images(url, DataConfig(), require_labels=True, limit=tiny if bench.tiny else None)
+    return load_images(url, DataConfig(), limit=tiny if bench.tiny else None)
 
 
 @lru_cache(maxsize=1)
 def _published(bench: Bench) -> ImageSet:
-    tap = load_images(str(bench.tap), DataConfig(), require_labels=True)
+    tap = load_images(str(bench.tap), DataConfig())
     if not bench.tiny:
         return tap
     known = set(_cifar(bench, "train", 200).ids)
@@ -179,14 +182,29 @@ def beside(bench: Bench) -> dict[str, Any]:
 
 def fit_default(bench: Bench) -> dict[str, Any]:
     """Fit the default denoiser on the trusted images and keep its weights."""
+    denoiser, last = _fitted(bench)
+    save_file(_portable(denoiser), bench.out / "denoiser.safetensors")
+    return {"trusted": len(sets(bench)[1].ids), **vars(last)}
+
+
+def _fitted(bench: Bench, perturb: Inversion | None = None) -> tuple[Denoiser, Progress]:
+    """Return the default denoiser, against what `perturb` finds if it is given, and the last point of its curve."""
     config = bench.settings("small").denoiser
-    _, trusted, _ = sets(bench)
-    pixels = torch.from_numpy(trusted.images).to(bench.device)
+    pixels = torch.from_numpy(sets(bench)[1].images).to(bench.device)
     fitted, held = split_heldout(len(pixels), config.heldout_fraction, 0)
-    state, curve = start_fit(config, 0, bench.device), list[Progress]()
-    run_fit(state, pixels[fitted], pixels[held], 0, curve.append, lambda _: None)
-    save_file(_portable(state.averaged()), bench.out / "denoiser.safetensors")
-    return {"trusted": len(pixels), "iterations": config.iterations, "denoise_psnr": curve[-1].denoise_psnr}
+    fit, curve = start_fit(config, 0, bench.device), list[Progress]()
+    run_fit(fit, pixels[fitted], pixels[held], 0, curve.append, lambda _: None, perturb=perturb)
+    return fit.averaged(), curve[-1]
+
+
+def _against(train: ImageSet, bench: Bench) -> Denoiser:
+    """Return a denoiser trained against surrogates of the poisoned images `train`."""
+    config, session = bench.settings("small").denoiser, quiet_session(bench.device)
+    assert train.labels is not None
+    suspicious = LabelledImages(torch.from_numpy(train.images), torch.from_numpy(train.labels), train.ids, CLASSES)
+    states = [fit_surrogate(suspicious, config.iterations, seed, session) for seed in range(SURROGATES)]
+    surrogates = [open_surrogate(state, CLASSES, bench.device) for state in states]
+    return _fitted(bench, Inversion(surrogates, CLASSES, config.batch_size, 0))[0]
 
 
 def _portable(denoiser: Denoiser) -> dict[str, torch.Tensor]:
@@ -202,20 +220,23 @@ def _default_denoiser(bench: Bench) -> Denoiser:
 
 def victim(column: str, row: str, bench: Bench) -> dict[str, Any]:
     """Train one victim, seed 0, on a poisoned column under a defense; the last epoch decides."""
-    config, defense = bench.settings("small"), combine(row)
+    config, defense = bench.settings("small"), combine("eclipse" if row == "eclipse-against" else row)
     train, _, test = sets(bench)
     train = _poisoned(column, train, bench)
     assert train.labels is not None
     assert test.labels is not None
     images = torch.from_numpy(train.images)
     began = time.monotonic()
+    denoiser = None
+    if row.startswith("eclipse"):
+        denoiser = _against(train, bench) if row == "eclipse-against" else _default_denoiser(bench)
     if defense.transform is not None:
         material = Material(
             images=images,
             labels=torch.from_numpy(train.labels),
             ids=train.ids,
             num_classes=CLASSES,
-            denoiser=_default_denoiser(bench) if row.startswith("eclipse") else None,
+            denoiser=denoiser,
             purify=config.purify.model_copy(update={"batch_size": 1024, "batch_pixels": 2**20}),
             compensation=config.compensation,
             seed=0,
@@ -289,8 +310,10 @@ PARTS: dict[str, tuple[float, Run]] = {
     },
     "noise and transfers": (20, beside),
     "denoiser": (300, fit_default),
-    **{f"victim {column} {row}": (200, partial(victim, column, row)) for column in COLUMNS for row in ROWS},
-    **{f"victim {column} {row}": (540, partial(victim, column, row)) for column in FULL_COST for row in ROWS},
+    **{f"victim {one} {row}": (SECONDS[row], partial(victim, one, row)) for one in COLUMNS for row in ROWS},
+    **{
+        f"victim {one} {row}": (SECONDS[row] + 400, partial(victim, one, row)) for one in FULL_COST for row in ROWS
+    },
 }
 """Every part by name: the seconds it is expected to take on an H100, and what runs it."""
 

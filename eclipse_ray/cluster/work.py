@@ -312,7 +312,7 @@ def start_board(name: str | None = None) -> Any:
 
 
 class NamedActor:
-    """Stands for the handle of an actor and finds it by its name: no reference to the object store is passed on."""
+    """Stands for the handle of an actor and finds it by name, so that no reference travels with a call."""
 
     def __init__(self, name: str, namespace: str | None = None) -> None:
         self._name, self._namespace = name, namespace

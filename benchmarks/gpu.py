@@ -73,7 +73,8 @@ class Bench:
             chosen |= {"denoiser.t_max": 500, "denoiser.iterations": 20_000, "purify.t_star": 400}
         if self.tiny:
             chosen |= {"denoiser.iterations": 4, "denoiser.batch_size": 4, "victim.epochs": 1}
-        return load_config(None, {"victim.recipe": "modern", "victim.arch": "resnet18", **chosen})
+        arch = "small" if self.tiny else "resnet18"
+        return load_config(None, {"victim.recipe": "modern", "victim.arch": arch, **chosen})
 
 
 @lru_cache(maxsize=1)
@@ -188,7 +189,7 @@ def fit_default(bench: Bench) -> dict[str, Any]:
 
 
 def _fitted(bench: Bench, perturb: Inversion | None = None) -> tuple[Denoiser, Progress]:
-    """Return the default denoiser, against what `perturb` finds if it is given, and the last point of its curve."""
+    """Return the default denoiser, trained against what `perturb` finds, and the last point of its curve."""
     config = bench.settings("small").denoiser
     pixels = torch.from_numpy(sets(bench)[1].images).to(bench.device)
     fitted, held = split_heldout(len(pixels), config.heldout_fraction, 0)

@@ -1,0 +1,32 @@
+"""The list of measurements for a GPU, run to its end on a few images, because a GPU is lent for minutes at a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def test_the_list_is_done_part_by_part_and_never_twice(shared_data, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--cifar", str(shared_data / "cifar10")]
+    command += ["--tap", str(shared_data / "tap-published"), "--out", str(tmp_path / "out"), "--tiny"]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert first.returncode == 0, first.stderr[-2000:]
+    done = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert done["victim tap-published eclipse-against"]["train_images"] > 20
+    assert done["victim clean-as-tap none"]["train_images"] == done["victim tap-published none"]["train_images"]
+    assert done["speed paper 32x32"]["modes"]["eager float32"]["images_per_second"] > 0
+    assert f"{len(done) - ('paper network' in done)} of " in first.stdout
+    # Another folder takes over what the first one has, and nothing but the last, open-ended part is run again.
+    command[command.index("--out") + 1] = str(tmp_path / "next")
+    again = subprocess.run(
+        [*command, "--earlier", str(tmp_path / "out")], capture_output=True, text=True, timeout=200
+    )
+    assert again.returncode == 0, again.stderr[-2000:]
+    kept = json.loads((tmp_path / "next" / "results.json").read_text())
+    assert {name: part for name, part in kept.items() if name != "paper network"} == {
+        name: part for name, part in done.items() if name != "paper network"
+    }

@@ -1,10 +1,10 @@
-"""The denoising engine on CIFAR-10 without Ray: samplers, speed, device, networks, training range, victims, depth.
+"""The denoising engine on CIFAR-10 without Ray: samplers, speed, device, networks, training range, victims.
 
     python benchmarks/cifar10.py --data ../shared/data/cifar10 --work runs/cifar10 --steps prepare
-    python benchmarks/engine.py --work runs/cifar10 [--parts samplers,speed,device,networks,training,victims,depth]
+    python benchmarks/engine.py --work runs/cifar10 [--parts samplers,speed,device,networks,training,victims]
 
 Prints one table a part and keeps everything in WORK/engine.json (and WORK/training.png). A GPU is used if there is
-one. On 2 cores the parts take 7, 20, 3, 40, 15, 90 and 30 minutes.
+one. On 2 cores the parts take 7, 20, 3, 40, 15 and 90 minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common import machine
-from engine_accuracy import depth_part, victims_part
+from engine_accuracy import victims_part
 from engine_speed import device_part, samplers_part, speed_part
 from engine_training import networks_part, training_part
 
@@ -28,7 +28,6 @@ PARTS: dict[str, Part] = {
     "networks": networks_part,
     "training": training_part,
     "victims": victims_part,
-    "depth": depth_part,
 }
 
 

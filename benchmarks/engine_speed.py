@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from common import Pixels, load, markdown, purified
 
-from eclipse_ray.config import Sampler, load_config
+from eclipse_ray.config import Sampler, Settings, load_config
 from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, default_device
 from eclipse_ray.diffusion.sampling import purify_images
@@ -21,6 +21,12 @@ SPEED_IMAGES = 64
 ROUNDS = 9
 T_STAR = 100
 POISONS = ("ar", "lsp", "urp")
+# The fast network. It need not be trained to be timed.
+SHUFFLED: Settings = {
+    "denoiser.network": "shuffled",
+    "denoiser.block_out_channels": [32],
+    "denoiser.layers_per_block": 3,
+}
 # The first is the reference: every timestep, as published.
 GRID: dict[Sampler, tuple[int, ...]] = {"ddpm": (100, 25, 10, 4, 2, 1), "ddim": (10, 4, 2)}
 
@@ -83,7 +89,8 @@ def speed_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def device_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Gain of memory layout, precision and compilation on this device: medians of alternating rounds."""
+    """Gain of network, memory layout, precision and compilation: medians of alternating rounds on one thread."""
+    torch.set_num_threads(1)
     device, folder = default_device(), work / "denoiser-2000"
     images = load(work, "sets/rest", SPEED_IMAGES).images
     cases = {
@@ -92,6 +99,9 @@ def device_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
     cases["contiguous"].unet.to(memory_format=torch.contiguous_format)
     cases["bfloat16"].precision = "bfloat16"
     cases["compiled"].unet.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+    fast = load_config(None, SHUFFLED).denoiser
+    cases["shuffled, channels last"] = build_denoiser(build_unet(fast), fast).eval().to(device)
+    cases["shuffled, channels last"].unet.to(memory_format=torch.channels_last)
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(ROUNDS):
         for name, denoiser in cases.items():

@@ -15,23 +15,22 @@ from eclipse_ray.diffusion.training import Progress
 
 SPARSE = "sets/clean"
 ITERATIONS = 1000
-# Channels of each level and residual blocks a level, from the smallest; all see equal samples in equal order.
+# Class, channels of each level and residual blocks per level; all see equal samples in equal order.
 NETWORKS: dict[str, Settings] = {
-    f"{channels}, {layers} block(s)": {
+    f"{network} {channels}, {layers} block(s)": {
+        "denoiser.network": network,
         "denoiser.block_out_channels": list(channels),
         "denoiser.layers_per_block": layers,
-        "denoiser.norm_num_groups": groups,
     }
-    for channels, layers, groups in (
-        ((16,), 1, 8),
-        ((32,), 1, 8),
-        ((16, 16), 1, 8),
-        ((16, 32), 1, 8),
-        ((24, 48), 1, 8),
-        ((16, 32, 64), 1, 8),
-        ((32, 64), 1, 8),
-        ((32, 64), 2, 8),
-        ((48, 96), 1, 8),
+    for network, channels, layers in (
+        ("shuffled", (24,), 3),
+        ("shuffled", (32,), 2),
+        ("shuffled", (32,), 3),
+        ("shuffled", (48,), 3),
+        ("unet2d", (16,), 1),
+        ("unet2d", (16, 32), 1),
+        ("unet2d", (24, 48), 1),
+        ("unet2d", (32, 64), 1),
     )
 }
 BUDGETS = (100, 500)

@@ -29,9 +29,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "debug": {
         "denoiser": {
             "image_size": 16,
+            "network": "unet2d",
             "block_out_channels": [8, 8],
-            "layers_per_block": 1,
             "norm_num_groups": 4,
+            "layers_per_block": 1,
             "num_train_timesteps": 20,
             "t_star": 4,
             "t_max": 5,
@@ -44,6 +45,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "paper": {
         "denoiser": {
+            "network": "unet2d",
             "block_out_channels": [128, 256, 256, 256],
             "layers_per_block": 3,
             "attention_levels": [1, 2],
@@ -126,7 +128,9 @@ class DataConfig(Section):
         "of data.source, by name or in order; null: those that come with the images, and a question if in doubt.",
     )
     strict: bool = Field(False, description="Files that would be passed over end the command with exit code 2.")
-    encoding: str = Field("png", description="png, webp-lossless, or jpeg:Q with allow_lossy.")
+    encoding: str = Field(
+        "png", description="png, png:L, webp-lossless, webp-lossless:M (L, M: effort), or jpeg:Q with allow_lossy."
+    )
     allow_lossy: bool = Field(False, description="Permit an encoding that changes pixels.")
     max_pixels: int = Field(40_000_000, ge=1, description="Images with more pixels become error rows.")
     on_error: Literal["row", "stop"] = Field(
@@ -172,15 +176,21 @@ class DenoiserConfig(Section):
         None, description="Suspicious labelled set; the denoiser learns what networks trained on it have learned."
     )
     image_size: int = Field(32, ge=8, description="Training size in pixels.")
-    block_out_channels: tuple[int, ...] = Field((24, 48), min_length=1, description="Channels of each level.")
-    layers_per_block: int = Field(1, ge=1, description="Residual blocks of each level.")
-    attention_levels: tuple[int, ...] = Field((), description="Levels with self-attention, 0 = full size.")
-    attention_head_dim: int = Field(8, ge=1, description="Channels of one attention head.")
-    norm_num_groups: int = Field(8, ge=1, description="Groups of every group normalisation.")
-    resnet_time_scale_shift: Literal["default", "scale_shift"] = Field(
-        "scale_shift", description="How the timestep enters a residual block: added, or as scale and shift."
+    network: Literal["shuffled", "unet2d"] = Field(
+        "unet2d",
+        description="unet2d: diffusers' UNet2DModel; shuffled: ours, on blocks of 2 x 2 pixels, fast, less exact.",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Probability that a value is dropped in training.")
+    block_out_channels: tuple[int, ...] = Field(
+        (24, 48), min_length=1, description="Channels of each level; shuffled has one level."
+    )
+    layers_per_block: int = Field(1, ge=1, description="Residual blocks of each level.")
+    attention_levels: tuple[int, ...] = Field((), description="unet2d: levels with self-attention, 0 = full size.")
+    attention_head_dim: int = Field(8, ge=1, description="unet2d: channels of one attention head.")
+    norm_num_groups: int = Field(8, ge=1, description="unet2d: groups of every normalisation.")
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = Field(
+        "scale_shift", description="unet2d: the timestep is added in a residual block, or is scale and shift."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="unet2d: probability that a value is dropped in training.")
     num_train_timesteps: int = Field(4000, ge=2, description="T of the cosine schedule.")
     variance_type: Literal["fixed_small", "learned_range"] = Field(
         "fixed_small", description="Variance of a reverse step; learned_range doubles the output channels."
@@ -226,7 +236,16 @@ class DenoiserConfig(Section):
             raise ValueError(f"num_inference_steps {self.num_inference_steps} exceeds t_star {self.t_star}")
         if (self.num_workers or 1) > self.batch_size:
             raise ValueError(f"num_workers {self.num_workers} exceeds batch_size {self.batch_size}")
-        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+        if self.network == "shuffled" and (
+            len(self.block_out_channels) > 1 or self.attention_levels or self.dropout
+        ):
+            raise ValueError(
+                "network shuffled has one entry in block_out_channels, no attention_levels and no dropout; "
+                "set network to unet2d for more"
+            )
+        if self.network == "unet2d" and any(
+            channels % self.norm_num_groups for channels in self.block_out_channels
+        ):
             raise ValueError(
                 f"norm_num_groups {self.norm_num_groups} must divide every one of block_out_channels "
                 f"{list(self.block_out_channels)}"
@@ -247,7 +266,9 @@ class PurifyConfig(Section):
     sampler: Sampler | None = Field(
         None, description="ddpm is ancestral, ddim deterministic; null: what the denoiser recommends."
     )
-    precision: Precision = Field("float32", description="Of the network's arithmetic; bfloat16 is for GPUs.")
+    precision: Precision = Field(
+        "float32", description="Of the network; bfloat16 is for GPUs and CPUs with AVX512-BF16."
+    )
     shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
     shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
     batch_size: int = Field(64, ge=1, description="Images of one pass through the denoiser.")

@@ -1,4 +1,4 @@
-"""A denoiser on disk: a diffusers folder (`UNet2DModel`, `DDPMScheduler` config, safetensors) and a card."""
+"""A denoiser on disk: a diffusers folder (network and `DDPMScheduler` config, safetensors) and a card."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from eclipse_ray.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
+
+    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MODEL_FILE = "config.json"
@@ -132,13 +134,14 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
     return denoiser.eval()
 
 
-def _open_unet(folder: Path) -> UNet2DModel:
+def _open_unet(folder: Path) -> UNet2DModel | ShuffledNetwork:
     # diffusers takes seconds to import, and only who opens a network needs it.
     from diffusers import UNet2DModel
 
     from eclipse_ray.diffusion.fixed_heads import FixedHeadsUNet2DModel
+    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
 
-    known = {"UNet2DModel": UNet2DModel, "FixedHeadsUNet2DModel": FixedHeadsUNet2DModel}
+    known = {each.__name__: each for each in (UNet2DModel, FixedHeadsUNet2DModel, ShuffledNetwork)}
     name = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")).get("_class_name")
     if name not in known:
         raise InputError(f"{folder / MODEL_FILE}: a network of class {name}, expected one of {sorted(known)}")

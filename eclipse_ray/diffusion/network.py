@@ -1,4 +1,4 @@
-"""The denoising network: a diffusers `UNet2DModel` built from the settings, and the module that samplers call."""
+"""The denoising network built from the settings, and the module that samplers call."""
 
 from __future__ import annotations
 
@@ -14,21 +14,33 @@ from eclipse_ray.diffusion.process import IMAGE_CHANNELS, cosine_alphas_cumprod
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
+    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
+
 # From (x_t, t) to the raw output, whatever stands between: a denoiser, its tiled view, a test's closed form.
 Network = Callable[[Tensor, Tensor], Tensor]
 
 
-def build_unet(config: DenoiserConfig) -> UNet2DModel:
+def build_unet(config: DenoiserConfig) -> UNet2DModel | ShuffledNetwork:
     """Return an untrained U-Net that predicts epsilon, and with learned_range a variance mix, from (x_t, t)."""
     # Here and not above: diffusers takes seconds to import, and most processes never build a network.
     from diffusers import UNet2DModel
 
+    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
+
+    out_channels = IMAGE_CHANNELS * (2 if config.variance_type == "learned_range" else 1)
+    if config.network == "shuffled":
+        # By keyword: diffusers takes positional arguments for defaults, and copies of the network would be wrong.
+        return ShuffledNetwork(
+            out_channels=out_channels,
+            block_out_channels=list(config.block_out_channels),
+            layers_per_block=config.layers_per_block,
+        )
     levels = range(len(config.block_out_channels))
     attends = [level in config.attention_levels for level in levels]
     return UNet2DModel(
         sample_size=config.image_size,
         in_channels=IMAGE_CHANNELS,
-        out_channels=IMAGE_CHANNELS * (2 if config.variance_type == "learned_range" else 1),
+        out_channels=out_channels,
         block_out_channels=tuple(config.block_out_channels),
         layers_per_block=config.layers_per_block,
         down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
@@ -55,7 +67,7 @@ class Denoiser(nn.Module):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: UNet2DModel | ShuffledNetwork,
         alphas_cumprod: Tensor,
         *,
         t_max: int,
@@ -71,7 +83,9 @@ class Denoiser(nn.Module):
         self.timestep_scale = timestep_scale
         self.precision: Precision = "float32"
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
-        self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)
+        # diffusers' networks halve the sides between two levels.
+        halved = 2 ** (len(unet.config.block_out_channels) - 1)
+        self.size_multiple = int(getattr(unet, "size_multiple", halved))
 
     @property
     def num_train_timesteps(self) -> int:
@@ -94,7 +108,7 @@ class Denoiser(nn.Module):
         return int(self.unet.config.out_channels) == 2 * IMAGE_CHANNELS
 
 
-def build_denoiser(unet: UNet2DModel, config: DenoiserConfig) -> Denoiser:
+def build_denoiser(unet: UNet2DModel | ShuffledNetwork, config: DenoiserConfig) -> Denoiser:
     """Return the network with the schedule and recommendation of its training settings."""
     return Denoiser(
         unet,

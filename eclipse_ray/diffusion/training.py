@@ -224,6 +224,8 @@ def update_ema(
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
+    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -240,7 +242,7 @@ class Fit:
     """A training under way; `state()` and `restore()` carry it across an interruption."""
 
     config: DenoiserConfig
-    unet: UNet2DModel
+    unet: UNet2DModel | ShuffledNetwork
     average: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     iteration: int = 0

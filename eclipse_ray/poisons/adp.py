@@ -88,7 +88,10 @@ class UNetClassifier(nn.Module):
     def __init__(self, channels: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
         groups = math.gcd(DenoiserConfig().norm_num_groups, *channels)
-        self.unet = build_unet(DenoiserConfig(block_out_channels=channels, norm_num_groups=groups))
+        config = DenoiserConfig(
+            network="unet2d", block_out_channels=channels, layers_per_block=1, norm_num_groups=groups
+        )
+        self.unet = build_unet(config)
         self.unet.conv_out = nn.Conv2d(channels[0], num_classes, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

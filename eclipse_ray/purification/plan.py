@@ -186,12 +186,15 @@ def _images_per_shard(config: Config, samples: list[Sample]) -> int:
 
 def _fingerprint(config: Config, plan: ledger.Plan, weights: str) -> ledger.Fingerprint:
     """Everything that decides pixels or what the output says of itself; not how the work is spread."""
+    # With its number, so that bytes of two versions with other defaults never stand in one folder.
+    encoding = check_encoding(config.data.encoding, config.data.allow_lossy)
     tree = {
         "purify": config.purify.model_dump(mode="json", include=PURIFY_IN_FINGERPRINT),
         "compensation": config.compensation.model_dump(mode="json"),
         "data": {
             **config.data.model_dump(mode="json", include=DATA_IN_FINGERPRINT),
             **config.data.deciding_labels(),
+            "encoding": encoding,
         },
         "run": {"seed": config.run.seed},
     }

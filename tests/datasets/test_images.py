@@ -32,11 +32,20 @@ def saved(image: Image.Image, format: str, **options) -> bytes:
 
 
 @settings(max_examples=60, deadline=None)
-@given(pixels=PIXELS, encoding=st.sampled_from(["png", "webp-lossless"]))
+@given(pixels=PIXELS, encoding=st.sampled_from(["png", "png:0", "png:9", "webp-lossless", "webp-lossless:6"]))
 def test_lossless_encodings_return_the_same_pixels(pixels, encoding):
     encoded = encode_image(pixels, encoding)
     assert encoded == encode_image(pixels, encoding)
     assert np.array_equal(decode_image(encoded, LIMIT), pixels)
+
+
+def test_the_number_of_an_encoding_changes_bytes_and_no_pixel():
+    ramp = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)[..., None].repeat(3, axis=2)
+    for name, numbers in (("png", (1, 9)), ("webp-lossless", (0, 6))):
+        fast, small = (encode_image(ramp, f"{name}:{number}") for number in numbers)
+        assert encode_image(ramp, name) == fast
+        assert len(small) < len(fast)
+        assert np.array_equal(decode_image(small, LIMIT), decode_image(fast, LIMIT))
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,15 +65,20 @@ def test_jpeg_keeps_a_smooth_image_close():
     assert np.abs(decoded.astype(int) - ramp).max() <= 6
 
 
-@pytest.mark.parametrize("encoding", ["jpeg", "jpeg:0", "jpeg:101", "jpeg:x", "avif", "", "PNG", "jpeg:-5"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["jpeg", "jpeg:0", "jpeg:101", "jpeg:x", "avif", "", "PNG", "jpeg:-5", "png:10", "png:", "webp-lossless:7"],
+)
 def test_unknown_encodings_are_refused(encoding):
     with pytest.raises(ConfigError, match="webp-lossless"):
         check_encoding(encoding, True)
 
 
 def test_lossy_needs_permission():
-    check_encoding("png", False)
-    check_encoding("jpeg:90", True)
+    assert check_encoding("png", False) == "png:1"
+    assert check_encoding("webp-lossless", False) == "webp-lossless:0"
+    assert check_encoding("png:6", False) == "png:6"
+    assert check_encoding("jpeg:90", True) == "jpeg:90"
     with pytest.raises(ConfigError, match="allow-lossy"):
         check_encoding("jpeg:90", False)
 

@@ -21,12 +21,15 @@ from eclipse_ray.diffusion.checkpoint import (
 )
 from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+from eclipse_ray.diffusion.shuffled import ShuffledNetwork
 from eclipse_ray.errors import InputError
 
 
-@pytest.fixture
-def folder(tmp_path):
-    config = load_config(None, {"denoiser.preset": "debug"}).denoiser
+@pytest.fixture(params=[("shuffled", [8]), ("unet2d", [8, 8])], ids=["shuffled", "unet2d"])
+def folder(request, tmp_path):
+    network, channels = request.param
+    settings = {"denoiser.network": network, "denoiser.block_out_channels": channels}
+    config = load_config(None, {"denoiser.preset": "debug", **settings}).denoiser
     torch.manual_seed(0)
     card = Card(
         t_max=5,
@@ -53,7 +56,9 @@ def test_a_folder_that_recommends_the_former_sampler_dpm_still_opens(folder):
 def test_round_trip(folder):
     denoiser = load_denoiser(folder)
     x, t = torch.rand(2, 3, 16, 16), torch.tensor([1, 4])
-    plain = UNet2DModel.from_pretrained(folder).eval()
+    name = json.loads((folder / "config.json").read_text())["_class_name"]
+    network = {"UNet2DModel": UNet2DModel, "ShuffledNetwork": ShuffledNetwork}[name]
+    plain = network.from_pretrained(folder).eval()
     with torch.inference_mode():
         assert torch.allclose(denoiser(x, t), plain(x, t).sample, atol=1e-6)
     assert (denoiser.t_max, denoiser.t_star, denoiser.num_inference_steps) == (5, 4, 1)

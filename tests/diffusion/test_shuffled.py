@@ -1,0 +1,97 @@
+"""The fast network: its cost, its symmetries, and that it learns."""
+
+import pytest
+import torch
+
+from eclipse_ray.config import load_config
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
+from eclipse_ray.diffusion.sampling import purify_images
+from eclipse_ray.diffusion.shuffled import ShuffledNetwork
+from eclipse_ray.diffusion.training import heldout_psnr, run_fit, start_fit
+
+SHUFFLED = {
+    "denoiser.network": "shuffled",
+    "denoiser.block_out_channels": [32],
+    "denoiser.layers_per_block": 3,
+}
+
+
+def trained_like(**settings):
+    """The network with random numbers in place of the zeros with which its last layers start."""
+    own = {f"denoiser.{key}": value for key, value in settings.items()}
+    config = load_config(None, {**SHUFFLED, **own}).denoiser
+    torch.manual_seed(0)
+    network = build_unet(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.1)
+    return build_denoiser(network, config).eval()
+
+
+def test_it_costs_at_most_16_000_multiplications_per_pixel():
+    network = build_unet(load_config(None, SHUFFLED).denoiser)
+    assert isinstance(network, ShuffledNetwork)
+    # Every weight of a convolution is used once per pixel of the network, which is 2 x 2 pixels of an image.
+    weights = sum(module.weight.numel() for module in network.modules() if isinstance(module, torch.nn.Conv2d))
+    assert 12_000 < weights / 4 < 16_000
+
+
+@torch.inference_mode()
+def test_a_shift_by_a_block_of_pixels_shifts_the_output_and_nothing_else():
+    denoiser, t = trained_like(), torch.tensor([300])
+    x = torch.randn(1, 3, 96, 64)
+    reach = 2 * (2 + 2 * 3)
+    whole, part = denoiser(x, t), denoiser(x[:, :, 2:], t)
+    inside = slice(reach, 96 - 2 - reach)
+    assert torch.allclose(part[:, :, inside], whole[:, :, 2:][:, :, inside], atol=1e-5)
+    assert not torch.allclose(part[:, :, :1], whole[:, :, 2:3], atol=1e-3)
+
+
+@torch.inference_mode()
+def test_each_image_of_a_batch_is_computed_with_its_own_timestep():
+    denoiser, x = trained_like(), torch.randn(2, 3, 16, 16)
+    both = denoiser(x, torch.tensor([3, 400]))
+    for row, t in enumerate((3, 400)):
+        assert torch.allclose(both[row], denoiser(x[row : row + 1], torch.tensor([t]))[0], atol=1e-3)
+    assert not torch.allclose(both[0], denoiser(x[:1], torch.tensor([400]))[0], atol=1e-1)
+
+
+@torch.inference_mode()
+def test_a_learned_variance_mix_follows_eps_pred():
+    denoiser = trained_like(variance_type="learned_range")
+    assert denoiser.learned_range
+    assert denoiser(torch.randn(2, 3, 16, 18), torch.tensor([1, 2])).shape == (2, 6, 16, 18)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 17), (33, 47), (131, 16)])
+def test_images_of_odd_sides_and_gray_ones_are_purified(height, width):
+    gray = torch.randint(0, 256, (1, height, width, 1), dtype=torch.uint8).expand(1, height, width, 3)
+    purified = purify_images(gray, trained_like(), ids=["a"])
+    assert purified.shape == gray.shape
+    assert bool((purified == purified[..., :1]).all())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_it_learns_to_denoise_smooth_images():
+    config = load_config(
+        None,
+        {
+            **SHUFFLED,
+            "denoiser.image_size": 16,
+            "denoiser.block_out_channels": [16],
+            "denoiser.layers_per_block": 1,
+            "denoiser.iterations": 150,
+            "denoiser.warmup_iterations": 10,
+            "denoiser.learning_rate": 3e-3,
+            "denoiser.ema_decay": 0.9,
+        },
+    ).denoiser
+    ramps = torch.rand(12, 2, generator=torch.Generator().manual_seed(0))
+    line = torch.linspace(0, 1, 16)
+    images = (127 * (ramps[:, :1, None] * line[:, None] + ramps[:, 1:, None] * line)).to(torch.uint8)
+    images = images[..., None].expand(12, 16, 16, 3).contiguous()
+    fit = start_fit(config, 0, torch.device("cpu"))
+    run_fit(fit, images[4:], images[:4], 0, lambda _: None, lambda _: None)
+    x0 = images[:4].permute(0, 3, 1, 2) / 127.5 - 1
+    denoised, noisy = heldout_psnr(fit.averaged(), x0, config.t_star)
+    assert denoised > noisy + 6

@@ -18,7 +18,8 @@ from eclipse_ray.datasets.table import Part, canonical_table, check_label
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
-_BATCH_NAME = re.compile(r"(data_batch_\d+|test_batch|train|test)", re.IGNORECASE)
+# ImageNet in 32x32 pixels comes as train_data_batch_1 ... and val_data.
+_BATCH_NAME = re.compile(r"((?:train_)?data_batch_\d+|test_batch|val_data|train|test)", re.IGNORECASE)
 # The files of class names that lie beside the batches, and where these are in them.
 META = (("batches.meta", "label_names"), ("meta", "fine_label_names"))
 _LABELS = ("labels", "fine_labels")

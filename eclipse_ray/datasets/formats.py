@@ -31,6 +31,51 @@ UNFINISHED = "_eclipse/unfinished"
 RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
 # What a purification leaves for its report: a sentence on the files of the source that were not read.
 PASSED_OVER = "_eclipse/passed_over.txt"
+# What a file in a form that is not read is, and the next step: by its first bytes, then by its name.
+_ARRAYS = "save its arrays, images first, with numpy.savez(FILE, images=..., labels=...)"
+_IMAGES = "write its images as files in one folder per class, or as Parquet"
+_HEADS: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a Git LFS pointer and not the file itself; fetch it with git lfs pull"),
+    (b"/annex/objects/", "a git-annex pointer and not the file itself; fetch it with git annex get"),
+    (b"PK\3\4", "a zip archive; unzip it and name the folder"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it (gunzip, or tar xzf for a tar) and name what comes out"),
+    (b"BZh", "compressed by bzip2; unpack it and name what comes out"),
+    (b"\xfd7zXZ\0", "compressed by xz; unpack it and name what comes out"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it and name what comes out"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it and name the folder"),
+    (b"Rar!", "a rar archive; unpack it and name the folder"),
+    (b"\x89HDF\r\n", f"an HDF5 file; {_ARRAYS}"),
+    (b"MATLAB 5.0", f"a MATLAB file, read by scipy.io.loadmat; {_ARRAYS}"),
+    (b"SQLite format 3", f"an SQLite database; {_IMAGES}"),
+    (b"<!DOCTYPE html", "a web page, such as a sign-in or an error, and not the file itself; download it again"),
+    (b"<html", "a web page, such as a sign-in or an error, and not the file itself; download it again"),
+    (b"PAR1", "a Parquet file under another name; let its name end in .parquet"),
+)
+_NAMES: tuple[tuple[str, str], ...] = (
+    (
+        r"\.arrow",
+        "part of a dataset of save_to_disk; write it, or each of its splits, with "
+        "datasets.load_from_disk(DIR).to_parquet('data.parquet')",
+    ),
+    (r"\.(?:mdb|lmdb)", f"an LMDB database; {_IMAGES}"),
+    (r"\.tfrecords?(?:-\d+-of-\d+)?", f"a file of TensorFlow records; {_IMAGES}"),
+    (r"\.mds(?:\.\w+)?", f"a shard of MosaicML Streaming; {_IMAGES}"),
+    (r"\.beton", f"a file of FFCV; {_IMAGES}"),
+    (r"\.rec", f"a file of MXNet records; {_IMAGES}"),
+    (r"\.(?:mat|h5|hdf5)", f"a MATLAB or HDF5 file; {_ARRAYS}"),
+    (r"-ubyte(?:\.gz)?", f"a file of MNIST; {_ARRAYS}"),
+    (r"\.bin", f"raw bytes without a shape; take the Python version of CIFAR, or {_ARRAYS}"),
+    (r"\.(?:zip|7z|rar)", "an archive; unpack it and name the folder"),
+    (r"\.(?:gz|tgz|bz2|xz|zst|lz4)", "compressed; unpack it and name what comes out"),
+    (r"\.(?:avif|heic|heif|jxl|jp2|tga|ppm|pgm|psd)", "an image of a kind that is not decoded; convert it to PNG"),
+)
+# Files that begin so because of what their names say: the formats themselves, and compressed tars.
+_PLAIN = {b"PK\3\4": (".npz", *published.SUFFIXES), b"PAR1": (".parquet",)}
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
+# Files of which the first bytes are read to say what a source is.
+_HEADS_READ = 20
+# A pointer of Git LFS or git-annex is smaller than this many bytes.
+_POINTER_BYTES = 300
 # Threads that read the spans of one table.
 _READING_THREADS = 8
 
@@ -87,12 +132,37 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     if given is None and data_config.label_file:
         data_config = data_config.model_copy(update={"labels": None})
     visible = [entry for entry in entries if _is_visible(entry.key) and not _is_given(store, entry, given)]
+    name, claimed = _claimed(url, store, visible)
+    read = {entry.key for entry in claimed}
+    left = [entry.key for entry in entries if entry.key not in read and not _is_given(store, entry, given)]
+    passed_over = _passed_over(name, left, read)
+    if passed_over and data_config.strict:
+        raise InputError(f"{url}: {passed_over}; take them out of the source, or leave out --strict")
+    if passed_over:
+        say_once(f"{url}: {passed_over}{_hint(store, left, data_config)}")
+    if name != "folder":
+        _refuse_mixed_splits(url, claimed)
+    parts, classes = _listed(url, name, store, claimed, data_config)
+    if not parts:
+        raise InputError(f"{url}: has no images in it; name a dataset with at least one")
+    if given is not None:
+        parts, classes = labels.matched(given, store.url, name, parts)
+        say_once(f"{url}: the labels are those of {given.where}")
+    else:
+        classes = _folder_classes(store, name, parts, classes, left, data_config)
+    return Source(store.url, name, parts, classes, passed_over)
+
+
+def _claimed(url: str, store: Store, visible: Sequence[Entry]) -> tuple[str, list[Entry]]:
+    """Return the one format that reads files of a source, and these files."""
     found = {
         name: claimed
         for name, each in FORMATS.items()
         if (claimed := [entry for entry in visible if each.claims(entry.key)])
     }
     if not found:
+        if foreign := _foreign_form(store, visible):
+            raise InputError(f"{url}: {foreign}")
         raise InputError(
             f"{url}: found {len(visible)} files, none of them Parquet (.parquet), an image (.png, .jpg, ...), a "
             "WebDataset (.tar), a NumPy file (.npz, .npy), a CIFAR batch (data_batch_1, ...) or a "
@@ -105,27 +175,48 @@ def open_source(url: str, data_config: DataConfig) -> Source:
             "labels of the others in data.labels"
         )
     ((name, claimed),) = found.items()
-    read = {entry.key for entry in claimed}
-    left = [entry.key for entry in entries if entry.key not in read and not _is_given(store, entry, given)]
-    passed_over = _passed_over(name, left, read)
-    if passed_over and data_config.strict:
-        raise InputError(f"{url}: {passed_over}; take them out of the source, or leave out --strict")
-    if passed_over:
-        say_once(f"{url}: {passed_over}{_hint(store, left, data_config)}")
-    if name != "folder":
-        _refuse_mixed_splits(url, claimed)
+    return name, claimed
+
+
+def _listed(
+    url: str, name: str, store: Store, claimed: Sequence[Entry], data_config: DataConfig
+) -> tuple[list[Part], list[str] | None]:
+    """Return the parts and classes of files of one format; say what a file is that its reader refuses."""
+    smallest = min(claimed, key=lambda entry: entry.size)
+    if 0 < smallest.size < _POINTER_BYTES and (foreign := _foreign_form(store, [smallest], "pointer")):
+        raise InputError(f"{url}: {foreign}")
     try:
-        parts, classes = FORMATS[name].list_parts(store, claimed, data_config)
+        return FORMATS[name].list_parts(store, claimed, data_config)
     except FileNotFoundError as error:
         raise InputError(f"{url}: a file of it is missing or a link to a missing file: {error}") from error
-    if not parts:
-        raise InputError(f"{url}: has no images in it; name a dataset with at least one")
-    if given is not None:
-        parts, classes = labels.matched(given, store.url, name, parts)
-        say_once(f"{url}: the labels are those of {given.where}")
-    else:
-        classes = _folder_classes(store, name, parts, classes, left, data_config)
-    return Source(store.url, name, parts, classes, passed_over)
+    except InputError as error:
+        if foreign := _foreign_form(store, claimed):
+            raise InputError(f"{url}: {foreign}") from error
+        raise
+
+
+def _foreign_form(store: Store, entries: Sequence[Entry], kind: str = "") -> str:
+    """Return a sentence on the first file that is in a form which is not read, "" if there is none."""
+    for entry in entries[:_HEADS_READ]:
+        try:
+            head = store.read_range(entry.key, 0, min(entry.size, 512))
+        except FileNotFoundError:  # A link to a missing file.
+            continue
+        for magic, what in _HEADS:
+            plain = entry.key.lower().endswith((*_PLAIN.get(magic, ()), *_COMPRESSED))
+            if head.startswith(magic) and kind in what and not plain:
+                return f"{entry.key} is {what}"
+        inner = head[:100].partition(b"\0")[0].decode("ascii", "replace")
+        if head[257:262] == b"ustar" and inner.lower().endswith((".tar", ".zip", ".gz", ".tgz")):
+            return (
+                f"{entry.key} holds archives, such as {inner}, often one per class; unpack each into a folder of "
+                "that name and name the folder above them"
+            )
+    for entry in () if kind else entries:
+        for suffix, what in _NAMES:
+            if re.search(f"{suffix}$", entry.key, re.IGNORECASE):
+                return f"{entry.key} is {what}"
+    return ""
 
 
 def _local_folders(store: Store) -> set[str]:

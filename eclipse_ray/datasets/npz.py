@@ -94,7 +94,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     parts = []
     forms: dict[Form, int] = {}
     labelled: dict[str, bool] = {}
-    beside = {entry.key: _labels_beside(store, entry.key) for entry in entries}
+    beside = {entry.key: _labels_beside(store, entry.key, config) for entry in entries}
     for entry in entries:
         if entry.key in beside.values():
             continue
@@ -145,7 +145,7 @@ def read_rows(
             for array in chosen.extras
             if array.name != IDS
         }
-    label_key = _labels_beside(store, key)
+    label_key = _labels_beside(store, key, config)
     if label_key is not None:
         labels = _labels_of(store, label_key, chosen.images.shape[0])[start:stop]
     pixels = to_pixels(where, values, _layout(store.url, key, store.entry(key).version, chosen.images))
@@ -163,7 +163,7 @@ def read_labels(
 ) -> NDArray[np.int64] | None:
     """Return the labels of one file, None if it has none."""
     where = f"{store.url}/{key}"
-    label_key = _labels_beside(store, key)
+    label_key = _labels_beside(store, key, config)
     with store.open(key) as file:
         chosen = _choose(where, _arrays(store, key, file), config)
         rows = chosen.images.shape[0]
@@ -239,7 +239,10 @@ def _choose(where: str, arrays: dict[str, Array], config: DataConfig) -> Chosen:
     images = _image_array(where, arrays, config)
     order = order_of(images.shape, images.dtype)
     if order is None or images.dtype.kind not in "iuf":
-        raise InputError(f"{where}: array {images.name!r} is {images.dtype} {images.shape}; {_ADVICE}")
+        name = f"array {images.name!r} is" if images.name else "holds"
+        labels = "; if these are labels, name the file of the images and give data.labels=FILE"
+        flat = len(images.shape) < 3 and not images.name
+        raise InputError(f"{where}: {name} {images.dtype} {images.shape}; {_ADVICE}{labels if flat else ''}")
     check_sides(where, images.shape, order, config)
     rows = images.shape[0]
     labels = _label_array(where, arrays, images, config)
@@ -275,6 +278,8 @@ def _is_like_images(array: Array) -> bool:
 
 
 def _label_array(where: str, arrays: dict[str, Array], images: Array, config: DataConfig) -> Array | None:
+    if "" in arrays:
+        return None
     if config.label_column != _DEFAULT_LABELS:
         if config.label_column not in arrays:
             raise InputError(
@@ -314,10 +319,19 @@ def _checked(where: str, labels: NDArray[np.generic], classes: Sequence[str] | N
     return whole
 
 
-def _labels_beside(store: Store, key: str) -> str | None:
-    if not key.lower().endswith(".npy"):
+def _labels_beside(store: Store, key: str, config: DataConfig) -> str | None:
+    folder, slash, name = key.rpartition("/")
+    if not name.lower().endswith(".npy"):
         return None
-    return next((name for name in label_files(key) if store.exists(name)), None)
+    if config.label_column == _DEFAULT_LABELS:
+        return next((found for found in label_files(key) if store.exists(found)), None)
+    named = f"{config.label_column}.npy"
+    if name != named and not store.exists(f"{folder}{slash}{named}"):
+        raise InputError(
+            f"{store.url}/{key}: no file {named} lies beside it; name the one with its labels with "
+            "--set data.labels=FILE"
+        )
+    return None if name == named else f"{folder}{slash}{named}"
 
 
 def _labels_of(store: Store, key: str, rows: int) -> NDArray[np.int64]:
@@ -403,8 +417,8 @@ def _own_classes(store: Store, key: str) -> list[str] | None:
 
 
 def labels_beside(store: Store, key: str) -> NDArray[np.int64] | None:
-    """Return the labels that lie in a file beside the .npy file `key`, None if there is none."""
-    label_key = _labels_beside(store, key)
+    """Return the labels in a file beside the .npy file `key` that is named after it, None if there is none."""
+    label_key = next((name for name in label_files(key, shared=False) if store.exists(name)), None)
     if label_key is None:
         return None
     with store.open(key) as file:

@@ -6,7 +6,7 @@ import base64
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, cast
 
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import folder
 from eclipse_ray.datasets.table import (
     CANONICAL,
     FILE_BYTES,
@@ -36,6 +37,8 @@ from eclipse_ray.storage.store import Entry, Store
 # Files whose footers are read at the same time.
 _LISTING_THREADS = 16
 _MAGIC = b"PAR1"
+_WHOLE = re.compile("-?[0-9]{1,18}", re.ASCII)
+_FRACTION = re.compile(r"-?[0-9]*\.[0-9]+", re.ASCII)
 # The exceptions that pyarrow raises for damaged files; a damaged column name is a UnicodeDecodeError.
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
@@ -47,38 +50,65 @@ def claims(key: str) -> bool:
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part per file that has rows, from the footers only, and the class names if a footer has them.
+    """Return one part per file that has rows, from the footers, and the class names if a footer has them.
 
-    Raises InputError for a damaged file, an extension type, or a missing image or label column.
+    Of labels that are text the column is read; without names in a footer the classes are the sorted texts. Raises
+    InputError for a damaged file, an extension type, a missing image or label column, or paths instead of images.
     """
 
     labelled: dict[str, bool] = {}
+    texts: dict[str, set[str] | None] = {}
 
     def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
             where = f"{store.url}/{entry.key}"
             metadata = _metadata(where, file)
-        schema = _schema(where, metadata)
-        _check_columns(where, schema, config)
-        labelled[entry.key] = _label_column(where, schema, config) is not None
+            schema = _schema(where, metadata)
+            _check_columns(where, schema, config)
+            _refuse_paths(where, metadata, file, config)
+            label = _label_column(where, schema, config)
+            labelled[entry.key] = label is not None
+            if label is not None:
+                texts[entry.key] = None
+                if not pa.types.is_integer(schema.field(label).type):
+                    texts[entry.key] = _texts(where, _read_column(where, metadata, file, label))
         part = Part(entry.key, metadata.num_rows, entry.size, entry.version)
         return part, _classes(schema, config), _extreme_labels(metadata, config)
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
     refuse_half_labelled(store.url, config, labelled)
-    named = [(part.key, names) for part, names, _ in found if names is not None]
-    classes = named[0][1] if named else None
-    for key, names in named:
-        if names != classes:
-            raise InputError(
-                f"{store.url}: {named[0][0]} and {key} name different classes ({', '.join(classes or [])} and "
-                f"{', '.join(names)}), so a label would mean two things; write them with the same classes"
-            )
+    named = {part.key: names for part, names, _ in found if names is not None}
+    classes = _common_classes(store, named) if named else _classes_of_texts(store, texts)
     for part, _, labels in found:
         for label in labels:
             check_label(f"{store.url}/{part.key}", label, classes)
     return [part for part, *_ in found if part.rows], classes
+
+
+def _common_classes(store: Store, named: Mapping[str, list[str]]) -> list[str]:
+    first, classes = next(iter(named.items()))
+    for key, names in named.items():
+        if names != classes:
+            raise InputError(
+                f"{store.url}: {first} and {key} name different classes ({', '.join(classes)} and "
+                f"{', '.join(names)}), so a label would mean two things; write them with the same classes"
+            )
+    return classes
+
+
+def _classes_of_texts(store: Store, texts: Mapping[str, set[str] | None]) -> list[str] | None:
+    """Return the classes that the labels of each file name, None if they are numbers, also as text."""
+    names = set[str]().union(*(found for found in texts.values() if found))
+    if all(map(_WHOLE.fullmatch, names)):
+        return None
+    numbers = next((key for key, found in texts.items() if found is None), None)
+    if numbers is not None:
+        raise InputError(
+            f"{store.url}: the labels of {numbers} are numbers and those of other files are names, such as "
+            f"{min(names)}; write all files alike"
+        )
+    return folder.ordered_classes(names)
 
 
 def read_rows(
@@ -115,11 +145,8 @@ def read_labels(
         label = _label_column(where, _schema(where, metadata), config)
         if label is None:
             return None
-        try:
-            column = pq.ParquetFile(file, metadata=metadata).read(columns=[label])[label]
-        except _DAMAGE as error:
-            raise _damaged(where, error) from error
-    return cast(NDArray[np.int64], pc.fill_null(column.cast(pa.int64()), -1).to_numpy())
+        column = _whole_labels(where, _read_column(where, metadata, file, label), classes)
+    return cast(NDArray[np.int64], pc.fill_null(column, -1).to_numpy())
 
 
 def write(
@@ -210,10 +237,10 @@ def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
     _require_column(where, schema, "data.image_column", config.image_column)
     _check_image_type(where, config.image_column, schema.field(config.image_column).type)
     label = _label_column(where, schema, config)
-    if label is not None and not pa.types.is_integer(schema.field(label).type):
+    if label is not None and not _may_be_labels(schema.field(label).type):
         raise InputError(
-            f"{where}: column {label!r} holds {schema.field(label).type}, expected integer labels; "
-            "name another column with --set data.label_column=NAME"
+            f"{where}: column {label!r} holds {schema.field(label).type}, expected whole numbers or names of "
+            "classes; name another column with --set data.label_column=NAME"
         )
     for name, column in (("image", config.image_column), ("label", label)):
         if column not in (None, name) and name in schema.names:
@@ -221,6 +248,123 @@ def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
                 f"{where}: column {column!r} is to become {name!r}, but there is another column of that "
                 "name; rename it in the source"
             )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _may_be_labels(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _read_column(where: str, metadata: pq.FileMetaData, file: BinaryIO, name: str) -> pa.ChunkedArray:
+    try:
+        return pq.ParquetFile(file, metadata=metadata).read(columns=[name])[name]
+    except _DAMAGE as error:
+        raise _damaged(where, error) from error
+
+
+def _texts(where: str, column: pa.ChunkedArray) -> set[str] | None:
+    """Return the different texts of a column of labels, None if it holds no text but whole numbers."""
+    if not _is_text(column.type):
+        _whole_labels(where, column, None)
+        return None
+    texts = set(_plain_text(column).unique().drop_null().to_pylist())
+    if "" in texts:
+        raise InputError(f"{where}: some labels are empty texts; leave the cells of images without a label empty")
+    if any(map(_FRACTION.fullmatch, texts)):
+        raise InputError(f"{where}: labels such as {min(texts)!r} are not whole; store one integer per image")
+    return texts
+
+
+def _plain_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(pa.string())
+
+
+def _whole_labels(where: str, column: pa.ChunkedArray, classes: Sequence[str] | None) -> pa.ChunkedArray:
+    """Return labels as int64 (N): numbers without loss, NaN as none, names as indices into `classes`.
+
+    Raises InputError for labels that are no whole numbers and no names of classes.
+    """
+    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        if not pc.all(pc.equal(pc.list_value_length(column), 1)).as_py() or column.null_count:
+            raise InputError(f"{where}: labels are lists of several values or none; store one value per image")
+        column = pc.list_flatten(column)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    if _is_text(column.type):
+        column = _plain_text(column)
+        if classes is not None:
+            found = pc.index_in(column, pa.array(classes, pa.string()))
+            lost = pc.index(pc.and_(pc.is_null(found), pc.is_valid(column)), True).as_py()
+            if lost >= 0:
+                raise InputError(f"{where}: label {column[lost]} is none of the classes {', '.join(classes[:20])}")
+            column = found
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{where}: labels are not whole numbers: {error}; store one integer per image") from error
+
+
+def _own_labels(
+    where: str, column: pa.ChunkedArray, config: DataConfig, classes: Sequence[str] | None
+) -> pa.ChunkedArray | None:
+    # If data.labels says what the labels are, names of classes in the file have no meaning.
+    if classes is None and config.labels is not None and _is_text(column.type):
+        return None
+    return _whole_labels(where, column, classes)
+
+
+def _refuse_paths(where: str, metadata: pq.FileMetaData, file: BinaryIO, config: DataConfig) -> None:
+    """Raise InputError if the footer shows rows that hold the path of an image and not its bytes.
+
+    A row group with more empty cells of bytes than of paths has such a row. Workers check the other groups.
+    """
+    columns = {metadata.schema.column(place).path: place for place in range(metadata.num_columns)}
+    places = [columns.get(f"{config.image_column}.{name}") for name in ("bytes", "path")]
+    if None in places:
+        return
+    first = 0
+    for group in range(metadata.num_row_groups):
+        empty, absent = (metadata.row_group(group).column(place).statistics for place in places)
+        known = empty and absent and empty.has_null_count and absent.has_null_count
+        if known and empty.null_count > absent.null_count:
+            reader = pq.ParquetFile(file, metadata=metadata)
+            _encoded(where, reader.read_row_group(group, [config.image_column]), first, config)
+        first += metadata.row_group(group).num_rows
+
+
+def _encoded(where: str, table: pa.Table, start: int, config: DataConfig) -> tuple[pa.Array, pa.Array | None]:
+    """Return the encoded images of the rows from `start` on, b"" for none, and their paths if there are any.
+
+    Raises InputError for a row that holds a path instead of an image.
+    """
+    images = table[config.image_column].combine_chunks()
+    encoded, paths = images, None
+    if pa.types.is_struct(images.type):
+        # Unlike `field`, `flatten` passes the nulls of the struct on to its children.
+        children = {images.type.field(i).name: child for i, child in enumerate(images.flatten())}
+        encoded = children["bytes"]
+        paths = children.get("path")
+        if paths is not None and not pa.types.is_string(paths.type):
+            paths = paths.cast(pa.string())
+    # A missing image becomes empty bytes. It fails later in decoding, with its id, so that no row is lost.
+    encoded = pc.fill_null(encoded.cast(pa.binary()), b"")
+    if paths is not None:
+        lone = pc.and_(pc.equal(pc.binary_length(encoded), 0), paths.is_valid())
+        row = pc.index(lone, True).as_py()
+        if row >= 0:
+            raise InputError(
+                f"{where}: column {config.image_column!r} holds a path ({paths[row]}) and no bytes in row "
+                f"{start + row}; embed the images first, in Hugging Face datasets with embed_external_files=True"
+            )
+    return encoded, paths
 
 
 def _extreme_labels(metadata: pq.FileMetaData, config: DataConfig) -> list[int]:
@@ -271,30 +415,10 @@ def _canonical(
 ) -> pa.Table:
     _check_columns(where, table.schema, config)
     label = _label_column(where, table.schema, config)
-    images = table[config.image_column].combine_chunks()
-    encoded, paths = images, None
-    if pa.types.is_struct(images.type):
-        # Unlike `field`, `flatten` passes the nulls of the struct on to its children.
-        children = {images.type.field(i).name: child for i, child in enumerate(images.flatten())}
-        encoded = children["bytes"]
-        paths = children.get("path")
-        if paths is not None and not pa.types.is_string(paths.type):
-            paths = paths.cast(pa.string())
-    if (
-        table.num_rows
-        and encoded.null_count == table.num_rows
-        and paths is not None
-        and pc.any(paths.is_valid()).as_py()
-    ):
-        raise InputError(
-            f"{where}: images are paths (such as {paths.drop_null()[0]}), not bytes; embed them first, in Hugging "
-            "Face datasets with embed_external_files=True"
-        )
-    # A missing image becomes empty bytes. It fails later in decoding, with its id, so that no row is lost.
-    encoded = pc.fill_null(encoded.cast(pa.binary()), b"")
+    encoded, paths = _encoded(where, table, start, config)
     try:
         ids = _ids(where, table, key, start)
-        labels = None if label is None else table[label].cast(pa.int64())
+        labels = None if label is None else _own_labels(where, table[label], config, classes)
         _check_labels(where, ids, labels, classes)
     except pa.ArrowInvalid as error:
         raise InputError(f"{where}: ids or labels cannot be read: {error}; mend the source") from error

@@ -26,6 +26,8 @@ from eclipse_ray.storage.store import Entry, Store
 SUFFIXES = (".pt", ".pth", ".pkl", ".pickle")
 IMAGES = ("images", "image", "data", "x", "x_train", "samples")
 LABELS = ("labels", "label", "targets", "target", "y", "y_train", "fine_labels")
+# Words in the names of .npy files of labels.
+_LABEL_FILES = ("labels", "label", "targets", "target")
 ADVICE = (
     "expected (images, labels) as a dict, a tuple or a list of pairs; a published file holds only numbers, text, "
     "lists and arrays, so do not open this one with anything else"
@@ -173,6 +175,8 @@ def layout_of(
         raise InputError(f"{where}: holds {dtype} {tuple(shape)}, which are no images; {ADVICE}")
     if dtype == np.uint8 or not shape[0]:
         return Layout(order, 255)
+    if dtype == np.int8:
+        raise InputError(f"{where}: holds int8 {tuple(shape)}, which is a perturbation, not images; {_APPLY}")
     low, high = _range(where, shape, dtype, rows)
     if low < -_SLACK:
         raise InputError(
@@ -239,17 +243,24 @@ def to_labels(where: str, values: NDArray[Any]) -> NDArray[np.int64]:
     return whole
 
 
-def label_files(key: str) -> Iterator[str]:
-    """Yield the names under which the labels of the .npy file `key` may lie beside it, the likeliest first."""
-    folder, slash, name = key.rpartition("/")
-    words = name.rpartition(".")[0].split("_")
+def label_files(key: str, *, shared: bool = True) -> Iterator[str]:
+    """Yield the keys at which the labels of the .npy file `key` may lie beside it, the likeliest first.
+
+    With `shared` these include the names of one file of labels for all images of a folder, as in CIFAR-10-C.
+    """
+    folder, slash, base = key.rpartition("/")
+    words = base.rpartition(".")[0].split("_")
+    if words[-1].lower() in _LABEL_FILES or words[0].lower() == "y":
+        return
+    names: list[str] = []
     if words[0].lower() == "x":
-        for count in range(len(words), 1 if len(words) > 1 else 0, -1):
-            for first in "yY":
-                yield f"{folder}{slash}{'_'.join([first, *words[1:count]])}.npy"
-    if words[-1].lower() in ("data", "images", "image", "imgs", "samples"):
-        for label in ("labels", "label", "targets", "target"):
-            yield f"{folder}{slash}{'_'.join([*words[:-1], label])}.npy"
+        counts = range(len(words), 1 if len(words) > 1 else 0, -1)
+        names += ["_".join([first, *words[1:count]]) for count in counts for first in "yY"]
+    for place, word in enumerate(words):
+        if word.lower() in ("data", "images", "image", "imgs", "samples"):
+            names += ["_".join([*words[:place], label, *words[place + 1 :]]) for label in _LABEL_FILES]
+    names += _LABEL_FILES if shared else ()
+    yield from (f"{folder}{slash}{each}.npy" for each in names)
 
 
 def state(url: str, parts: Sequence[Part], forms: dict[Form, int]) -> None:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import folder
 from eclipse_ray.datasets.images import SUFFIXES, suffix_of
 from eclipse_ray.datasets.table import (
     CANONICAL,
@@ -78,12 +79,16 @@ class _Index(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """Result of planning one tar: its keys, a key with a label, a key without, whether any label is unknown."""
+    """Result of planning one tar: its keys, a key with a label, a key without, whether any label is unknown.
+
+    `names` are the labels that are names of classes.
+    """
 
     keys: list[str]
     labelled: str | None
     unlabelled: str | None
     unknown: bool
+    names: set[str]
 
 
 def claims(key: str) -> bool:
@@ -92,7 +97,9 @@ def claims(key: str) -> bool:
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part per tar and the class names in the note; reads headers and labels, or indexes, but no image.
+    """Return one part per tar and the class names; reads headers and labels, or indexes, but no image.
+
+    The class names are those in the note, else those that labels name, sorted.
 
     Raises InputError for compressed or damaged tars, for keys that are not unique, and if only some samples are
     labelled.
@@ -107,6 +114,8 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
         looks = list(pool.map(lambda entry: _look(store, entry, config, classes), entries))
     if config.labels is None:
         _refuse_half_labelled(store, looks)
+    names = set[str]().union(*(look.names for look in looks))
+    classes = folder.ordered_classes(names) if classes is None and names else classes
     if config.label_column != _DEFAULT_LABEL_COLUMN and not any(look.labelled or look.unknown for look in looks):
         raise InputError(
             f"{store.url}: no .json member has a field {config.label_column!r}; "
@@ -193,6 +202,7 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
     keys: list[str] = []
     labelled = unlabelled = image = None
     unknown = False
+    names: set[str] = set()
     with _reader(store, entry.key) as read:
         indexed = _indexed(store, entry.key, entry.size, read)
         found = all_members(where, read, entry.size) if indexed is None else iter(indexed)
@@ -201,7 +211,7 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
             if not any(map(is_image, sample)):
                 continue
             image = key
-            known = _has_label(where, sample, read, config, classes, indexed is not None)
+            known = _has_label(where, sample, read, config, classes, indexed is not None, names)
             unknown = unknown or known is None
             labelled = key if known else labelled
             unlabelled = key if known is False else unlabelled
@@ -209,16 +219,27 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
         raise InputError(
             f"{where}: none of its {len(keys)} samples has an image ({', '.join(SUFFIXES)}); leave this tar out"
         )
-    return _Look(keys, labelled, unlabelled, unknown)
+    return _Look(keys, labelled, unlabelled, unknown, names)
 
 
 def _has_label(
-    where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None, indexed: bool
+    where: str,
+    sample: Sample,
+    read: Read,
+    config: DataConfig,
+    classes: Sequence[str] | None,
+    indexed: bool,
+    names: set[str],
 ) -> bool | None:
+    """Return whether a sample has a label, None if that is unknown; a label that is text is added to `names`."""
     # With an index, planning opens no member, so a label in a .json is known only to the worker that reads it.
     if indexed:
         named = config.label_column != _DEFAULT_LABEL_COLUMN
         return None if "json" in sample and (named or "cls" not in sample) else "cls" in sample
+    name = _stored_label(where, sample, read, config) if classes is None else None
+    if isinstance(name, str) and re.search("[^-0-9.]", name):
+        names.add(name)
+        return True
     return _label(where, sample, read, config, classes) is not None
 
 
@@ -355,29 +376,41 @@ def _text(where: str, member: Member, data: bytes) -> str:
 def _label(
     where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None
 ) -> int | None:
-    """Return the label of one sample, from its .cls member or a field of its .json member.
+    """Return the label of one sample; a name becomes its index in `classes`."""
+    value = _stored_label(where, sample, read, config)
+    if value is None:
+        return None
+    member = next(sample[name].name for name in ("cls", "json") if name in sample)
+    if isinstance(value, str) and classes is not None and value in classes:
+        return classes.index(value)
+    if isinstance(value, str) and config.labels is not None:
+        return None  # Another source of labels was named, so the names in the tar are not used.
+    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+        raise InputError(
+            f"{where}: member {member} holds the label {value!r}, expected an integer or one of the classes; mend "
+            "it, name another .json field with --set data.label_column=NAME, or delete the index if there is one"
+        )
+    check_label(f"{where}: member {member}", value, classes)
+    return value
 
-    The .json member is read if there is no .cls member, or if data.label_column is set.
+
+def _stored_label(where: str, sample: Sample, read: Read, config: DataConfig) -> object:
+    """Return the label of one sample as it is stored, in its .cls member or a field of its .json member.
+
+    The .json member is read if there is no .cls member, or if data.label_column is set. Text and floats that are
+    whole numbers become integers.
     """
     named = config.label_column != _DEFAULT_LABEL_COLUMN
-    value: object = None
     member = sample.get("json") if named else sample.get("cls", sample.get("json"))
     if member is None:
         return None
     if member is sample.get("cls"):
-        text = _short(where, member, read, _LONGEST_LABEL).strip()
-        value = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text, re.ASCII) else text
+        value: object = _short(where, member, read, _LONGEST_LABEL).strip()
     else:
         value = _field(where, member, read, config.label_column)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
-        raise InputError(
-            f"{where}: member {member.name} holds the label {value!r}, expected an integer; mend it, or name "
-            "another .json field with --set data.label_column=NAME"
-        )
-    check_label(f"{where}: member {member.name}", value, classes)
-    return value
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value, re.ASCII):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _field(where: str, member: Member, read: Read, name: str) -> object:

@@ -87,7 +87,7 @@ _PASSING_NAMES = {
 }
 _LASTING_NAMES = {
     "ClientSSLError": "the secure connection was refused",
-    "NoCredentialsError": "no credentials were found",
+    "NoCredentialsError": "no credentials were found; a public bucket needs none with FSSPEC_S3_ANON=true",
     "NoRegionError": "no region is set",
     "ParamValidationError": "the request is not valid",
     "PartialCredentialsError": "the credentials are incomplete",
@@ -95,6 +95,10 @@ _LASTING_NAMES = {
     "SSLError": "the secure connection was refused",
     "UnknownCredentialError": "the source of credentials is unknown",
 }
+# Variables that fsspec reads when it is imported.
+_OPEN_BUCKETS = (
+    "a public bucket needs FSSPEC_S3_ANON=true, and one whose reader pays needs FSSPEC_S3_REQUESTER_PAYS=true"
+)
 _SETTINGS = "check AWS_PROFILE, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL"
 
 
@@ -227,7 +231,7 @@ def _reason(action: Action, error: Exception, tried: str) -> str:
     if status in (401, 403):
         return (
             f"not allowed to {action.verb} it ({_cause(error)}); grant {action.permission} to these credentials, "
-            "then run the same command again"
+            f"then run the same command again; {_OPEN_BUCKETS}"
         )
     if status == 501:
         return (

@@ -1,5 +1,8 @@
+import gzip
+import io
 import os
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -192,3 +195,58 @@ def test_a_link_to_a_missing_image_is_named_with_what_to_do(tmp_path):
     source = open_source(str(tmp_path), CONFIG)
     with pytest.raises(InputError, match=r"a\.png: is a link to a missing file.*delete the link"):
         read_parts(source.url, source.format, source.classes, [("a.png", 0, 1)], CONFIG)
+
+
+def _tar(name, data):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "data", "words"),
+    [
+        ("train.tar", _tar("n01440764.tar", b"x" * 600), "holds archives, such as n01440764.tar"),
+        ("a.tar", gzip.compress(b"x" * 2000), "compressed by gzip; unpack it"),
+        ("archive.zip", b"PK\3\4", "a zip archive; unzip it"),
+        ("images.tar.zip", b"", "an archive; unpack it"),
+        ("a.parquet", b"PK\3\4" + bytes(20), "a zip archive; unzip it"),
+        ("data-00000-of-00001.arrow", b"\xff\xff\xff\xff", "load_from_disk(DIR).to_parquet("),
+        ("train.lmdb/data.mdb", bytes(20), "an LMDB database"),
+        ("train.tfrecord-00000-of-00010", bytes(20), "TensorFlow records"),
+        ("shard.00000.mds.zstd", b"\x28\xb5\x2f\xfd", "compressed by zstd"),
+        ("images.csv.gz", gzip.compress(b"x"), "compressed; unpack it"),
+        ("shard.00000.mds", bytes(20), "MosaicML Streaming"),
+        ("train_32x32.mat", b"MATLAB 5.0 MAT-file", "scipy.io.loadmat"),
+        ("train-images-idx3-ubyte", bytes(20), "a file of MNIST"),
+        ("data_batch_1.bin", bytes(20), "the Python version of CIFAR"),
+        ("cat/0.heic", bytes(20), "convert it to PNG"),
+        ("train-0.parquet", POINTER, "git lfs pull"),
+        ("cat/0.png", POINTER, "git lfs pull"),
+        ("cat/0.png", b"/annex/objects/MD5E-s1--0.png\n", "git annex get"),
+        ("poison.npz", b"<!DOCTYPE html><html>", "a web page"),
+        ("train", b"PAR1" + bytes(20), "let its name end in .parquet"),
+    ],
+)
+def test_a_form_that_is_not_read_is_named_with_the_next_step(tmp_path, key, data, words):
+    (tmp_path / key).parent.mkdir(exist_ok=True)
+    (tmp_path / key).write_bytes(data)
+    for url in (tmp_path, tmp_path / key):
+        with pytest.raises(InputError) as caught:
+            open_source(str(url), DataConfig())
+        assert words in str(caught.value)
+        assert (tmp_path / key).name in str(caught.value)
+
+
+def test_batches_of_imagenet_in_32_pixels_are_read(tmp_path):
+    data = np.arange(4 * 3072).reshape(4, 3072).astype(np.uint8)
+    batch = {"data": data, "labels": [1, 2, 1000, 4], "mean": np.zeros(3072)}
+    (tmp_path / "train_data_batch_1").write_bytes(pickle.dumps(batch))
+    (table,) = read_tables(open_source(str(tmp_path), DataConfig()), DataConfig())
+    assert table["label"].to_pylist() == [1, 2, 1000, 4]

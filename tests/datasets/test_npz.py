@@ -143,3 +143,32 @@ def test_train_and_test_files_are_read_one_at_a_time(tmp_path):
     np.save(tmp_path / "x_train.npy", IMAGES)
     np.save(tmp_path / "x_test.npy", IMAGES)
     assert "more than one split" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("gaussian_noise.npy", "labels.npy"),
+        ("images.npy", "labels.npy"),
+        ("train_images.npy", "train_labels.npy"),
+        ("images_train.npy", "labels_train.npy"),
+        ("x.npy", "y.npy"),
+    ],
+)
+def test_labels_lie_in_a_file_beside_the_images(tmp_path, images, labels):
+    np.save(tmp_path / images, np.repeat(np.arange(6, dtype=np.uint8), 48).reshape(6, 4, 4, 3))
+    np.save(tmp_path / labels, (np.arange(6) % 3)[:, None])
+    for url in (tmp_path, tmp_path / images):
+        table = read_all(str(url))
+        assert table["label"].to_pylist() == [0, 1, 2, 0, 1, 2]
+        assert pixels(table)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_label_file_is_named_by_the_label_column_or_asked_for(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((2, 4, 4, 3), np.uint8))
+    np.save(tmp_path / "ids.npy", np.array([4, 5]))
+    assert read_all(str(tmp_path), DataConfig(label_column="ids"))["label"].to_pylist() == [4, 5]
+    assert "give data.labels=FILE" in refused(str(tmp_path))
+    assert "no file other.npy lies beside it" in refused(str(tmp_path), DataConfig(label_column="other"))
+    np.save(tmp_path / "ids.npy", np.array([4, 5, 6]))
+    assert "labels of 2 images are expected" in refused(str(tmp_path), DataConfig(label_column="ids"))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.formats import open_source, read_parts
+from eclipse_ray.datasets.formats import open_source, read_labels, read_parts
 from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.errors import InputError
@@ -99,7 +99,9 @@ def test_columns_that_do_not_fit_say_what_to_do(tmp_path):
     message = refused("a", pa.table({"Images": [PNG], "label": [1]}))
     assert "Images, label" in message
     assert "data.image_column=Images" in message
-    assert "integer labels" in refused("b", pa.table({"image": [PNG], "label": [1.5]}))
+    for label in (1.5, "1.5", "", [1, 2]):
+        assert "labels" in refused(f"b{label}", pa.table({"image": [PNG], "label": [label]}))
+    assert "whole numbers or names" in refused("b", pa.table({"image": [PNG], "label": [{"a": 1}]}))
     assert "encoded images" in refused("c", pa.table({"image": ["path.png"]}))
     message = refused("d", pa.table({"image": [PNG], "fine_label": [1]}), DataConfig(label_column="fine"))
     assert "data.label_column=fine_label" in message
@@ -212,9 +214,51 @@ def test_a_column_name_that_is_no_text_is_damage(tmp_path):
         read_all(str(tmp_path))
 
 
-def test_paths_in_place_of_bytes_are_refused(tmp_path):
+@pytest.mark.parametrize("first", [None, "0.png"])
+def test_a_path_without_bytes_is_refused_by_column_and_row_wherever_it_is(tmp_path, first):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [{"bytes": None, "path": "/home/me/0.png"}, {"bytes": None, "path": None}]
+    rows = [{"bytes": PNG, "path": first}] * 3 + [{"bytes": None, "path": "/home/me/3.png"}]
+    put(tmp_path, "a.parquet", pa.table({"image": pa.array(rows, kind)}))
+    with pytest.raises(InputError, match=r"'image' holds a path \(/home/me/3\.png\) and no bytes in row 3; embed"):
+        read_all(str(tmp_path))
+
+
+def test_a_path_without_bytes_is_found_before_a_run_if_the_other_images_have_paths(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": PNG, "path": "0.png"}, None, {"bytes": None, "path": "2.png"}]
     url = put(tmp_path, "a.parquet", pa.table({"image": pa.array(rows, kind)}))
-    with pytest.raises(InputError, match=r"images are paths \(such as /home/me/0\.png\), not bytes; embed them"):
-        read_all(url)
+    with pytest.raises(InputError, match=r"\(2\.png\) and no bytes in row 2"):
+        open_source(url, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("stored", "labels", "classes"),
+    [
+        (pa.array(["cat", "dog", None, "cat"]), [0, 1, None, 0], ["cat", "dog"]),
+        (pa.array(["dog", "cat", "dog", "dog"]).dictionary_encode(), [1, 0, 1, 1], ["cat", "dog"]),
+        (pa.array(["c10", "c2", "c1", "c2"], pa.large_string()), [2, 1, 0, 1], ["c1", "c2", "c10"]),
+        (pa.array(["10", "2", None, "0"]), [10, 2, None, 0], None),
+        (pa.array([0.0, None, float("nan"), 3.0], from_pandas=False), [0, None, None, 3], None),
+        (pa.array([[4], [3], [0], [1]]), [4, 3, 0, 1], None),
+    ],
+)
+def test_labels_may_be_names_whole_floats_or_lists_of_one(tmp_path, stored, labels, classes):
+    url = put(tmp_path, "a.parquet", pa.table({"image": [PNG] * 4, "label": stored}))
+    source = open_source(url, CONFIG)
+    assert (source.classes, read_all(url)["label"].to_pylist()) == (classes, labels)
+    assert read_labels(source, CONFIG).tolist() == [-1 if label is None else label for label in labels]
+
+
+def test_names_of_classes_are_those_of_all_files(tmp_path):
+    put(tmp_path, "a.parquet", pa.table({"image": [PNG], "label": ["dog"]}))
+    put(tmp_path, "b.parquet", pa.table({"image": [PNG], "label": ["cat"]}))
+    source = open_source(str(tmp_path), CONFIG)
+    assert (source.classes, read_labels(source, CONFIG).tolist()) == (["cat", "dog"], [1, 0])
+    put(tmp_path, "c.parquet", pa.table({"image": [PNG], "label": [0]}))
+    with pytest.raises(InputError, match=r"labels of c\.parquet are numbers and those of other files are names"):
+        open_source(str(tmp_path), CONFIG)
+
+
+def test_names_of_classes_have_no_meaning_beside_data_labels(tmp_path):
+    url = put(tmp_path, "a.parquet", pa.table({"image": [PNG], "label": ["dog"]}))
+    assert read_all(url, DataConfig(labels="none")).column_names == ["id", "image"]

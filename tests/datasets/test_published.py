@@ -263,6 +263,8 @@ def test_what_holds_no_images_is_refused(tmp_path, content, words):
         ([(bytes(192), None)], "store one integer per image"),
         ([("text", 1)], "image 0 is str"),
         (np.zeros((12, 3, 32, 32), np.int8) - 1, "eclipse-ray apply"),
+        (np.zeros((6, 32, 32, 3), np.int8), "holds int8 (6, 32, 32, 3), which is a perturbation"),
+        (np.full((6, 32, 32, 3), 90, np.int8), "which is a perturbation, not images"),
         ([], "not images"),
     ],
 )

@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 
-from eclipse_ray import verbs
+from eclipse_ray import cli, verbs
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
+from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet
 from eclipse_ray.diffusion.training import run_fit, start_fit
 
 DEBUG = {"denoiser.preset": "debug"}
@@ -103,6 +105,22 @@ def run_cli(*arguments: str, check: int = 0) -> dict[str, object]:
     lines = done.stdout.splitlines()
     assert len(lines) == 1, f"standard output must hold one JSON object, found: {done.stdout!r}"
     return json.loads(lines[0])
+
+
+def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
+    """Run the command line in this process; return exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["eclipse-ray", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0), *capfd.readouterr()
+
+
+def untrained_denoiser(**settings: object) -> Denoiser:
+    """Return a debug denoiser with drawn weights: what it does to an image is arbitrary, and repeatable."""
+    config = load_config(None, {**DEBUG, **settings}).denoiser
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_denoiser(build_unet(config), config).eval()
 
 
 def kill_when(arguments: list[str], ready: Callable[[], bool], log: Path, seconds: float = 200) -> None:

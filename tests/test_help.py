@@ -17,6 +17,7 @@ from eclipse_ray.config import load_config, parse_assignment
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.parameters import PLANS, declared, resolve, resolved
 from eclipse_ray.results import Result
+from tests.support import call
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUP = typer.main.get_command(cli.app)
@@ -26,13 +27,6 @@ SURFACE = ROOT / "tests" / "command_line.txt"
 
 def example_lines(name: str) -> list[str]:
     return [line for line in (COMMANDS[name].epilog or "").split("\n\n") if line.startswith("eclipse-ray ")]
-
-
-def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["eclipse-ray", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    return int(caught.value.code or 0), capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -55,11 +49,6 @@ def test_every_command_has_two_examples_that_its_own_parser_takes(name):
         assignments = dict(map(parse_assignment, context.params.get("settings") or []))
         file = context.params.get("config")
         load_config(str(ROOT / file) if file else None, assignments)
-
-
-def test_an_example_with_a_wrong_option_would_be_found():
-    with pytest.raises(cli.UsageError):
-        COMMANDS["purify"].make_context("purify", ["a", "b", "--denoizer", "c"])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -192,19 +181,11 @@ def test_every_result_of_a_verb_has_words():
     ],
 )
 def test_a_slip_of_the_pen_is_one_sentence_and_exit_2(monkeypatch, capfd, words, sentence):
-    code, err = call(monkeypatch, capfd, *words)
+    code, _, err = call(monkeypatch, capfd, *words)
     assert code == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert sentence in err
-
-
-def test_an_unknown_defense_names_the_nearest():
-    from eclipse_ray.defenses import combine
-    from eclipse_ray.errors import ConfigError
-
-    with pytest.raises(ConfigError, match="did you mean eclipse"):
-        combine("eclips")
 
 
 def test_help_shows_default_and_range_of_a_setting():

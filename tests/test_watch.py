@@ -3,7 +3,7 @@
 from eclipse_ray import ledger, verbs
 from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
-from tests.test_help import call
+from tests.support import call
 
 
 def looks(monkeypatch, *done: int) -> list[int]:
@@ -21,7 +21,7 @@ def looks(monkeypatch, *done: int) -> list[int]:
 
 def test_it_looks_until_all_shards_are_done(monkeypatch, capfd):
     left = looks(monkeypatch, 1, 1, 3, 4)
-    code, err = call(monkeypatch, capfd, "status", "somewhere", "--watch", "--every", "0.1")
+    code, _, err = call(monkeypatch, capfd, "status", "somewhere", "--watch", "--every", "0.1")
     assert code == 0
     assert left == []
     assert "status: 40/40 images" in err
@@ -30,7 +30,8 @@ def test_it_looks_until_all_shards_are_done(monkeypatch, capfd):
 
 def test_without_watch_it_looks_once(monkeypatch, capfd):
     left = looks(monkeypatch, 1, 2)
-    assert call(monkeypatch, capfd, "status", "somewhere") == (0, "")
+    code, _, err = call(monkeypatch, capfd, "status", "somewhere")
+    assert (code, err) == (0, "")
     assert left == [2]
 
 

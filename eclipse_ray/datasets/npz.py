@@ -240,9 +240,9 @@ def _choose(where: str, arrays: dict[str, Array], config: DataConfig) -> Chosen:
     order = order_of(images.shape, images.dtype)
     if order is None or images.dtype.kind not in "iuf":
         name = f"array {images.name!r} is" if images.name else "holds"
-        labels = "; if these are labels, name the file of the images and give data.labels=FILE"
         flat = len(images.shape) < 3 and not images.name
-        raise InputError(f"{where}: {name} {images.dtype} {images.shape}; {_ADVICE}{labels if flat else ''}")
+        hint = "; if these are labels, name the file of the images and give data.labels=FILE" if flat else ""
+        raise InputError(f"{where}: {name} {images.dtype} {images.shape}; {_ADVICE}{hint}")
     check_sides(where, images.shape, order, config)
     rows = images.shape[0]
     labels = _label_array(where, arrays, images, config)

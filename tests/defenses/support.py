@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from eclipse_ray.config import CompensationConfig, PurifyConfig, load_config
+from eclipse_ray.config import CompensationConfig, PurifyConfig
 from eclipse_ray.datasets.images import jpeg_roundtrip
 from eclipse_ray.defenses import Material
-from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet
 
 
 def generator(seed=0):
@@ -41,14 +40,6 @@ def material(count=24, size=16, classes=4, **changes):
         "jpeg": lambda batch, quality: torch.from_numpy(jpeg_roundtrip(batch.numpy(), quality)),
     }
     return Material(**{**fields, **changes})
-
-
-def untrained_denoiser(**settings) -> Denoiser:
-    """Return a debug denoiser with drawn weights: what it does to an image is arbitrary, and repeatable."""
-    config = load_config(None, {"denoiser.preset": "debug", **settings}).denoiser
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build_denoiser(build_unet(config), config).eval()
 
 
 def linear_victim(size=16, classes=4, seed=3):

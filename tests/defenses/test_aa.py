@@ -61,25 +61,6 @@ def test_several_draws_in_the_first_part_of_training_one_after_it(build, progres
         assert torch.equal(found, draws(DefenseConfig(), 1)[0])
 
 
-@pytest.mark.parametrize("build", [ueraser_max, strong_augmentation])
-def test_kornia_draws_from_the_generator_alone(build):
-    images, targets = batch()
-    augment = build(DefenseConfig())
-    state = torch.get_rng_state()
-    first = augment(images, targets, MODEL, generator(4), 0.0)
-    assert torch.equal(torch.get_rng_state(), state), "nobody else's random numbers move"
-    torch.manual_seed(123)
-    second = augment(images, targets, MODEL, generator(4), 0.0)
-    third = augment(images, targets, MODEL, generator(5), 0.0)
-    torch.set_rng_state(state)
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-    assert not torch.equal(first[0], third[0])
-    assert first[0].shape == images.shape
-    assert float(first[0].min()) >= 0
-    assert float(first[0].max()) <= 1
-
-
 def test_without_its_probability_only_trivial_augment_is_left():
     # On a black image plasma brightness shows; TrivialAugment's geometry and contrast do not.
     black = torch.zeros(16, 3, 16, 16)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from eclipse_ray.config import DefenseConfig
+from eclipse_ray.defenses.aa import ueraser_max
+from eclipse_ray.defenses.op import strong_augmentation
 from eclipse_ray.defenses.simple import cutmix, cutout, mixup
 from tests.defenses.support import batch, generator, linear_victim
 
@@ -69,15 +71,19 @@ def test_cutmix_weight_is_the_pasted_area():
     assert len(shares) > 10
 
 
-@pytest.mark.parametrize("defense", [cutout, mixup, cutmix])
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("defense", [cutout, mixup, cutmix, ueraser_max, strong_augmentation])
 def test_draws_come_from_the_generator_alone(defense):
     images, targets = batch()
+    augmentation = defense(DefenseConfig(cutout_size=6))
     before = torch.get_rng_state()
-    first = apply(defense(DefenseConfig(cutout_size=6)), images, targets, 4)
+    first = apply(augmentation, images, targets, 4)
+    assert torch.equal(torch.get_rng_state(), before), "nobody else's random numbers move"
     torch.manual_seed(99)
-    second = apply(defense(DefenseConfig(cutout_size=6)), images, targets, 4)
-    other = apply(defense(DefenseConfig(cutout_size=6)), images, targets, 5)
+    second, other = (apply(augmentation, images, targets, seed) for seed in (4, 5))
     torch.set_rng_state(before)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[0], other[0])
+    assert first[0].shape == images.shape
+    assert 0 <= float(first[0].min()) <= float(first[0].max()) <= 1

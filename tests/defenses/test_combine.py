@@ -7,7 +7,8 @@ from eclipse_ray.config import DefenseConfig, load_config
 from eclipse_ray.defenses import DEFENSES, combine, defense_settings, resolved_defense
 from eclipse_ray.defenses.simple import privacy
 from eclipse_ray.errors import ConfigError, InputError
-from tests.defenses.support import batch, generator, images, labels, linear_victim, material, untrained_denoiser
+from tests.defenses.support import batch, generator, images, labels, linear_victim, material
+from tests.support import untrained_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = DefenseConfig(draws=2, cutout_size=6)

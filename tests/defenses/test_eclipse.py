@@ -13,7 +13,8 @@ from eclipse_ray.defenses.eclipse import draw_seed
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_cumprod
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import ConfigError, InputError
-from tests.defenses.support import material, untrained_denoiser
+from tests.defenses.support import material
+from tests.support import untrained_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = DefenseConfig()

@@ -7,7 +7,8 @@ from eclipse_ray.config import DefenseConfig, VictimConfig, load_config
 from eclipse_ray.defenses import DEFENSES, combine
 from eclipse_ray.defenses.simple import privacy
 from eclipse_ray.victims.training import train_victim
-from tests.defenses.support import images, labels, material, untrained_denoiser
+from tests.defenses.support import images, labels, material
+from tests.support import untrained_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VICTIM = VictimConfig(epochs=1, batch_size=8, crop_padding=2)

@@ -8,7 +8,6 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from eclipse_ray.config import load_config
 from eclipse_ray.diffusion.checkpoint import (
     CARD_FILE,
     SCHEDULER_FILE,
@@ -19,18 +18,16 @@ from eclipse_ray.diffusion.checkpoint import (
     save_denoiser,
     weights_digest,
 )
-from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.diffusion.shuffled import ShuffledNetwork
 from eclipse_ray.errors import InputError
+from tests.support import untrained_denoiser
 
 
 @pytest.fixture(params=[("shuffled", [8]), ("unet2d", [8, 8])], ids=["shuffled", "unet2d"])
 def folder(request, tmp_path):
     network, channels = request.param
     settings = {"denoiser.network": network, "denoiser.block_out_channels": channels}
-    config = load_config(None, {"denoiser.preset": "debug", **settings}).denoiser
-    torch.manual_seed(0)
     card = Card(
         t_max=5,
         t_star=4,
@@ -41,9 +38,9 @@ def folder(request, tmp_path):
         sparse_images=2,
         sparse_hashes=["00" * 16],
         fingerprint="f",
-        settings=config.model_dump(mode="json"),
+        settings={},
     )
-    save_denoiser(tmp_path, build_denoiser(build_unet(config), config).eval(), card)
+    save_denoiser(tmp_path, untrained_denoiser(**settings), card)
     return tmp_path
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from eclipse_ray.config import load_config
-from eclipse_ray.diffusion.training import _draw_batch, centre_crops, crops, image_buffer, run_fit, start_fit
+from eclipse_ray.diffusion.training import _draw_batch, centre_crops, crops, image_buffer
 
 
 def numbered(*sizes):
@@ -59,30 +59,3 @@ def test_two_workers_cut_the_crops_of_one():
     halves = [_draw_batch(config, images, 3, 0, rank, 2)[0] for rank in range(2)]
     assert torch.equal(whole, torch.cat(halves))
     assert not torch.equal(whole, _draw_batch(config, images, 4, 0, 0, 1)[0])
-
-
-def test_training_on_crops_resumes_exactly():
-    config, images = debug(iterations=6, checkpoint_every=3), numbered((40, 30), (16, 90), (17, 17))
-    heldout = centre_crops(images, 16)
-    states = []
-
-    def keep(fit):
-        states.append(torch.load(_saved(fit.state()), weights_only=True))
-
-    whole = start_fit(config, 0, torch.device("cpu"))
-    run_fit(whole, images, heldout, 0, lambda _: None, keep)
-    resumed = start_fit(config, 5, torch.device("cpu"))
-    resumed.restore(states[0])
-    assert resumed.iteration == 3
-    run_fit(resumed, images, heldout, 0, lambda _: None, lambda _: None)
-    for name, value in whole.average.items():
-        assert torch.equal(value, resumed.average[name]), name
-
-
-def _saved(state):
-    import io
-
-    stream = io.BytesIO()
-    torch.save(state, stream)
-    stream.seek(0)
-    return stream

@@ -1,7 +1,6 @@
 """Imported weights compute what the original computes, and what cannot be imported is refused in one sentence."""
 
 import json
-import pickle
 
 import numpy as np
 import pytest
@@ -196,30 +195,6 @@ def test_what_cannot_be_imported(tmp_path, mistake):
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-class Exploit:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, canary) -> None:
-        self.canary = str(canary)
-
-    def __reduce__(self):
-        return (open, (self.canary, "w"))
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_a_pickle_is_never_executed(tmp_path, form):
-    network, file = saved(tmp_path, SMALL)
-    canary = tmp_path / "canary"
-    content = {**network.state_dict(), "out.3.bias": Exploit(canary)}
-    if form == "pickle":
-        file.write_bytes(pickle.dumps(content, protocol=2))
-    else:
-        torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(InputError, match="nothing in it was executed"):
-        import_checkpoint(file, out=tmp_path / "out")
-    assert not canary.exists()
 
 
 def test_damaged_and_missing_files(tmp_path):

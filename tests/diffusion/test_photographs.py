@@ -95,14 +95,3 @@ def test_there_is_no_seam_between_tiles(denoiser, purified_ones, tile, overlap):
 
 def test_without_overlap_there_would_be_one(denoiser, purified_ones):
     assert seam_contrast(denoiser, purified_ones, 64, 0) > 1.05
-
-
-def test_a_gray_photograph_stays_gray(denoiser, purified_ones):
-    gray = purified_ones[:1].float().mean(dim=-1, keepdim=True).round().to(torch.uint8).expand(-1, -1, -1, 3)
-    result = purify_images(gray, denoiser, ids=["gray"])
-    assert (result == result[..., :1]).all()
-    # Three estimates of one value: closer to the truth than any of them.
-    error = psnr(to_model_range(result), to_model_range(gray))
-    assert error > psnr(
-        to_model_range(purify_images(purified_ones[:1], denoiser, ids=["gray"])), to_model_range(purified_ones[:1])
-    )

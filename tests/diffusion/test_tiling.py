@@ -5,17 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eclipse_ray.config import BATCH_PIXELS, load_config
-from eclipse_ray.diffusion.network import build_denoiser, build_unet
+from eclipse_ray.config import BATCH_PIXELS
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.diffusion.tiling import blend_weights, plan_axis, reflect_pad, tiled
+from tests.support import untrained_denoiser
 
 
 @pytest.fixture(scope="module")
 def denoiser():
-    torch.manual_seed(0)
-    config = load_config(None, {"denoiser.preset": "debug"}).denoiser
-    return build_denoiser(build_unet(config), config).eval()
+    return untrained_denoiser()
 
 
 @settings(max_examples=200, deadline=None)

@@ -152,18 +152,6 @@ def test_cleaning_up_an_unfinished_run_touches_no_shard_in_flight():
     assert plan_digest(read_plan(store).shards) == plan_digest(shards)
 
 
-def test_a_retry_replaces_objects_and_keeps_statuses():
-    store, shards = memory_store(), make_shards()
-    first = complete(store, shards).statuses[1]
-    second = commit(store, shards[1], generation=1, mended=True)
-    assert (second.ok, second.failed) == (4, 0)
-    finalise(store)
-    assert verify(store).ok
-    assert not store.exists(str(first.object))
-    assert not store.exists(str(first.errors_object))
-    assert store.exists("_eclipse/status/000001/0.json")
-
-
 def test_finalise_writes_again_when_a_retry_was_committed_meanwhile():
     store, shards = memory_store(), make_shards()
     complete(store, shards)

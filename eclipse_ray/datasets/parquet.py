@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,8 +33,11 @@ from eclipse_ray.datasets.table import (
     with_classes,
 )
 from eclipse_ray.errors import InputError
+from eclipse_ray.log import say_once
 from eclipse_ray.storage.store import Entry, Store
 
+WIDE_GROUP = 128 * 2**20
+"""Bytes above which a row group is named: twice those of a shard."""
 # Files whose footers are read at the same time.
 _LISTING_THREADS = 16
 _MAGIC = b"PAR1"
@@ -68,6 +72,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             _refuse_paths(where, metadata, file, config)
             label = _label_column(where, schema, config)
             labelled[entry.key] = label is not None
+            _warn_of_wide_groups(where, metadata)
             if label is not None:
                 texts[entry.key] = None
                 if not pa.types.is_integer(schema.field(label).type):
@@ -84,6 +89,17 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
         for label in labels:
             check_label(f"{store.url}/{part.key}", label, classes)
     return [part for part, *_ in found if part.rows], classes
+
+
+def _warn_of_wide_groups(where: str, metadata: pq.FileMetaData) -> None:
+    # Arrow reads a row group as a whole, so each shard of a purification that lies in it reads all of it.
+    groups = [metadata.row_group(place) for place in range(metadata.num_row_groups)]
+    widest = max(groups, key=lambda group: int(group.total_byte_size), default=None)
+    if widest is not None and widest.total_byte_size > WIDE_GROUP and widest.num_rows > 1:
+        say_once(
+            f"{where}: each shard reads a whole row group, and one has {widest.num_rows:,} images and "
+            f"{widest.total_byte_size / 2**20:,.0f} MiB; write it again with row_group_size=100, or convert it"
+        )
 
 
 def _common_classes(store: Store, named: Mapping[str, list[str]]) -> list[str]:
@@ -109,6 +125,41 @@ def _classes_of_texts(store: Store, texts: Mapping[str, set[str] | None]) -> lis
             f"{min(names)}; write all files alike"
         )
     return folder.ordered_classes(names)
+
+
+def refuse_repeated_ids(store: Store, keys: Sequence[str]) -> None:
+    """Raise InputError, naming the files, if an id of a column `id` occurs twice; only that column is read.
+
+    Eight bytes of memory per image.
+    """
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        found = list(
+            pool.map(lambda key: np.array([_hash(name) for name in _stored_ids(store, key)], np.uint64), keys)
+        )
+    hashes = np.sort(np.concatenate(found)) if found else np.empty(0, np.uint64)
+    twice = set(hashes[1:][np.diff(hashes) == 0].tolist())
+    home: dict[str, str] = {}
+    for key in keys if twice else ():
+        for name in _stored_ids(store, key):
+            if _hash(name) in twice and name in home:
+                raise InputError(
+                    f"{store.url}: id {name!r} occurs twice, in {home[name]} and {key}; make ids unique, or drop "
+                    "the column id: an image is then called by its file and row"
+                )
+            home[name] = key
+
+
+def _stored_ids(store: Store, key: str) -> list[str]:
+    where = f"{store.url}/{key}"
+    with store.open(key) as file:
+        metadata = _metadata(where, file)
+        if "id" not in _schema(where, metadata).names:
+            return []
+        return _plain_text(_read_column(where, metadata, file, "id")).drop_null().to_pylist()
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def read_rows(

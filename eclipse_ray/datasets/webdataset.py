@@ -118,8 +118,8 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     classes = folder.ordered_classes(names) if classes is None and names else classes
     if config.label_column != _DEFAULT_LABEL_COLUMN and not any(look.labelled or look.unknown for look in looks):
         raise InputError(
-            f"{store.url}: no .json member has a field {config.label_column!r}; "
-            "name one that has with --set data.label_column=NAME"
+            f"{store.url}: no sample has a member {config.label_column!r}, and no .json member has such a field; "
+            "name one that is there with --set data.label_column=NAME"
         )
     if config.tar_ids == "key":
         _refuse_repeated_keys(store, entries, looks)
@@ -234,8 +234,8 @@ def _has_label(
     """Return whether a sample has a label, None if that is unknown; a label that is text is added to `names`."""
     # With an index, planning opens no member, so a label in a .json is known only to the worker that reads it.
     if indexed:
-        named = config.label_column != _DEFAULT_LABEL_COLUMN
-        return None if "json" in sample and (named or "cls" not in sample) else "cls" in sample
+        known = _class_member(sample, config) is not None
+        return None if "json" in sample and not known else known
     name = _stored_label(where, sample, read, config) if classes is None else None
     if isinstance(name, str) and re.search("[^-0-9.]", name):
         names.add(name)
@@ -341,13 +341,14 @@ def _table(
         names = [f"{key}/{name}" for name in names]
     images = [next((each[name] for name in each if is_image(name)), None) for _, each in samples]
     labels = [_label(where, each, read, config, classes) for _, each in samples]
+    taken = {_class_member(each, config) for _, each in samples}
     extras = {
         name: pa.array(
             [_content(where, each.get(name), read) for _, each in samples],
             pa.string() if is_text(name) else pa.binary(),
         )
         for name in extensions
-        if not is_image(name) and not (name == "cls" and config.label_column == _DEFAULT_LABEL_COLUMN)
+        if not is_image(name) and name not in taken
     }
     return canonical_table(
         names,
@@ -380,7 +381,7 @@ def _label(
     value = _stored_label(where, sample, read, config)
     if value is None:
         return None
-    member = next(sample[name].name for name in ("cls", "json") if name in sample)
+    member = sample[_class_member(sample, config) or "json"].name
     if isinstance(value, str) and classes is not None and value in classes:
         return classes.index(value)
     if isinstance(value, str) and config.labels is not None:
@@ -395,22 +396,31 @@ def _label(
 
 
 def _stored_label(where: str, sample: Sample, read: Read, config: DataConfig) -> object:
-    """Return the label of one sample as it is stored, in its .cls member or a field of its .json member.
+    """Return the label of one sample as it is stored, in its class member or a field of its .json member.
 
-    The .json member is read if there is no .cls member, or if data.label_column is set. Text and floats that are
-    whole numbers become integers.
+    Text and floats that are whole numbers become integers.
     """
-    named = config.label_column != _DEFAULT_LABEL_COLUMN
-    member = sample.get("json") if named else sample.get("cls", sample.get("json"))
-    if member is None:
-        return None
-    if member is sample.get("cls"):
-        value: object = _short(where, member, read, _LONGEST_LABEL).strip()
+    name = _class_member(sample, config)
+    if name is not None:
+        value: object = _short(where, sample[name], read, _LONGEST_LABEL).strip()
+    elif "json" in sample:
+        value = _field(where, sample["json"], read, config.label_column)
     else:
-        value = _field(where, member, read, config.label_column)
+        return None
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value, re.ASCII):
         return int(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _class_member(sample: Sample, config: DataConfig) -> str | None:
+    """Return the extension of the member that holds the class: the one that data.label_column names, else .cls.
+
+    The last part of a compound extension counts (label.cls), as for images. None: there is none, or several.
+    """
+    if config.label_column != _DEFAULT_LABEL_COLUMN:
+        return config.label_column if config.label_column in sample else None
+    found = [name for name in sample if name.rpartition(".")[2] == "cls"]
+    return "cls" if "cls" in sample else found[0] if len(found) == 1 else None
 
 
 def _field(where: str, member: Member, read: Read, name: str) -> object:

@@ -19,6 +19,7 @@ from eclipse_ray.datasets.images import (
     encode_image,
     resize_image,
 )
+from eclipse_ray.datasets.parquet import refuse_repeated_ids
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
 from eclipse_ray.diffusion.network import Denoiser, default_device
@@ -105,6 +106,8 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
     denoiser, card = load_denoiser(folder), read_card(folder)
     config = _resolved(config, denoiser)
     opened = open_source(source, config.data)
+    if opened.format == "parquet":
+        refuse_repeated_ids(Store(opened.url), [part.key for part in opened.parts])
     samples = read_samples(opened, config, SAMPLES)
     _check_sizes(source, samples)
     store = Store(output, config.purify.single_writer)

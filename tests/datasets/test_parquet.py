@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import parquet
 from eclipse_ray.datasets.formats import open_source, read_labels, read_parts
 from eclipse_ray.datasets.images import decode_image, encode_image
+from eclipse_ray.datasets.parquet import refuse_repeated_ids
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.errors import InputError
+from eclipse_ray.storage.store import Store
 
 CONFIG = DataConfig()
 PNG = encode_image(np.full((2, 3, 3), 7, np.uint8), "png")
@@ -262,3 +265,31 @@ def test_names_of_classes_are_those_of_all_files(tmp_path):
 def test_names_of_classes_have_no_meaning_beside_data_labels(tmp_path):
     url = put(tmp_path, "a.parquet", pa.table({"image": [PNG], "label": ["dog"]}))
     assert read_all(url, DataConfig(labels="none")).column_names == ["id", "image"]
+
+
+def test_ids_that_occur_twice_are_named_with_their_files(tmp_path):
+    def write(name, ids):
+        table = pa.table({"id": ids, "image": [{"bytes": PNG, "path": None}] * len(ids)})
+        pq.write_table(table, tmp_path / name)
+
+    store = Store(str(tmp_path))
+    write("x.parquet", ["a", "b", "c"])
+    write("y.parquet", ["d", "e", None])
+    refuse_repeated_ids(store, ["x.parquet", "y.parquet"])
+    write("y.parquet", ["d", "b"])
+    with pytest.raises(InputError, match=r"id 'b' occurs twice, in x.parquet and y.parquet; .*drop the column id"):
+        refuse_repeated_ids(store, ["x.parquet", "y.parquet"])
+    write("x.parquet", ["a", "a"])
+    with pytest.raises(InputError, match=r"id 'a' occurs twice, in x.parquet and x.parquet"):
+        refuse_repeated_ids(store, ["x.parquet"])
+
+
+def test_a_row_group_that_every_shard_would_read_is_named_at_the_listing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parquet, "WIDE_GROUP", 20_000)
+    table = pa.table({"image": [{"bytes": bytes([n]) * 5000, "path": None} for n in range(8)]})
+    pq.write_table(table, tmp_path / "narrow.parquet", row_group_size=2, compression="none", use_dictionary=False)
+    open_source(str(tmp_path), DataConfig())
+    assert "row group" not in capsys.readouterr().err
+    pq.write_table(table, tmp_path / "wide.parquet", compression="none", use_dictionary=False)
+    open_source(str(tmp_path), DataConfig())
+    assert "wide.parquet: each shard reads a whole row group, and one has 8 images" in capsys.readouterr().err

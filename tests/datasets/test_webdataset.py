@@ -98,7 +98,9 @@ def test_labels_come_from_json_when_there_is_no_cls_or_when_named(tmp_path):
     url = tar(tmp_path / "src" / "a.tar", *both)
     assert read_all(url)["label"].to_pylist() == [4]
     assert read_all(url, DataConfig(label_column="fine"))["label"].to_pylist() == [7]
-    assert "no .json member has a field 'fin'" in refused(url, DataConfig(label_column="fin"))
+    assert "no sample has a member 'fin', and no .json member has such a field" in refused(
+        url, DataConfig(label_column="fin")
+    )
     url = tar(tmp_path / "two" / "a.tar", *both, ("0.cls", b"1"))
     assert read_all(url)["label"].to_pylist() == [1]
     named = read_all(url, DataConfig(label_column="fine"))
@@ -251,6 +253,19 @@ def test_a_remote_tar_is_planned_without_reading_its_images(tmp_path):
         ranges.clear()
         read_parts(source.url, source.format, None, [("a.tar", 3, 4)], CONFIG)
         assert sum(ranges) < len(big) + 20_000
+
+
+def test_the_last_part_of_a_compound_extension_names_the_class_as_it_names_the_image(tmp_path):
+    members = [(f"{n}.{name}", data) for n in "01" for name, data in (("in.png", PNG), ("label.cls", n.encode()))]
+    assert read_all(tar(tmp_path / "a" / "a.tar", *members))["label"].to_pylist() == [0, 1]
+    # Of two such members neither is chosen; a setting says which.
+    both = [*members, ("0.coarse.cls", b"5"), ("1.coarse.cls", b"6")]
+    both.sort(key=lambda member: member[0][0])
+    url = tar(tmp_path / "b" / "a.tar", *both)
+    assert "label" not in read_all(url).column_names
+    chosen = read_all(url, DataConfig(label_column="coarse.cls"))
+    assert chosen["label"].to_pylist() == [5, 6]
+    assert chosen["label.cls"].to_pylist() == ["0", "1"]
 
 
 @given(st.text(max_size=12), st.text(max_size=12))

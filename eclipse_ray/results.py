@@ -7,8 +7,9 @@ from html import escape
 from typing import Any, Literal
 
 
-class Shown:
-    """A result that a notebook shows as a table; every value is escaped."""
+@dataclass(frozen=True)
+class Result:
+    """What a verb returns; a notebook shows it as a table, and every value is escaped."""
 
     def _repr_html_(self) -> str:
         values = vars(self)
@@ -36,7 +37,7 @@ EVALUATION_FILE, DEMO_FILE = "evaluate.json", "demo.json"
 
 
 @dataclass(frozen=True)
-class TrainResult(Shown):
+class TrainResult(Result):
     """A trained denoiser; PSNR in dB of held-out images at t_star, denoised and before denoising."""
 
     iterations: int
@@ -46,7 +47,7 @@ class TrainResult(Shown):
 
 
 @dataclass(frozen=True)
-class ImportResult(Shown):
+class ImportResult(Result):
     """An imported denoiser: where it lies and what was read off its tensors; `iterations` is 0 if unknown."""
 
     denoiser: str
@@ -59,7 +60,7 @@ class ImportResult(Shown):
 
 
 @dataclass(frozen=True)
-class PurifyResult(Shown):
+class PurifyResult(Result):
     """Counts of images after a run; `images_per_second` covers only what this run did."""
 
     planned: int
@@ -70,7 +71,7 @@ class PurifyResult(Shown):
 
 
 @dataclass(frozen=True)
-class DryRunResult(Shown):
+class DryRunResult(Result):
     """What `purify` would do: hours are of one CPU core (decode, encode) and of one device of the named kind."""
 
     planned: int
@@ -86,7 +87,7 @@ class DryRunResult(Shown):
 
 
 @dataclass(frozen=True)
-class GcResult(Shown):
+class GcResult(Result):
     """What was cleared from an output folder: leftover objects, and uploads that were never completed."""
 
     removed: int
@@ -95,7 +96,7 @@ class GcResult(Shown):
 
 
 @dataclass(frozen=True)
-class StatusResult(Shown):
+class StatusResult(Result):
     """How far a run is, in images and shards."""
 
     planned: int
@@ -106,7 +107,7 @@ class StatusResult(Shown):
 
 
 @dataclass(frozen=True)
-class VerifyResult(Shown):
+class VerifyResult(Result):
     """An audit of an output from its bytes; `mismatched` names what is wrong, one sentence each."""
 
     ok: bool
@@ -117,7 +118,7 @@ class VerifyResult(Shown):
 
 
 @dataclass(frozen=True)
-class EvaluateResult(Shown):
+class EvaluateResult(Result):
     """Test accuracy (0-100) after the last epoch: mean and standard deviation over victims.
 
     `curves` has the test accuracy after every epoch, one list per victim.
@@ -135,7 +136,7 @@ class EvaluateResult(Shown):
 
 
 @dataclass(frozen=True)
-class MatrixResult(Shown):
+class MatrixResult(Result):
     """A matrix after a run: cells that are measured, those that failed and why, the table of what there is."""
 
     cells: int
@@ -147,7 +148,7 @@ class MatrixResult(Shown):
 
 
 @dataclass(frozen=True)
-class MatrixPlan(Shown):
+class MatrixPlan(Result):
     """What a run of a matrix would do; `seconds_left` is of work whose like was measured, `unknown` the rest."""
 
     cells: int
@@ -183,7 +184,7 @@ class MatrixView:
 
 
 @dataclass(frozen=True)
-class SweepResult(Shown):
+class SweepResult(Result):
     """A sweep after a run: trials measured, the best settings by section, its score, and what failed and why."""
 
     trials: int
@@ -195,7 +196,7 @@ class SweepResult(Shown):
 
 
 @dataclass(frozen=True)
-class SweepPlan(Shown):
+class SweepPlan(Result):
     """What a run of a sweep would do, timed here on a few images; `unknown` names what could not be timed."""
 
     trials: int
@@ -224,7 +225,7 @@ def sweep_order(stopped: bool, score: float) -> tuple[bool, float]:
 
 
 @dataclass(frozen=True)
-class AuditResult(Shown):
+class AuditResult(Result):
     """Is a dataset poisoned, and by what; `frequency` and `scope` are None for a clean one.
 
     `recommended` holds t_star, p and sigma, each None for a clean set. `evidence` has one entry per score: name,
@@ -245,7 +246,7 @@ class AuditResult(Shown):
 
 
 @dataclass(frozen=True)
-class DatasetResult(Shown):
+class DatasetResult(Result):
     """A dataset written by convert, split or poison."""
 
     images: int
@@ -254,7 +255,7 @@ class DatasetResult(Shown):
 
 
 @dataclass(frozen=True)
-class SubmitResult(Shown):
+class SubmitResult(Result):
     """A job on a cluster: its status there, its exit code (null while it runs), whether it was there before."""
 
     submission_id: str
@@ -264,7 +265,7 @@ class SubmitResult(Shown):
 
 
 @dataclass(frozen=True)
-class ReportResult(Shown):
+class ReportResult(Result):
     """A report that was written: its page, and the output folder it is about."""
 
     report: str
@@ -272,7 +273,7 @@ class ReportResult(Shown):
 
 
 @dataclass(frozen=True)
-class DemoResult(Shown):
+class DemoResult(Result):
     """Test accuracies (0-100) of the demo's victims."""
 
     clean: float
@@ -294,33 +295,11 @@ class Check:
 
 
 @dataclass(frozen=True)
-class DoctorResult(Shown):
+class DoctorResult(Result):
     """Whether machine, cluster and store are fit for a run; `ok` is false if a check failed."""
 
     ok: bool
     checks: list[Check]
-
-
-Result = (
-    TrainResult
-    | ImportResult
-    | PurifyResult
-    | DryRunResult
-    | GcResult
-    | StatusResult
-    | VerifyResult
-    | EvaluateResult
-    | MatrixResult
-    | MatrixPlan
-    | SweepResult
-    | SweepPlan
-    | AuditResult
-    | DatasetResult
-    | ReportResult
-    | DemoResult
-    | SubmitResult
-    | DoctorResult
-)
 
 
 def to_json(result: Result) -> dict[str, Any]:

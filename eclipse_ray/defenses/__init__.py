@@ -10,10 +10,8 @@ from torch import Generator, Tensor, nn
 
 from eclipse_ray.config import DefenseConfig
 from eclipse_ray.defenses import simple as iss
-from eclipse_ray.defenses.aa import Aa, ueraser, ueraser_max
-from eclipse_ray.defenses.at import At, adversarial_training
-from eclipse_ray.defenses.avatar import Avatar, avatar
-from eclipse_ray.defenses.eclipse import Draws, compensate, purify, purify_and_bake, purify_draws
+from eclipse_ray.defenses.adversarial import Aa, At, adversarial_training, ueraser, ueraser_max
+from eclipse_ray.defenses.eclipse import Avatar, Draws, avatar, compensate, purify, purify_and_bake, purify_draws
 from eclipse_ray.defenses.interface import Defense, DefenseSettings, Material, Transform, apply_transform
 from eclipse_ray.defenses.op import Op, project, strong_augmentation
 from eclipse_ray.defenses.simple import Cutout, DpSgd, IssJ, cutmix, cutout, mixup

@@ -1,15 +1,18 @@
-"""The scores of the audit: each has an effect, a tolerance, a p-value of an effect beyond it, and a null."""
+"""The scores of the audit: each has an effect, a tolerance, a p-value of an effect beyond it, and a null.
+
+A null distribution comes from relabelling: signs that turn with the mirror, or which of two sets a row is of. A
+p-value is (1 + relabellings at least as extreme) / (1 + relabellings), which is valid for any number of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eclipse_ray.detection import nulls
 from eclipse_ray.detection import views as features
 from eclipse_ray.detection.views import Images
 from eclipse_ray.errors import InputError
@@ -137,7 +140,7 @@ def _mirror(
     odd = rows - rows[train].mean(0)
     classes = int(labels.max()) + 1
     found = fit_probe(odd[train], labels[train], classes)(odd[test])
-    effect, p_value = nulls.sign_flips(margins(found, labels[test]), TOLERANCE, FLIPS, generator)
+    effect, p_value = sign_flips(margins(found, labels[test]), TOLERANCE, FLIPS, generator)
     right = 100 * accuracy(found, labels[test])
     detail = f"tells the class of {right:.1f} % of images by it, {100 / classes:.1f} % by chance"
     return Score(name, effect, TOLERANCE, p_value, MIRROR, detail)
@@ -145,7 +148,7 @@ def _mirror(
 
 def _class_mean(rows: Tensor, labels: Tensor, generator: torch.Generator) -> Score:
     odd = rows - rows.mean(0)
-    effect, p_value = nulls.class_mean_flips(odd, labels, CLASS_MEAN_TOLERANCE, MEAN_FLIPS, generator)
+    effect, p_value = class_mean_flips(odd, labels, CLASS_MEAN_TOLERANCE, MEAN_FLIPS, generator)
     norms = [float(odd[labels == label].mean(0).norm()) for label in torch.unique(labels)]
     detail = f"L2 norms of class means {min(norms):.1f} to {max(norms):.1f}, in 1/255"
     return Score("class_mean", effect, CLASS_MEAN_TOLERANCE, p_value, MIRROR, detail)
@@ -173,7 +176,7 @@ def _transfer(
         f"on {100 * accuracy(other, numbers[known]):.1f} % of the clean set"
     )
     first, second = margins(own, labels[test]), margins(other, numbers[known])
-    effect, p_value = nulls.two_samples(first, second, SAME_TOLERANCE, SWAPS, generator)
+    effect, p_value = two_samples(first, second, SAME_TOLERANCE, SWAPS, generator)
     return Score("transfer", effect, SAME_TOLERANCE, p_value, SAME, detail)
 
 
@@ -184,3 +187,88 @@ def clean_labels(sample: Images, clean: Images) -> Tensor | None:
     found = torch.unique(sample.labels)
     place = torch.searchsorted(found, clean.labels).clamp_max(len(found) - 1)
     return torch.where(found[place] == clean.labels, place, -1)
+
+
+RELABELLED_AT_ONCE = 500
+"""Relabellings worked on at once."""
+
+
+def p_of(observed: float, drawn: Tensor) -> float:
+    """Return the one-sided p-value of a statistic among those `drawn` under the null."""
+    return (1 + int((drawn >= observed).sum())) / (1 + len(drawn))
+
+
+def sign_flips(values: Tensor, tolerance: float, count: int, generator: torch.Generator) -> tuple[float, float]:
+    """Return (effect, p-value) of `values` (N) whose law is symmetric under the null.
+
+    The effect is mean / root mean square. The p-value is of an effect beyond `tolerance`, which is in root mean
+    squares: the values are first moved down by it.
+    """
+    size = float(values.square().mean().sqrt())
+    if size == 0:
+        return 0.0, 1.0
+    moved = values / size - tolerance
+    drawn = [moved @ signs for signs in _signs(len(values), count, generator)]
+    return float(values.mean()) / size, p_of(float(moved.sum()), torch.cat(drawn))
+
+
+def class_mean_flips(
+    rows: Tensor, labels: Tensor, tolerance: float, count: int, generator: torch.Generator
+) -> tuple[float, float]:
+    """Return (effect, p-value) of the class means of `rows` (N, d), each row as likely as its negative.
+
+    The effect is the part of the rows' energy that lies in class means, less what chance puts there; the p-value
+    is of an effect beyond `tolerance`.
+    """
+    grams = _class_grams(rows, labels)
+    drawn = []
+    for signs in _signs(len(rows), count, generator):
+        total = torch.zeros(signs.shape[1])
+        for members, gram in grams:
+            chosen = signs[members]
+            total += (chosen * (gram @ chosen)).sum(0)
+        drawn.append(total)
+    observed = sum(float(gram.sum()) for _, gram in grams)
+    return observed, p_of(observed - tolerance, torch.cat(drawn))
+
+
+def class_mean_share(rows: Tensor, labels: Tensor) -> float:
+    """Return the part of the energy of `rows` (N, d) in their class means, less what chance puts there."""
+    return sum(float(gram.sum()) for _, gram in _class_grams(rows, labels))
+
+
+def _class_grams(rows: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return each class's members (N,) and inner products of its rows, whose sum is its share of all energy."""
+    energy = max(float(rows.square().sum()), torch.finfo(rows.dtype).tiny)
+    grams = []
+    for label in torch.unique(labels):
+        part = rows[labels == label]
+        gram = part @ part.T
+        # Signs leave the diagonal as it is: without it, the mean over all signs is 0.
+        grams.append((labels == label, gram.fill_diagonal_(0) / max(1, len(part) - 1) / energy))
+    return grams
+
+
+def two_samples(
+    first: Tensor, second: Tensor, tolerance: float, count: int, generator: torch.Generator
+) -> tuple[float, float]:
+    """Return (effect, p-value) of the mean of `first` (N) above that of `second` (M), exchangeable under the null.
+
+    The effect is in standard deviations of both together; the p-value is of one beyond `tolerance`.
+    """
+    deviation = float(torch.cat([first - first.mean(), second - second.mean()]).square().mean().sqrt())
+    if deviation == 0:
+        return 0.0, 1.0
+    both = torch.cat([first - tolerance * deviation, second]).double()
+    # The difference of means grows with the sum of the first sample alone, for the sum of both is fixed.
+    drawn = torch.stack(
+        [both[torch.randperm(len(both), generator=generator)[: len(first)]].sum() for _ in range(count)]
+    )
+    observed = float(both[: len(first)].sum())
+    return float(first.mean() - second.mean()) / deviation, p_of(observed, drawn)
+
+
+def _signs(rows: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    for start in range(0, count, RELABELLED_AT_ONCE):
+        size = min(RELABELLED_AT_ONCE, count - start)
+        yield 2.0 * torch.randint(0, 2, (rows, size), generator=generator) - 1.0

@@ -9,9 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from eclipse_ray.detection import nulls
 from eclipse_ray.detection import views as features
-from eclipse_ray.detection.scores import Score, check_labels
+from eclipse_ray.detection.scores import Score, check_labels, class_mean_share
 from eclipse_ray.detection.views import Images
 
 Verdict = Literal["clean", "poisoned"]
@@ -98,7 +97,7 @@ def _scope(sample: Images, names: set[str], effects: dict[str, float]) -> Scope:
     """Class where its images share one pattern or one filter; else each image has a perturbation of its own."""
     # Natural images have little fine colour, so that a weak pattern of a class shows there first.
     rows = features.rows_of(sample, features.colour)
-    share = nulls.class_mean_share(rows - rows.mean(0), check_labels(sample))
+    share = class_mean_share(rows - rows.mean(0), check_labels(sample))
     shares_pattern = "class_mean" in names or share >= COLOUR_SHARE
     shares_filter = "convolution" in names and effects["convolution"] > effects["autocorrelation"]
     return "class" if shares_pattern or shares_filter else "sample"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.aa import Aa, policy, ueraser, ueraser_max
+from eclipse_ray.defenses.adversarial import Aa, policy, ueraser, ueraser_max
 from eclipse_ray.defenses.op import strong_augmentation
 from eclipse_ray.defenses.simple import seeded
 from eclipse_ray.errors import ConfigError

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eclipse_ray.config import DefenseConfig
-from eclipse_ray.defenses.at import adversarial_training
+from eclipse_ray.defenses.adversarial import adversarial_training
 from eclipse_ray.victims import VICTIMS
 from eclipse_ray.victims.training import classify
 from tests.defenses.support import batch, generator, linear_victim

@@ -8,8 +8,7 @@ import torch
 from eclipse_ray.compensation import bake
 from eclipse_ray.config import CompensationConfig, DefenseConfig, PurifyConfig, load_config
 from eclipse_ray.defenses import DEFENSES
-from eclipse_ray.defenses.avatar import depth_of
-from eclipse_ray.defenses.eclipse import draw_seed
+from eclipse_ray.defenses.eclipse import depth_of, draw_seed
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_cumprod
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import ConfigError, InputError

@@ -5,7 +5,7 @@ import torch
 
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.synthetic import draw_synthetic
-from eclipse_ray.detection import Images, judge, nulls, score_images
+from eclipse_ray.detection import Images, judge, score_images, scores
 from eclipse_ray.detection.scores import Score, check_labels, compare, mirror
 from eclipse_ray.detection.verdict import holm
 from eclipse_ray.detection.views import VIEWS, bands, rows_of
@@ -85,10 +85,10 @@ def test_the_share_of_class_means_is_unbiased():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4000) % 4
     noise, patterns = (torch.randn(count, 50, generator=generator) for count in (4000, 4))
-    assert abs(nulls.class_mean_share(noise, labels)) < 0.001
+    assert abs(scores.class_mean_share(noise, labels)) < 0.001
     expected = float(patterns.square().mean()) / (1 + float(patterns.square().mean()))
-    assert nulls.class_mean_share(noise + patterns[labels], labels) == pytest.approx(expected, abs=0.01)
-    assert nulls.class_mean_share(torch.zeros(8, 3), labels[:8]) == 0
+    assert scores.class_mean_share(noise + patterns[labels], labels) == pytest.approx(expected, abs=0.01)
+    assert scores.class_mean_share(torch.zeros(8, 3), labels[:8]) == 0
 
 
 def test_a_pattern_that_respects_the_mirror_is_found_with_a_clean_set(drawn):
@@ -120,9 +120,9 @@ def test_p_values_are_uniform_where_the_null_holds():
     for _ in range(200):
         # Of unequal spread, as images are.
         rows = torch.randn(60, 4, generator=generator) * torch.rand(60, 1, generator=generator)
-        flips.append(nulls.sign_flips(rows[:, 0], 0.0, 199, generator)[1])
-        means.append(nulls.class_mean_flips(rows, labels, 0.0, 199, generator)[1])
-        swaps.append(nulls.two_samples(rows[:40, 1], rows[40:, 1], 0.0, 199, generator)[1])
+        flips.append(scores.sign_flips(rows[:, 0], 0.0, 199, generator)[1])
+        means.append(scores.class_mean_flips(rows, labels, 0.0, 199, generator)[1])
+        swaps.append(scores.two_samples(rows[:40, 1], rows[40:, 1], 0.0, 199, generator)[1])
     for found in (flips, means, swaps):
         p_values = torch.tensor(found)
         for level in (0.1, 0.5):
@@ -133,8 +133,8 @@ def test_p_values_are_uniform_where_the_null_holds():
 def test_a_tolerated_effect_is_not_significant():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(20_000, generator=generator) + 0.03
-    assert nulls.sign_flips(values, 0.0, 199, generator)[1] < 0.01
-    assert nulls.sign_flips(values, 0.05, 199, generator)[1] > 0.5
+    assert scores.sign_flips(values, 0.0, 199, generator)[1] < 0.01
+    assert scores.sign_flips(values, 0.05, 199, generator)[1] > 0.5
 
 
 def test_holm():

@@ -12,8 +12,7 @@ from torch.nn.functional import cross_entropy
 from eclipse_ray.config import PrivacyConfig, VictimConfig
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.victims import VICTIMS
-from eclipse_ray.victims.privacy import make_private, private_optimizer
-from eclipse_ray.victims.training import classify, train_victim
+from eclipse_ray.victims.training import classify, make_private, private_optimizer, train_victim
 from tests.victims.images import coloured
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -62,10 +62,12 @@ _NAMES: tuple[tuple[str, str], ...] = (
     (r"\.mds(?:\.\w+)?", f"a shard of MosaicML Streaming; {_IMAGES}"),
     (r"\.beton", f"a file of FFCV; {_IMAGES}"),
     (r"\.rec", f"a file of MXNet records; {_IMAGES}"),
-    (r"\.(?:mat|h5|hdf5)", f"a MATLAB or HDF5 file; {_ARRAYS}"),
+    (r"\.mat", f"a MATLAB file, read by scipy.io.loadmat; {_ARRAYS}"),
+    (r"\.(?:h5|hdf5)", f"an HDF5 file; {_ARRAYS}"),
     (r"-ubyte(?:\.gz)?", f"a file of MNIST; {_ARRAYS}"),
     (r"\.bin", f"raw bytes without a shape; take the Python version of CIFAR, or {_ARRAYS}"),
-    (r"\.(?:zip|7z|rar)", "an archive; unpack it and name the folder"),
+    (r"\.zip", "a zip archive; unzip it and name the folder"),
+    (r"\.(?:7z|rar)", "an archive; unpack it and name the folder"),
     (r"\.(?:gz|tgz|bz2|xz|zst|lz4)", "compressed; unpack it and name what comes out"),
     (r"\.(?:avif|heic|heif|jxl|jp2|tga|ppm|pgm|psd)", "an image of a kind that is not decoded; convert it to PNG"),
 )
@@ -161,7 +163,7 @@ def _claimed(url: str, store: Store, visible: Sequence[Entry]) -> tuple[str, lis
         if (claimed := [entry for entry in visible if each.claims(entry.key)])
     }
     if not found:
-        if foreign := _foreign_form(store, visible):
+        if foreign := _foreign_name(visible) or _foreign_form(store, visible):
             raise InputError(f"{url}: {foreign}")
         raise InputError(
             f"{url}: found {len(visible)} files, none of them Parquet (.parquet), an image (.png, .jpg, ...), a "
@@ -195,8 +197,17 @@ def _listed(
         raise
 
 
+def _foreign_name(entries: Sequence[Entry]) -> str:
+    """Return a sentence on the first file whose name is that of a form which is not read, "" if there is none."""
+    for entry in entries:
+        for suffix, what in _NAMES:
+            if re.search(f"{suffix}$", entry.key, re.IGNORECASE):
+                return f"{entry.key} is {what}"
+    return ""
+
+
 def _foreign_form(store: Store, entries: Sequence[Entry], kind: str = "") -> str:
-    """Return a sentence on the first file that is in a form which is not read, "" if there is none."""
+    """Return a sentence on the first file whose content is not what its name says, "" if there is none."""
     for entry in entries[:_HEADS_READ]:
         try:
             head = store.read_range(entry.key, 0, min(entry.size, 512))
@@ -212,10 +223,6 @@ def _foreign_form(store: Store, entries: Sequence[Entry], kind: str = "") -> str
                 f"{entry.key} holds archives, such as {inner}, often one per class; unpack each into a folder of "
                 "that name and name the folder above them"
             )
-    for entry in () if kind else entries:
-        for suffix, what in _NAMES:
-            if re.search(f"{suffix}$", entry.key, re.IGNORECASE):
-                return f"{entry.key} is {what}"
     return ""
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, digest
-from eclipse_ray.datasets import npz, published
+from eclipse_ray.datasets import folder, npz, published
 from eclipse_ray.datasets.pickles import read_file, values_of
 from eclipse_ray.datasets.table import Part
 from eclipse_ray.errors import InputError
@@ -182,7 +182,7 @@ def _jsonl(where: str, text: str, column: str) -> Named:
 def _txt(where: str, text: str, column: str) -> Named:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     pairs = [line.rsplit(None, 1) for line in lines]
-    if all(len(pair) == 2 and _WHOLE.fullmatch(pair[1]) for pair in pairs):
+    if all(len(pair) == 2 and (_WHOLE.fullmatch(pair[1]) or folder.claims(pair[0])) for pair in pairs):
         return [name for name, _ in pairs], [label for _, label in pairs]
     return None, lines
 

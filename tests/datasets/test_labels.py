@@ -387,3 +387,10 @@ def test_verbs_check_labels_before_they_read_an_image(tmp_path, verb, source, ot
     }
     with pytest.raises(InputError, match=words):
         calls[verb]()
+
+
+def test_a_list_of_files_may_name_classes(tmp_path):
+    (tmp_path / "list.txt").write_text("cat 9.jpg kitten\ndog.jpg puppy\n")
+    found = read_label_file(str(tmp_path / "list.txt"))
+    assert (found.names, found.labels.tolist()) == (["cat 9.jpg", "dog.jpg"], [0, 1])
+    assert found.classes == ["kitten", "puppy"]

@@ -373,7 +373,9 @@ def test_verbs_check_labels_before_they_read_an_image(tmp_path, verb, source, ot
     beside = fill(tmp_path / "other", *(other or TWO))
     for file in (*(tmp_path / "set").rglob("*.png"), *(tmp_path / "other").rglob("*.png")):
         file.write_bytes(b"no image")
-    settings = {"matrix.clean": True, "data.output": str(tmp_path / "out")} if verb == "matrix" else {}
+    settings = {}
+    if verb == "matrix":
+        settings = {"matrix.clean": True, "matrix.defenses": ["none"], "data.output": str(tmp_path / "out")}
     if source == "one":
         (tmp_path / "l.txt").write_text("cat/0.png 1\ncat/1.png 1\n")
         settings["data.labels"] = str(tmp_path / "l.txt")

@@ -166,7 +166,7 @@ def test_labels_out_of_range_are_named_before_a_run(tmp_path):
     parquet(tmp_path, [-1, None])
     assert open_source(str(tmp_path), CONFIG).images == 2
     floats(tmp_path, [0, 1.5])
-    with pytest.raises(InputError, match="labels are not whole numbers: Float value 1.5"):
+    with pytest.raises(InputError, match=r"labels are not whole numbers: Float value 1\.5"):
         open_source(str(tmp_path), CONFIG)
     parquet(tmp_path, [0, 1])
     with pytest.raises(InputError, match="no column 'fine'"):

@@ -5,7 +5,7 @@ import torch
 
 from eclipse_ray.compensation import bake, compensate
 from eclipse_ray.config import CompensationConfig, load_config
-from eclipse_ray.diffusion.network import build_denoiser, build_unet
+from eclipse_ray.diffusion.network import build_unet
 from eclipse_ray.diffusion.sampling import purify
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons import fit_poison, quiet_session
@@ -13,9 +13,9 @@ from eclipse_ray.poisons.adp import UNetClassifier, defender, new_unet, purified
 from eclipse_ray.poisons.surrogate import keyed_generator, load_surrogate, under
 from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
 from tests.poisons.helpers import CLASSES, CPU, Memory, tiny_config, tiny_images
+from tests.support import DEBUG, untrained_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NETWORK = load_config(None, {"denoiser.preset": "debug"}).denoiser
 IDS = ["a", "b"]
 SETTINGS = {
     "surrogate_batch_size": 8,
@@ -28,12 +28,6 @@ SETTINGS = {
 UNET = SETTINGS | {"unet_channels": (8, 8)}
 
 
-def denoiser():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build_denoiser(build_unet(NETWORK), NETWORK).eval()
-
-
 def picture(size=16):
     return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
@@ -41,12 +35,12 @@ def picture(size=16):
 def test_the_classifier_is_a_denoisers_network_with_another_end():
     model = UNetClassifier((8, 8), 7)
     assert model(picture()).shape == (2, 7)
-    other = {name for name, _ in build_unet(NETWORK).named_parameters()}
+    other = {name for name, _ in build_unet(load_config(None, DEBUG).denoiser).named_parameters()}
     assert {name.removeprefix("unet.") for name, _ in model.named_parameters()} == other
 
 
 def test_what_gradients_go_through_is_what_the_defender_does():
-    x, model = picture(), denoiser()
+    x, model = picture(), untrained_denoiser()
     for t_star in (model.t_star, 2):
         with torch.no_grad():
             through = purified(x, model, t_star, 3, IDS)
@@ -67,7 +61,7 @@ def test_gradients_through_noise_denoiser_and_compensation_equal_finite_differen
     x = (0.5 + 0.1 * (picture() - 0.5)).double()
     settings = {"compensation_sigma": 0.02, "compensation_coarse_sigma": 0.02}
     config = tiny_config("adp", variant="strong", **SETTINGS, **settings)
-    model, generator = denoiser().double().requires_grad_(False), torch.Generator().manual_seed(1)
+    model, generator = untrained_denoiser().double().requires_grad_(False), torch.Generator().manual_seed(1)
     weights = torch.rand(x.shape, generator=generator, dtype=torch.float64)
 
     def value(at, through=model):
@@ -87,7 +81,7 @@ def test_gradients_through_noise_denoiser_and_compensation_equal_finite_differen
 
 def test_every_draw_of_the_defender_is_another():
     config, generator = tiny_config("adp", variant="strong", **SETTINGS), keyed_generator("draws")
-    see, x = defender(config, denoiser().requires_grad_(False)), picture()
+    see, x = defender(config, untrained_denoiser().requires_grad_(False)), picture()
     assert not torch.equal(see(x, generator), see(x, generator))
     assert torch.equal(see(x, keyed_generator(1)), see(x, keyed_generator(1)))
 
@@ -102,7 +96,7 @@ def test_noise_lowers_the_loss_of_the_unet_under_compensation():
 
 
 def test_noise_lowers_the_loss_of_a_victim_behind_the_denoiser():
-    data, config, model = tiny_images(48), tiny_config("adp", variant="strong", **SETTINGS), denoiser()
+    data, config, model = tiny_images(48), tiny_config("adp", variant="strong", **SETTINGS), untrained_denoiser()
     state = check_resume(data, config, denoiser=model)
     poisoned = check_storage(data, state, config)
     victim = load_surrogate(state, 0, config, CLASSES, CPU)
@@ -126,6 +120,6 @@ def test_settings_that_cannot_work_are_named():
         fit_poison(data, tiny_config("adp", **strong), 0, quiet_session())
     with pytest.raises(ConfigError, match="wants unet"):
         fit_poison(data, tiny_config("adp", surrogate="small"), 0, quiet_session())
-    session = replace(Memory().session(), denoiser=denoiser())
+    session = replace(Memory().session(), denoiser=untrained_denoiser())
     with pytest.raises(ConfigError, match="trained up to"):
         fit_poison(data, tiny_config("adp", **strong, t_star=9), 0, session)

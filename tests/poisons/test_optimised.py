@@ -10,7 +10,8 @@ from eclipse_ray.poisons import OPTIMISED, fit_poison, perturb, poison_fitted, q
 from eclipse_ray.poisons.interface import LabelledImages, by_id, id_keys, rows_of, to_float
 from eclipse_ray.poisons.surrogate import load_surrogate
 from eclipse_ray.victims.training import classify
-from tests.poisons.helpers import CLASSES, CPU, Killed, Memory, part, tiny_config, tiny_images
+from tests.poisons.fitting import check_resume
+from tests.poisons.helpers import CLASSES, CPU, Memory, part, tiny_config, tiny_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FORMS = {
@@ -64,13 +65,8 @@ def test_the_order_of_the_dataset_does_not_matter(fitted, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_killed_fit_resumes_to_the_same_state(fitted, form):
     data, states = fitted
-    memory = Memory(kill_at=2)
-    with pytest.raises(Killed):
-        fit_poison(data, FORMS[form], 3, memory.session())
-    resumed = fit_poison(data, FORMS[form], 3, memory.session())
-    assert len(memory.saved) == 3, "the rounds or epochs before the kill were done again"
-    assert resumed.keys() == states[form].keys()
-    assert all(torch.equal(resumed[key], value) for key, value in states[form].items())
+    state = check_resume(data, FORMS[form], kill_at=2)
+    assert all(torch.equal(state[key], value) for key, value in states[form].items())
 
 
 @pytest.mark.parametrize("form", FORMS)

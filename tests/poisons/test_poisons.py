@@ -84,13 +84,6 @@ def test_seed_label_and_scope_decide(name, scope):
     assert torch.equal(first, perturb(images, labels, ids, config, 0, CLASSES + 2))
 
 
-def test_default_scopes():
-    images, labels, ids = batch()
-    for name, scope in (("urp", "class"), ("lsp", "sample"), ("ar", "sample")):
-        default = perturb(images, labels, ids, PoisonConfig(name=name), 0, CLASSES)
-        assert torch.equal(default, perturb(images, labels, ids, PoisonConfig(name=name, scope=scope), 0, CLASSES))
-
-
 def test_ar_satisfies_its_recursion():
     images, labels, ids = batch()
     taps = processes(0, CLASSES, 32, 32)[labels.numpy()]

@@ -30,11 +30,6 @@ def test_a_fit_that_was_stopped_goes_on_as_if_it_never_was(fitted):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_bound_holds_and_chunks_do_not_matter(fitted):
-    data, config, state = fitted
-    check_storage(data, state, config)
-
-
 def test_the_adversary_raises_the_loss_within_its_radius(fitted):
     data, config, state = fitted
     model, images = load_surrogate(state, 0, config, CLASSES, CPU), as_floats(data.images)

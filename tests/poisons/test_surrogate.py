@@ -67,19 +67,6 @@ def test_pgd_walks_to_the_corner_of_its_bound(maximise):
     assert ((images + delta).clamp(0, 1) - images).sub(delta).abs().max() < 1e-6
 
 
-def test_an_attack_raises_the_loss_within_its_radius():
-    data, config = (
-        tiny_images(),
-        tiny_settings("efp", adversary_steps=5, surrogate_epochs=10, surrogate_batch_size=16),
-    )
-    model = load_surrogate(train_surrogate(data, config, 0, quiet_session()), 0, config, CLASSES, CPU)
-    images = to_float(data.images, CPU)
-    delta = attack(model, images, data.labels, config, keyed_generator("test"))
-    clean, attacked = (F.cross_entropy(classify(model, x), data.labels) for x in (images, images + delta))
-    assert attacked > clean + 0.1
-    assert delta.abs().max() <= 4 / 255 + 1e-6
-
-
 def test_the_model_is_left_as_it_was_by_an_attack():
     data, config = tiny_images(8), tiny_settings("efp")
     model = new_surrogate(config, CLASSES, 0, CPU).train()

@@ -122,8 +122,8 @@ def test_a_verb_that_decides_itself_what_a_signal_means_is_told_of_it(number, ra
         def work(_):
             try:
                 with cli._interruptible():
-                    print("ready", flush=True)
                     try:
+                        print("ready", flush=True)
                         time.sleep(60)
                     except BaseException as error:
                         print(type(error).__name__, flush=True)

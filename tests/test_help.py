@@ -260,7 +260,7 @@ def test_every_command_takes_a_config_and_settings(name):
 
 @pytest.mark.parametrize("words", [["status", "x"], ["verify", "x"], ["gc", "x"], ["report", "x"]])
 def test_a_wrong_setting_is_refused_by_commands_that_only_look(monkeypatch, capfd, words):
-    code, err = call(monkeypatch, capfd, *words, "--set", "run.sed=1")
+    code, _, err = call(monkeypatch, capfd, *words, "--set", "run.sed=1")
     assert code == 2
     assert "did you mean run.seed?" in err
 

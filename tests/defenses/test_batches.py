@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from eclipse_ray.defenses.aa import ueraser_max
 
 from eclipse_ray.config import DefenseConfig
+from eclipse_ray.defenses.adversarial import ueraser_max
 from eclipse_ray.defenses.op import strong_augmentation
 from eclipse_ray.defenses.simple import cutmix, cutout, mixup
 from tests.defenses.support import batch, generator, linear_victim

@@ -213,7 +213,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     ("key", "data", "words"),
     [
         ("train.tar", _tar("n01440764.tar", b"x" * 600), "holds archives, such as n01440764.tar"),
-        ("a.tar", gzip.compress(b"x" * 2000), "compressed by gzip; unpack it"),
+        ("a.tar", gzip.compress(b"x" * 2000, mtime=0), "compressed by gzip; unpack it"),
         ("archive.zip", b"PK\3\4", "a zip archive; unzip it"),
         ("images.7z", b"", "an archive; unpack it"),
         ("a.parquet", b"PK\3\4" + bytes(20), "a zip archive; unzip it"),
@@ -221,7 +221,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("train.lmdb/data.mdb", bytes(20), "an LMDB database"),
         ("train.tfrecord-00000-of-00010", bytes(20), "TensorFlow records"),
         ("shard.00000.mds.zstd", b"\x28\xb5\x2f\xfd", "MosaicML Streaming"),
-        ("images.csv.gz", gzip.compress(b"x"), "compressed; unpack it"),
+        ("images.csv.gz", gzip.compress(b"x", mtime=0), "compressed; unpack it"),
         ("shard.00000.mds", bytes(20), "MosaicML Streaming"),
         ("train_32x32.mat", b"MATLAB 5.0 MAT-file", "scipy.io.loadmat"),
         ("train-images-idx3-ubyte", bytes(20), "a file of MNIST"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 
 from eclipse_ray.config import Config
 from eclipse_ray.contact import ANSWER_SECONDS, first_contact
@@ -106,6 +107,9 @@ def _start(cores: int) -> None:
 
 
 def _join(address: str) -> None:
+    if address == "auto":
+        # Ray writes down where its last cluster was, and after a crash nobody listens there any more.
+        address = canonicalize_bootstrap_address(address) or address
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         _knock(host.strip("[]"), int(port))

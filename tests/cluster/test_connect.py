@@ -118,6 +118,14 @@ def test_a_cluster_that_stays_silent_is_given_up_with_its_name_and_its_source(
     left.set()
 
 
+def test_the_last_cluster_of_this_machine_is_knocked_at_before_ray_waits_for_it(monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda **_options: pytest.fail("Ray would wait for minutes"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(room, "canonicalize_bootstrap_address", lambda _: "127.0.0.1:9")
+    with pytest.raises(InterruptedRunError, match="run.address=auto: no Ray cluster answers there .*refused"):
+        connect(load_config(None, {"run.address": "auto"}))
+
+
 def test_workers_of_our_own_cluster_have_the_priority_of_the_command(monkeypatch):
     found = []
     monkeypatch.setattr(ray, "init", lambda **_: found.append(os.environ[NICENESS]))

@@ -117,8 +117,6 @@ def _start(cores: int) -> None:
 
 
 def _join(address: str) -> None:
-    # Ray writes every try to the terminal, on top of the error that says how it ended.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     if address == "auto":
         # Ray writes down where its last cluster was, and after a crash nobody listens there any more.
         address = canonicalize_bootstrap_address(address) or address
@@ -187,6 +185,9 @@ def _plain_failure(config: Config, address: str) -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[-1].partition(". ")[0] if lines else type(error).__name__
+        if "Failed to connect to Ray cluster" in reason:
+            # Somebody answered before Ray was asked.
+            reason = "a server answers, but does not let this command in; does it need RAY_AUTH_TOKEN?"
         if address == "local":
             raise EclipseError(
                 f"a Ray cluster could not be started here ({reason}); run the same command again, or see what "

@@ -95,6 +95,7 @@ SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
         (b"", "timed out", 0),
         (b"HTTP/1.1 400 Bad Request", "a web server answers; Ray's port is mostly 6379", 0),
         (SETTINGS, "nothing answered within 0 s", 1),
+        (SETTINGS, "a server answers, but does not let this command in; does it need RAY_AUTH_TOKEN?", 1),
     ],
 )
 @pytest.mark.parametrize("variable", [False, True])
@@ -102,7 +103,14 @@ def test_a_cluster_that_stays_silent_is_given_up_with_its_name_and_its_source(
     monkeypatch, answer, reason, asked, variable
 ):
     left, tried = threading.Event(), []
-    monkeypatch.setattr(ray, "init", lambda **options: tried.append(options["address"]) or left.wait(30))
+
+    def init(**options):
+        tried.append(options["address"])
+        if "RAY_AUTH_TOKEN" in reason:
+            raise ConnectionError(f"Failed to connect to Ray cluster at {options['address']}. Check the token.")
+        left.wait(30)
+
+    monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(contact, "CONTACT_SECONDS", 0.4)
     monkeypatch.setattr(room, "ANSWER_SECONDS", 0.2)

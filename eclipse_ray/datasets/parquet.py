@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 from collections import Counter
@@ -160,39 +159,14 @@ def _classes_of_texts(store: Store, texts: Mapping[str, set[str] | None]) -> lis
     return folder.ordered_classes(names)
 
 
-def refuse_repeated_ids(store: Store, keys: Sequence[str]) -> None:
-    """Raise InputError, naming the files, if an id of a column `id` occurs twice; only that column is read.
-
-    Eight bytes of memory per image.
-    """
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        found = list(
-            pool.map(lambda key: np.array([_hash(name) for name in _stored_ids(store, key)], np.uint64), keys)
-        )
-    hashes = np.sort(np.concatenate(found)) if found else np.empty(0, np.uint64)
-    twice = set(hashes[1:][np.diff(hashes) == 0].tolist())
-    home: dict[str, str] = {}
-    for key in keys if twice else ():
-        for name in _stored_ids(store, key):
-            if _hash(name) in twice and name in home:
-                raise InputError(
-                    f"{store.url}: id {name!r} occurs twice, in {home[name]} and {key}; make ids unique, or drop "
-                    "the column id: an image is then called by its file and row"
-                )
-            home[name] = key
-
-
-def _stored_ids(store: Store, key: str) -> list[str]:
+def stored_ids(store: Store, key: str) -> list[str]:
+    """Return the ids in the column `id` of a file, none if it has no such column; only that column is read."""
     where = f"{store.url}/{key}"
     with store.open(key) as file:
         metadata = _metadata(where, file)
         if "id" not in _schema(where, metadata).names:
             return []
         return _text_ids(_read_column(where, metadata, file, "id")).drop_null().to_pylist()
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def read_rows(

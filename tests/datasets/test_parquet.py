@@ -14,9 +14,8 @@ from ray.data import extensions
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import parquet
-from eclipse_ray.datasets.formats import open_source, read_labels, read_parts
+from eclipse_ray.datasets.formats import open_source, read_labels, read_parts, refuse_repeated_ids
 from eclipse_ray.datasets.images import decode_image, encode_image
-from eclipse_ray.datasets.parquet import refuse_repeated_ids
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
@@ -319,7 +318,7 @@ def test_ids_that_are_uuids_become_text(tmp_path, said):
     column = pa.ExtensionArray.from_storage(pa.uuid(), column) if said else column
     url = put(tmp_path, "x.parquet", pa.table({"id": column, "image": [PNG, PNG]}))
     assert read_all(url)["id"].to_pylist() == [str(name) for name in names]
-    refuse_repeated_ids(Store(url), ["x.parquet"])
+    refuse_repeated_ids(open_source(url, CONFIG))
 
 
 def test_flipped_bits_are_noticed(tmp_path):
@@ -441,16 +440,15 @@ def test_ids_that_occur_twice_are_named_with_their_files(tmp_path):
         table = pa.table({"id": ids, "image": [{"bytes": PNG, "path": None}] * len(ids)})
         pq.write_table(table, tmp_path / name)
 
-    store = Store(str(tmp_path))
     write("x.parquet", ["a", "b", "c"])
     write("y.parquet", ["d", "e", None])
-    refuse_repeated_ids(store, ["x.parquet", "y.parquet"])
+    refuse_repeated_ids(open_source(str(tmp_path), CONFIG))
     write("y.parquet", ["d", "b"])
     with pytest.raises(InputError, match=r"id 'b' occurs twice, in x.parquet and y.parquet; .*drop the column id"):
-        refuse_repeated_ids(store, ["x.parquet", "y.parquet"])
+        refuse_repeated_ids(open_source(str(tmp_path), CONFIG))
     write("x.parquet", ["a", "a"])
     with pytest.raises(InputError, match=r"id 'a' occurs twice, in x.parquet and x.parquet"):
-        refuse_repeated_ids(store, ["x.parquet"])
+        refuse_repeated_ids(open_source(str(tmp_path / "x.parquet"), CONFIG))
 
 
 def test_a_wide_row_group_is_named_at_the_listing(tmp_path, monkeypatch, capsys):

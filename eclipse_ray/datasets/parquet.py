@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any, BinaryIO, cast
 from uuid import UUID
 
@@ -323,6 +324,7 @@ class _Stream:
 # The streams that this process may go on with, by file and columns. Each is used by one thread at a time, because
 # a thread takes it out.
 _STREAMS: dict[tuple[str, ...], _Stream] = {}
+_STREAMS_LOCK = Lock()
 
 
 def _streamed(
@@ -337,7 +339,8 @@ def _streamed(
 ) -> pa.Table:
     """Return rows `start` to `stop`, which begin in the first of `groups`, before which `skipped` rows lie."""
     name = (store.url, key, store.entry(key).version, *(columns or ()))
-    stream = _STREAMS.pop(name, None)
+    with _STREAMS_LOCK:
+        stream = _STREAMS.pop(name, None)
     if stream is not None and not skipped <= stream.place <= start:
         stream.file.close()
         stream = None
@@ -351,9 +354,13 @@ def _streamed(
     if stream.place == stream.rows:
         stream.file.close()
         return table
-    _STREAMS[name] = stream
-    while len(_STREAMS) > _STREAMS_KEPT:
-        _STREAMS.pop(next(iter(_STREAMS))).file.close()
+    with _STREAMS_LOCK:
+        left = [_STREAMS.pop(name, None)]
+        _STREAMS[name] = stream
+        left += [_STREAMS.pop(each) for each in list(_STREAMS)[:-_STREAMS_KEPT]]
+    for each in left:
+        if each is not None:
+            each.file.close()
     return table
 
 

@@ -281,7 +281,7 @@ class PurifyConfig(Section):
     num_gpus: float | None = Field(None, ge=0, description="GPUs of an actor; null: 1 if there are any.")
     max_failed_fraction: float = Field(0.01, ge=0, le=1, description="More failed images end in exit 3.")
     single_writer: bool = Field(
-        False, description="Write to a store without put-if-absent too; unsafe with two drivers on one output."
+        False, description="The store has no conditional writes, and nobody else writes to this output."
     )
 
     @model_validator(mode="after")
@@ -427,6 +427,11 @@ class MatrixConfig(Section):
     published: Literal["cifar10", "imagenet"] | None = Field(
         None, description="Dataset of the paper whose numbers are printed beside ours; null: none."
     )
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a column."""
+        return bool(self.poisons) or self.clean
 
 
 Search = Literal["grid", "random", "optuna"]

@@ -18,7 +18,7 @@ from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.experiments import rows as tidy
-from eclipse_ray.experiments import worker
+from eclipse_ray.experiments import run
 from eclipse_ray.experiments.experiment import (
     Experiment,
     of_classes,
@@ -27,8 +27,8 @@ from eclipse_ray.experiments.experiment import (
     sweep_sets,
 )
 from eclipse_ray.experiments.recipe import Measured
+from eclipse_ray.experiments.run import Bench, defend, measure
 from eclipse_ray.experiments.search import Trial
-from eclipse_ray.experiments.worker import Bench, defend, measure
 from eclipse_ray.results import SweepPlan, SweepResult
 from tests.support import DEBUG, kill_when, run_cli, train_denoiser
 
@@ -203,7 +203,7 @@ def test_baked_compensation_is_written_into_the_images_that_train(world, half, t
         seen.append((np.array(images), compensation.mode))
         rest[-1](victim.epochs, 50.0, 0.0)
 
-    monkeypatch.setattr(worker, "train_victim", train)
+    monkeypatch.setattr(run, "train_victim", train)
     space = {"compensation.mode": ["none", "augment", "baked"]}
     sweep = open_sweep(load_config(None, settings_for(world, tmp_path / "out", half, sweep__space=space)))
     assert sweep.trials is not None

@@ -14,7 +14,7 @@ from eclipse_ray.detection import Images
 from eclipse_ray.purification.plan import prepare
 from eclipse_ray.purification.shard import Task, task_rows
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
-from eclipse_ray.reports.sections import write_audit
+from eclipse_ray.reports.page import write_audit
 from eclipse_ray.reports.tables import write_tables
 from eclipse_ray.results import AuditResult, EvaluateResult, to_json
 from tests.reports.test_tables import FULL, view

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -37,7 +38,7 @@ from eclipse_ray.errors import (
 from eclipse_ray.log import say
 from eclipse_ray.parameters import OUTPUT, PLANS, RUN, VERBS, Parameter, Verb, declared, describe, resolved
 from eclipse_ray.progress import close_all, last_words, pace
-from eclipse_ray.results import Result, to_json
+from eclipse_ray.results import Result
 
 # Typer carries a click of its own in some versions; this is its UsageError wherever it lies.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -286,7 +287,7 @@ def reserve_standard_output() -> None:
 
 def show(result: Result, as_json: bool, given: Mapping[str, Any]) -> None:
     """Print a result on standard output: one JSON object, or words and the command to type next."""
-    lines = [json.dumps(to_json(result)) if as_json else in_words(result)]
+    lines = [json.dumps(asdict(result)) if as_json else in_words(result)]
     if not as_json and (then := next_words(result, given)):
         lines.append(f"next: {shlex.join(('eclipse-ray', *then))}")
     # A reader that has gone, such as `head`, makes no mistake of a finished run.

@@ -189,14 +189,11 @@ def section_fields(section: str) -> dict[str, FieldInfo]:
 
 def _described(key: str, field: FieldInfo) -> Described:
     default = field.get_default(call_default_factory=True)
-    shown = default if isinstance(default, str) else yaml.safe_dump(_plain(default), default_flow_style=True)
+    plain = list(default) if isinstance(default, tuple) else default
+    shown = default if isinstance(default, str) else yaml.safe_dump(plain, default_flow_style=True)
     return Described(
         key, _kind(field.annotation), _bounds(field), shown.removesuffix("...\n").strip(), field.description or ""
     )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _kind(annotation: Any) -> str:

@@ -317,7 +317,7 @@ def _evaluated(config: Config) -> results.EvaluateResult:
         refuse_existing(store)
     result = run.evaluate(config)
     if store:
-        note = {**results.to_json(result), "train": config.data.source, "test": config.data.test}
+        note = {**asdict(result), "train": config.data.source, "test": config.data.test}
         store.write("_eclipse/config.yaml", to_yaml(config).encode())
         store.write(results.EVALUATION_FILE, json.dumps(note, indent=2).encode())
     return result

@@ -323,6 +323,7 @@ class PoisonConfig(Section):
     """
 
     model_config = ConfigDict(extra="allow")
+    # How a poison is computed and stored does not decide its pixels.
     OF_A_RUN: ClassVar = ("denoiser", "store_perturbation", "save_seconds", "chunk_images")
 
     name: str = Field("ar", description="urp, lsp, ar, cuda, shift, mixture, ops, em, tap, rem, sep, efp or adp.")

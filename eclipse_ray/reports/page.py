@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from typing import Any
 
@@ -39,7 +39,7 @@ from eclipse_ray.reports.folder import (
     software,
     without_credentials,
 )
-from eclipse_ray.results import AuditResult, ReportResult, to_json
+from eclipse_ray.results import AuditResult, ReportResult
 from eclipse_ray.storage.store import Store
 
 TEMPLATES, REPORT = "templates", "report"
@@ -156,7 +156,7 @@ def write_audit(output: str, settings: str, result: AuditResult, sample: Images,
     store = Store(output)
     store.write("config.yaml", settings.encode())
     store.write("audit.png", audit_picture(result, sample, clean))
-    store.write("audit.json", json.dumps(to_json(result), indent=1).encode())
+    store.write("audit.json", json.dumps(asdict(result), indent=1).encode())
 
 
 def audit_picture(result: AuditResult, sample: Images, clean: Images | None) -> bytes:

@@ -13,7 +13,7 @@ from eclipse_ray.errors import InputError
 from eclipse_ray.experiments import run
 from eclipse_ray.experiments.experiment import evaluated_compensation, open_evaluation, open_matrix
 from eclipse_ray.storage.store import Store
-from tests.support import DEBUG
+from tests.support import DEBUG, dotted
 
 QUICK = {**DEBUG, "victim.epochs": 2, "evaluate.seeds": 2, "victim.batch_size": 32}
 
@@ -31,8 +31,7 @@ def test_mean_and_deviation_over_seeds(world):
 
 def compensation_of(source: str, **changes: object) -> CompensationConfig:
     """What a victim of `source` trains with, whether the settings are given or written out in full."""
-    settings = {key.replace("__", "."): value for key, value in changes.items()}
-    short = load_config(None, settings)
+    short = load_config(None, dotted(changes))
     full = Config.model_validate(short.model_dump(mode="json"))
     recorded = ledger.recorded_settings(Store(source))
     found = evaluated_compensation(short, recorded, source)

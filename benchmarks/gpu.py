@@ -33,14 +33,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from eclipse_ray.config import Config, DataConfig, PoisonConfig, load_config
 from eclipse_ray.datasets.images import jpeg_roundtrip
 from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images
-from eclipse_ray.defenses import Material, combine
-from eclipse_ray.defenses.interface import apply_transform
+from eclipse_ray.defenses import combine
+from eclipse_ray.defenses.interface import Material, apply_transform
 from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, default_device, parameter_count
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.diffusion.training import Progress, run_fit, split_heldout, start_fit
 from eclipse_ray.inversion import SURROGATES, Inversion, fit_surrogate, open_surrogate
-from eclipse_ray.poisons import OPTIMISED, LabelledImages, fit_poison, poison_fitted, poison_images, quiet_session
+from eclipse_ray.poisons import OPTIMISED, fit_poison, poison_fitted, poison_images
+from eclipse_ray.poisons.interface import LabelledImages, quiet_session
 from eclipse_ray.victims.training import train_victim
 
 TRUSTED = 2500

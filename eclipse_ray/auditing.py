@@ -17,9 +17,9 @@ from eclipse_ray.config import Config, DataConfig, PurifyConfig
 from eclipse_ray.datasets.formats import Source, open_source, read_parts
 from eclipse_ray.datasets.images import ImageError, centre_crop, content_hash, decode_stored, resize_image
 from eclipse_ray.datasets.memory import random_chunks, require_classes, rows_in
-from eclipse_ray.datasets.table import image_bytes
-from eclipse_ray.detection import Finding, Images, Score, judge, score_images
-from eclipse_ray.detection.views import GRID
+from eclipse_ray.datasets.table import image_bytes, labels_or_none
+from eclipse_ray.detection.scores import Finding, Score, judge, score_images
+from eclipse_ray.detection.views import GRID, Images
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.diffusion.tiling import MIN_SIDE
@@ -63,9 +63,7 @@ def _read_crops(spans: Sequence[tuple[str, int, int]], job: AuditJob) -> pa.Tabl
     table = read_parts(job.source, job.format, job.classes, spans, job.data)
     ids: list[str] = table["id"].to_pylist()
     draws = uniform(job.seed, ids, AUDIT_T, (1,))[:, 0].tolist()
-    known = "label" in table.column_names
-    labels: list[int] = table["label"].fill_null(-1).to_pylist() if known else [-1] * len(ids)
-    encoded = image_bytes(table)
+    labels, encoded = labels_or_none(table), image_bytes(table)
     kept: list[int] = []
     crops: list[Pixels] = []
     failures: list[FailureRow] = []

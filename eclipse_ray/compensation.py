@@ -15,6 +15,7 @@ from torch import Tensor
 from eclipse_ray.config import CompensationConfig
 from eclipse_ray.diffusion.noise import noise, uniform
 from eclipse_ray.errors import InputError
+from eclipse_ray.quality import LUMA
 
 GRAY_T = 2**30
 """Reserved timestep of the draw that decides about grayscale."""
@@ -25,9 +26,6 @@ COARSE_T = 2**30 + 2
 
 BAND_PIXELS = 2**20
 """Pixels that `bake` works on at once, as rows of the images: a photograph needs no whole float copies."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""ITU-R 601 weights of red, green and blue."""
 
 
 def augment(images: Tensor, config: CompensationConfig, generator: torch.Generator) -> Tensor:

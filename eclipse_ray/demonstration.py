@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from eclipse_ray.log import say
 from eclipse_ray.parameters import ConfigLike, resolve
 from eclipse_ray.progress import pace
 from eclipse_ray.reports.charts import amplified, image_grid
-from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult, to_json
+from eclipse_ray.results import DEMO_FILE, DemoResult, EvaluateResult
 from eclipse_ray.storage.store import Store
 
 PICTURE = "demo.png"
@@ -60,7 +61,7 @@ def demo(output: str = "runs/demo", *, config: ConfigLike = None, settings: Sett
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda train: _accuracy(resolved, train, folders["test"], clean), sources.values())
         accuracies = dict(zip(sources, results, strict=True))
-    _draw(resolved, rest, folders, Path(output) / PICTURE)
+    _draw(resolved, sources, folders["denoiser"], Path(output) / PICTURE)
     result = DemoResult(
         clean=accuracies["clean"].test_accuracy,
         poisoned=accuracies["poisoned"].test_accuracy,
@@ -69,7 +70,7 @@ def demo(output: str = "runs/demo", *, config: ConfigLike = None, settings: Sett
         seconds=round(time.monotonic() - started, 1),
         output=output,
     )
-    note = {**to_json(result), "victims": {name: to_json(each) for name, each in accuracies.items()}}
+    note = {**asdict(result), "victims": {name: asdict(each) for name, each in accuracies.items()}}
     Store(output).write(DEMO_FILE, json.dumps(note, indent=2).encode())
     return result
 
@@ -116,13 +117,13 @@ def _accuracy(config: Config, train: str, test: str, clean: str) -> EvaluateResu
     return result
 
 
-def _draw(config: Config, rest: str, folders: dict[str, str], path: Path, count: int = 8) -> None:
+def _draw(config: Config, sources: dict[str, str], folder: str, path: Path, count: int = 8) -> None:
     """Write the picture: the same images clean, poisoned, noised and purified, and the poison made visible."""
-    sets = {name: load_images(url, config.data) for name, url in _picture_sources(rest, folders).items()}
+    sets = {name: load_images(url, config.data) for name, url in sources.items()}
     chosen = _one_of_each_class(sets["clean"], count)
     ids = [sets["clean"].ids[index] for index in chosen]
     rows = {name: _by_id(images, ids) for name, images in sets.items()}
-    denoiser = load_denoiser(folders["denoiser"])
+    denoiser = load_denoiser(folder)
     x = to_model_range(torch.from_numpy(rows["poisoned"]))
     noised = to_uint8(absorb(x, denoiser.alphas_cumprod, denoiser.t_star, config.run.seed, ids)).numpy()
     picture = {
@@ -137,10 +138,6 @@ def _draw(config: Config, rest: str, folders: dict[str, str], path: Path, count:
     classes = sets["clean"].classes
     names = [classes[int(labels[index])] if classes and labels is not None else "" for index in chosen]
     path.write_bytes(image_grid(picture, names, "AR poison, and what purification leaves of it"))
-
-
-def _picture_sources(rest: str, folders: dict[str, str]) -> dict[str, str]:
-    return {"clean": rest, "poisoned": folders["poisoned"], "purified": folders["purified"]}
 
 
 def _one_of_each_class(images: ImageSet, count: int) -> list[int]:

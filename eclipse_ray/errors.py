@@ -60,8 +60,7 @@ def note_of_error(error: EclipseError) -> str:
 def error_of_note(note: str) -> EclipseError:
     """Return the error that a worker wrote down, of its own class and hence with its exit code."""
     name, text = json.loads(note)
-    kinds = (ConfigError, InputError, ResumeError, StorageError, InterruptedRunError)
-    return {kind.__name__: kind for kind in kinds}.get(name, EclipseError)(text)
+    return {kind.__name__: kind for kind in EclipseError.__subclasses__()}.get(name, EclipseError)(text)
 
 
 def did_you_mean(path: str) -> str:

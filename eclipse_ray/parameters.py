@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 import yaml
 from pydantic.fields import FieldInfo
 
-from eclipse_ray import log
 from eclipse_ray.config import Config, Settings, holds_secret, load_config, with_overrides
 from eclipse_ray.errors import ConfigError
+from eclipse_ray.log import set_format
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,11 +72,12 @@ PLANS: dict[Callable[..., Any], Callable[..., Any]] = {}
 def verb(
     group: str, *examples: str, report: bool = False, here: bool = False, interruptible: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function a verb. A test parses each example as a command line, and asks for two at least."""
+    """Make a function a verb. Examples are what follows `eclipse-ray VERB`; a test parses them, and wants two."""
 
     def declare(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__name__.replace("_", "-")
-        VERBS[name] = Verb(function, group, examples, report, here, interruptible)
+        lines = tuple(f"eclipse-ray {name} {example}".rstrip() for example in examples)
+        VERBS[name] = Verb(function, group, lines, report, here, interruptible)
         return function
 
     return declare
@@ -131,7 +132,7 @@ def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> C
         found = with_overrides(config, overrides)
     else:
         found = load_config(config, overrides, _read_anywhere)
-    log.set_format(found.run.log_format)
+    set_format(found.run.log_format)
     _check_files(found)
     return found
 
@@ -188,14 +189,11 @@ def section_fields(section: str) -> dict[str, FieldInfo]:
 
 def _described(key: str, field: FieldInfo) -> Described:
     default = field.get_default(call_default_factory=True)
-    shown = default if isinstance(default, str) else yaml.safe_dump(_plain(default), default_flow_style=True)
+    plain = list(default) if isinstance(default, tuple) else default
+    shown = default if isinstance(default, str) else yaml.safe_dump(plain, default_flow_style=True)
     return Described(
         key, _kind(field.annotation), _bounds(field), shown.removesuffix("...\n").strip(), field.description or ""
     )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _kind(annotation: Any) -> str:

@@ -44,9 +44,6 @@ from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
 from eclipse_ray.poisons import (
     OPTIMISED,
-    LabelledImages,
-    Session,
-    State,
     budget,
     fit_poison,
     poison_fitted,
@@ -54,6 +51,7 @@ from eclipse_ray.poisons import (
     resolved_poison,
     variant_of,
 )
+from eclipse_ray.poisons.interface import LabelledImages, Session, State
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.shard import same_size_batches
 from eclipse_ray.results import DatasetResult
@@ -250,7 +248,17 @@ def poison(config: Config, *, show_classes: bool = True) -> DatasetResult:
     labels = require_classes(source_url, source, config.data, 2, show=show_classes)
     # The named classes, or one more than the largest label.
     classes = max(int(labels.max()) + 1, len(source.classes or []))
-    job = _job(config, source, source_url, output, classes)
+    job = PoisonJob(
+        source_url,
+        source.url,
+        source.format,
+        source.classes,
+        classes,
+        config.data,
+        output,
+        config.poison,
+        config.run.seed,
+    )
     if not job.optimised:
         refuse_existing(Store(output))
         spans = _spans(source, CHUNK_IMAGES)
@@ -385,20 +393,6 @@ def _fit_task(job: PoisonJob, threads: int, board: Any) -> Arrays:
 def _chunk_task(job: PoisonJob, number: int, spans: Sequence[Span], state: Arrays | None) -> pa.Table:
     torch.set_num_threads(1)
     return poison_chunk(job, number, spans, state)
-
-
-def _job(config: Config, source: Source, source_url: str, output: str, num_classes: int) -> PoisonJob:
-    return PoisonJob(
-        source_url,
-        source.url,
-        source.format,
-        source.classes,
-        num_classes,
-        config.data,
-        output,
-        config.poison,
-        config.run.seed,
-    )
 
 
 def _spans(source: Source, images: int) -> list[list[Span]]:

@@ -17,7 +17,8 @@ STRIDE, STRIP = 4, 256
 """Pixels between the windows of the SSIM of single images, and rows of an image that are measured at a time."""
 EQUAL_PSNR = 100.0
 """The PSNR in dB of equal images in `changes`; a single changed pixel of a small image has less."""
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
+"""ITU-R 601 weights of red, green and blue."""
 
 
 def psnr(images: Tensor, reference: Tensor, *, peak: float = 255.0) -> float:
@@ -71,7 +72,7 @@ def changes(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     at every fourth pixel, and NaN for images smaller than a window. Raises InputError for another shape.
     """
     _check(images, reference)
-    weights, luma = _window(images.device), torch.tensor(_LUMA, device=images.device)
+    weights, luma = _window(images.device), torch.tensor(LUMA, device=images.device)
     errors = torch.zeros(len(images), device=images.device)
     likeness, windows = torch.zeros_like(errors), 0
     for top in range(0, images.shape[1], STRIP):

@@ -1,8 +1,8 @@
-"""What each command returns; `to_json` gives exactly the keys that `--json` prints."""
+"""What each command returns; the fields are the keys that `--json` prints."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Literal
 
@@ -300,8 +300,3 @@ class DoctorResult(Result):
 
     ok: bool
     checks: list[Check]
-
-
-def to_json(result: Result) -> dict[str, Any]:
-    """Return the result as one JSON object."""
-    return asdict(result)

@@ -40,7 +40,7 @@ from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, read_card, save_denoiser
 from eclipse_ray.diffusion.network import timestep_scale
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
-from eclipse_ray.diffusion.training import ImageBuffer, centre_crops, image_buffer
+from eclipse_ray.diffusion.training import centre_crops, image_buffer
 from eclipse_ray.errors import ConfigError, InputError, InterruptedRunError, ResumeError
 from eclipse_ray.inversion import METHOD, SURROGATES, Inversion, fit_surrogate, open_surrogate, surrogate_settings
 from eclipse_ray.log import say
@@ -344,7 +344,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device = ray.train.torch.get_device()
-    images = _shared_images(settings)
+    images = image_buffer(_read_only(settings["pixels"]), torch.tensor(settings["sizes"], dtype=torch.int64))
     trained, heldout = training.split_heldout(len(images), config.denoiser.heldout_fraction, config.run.seed)
     fit = training.start_fit(config.denoiser, config.run.seed, device)
     _restore(fit)
@@ -394,11 +394,6 @@ def _inversion(config: Config, settings: dict[str, Any], device: torch.device) -
         context.get_world_rank(),
         context.get_world_size(),
     )
-
-
-def _shared_images(settings: dict[str, Any]) -> ImageBuffer:
-    sizes = torch.tensor(settings["sizes"], dtype=torch.int64)
-    return image_buffer(_read_only(settings["pixels"]), sizes)
 
 
 def _read_only(reference: Any) -> torch.Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 from eclipse_ray import results
@@ -58,9 +60,7 @@ Resize = Annotated[
     int | None,
     Parameter("Resize the central square of every image to N pixels", "N", "data.resize", METHOD),
 ]
-Strict = Annotated[
-    bool | None, Parameter("Files that are passed over are an error, exit code 2", setting="data.strict")
-]
+Strict = Annotated[bool | None, Parameter(setting="data.strict")]
 OutputFolder = Annotated[str, Parameter("Output folder of purify.", "DST", "data.output")]
 ResultFolder = Annotated[str | None, Parameter("Folder of results.", "DIR", "data.output")]
 DenoiserFolder = Annotated[str, Parameter("Folder of the denoiser.", "DIR", "denoiser.output")]
@@ -69,7 +69,7 @@ LabelledSource = Annotated[str, Parameter("Labelled dataset.", "SRC", "data.sour
 NewFolder = Annotated[str, Parameter("New folder.", "DST", "data.output")]
 
 
-@verb("Start here", "eclipse-ray doctor", "eclipse-ray doctor --store s3://bucket/purified")
+@verb("Start here", "", "--store s3://bucket/purified")
 def doctor(
     *,
     store: Annotated[
@@ -84,13 +84,7 @@ def doctor(
     return room.doctor(resolved(doctor, locals()), store)
 
 
-@verb(
-    "Start here",
-    "eclipse-ray demo",
-    "eclipse-ray demo --out runs/short --set denoiser.iterations=100",
-    report=True,
-    here=True,
-)
+@verb("Start here", "", "--out runs/short --set denoiser.iterations=100", report=True, here=True)
 def demo(
     *,
     out: Annotated[str, Parameter("Folder for everything the demo makes.", "DIR")] = "runs/demo",
@@ -108,9 +102,9 @@ def demo(
 
 @verb(
     "Purify",
-    "eclipse-ray train --clean my/trusted --out my/denoiser",
-    "eclipse-ray train --clean my/trusted --against my/dataset --out my/denoiser",
-    "eclipse-ray train --clean my/trusted --out my/den --set denoiser.preset=paper",
+    "--clean my/trusted --out my/denoiser",
+    "--clean my/trusted --against my/dataset --out my/denoiser",
+    "--clean my/trusted --out my/den --set denoiser.preset=paper",
 )
 def train(
     *,
@@ -132,9 +126,9 @@ def train(
 
 @verb(
     "Purify",
-    "eclipse-ray purify my/dataset my/purified --denoiser my/denoiser",
-    "eclipse-ray purify s3://in/set s3://out/set --denoiser s3://out/denoiser",
-    "eclipse-ray purify my/dataset my/purified --denoiser my/denoiser --dry-run",
+    "my/dataset my/purified --denoiser my/denoiser",
+    "s3://in/set s3://out/set --denoiser s3://out/denoiser",
+    "my/dataset my/purified --denoiser my/denoiser --dry-run",
     report=True,
 )
 def purify(
@@ -148,14 +142,7 @@ def purify(
     max_failed_fraction: Annotated[
         float | None, Parameter(panel=RUN, setting="purify.max_failed_fraction")
     ] = None,
-    single_writer: Annotated[
-        bool | None,
-        Parameter(
-            "DST has no conditional writes, and nobody else writes there",
-            panel=RUN,
-            setting="purify.single_writer",
-        ),
-    ] = None,
+    single_writer: Annotated[bool | None, Parameter(panel=RUN, setting="purify.single_writer")] = None,
     strict: Strict = None,
     config: ConfigFile = None,
     settings: Assignments = None,
@@ -174,7 +161,7 @@ def purify_plan(config: Config, given: dict[str, Any]) -> results.DryRunResult:
     return room.estimate(config, extend=given["extend"])
 
 
-@verb("Purify", "eclipse-ray status my/purified", "eclipse-ray status my/purified --watch", interruptible=True)
+@verb("Purify", "my/purified", "my/purified --watch", interruptible=True)
 def status(
     output: OutputFolder,
     *,
@@ -188,10 +175,7 @@ def status(
     from eclipse_ray.storage.store import Store
 
     resolved(status, locals())
-
-    def look() -> results.StatusResult:
-        return ledger.summarise(Store(output))
-
+    look = partial(ledger.summarise, Store(output))
     return _watched(look, every) if watch else look()
 
 
@@ -200,19 +184,17 @@ def _watched(look: Callable[[], results.StatusResult], every: float) -> results.
     found = look()
     with ProgressLine("status", "images", found.planned, every, found.ok + found.failed) as line:
         line.failed = found.failed
-        try:
+        # Ctrl-C stops only the watching.
+        with suppress(KeyboardInterrupt):
             while found.shards_done < found.shards:
                 time.sleep(every)
                 found = look()
                 line.total = found.planned
                 line.advance(found.ok + found.failed - line.done, found.failed - line.failed)
-        except KeyboardInterrupt:
-            # Only the watching was stopped.
-            pass
     return found
 
 
-@verb("Purify", "eclipse-ray verify my/purified", "eclipse-ray verify s3://out/set --json")
+@verb("Purify", "my/purified", "s3://out/set --json")
 def verify(
     output: OutputFolder, *, config: ConfigFile = None, settings: Assignments = None
 ) -> results.VerifyResult:
@@ -224,7 +206,7 @@ def verify(
     return ledger.verify(Store(output))
 
 
-@verb("Purify", "eclipse-ray gc my/purified", "eclipse-ray gc s3://out/set --idle")
+@verb("Purify", "my/purified", "s3://out/set --idle")
 def gc(
     output: OutputFolder,
     *,
@@ -245,12 +227,7 @@ def gc(
     return results.GcResult(removed, store.abort_uploads() if idle else 0, store.url)
 
 
-@verb(
-    "Judge and tune",
-    "eclipse-ray audit my/dataset",
-    "eclipse-ray audit my/dataset --clean my/trusted --out my/audit",
-    report=True,
-)
+@verb("Judge and tune", "my/dataset", "my/dataset --clean my/trusted --out my/audit", report=True)
 def audit(
     source: Annotated[str | None, Parameter("Labelled dataset.", "SRC", "data.source")] = None,
     *,
@@ -268,26 +245,30 @@ def audit(
 
     No clean set is needed, but with one more poisons are detected.
     """
-    return _audited(resolved(audit, locals()))
-
-
-def _audited(config: Config) -> results.AuditResult:
     from eclipse_ray import auditing as room
 
-    done = room.audit(config)
-    if config.audit.output:
-        from eclipse_ray.reports.sections import write_audit
-
-        write_audit(config.audit.output, to_yaml(config), done.result, done.sample, done.clean)
+    found = resolved(audit, locals())
+    if not found.audit.output:
+        return room.audit(found).result
+    with _pictures():
+        from eclipse_ray.reports.page import write_audit
+    done = room.audit(found)
+    write_audit(found.audit.output, to_yaml(found), done.result, done.sample, done.clean)
     return done.result
 
 
-@verb(
-    "Judge and tune",
-    "eclipse-ray evaluate my/purified --test my/test",
-    "eclipse-ray evaluate --config configs/quick.yaml --dry-run",
-    report=True,
-)
+@contextmanager
+def _pictures() -> Iterator[None]:
+    """Turn a failed import of what draws pictures and pages into a ConfigError that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "jinja2"):
+            raise
+        raise ConfigError(f"a report needs {error.name}: pip install 'eclipse-ray[report]'") from error
+
+
+@verb("Judge and tune", "my/purified --test my/test", "--config configs/quick.yaml --dry-run", report=True)
 def evaluate(
     source: Annotated[str | None, Parameter("Training set.", "SRC", "data.source")] = None,
     *,
@@ -304,7 +285,12 @@ def evaluate(
     Running it again measures what is missing or has failed.
     """
     found = resolved(evaluate, locals())
-    return _measure(found) if _is_matrix(found) else _evaluated(found)
+    if not found.matrix.on:
+        return _evaluated(found)
+    from eclipse_ray.experiments import run
+    from eclipse_ray.reports.tables import write_tables
+
+    return run.matrix(found, write_tables)
 
 
 @plan_of(evaluate)
@@ -312,20 +298,9 @@ def evaluate_plan(config: Config, given: dict[str, Any]) -> results.MatrixPlan:
     """Return which cells of a matrix are missing and about how long they will take; nothing is written."""
     from eclipse_ray.experiments import run
 
-    if not _is_matrix(config):
+    if not config.matrix.on:
         raise ConfigError("only a matrix can be planned; list its columns in matrix.poisons")
     return run.plan_matrix(config)
-
-
-def _is_matrix(config: Config) -> bool:
-    return bool(config.matrix.poisons) or config.matrix.clean
-
-
-def _measure(config: Config) -> results.MatrixResult:
-    from eclipse_ray.experiments import run
-    from eclipse_ray.reports.tables import write_tables
-
-    return run.matrix(config, write_tables)
 
 
 def _evaluated(config: Config) -> results.EvaluateResult:
@@ -342,7 +317,7 @@ def _evaluated(config: Config) -> results.EvaluateResult:
         refuse_existing(store)
     result = run.evaluate(config)
     if store:
-        note = {**results.to_json(result), "train": config.data.source, "test": config.data.test}
+        note = {**asdict(result), "train": config.data.source, "test": config.data.test}
         store.write("_eclipse/config.yaml", to_yaml(config).encode())
         store.write(results.EVALUATION_FILE, json.dumps(note, indent=2).encode())
     return result
@@ -350,8 +325,8 @@ def _evaluated(config: Config) -> results.EvaluateResult:
 
 @verb(
     "Judge and tune",
-    "eclipse-ray sweep my/data --clean my/held --denoiser my/den --out sweep",
-    "eclipse-ray sweep --config configs/sweep-quick.yaml --dry-run",
+    "my/data --clean my/held --denoiser my/den --out sweep",
+    "--config configs/sweep-quick.yaml --dry-run",
     report=True,
 )
 def sweep(
@@ -372,17 +347,12 @@ def sweep(
     Settings are judged on clean images that trained no denoiser. The folder of results gets results.parquet, two
     pictures, and best.yaml for purify.
     """
-    return _swept(resolved(sweep, locals()))
-
-
-def _swept(config: Config) -> results.SweepResult:
     from eclipse_ray.experiments import run
 
-    try:
+    found = resolved(sweep, locals())
+    with _pictures():
         from eclipse_ray.reports.experiments import write_sweep
-    except ImportError:
-        raise ConfigError("a sweep draws pictures: pip install 'eclipse-ray[report]'") from None
-    return run.sweep(config, write_sweep)
+    return run.sweep(found, write_sweep)
 
 
 @plan_of(sweep)
@@ -393,12 +363,7 @@ def sweep_plan(config: Config, given: dict[str, Any]) -> results.SweepPlan:
     return run.plan_sweep(config)
 
 
-@verb(
-    "Judge and tune",
-    "eclipse-ray report my/purified",
-    "eclipse-ray report my/purified --audit my/audit-before --audit my/audit-after",
-    here=True,
-)
+@verb("Judge and tune", "my/purified", "my/purified --audit my/audit-before --audit my/audit-after", here=True)
 def report(
     output: Annotated[
         str, Parameter("Output of train, purify, evaluate, sweep, audit or demo.", "DIR", "data.output")
@@ -412,22 +377,14 @@ def report(
     settings: Assignments = None,
 ) -> results.ReportResult:
     """Write DIR/report/index.html: one page, complete in itself, on what an output folder holds."""
-    try:
+    with _pictures():
         from eclipse_ray.reports.page import write_report
-    except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "jinja2"):
-            raise
-        raise ConfigError(
-            f"a report needs {error.name}; install it with: pip install 'eclipse-ray[report]'"
-        ) from error
     resolved(report, locals())
     return write_report(output, audits or ())
 
 
 @verb(
-    "Datasets and weights",
-    "eclipse-ray convert my/photographs my/parquet --resize 64",
-    "eclipse-ray convert s3://bucket/tars my/folders --layout folder",
+    "Datasets and weights", "my/photographs my/parquet --resize 64", "s3://bucket/tars my/folders --layout folder"
 )
 def convert(
     source: ReadableSource,
@@ -457,8 +414,8 @@ def convert(
 
 @verb(
     "Datasets and weights",
-    "eclipse-ray apply perturbation.pt my/clean my/poisoned",
-    "eclipse-ray apply noise.pkl my/clean my/poisoned --round truncate",
+    "perturbation.pt my/clean my/poisoned",
+    "noise.pkl my/clean my/poisoned --round truncate",
 )
 def apply(
     delta: Annotated[str, Parameter("Perturbation that others published: .pt, .pth, .pkl or .npy.", "FILE")],
@@ -507,8 +464,8 @@ def apply(
 
 @verb(
     "Datasets and weights",
-    "eclipse-ray split my/dataset --clean 500 --out my/split",
-    "eclipse-ray split my/dataset --clean 500 --out my/split --set run.seed=1",
+    "my/dataset --clean 500 --out my/split",
+    "my/dataset --clean 500 --out my/split --set run.seed=1",
 )
 def split(
     source: ReadableSource,
@@ -528,11 +485,7 @@ def split(
     return _recorded(found, results.DatasetResult(sum(sizes.values()), out, dict(sizes)))
 
 
-@verb(
-    "Datasets and weights",
-    "eclipse-ray poison ar my/dataset my/poisoned",
-    "eclipse-ray poison em my/dataset my/poisoned --set poison.cost=reduced",
-)
+@verb("Datasets and weights", "ar my/dataset my/poisoned", "em my/dataset my/poisoned --set poison.cost=reduced")
 def poison(
     name: Annotated[str, Parameter("Its name, such as ar or em (docs/poisons.md).", "NAME", "poison.name")],
     source: LabelledSource,
@@ -561,8 +514,8 @@ def _recorded(config: Config, result: results.DatasetResult) -> results.DatasetR
 
 @verb(
     "Datasets and weights",
-    "eclipse-ray import-checkpoint ema_0.9999_250000.pt --out my/denoiser",
-    "eclipse-ray import-checkpoint 64x64_diffusion.pt --out my/denoiser --heads 1",
+    "ema_0.9999_250000.pt --out my/denoiser",
+    "64x64_diffusion.pt --out my/denoiser --heads 1",
     here=True,
 )
 def import_checkpoint(
@@ -594,8 +547,8 @@ def _variable(text: str) -> tuple[str, str]:
 
 @verb(
     "On a cluster",
-    "eclipse-ray submit purify --config s3://bucket/run.yaml",
-    "eclipse-ray submit train --config s3://bucket/run.yaml --no-wait",
+    "purify --config s3://bucket/run.yaml",
+    "train --config s3://bucket/run.yaml --no-wait",
     here=True,
     interruptible=True,
 )

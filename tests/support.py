@@ -61,6 +61,17 @@ def make_world(root: Path) -> World:
     return world
 
 
+def dotted(settings: dict[str, object]) -> dict[str, object]:
+    """Return settings that were given as keywords, such as purify__t_star, under their own names."""
+    return {key.replace("__", "."): value for key, value in settings.items()}
+
+
+def kept_by_experiment(output: Path) -> dict[str, int]:
+    """Return when each result and each set of an experiment was written, in ns."""
+    files = [*output.glob("results/*.json"), *output.glob("cache/*/*.json"), *output.glob("cache/defended/*.npy")]
+    return {str(file.relative_to(output)): file.stat().st_mtime_ns for file in files}
+
+
 def train_denoiser(clean: str, output: str, **settings: object) -> None:
     """Fit a debug denoiser in this process, without Ray."""
     config = load_config(None, {**DEBUG, **{f"denoiser.{key}": value for key, value in settings.items()}})

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from eclipse_ray import load_denoiser, purify_images
 from eclipse_ray.adapters import Compensate, PurifiedImages
-from eclipse_ray.config import CompensationConfig
+from eclipse_ray.config import CompensationConfig, load_config
 from eclipse_ray.datasets.memory import load_images
+from tests.reports.material import purify_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,11 +75,19 @@ def test_compensation_as_a_transform_draws_anew_and_is_seeded_by_torch():
 
 def test_a_plain_dataset_is_given_as_it_is_and_a_purified_one_compensated(world, tmp_path):
     plain = PurifiedImages(world.clean)
-    pixels = load_images(world.clean, _data())
+    pixels = load_images(world.clean, load_config().data)
     image, label = plain[3]
     assert torch.equal((image * 255).round().to(torch.uint8).permute(1, 2, 0), torch.from_numpy(pixels.images[3]))
     assert label == int(pixels.labels[3])
     assert plain.compensate is None
+    output = str(tmp_path / "out")
+    gray = {"compensation.p": 1.0, "compensation.sigma": 0.0}
+    purify_here(world.poisoned, output, world.denoiser, **gray)
+    image, label = PurifiedImages(output)[0]
+    stored = load_images(output, load_config().data)
+    assert label == int(stored.labels[0])
+    assert torch.equal(image[0], image[2])
+    assert not np.array_equal(stored.images[0][..., 0], stored.images[0][..., 2])
 
 
 def test_batches_and_a_transform_of_ones_own(world):
@@ -88,9 +97,3 @@ def test_batches_and_a_transform_of_ones_own(world):
     images, labels = next(iter(DataLoader(plain, batch_size=4)))
     assert images.shape == (4, 3, 16, 16)
     assert labels.dtype == torch.int64
-
-
-def _data():
-    from eclipse_ray.config import load_config
-
-    return load_config().data

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,23 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from eclipse_ray import cli
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.verbs import VERBS
 from tests.diffusion.original_unet import Original, original_unet
-from tests.support import run_cli
+from tests.support import call, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET = ["--set", "denoiser.preset=debug"]
-
-
-def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
-    """Run the command line in this process; return exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["eclipse-ray", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capfd.readouterr()
-    return int(caught.value.code or 0), out, err
 
 
 def folder_of_images(folder, size: int, count: int = 3, labelled: bool = True) -> str:
@@ -120,9 +111,6 @@ def test_a_dry_run_and_a_clean_up_say_what_they_found(monkeypatch, capfd, world,
 
 
 def test_verify_fails_on_damage(monkeypatch, capfd, finished, tmp_path):
-    import shutil
-    from pathlib import Path
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     file = next(Path(copy, "data").glob("*.parquet"))
@@ -160,19 +148,6 @@ def test_convert_split_poison_report_json(world, tmp_path):
     back = run_cli("convert", str(tmp_path / "urp"), str(tmp_path / "folder"), "--layout", "folder")
     assert back["images"] == 8
     assert len(list((tmp_path / "folder").rglob("*.png"))) == 8
-
-
-def test_help_names_every_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "eclipse_ray", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0
-    for name in ("demo", "convert", "split", "poison", "train", "purify", "status", "verify", "evaluate"):
-        assert name in done.stdout
-    assert "import-checkpoint" in done.stdout
 
 
 def test_each_verb_that_a_job_can_run_has_a_script_of_its_name():

@@ -98,11 +98,11 @@ def test_a_terminal_that_takes_no_more_words_does_not_hold_up_the_end():
 
 def test_a_reader_that_has_gone_does_not_make_a_finished_run_a_failed_one():
     process = start("""
-        from eclipse_ray import outcome, results
+        from eclipse_ray import results
         def work(_):
             print("ready", file=sys.stderr, flush=True)
             sys.stdin.readline()
-            outcome.show(results.GcResult(1, 0, "x" * 100_000), False, {})
+            cli.show(results.GcResult(1, 0, "x" * 100_000), False, {})
             sys.exit(0)
         cli.main = work
     """)

@@ -159,11 +159,9 @@ def test_a_dry_run_has_the_parameters_of_its_verb():
 
 
 def test_every_result_of_a_verb_has_words():
-    from eclipse_ray import outcome
-
-    source = inspect.getsource(outcome)
+    source = inspect.getsource(cli)
     for one in Result.__subclasses__():
-        assert f"made.{one.__name__}" in source, f"{one.__name__}: say it in outcome.in_words"
+        assert f"made.{one.__name__}" in source, f"{one.__name__}: say it in cli.in_words"
 
 
 @pytest.mark.parametrize(

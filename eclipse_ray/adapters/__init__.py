@@ -16,8 +16,6 @@ from eclipse_ray.config import CompensationConfig, load_config
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.storage.store import Store
 
-__all__ = ["Compensate", "PurifiedImages"]
-
 
 class Compensate:
     """A transform, as torchvision's are called: float (3, H, W) in [0, 1] to the same, with new draws every time.

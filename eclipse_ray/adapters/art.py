@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from eclipse_ray.diffusion.checkpoint import load_denoiser
 from eclipse_ray.diffusion.sampling import purify_images
 
-__all__ = ["EclipsePreprocessor"]
-
 
 class EclipsePreprocessor(Preprocessor):
     """Purifies batches with the denoiser in a folder; labels pass through.

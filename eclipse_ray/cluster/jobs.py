@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import re
 import shlex
 import shutil
 import tempfile
@@ -290,12 +291,9 @@ def _place(client: JobSubmissionClient, order: Order) -> tuple[str, bool]:
 
 def _last_of(client: JobSubmissionClient, name: str) -> tuple[int, JobDetails] | None:
     """Return the job `name`, `name`-2, ... of the highest number, and the number."""
-    found: list[tuple[int, JobDetails]] = []
-    for details in client.list_jobs():
-        first, _, rest = str(details.submission_id or "").partition(name)
-        number = rest.removeprefix("-") or "1"
-        if not first and str(details.submission_id or "").startswith(name) and number.isdecimal():
-            found.append((int(number), details))
+    numbered = re.compile(rf"{re.escape(name)}(?:-([0-9]+))?")
+    jobs = [(numbered.fullmatch(details.submission_id or ""), details) for details in client.list_jobs()]
+    found = [(int(match[1] or 1), details) for match, details in jobs if match]
     return max(found, key=lambda item: item[0], default=None)
 
 

@@ -90,7 +90,8 @@ def _overridden(tree: dict[str, Any], overrides: sections.Settings) -> Config:
     for section, values in sections.PRESETS.get(_preset(tree), {}).items():
         chosen = tree.get(section) or {}
         tree[section] = {**values, **chosen} if isinstance(chosen, dict) else chosen
-    return _validate(tree)
+    refuse_secrets(tree)
+    return validated(Config, tree)
 
 
 def _without_groups(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,11 +216,6 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str = "") ->
         return model.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(model, where, dict(item)) for item in error.errors())) from None
-
-
-def _validate(tree: dict[str, Any]) -> Config:
-    refuse_secrets(tree)
-    return validated(Config, tree)
 
 
 def _explain(model: type[BaseModel], where: str, item: dict[str, Any]) -> str:

@@ -283,7 +283,7 @@ class PurifyConfig(Section):
     num_gpus: float | None = Field(None, ge=0, description="GPUs of an actor; null: 1 if there are any.")
     max_failed_fraction: float = Field(0.01, ge=0, le=1, description="More failed images end in exit 3.")
     single_writer: bool = Field(
-        False, description="Write to a store without put-if-absent too; unsafe with two drivers on one output."
+        False, description="The store has no conditional writes, and nobody else writes to this output."
     )
 
     @model_validator(mode="after")
@@ -325,6 +325,7 @@ class PoisonConfig(Section):
     """
 
     model_config = ConfigDict(extra="allow")
+    # How a poison is computed and stored does not decide its pixels.
     OF_A_RUN: ClassVar = ("denoiser", "store_perturbation", "save_seconds", "chunk_images")
 
     name: str = Field("ar", description="urp, lsp, ar, cuda, shift, mixture, ops, em, tap, rem, sep, efp or adp.")
@@ -429,6 +430,11 @@ class MatrixConfig(Section):
     published: Literal["cifar10", "imagenet"] | None = Field(
         None, description="Dataset of the paper whose numbers are printed beside ours; null: none."
     )
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a column."""
+        return bool(self.poisons) or self.clean
 
 
 Search = Literal["grid", "random", "optuna"]

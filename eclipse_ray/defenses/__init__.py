@@ -18,17 +18,6 @@ from eclipse_ray.defenses.simple import Cutout, DpSgd, IssJ, cutmix, cutout, mix
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.victims.training import Augmentation
 
-__all__ = [
-    "DEFENSES",
-    "Defense",
-    "DefenseSettings",
-    "Material",
-    "Transform",
-    "combine",
-    "defense_settings",
-    "resolved_defense",
-]
-
 DEFENSES: dict[str, Defense] = {
     "none": Defense(),
     "eclipse": Defense(transform=purify, compensation=compensate(coarse=True)),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eclipse_ray.compensation import LUMA
+from eclipse_ray.quality import LUMA
 
 GRID = 8
 """Cells along each side in which low frequencies are looked at; sides are multiples of it."""

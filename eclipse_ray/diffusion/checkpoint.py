@@ -20,7 +20,7 @@ from eclipse_ray.errors import InputError
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
+    from eclipse_ray.diffusion.architectures import ShuffledNetwork
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 MODEL_FILE = "config.json"
@@ -138,8 +138,7 @@ def _open_unet(folder: Path) -> UNet2DModel | ShuffledNetwork:
     # diffusers takes seconds to import, and only who opens a network needs it.
     from diffusers import UNet2DModel
 
-    from eclipse_ray.diffusion.fixed_heads import FixedHeadsUNet2DModel
-    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
+    from eclipse_ray.diffusion.architectures import FixedHeadsUNet2DModel, ShuffledNetwork
 
     known = {each.__name__: each for each in (UNet2DModel, FixedHeadsUNet2DModel, ShuffledNetwork)}
     name = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")).get("_class_name")

@@ -21,6 +21,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from eclipse_ray.config import ScheduleName, digest
+from eclipse_ray.diffusion.architectures import MARK, NORM_GROUPS, FixedHeadsUNet2DModel
 from eclipse_ray.diffusion.checkpoint import (
     CARD_FILE,
     DENOISER_FILES,
@@ -28,7 +29,6 @@ from eclipse_ray.diffusion.checkpoint import (
     read_card,
     save_denoiser,
 )
-from eclipse_ray.diffusion.fixed_heads import MARK, NORM_GROUPS, FixedHeadsUNet2DModel
 from eclipse_ray.diffusion.network import Denoiser, parameter_count
 from eclipse_ray.diffusion.process import (
     IMAGE_CHANNELS,

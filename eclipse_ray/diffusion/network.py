@@ -14,7 +14,7 @@ from eclipse_ray.diffusion.process import IMAGE_CHANNELS, cosine_alphas_cumprod
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
+    from eclipse_ray.diffusion.architectures import ShuffledNetwork
 
 # From (x_t, t) to the raw output, whatever stands between: a denoiser, its tiled view, a test's closed form.
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -25,7 +25,7 @@ def build_unet(config: DenoiserConfig) -> UNet2DModel | ShuffledNetwork:
     # Here and not above: diffusers takes seconds to import, and most processes never build a network.
     from diffusers import UNet2DModel
 
-    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
+    from eclipse_ray.diffusion.architectures import ShuffledNetwork
 
     out_channels = IMAGE_CHANNELS * (2 if config.variance_type == "learned_range" else 1)
     if config.network == "shuffled":

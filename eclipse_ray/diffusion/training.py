@@ -224,7 +224,7 @@ def update_ema(
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-    from eclipse_ray.diffusion.shuffled import ShuffledNetwork
+    from eclipse_ray.diffusion.architectures import ShuffledNetwork
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from eclipse_ray.datasets.matching import partners
 from eclipse_ray.datasets.memory import ImageSet, load_images
 from eclipse_ray.datasets.table import CANONICAL, NOTE
 from eclipse_ray.datasets.write import write_dataset
-from eclipse_ray.defenses import Material
+from eclipse_ray.defenses.interface import Material
 from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.errors import InputError
 from eclipse_ray.experiments.recipe import Column, Facts, Row, transforms

@@ -435,3 +435,8 @@ def _refuse(where: str, train: set[str], test: set[str], sparse: set[str]) -> No
         shared = len(first & second)
         if shared:
             raise InputError(f"{where}: {name} share {shared} images (by content); they must be disjoint")
+
+
+def score_of(result: Measured, fidelity_weight: float) -> float:
+    """Return the last test accuracy plus what the fidelity is worth, where a recipe asks for it."""
+    return result.test_accuracy[-1] + fidelity_weight * (result.psnr or 0.0)

@@ -14,7 +14,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from eclipse_ray.config import CompensationConfig, Config, MatrixItem, VictimConfig, digest, with_overrides
-from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, Defense, combine, resolved_defense
+from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, combine, resolved_defense
+from eclipse_ray.defenses.interface import Defense
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.inversion import METHOD
@@ -27,8 +28,6 @@ CLEAN = "clean"
 PUBLISHED = "published"
 """Name of a poison that is read from the `source` of its entry, not made here."""
 
-# How a poison is computed and stored does not decide its pixels.
-POISON_NOT_IN_KEY = {"store_perturbation", "save_seconds", "chunk_images", "denoiser"}
 # An experiment purifies whole sets in memory, so how a run is cut into shards does not matter.
 PURIFY_IN_KEY = PURIFY_IN_FINGERPRINT - {"shard_images", "shard_bytes"}
 RESERVED = ("name", "label", "published")
@@ -205,7 +204,8 @@ def build_grid(config: Config, facts: Facts) -> Grid:
     columns = _columns(config, facts)
     rows = [_row(config, entry, facts) for entry in _required(matrix.defenses, "defense", DEFENSE_SECTIONS)]
     named = entries(matrix.victims or (config.victim.arch,), ("victim",))
-    victims = [_victim(config, entry) for entry in named]
+    chosen = [with_overrides(config, {"victim.arch": entry.name, **entry.settings}) for entry in named]
+    victims = [Victim(entry, own.victim) for entry, own in zip(named, chosen, strict=True)]
     seeds = _seeds(config, config.evaluate.seeds)
     _check_first("first_poisons", matrix.first_poisons, [column.entry for column in columns])
     _check_first("first_defenses", matrix.first_defenses, [row.entry for row in rows])
@@ -239,7 +239,7 @@ def make_recipe(
     compensation = row.compensation.model_dump(mode="json") if row.compensation.mode != "none" else None
     parts = [
         ["cell", VERSION, training, facts.test, seed, victim.config.model_dump(mode="json")],
-        [loader, _defense_settings(row.config) if loader else None],
+        [loader, row.config.defense.model_dump(mode="json") if loader else None],
         compensation,
         sparse_of(facts, row.config.matrix.sparse_limit, row.entry.label) if row.defense.dilution else None,
         [scored, rungs] if scored else None,
@@ -329,7 +329,7 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
             continue
         chosen = with_overrides(config, {"poison.name": entry.name, **entry.settings})
         poison = resolved_poison(chosen.poison)
-        numbers = poison.model_dump(mode="json", exclude=POISON_NOT_IN_KEY)
+        numbers = poison.model_dump(mode="json", exclude=set(poison.OF_A_RUN))
         parts = ["poison", VERSION, facts.source, numbers, config.run.seed]
         if attacks_denoiser(chosen):
             parts.append(chosen.poison.denoiser or denoiser_key(chosen, facts, chosen.matrix.sparse_limit))
@@ -410,10 +410,6 @@ def sparse_counts(config: Config) -> set[int | None]:
     return {config.matrix.sparse_limit, *(one.get("matrix.sparse_limit") for one in own)}
 
 
-def _victim(config: Config, entry: Entry) -> Victim:
-    return Victim(entry, with_overrides(config, {"victim.arch": entry.name, **entry.settings}).victim)
-
-
 def defended_key(images: str, row: Row) -> str:
     """Return the key of the images `images` under the transforms of a row: the same key when nothing changes them.
 
@@ -426,17 +422,13 @@ def defended_key(images: str, row: Row) -> str:
     settings: list[Any] = [used, config.run.seed]
     # These two do not read the section `defense`.
     if any(one not in ("eclipse", "eclipse-baked") for one in used):
-        settings.append(_defense_settings(config))
+        settings.append(config.defense.model_dump(mode="json"))
     if row.denoiser:
         purify = config.purify.model_dump(mode="json", include=PURIFY_IN_KEY)
         settings += [row.denoiser, purify, ENGINE_VERSION]
     if "eclipse-baked" in used:
         settings.append(config.compensation.model_dump(mode="json"))
     return digest(["defended", VERSION, images, settings])
-
-
-def _defense_settings(config: Config) -> dict[str, Any]:
-    return config.defense.model_dump(mode="json")
 
 
 def _title(column: Column, row: Row, victim: Victim, seed: int) -> str:

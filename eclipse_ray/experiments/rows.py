@@ -22,10 +22,9 @@ from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import EclipseError
 from eclipse_ray.experiments import search
 from eclipse_ray.experiments.artifacts import denoiser_folder
-from eclipse_ray.experiments.experiment import Experiment, labels_of
+from eclipse_ray.experiments.experiment import Experiment, labels_of, score_of
 from eclipse_ray.experiments.recipe import PUBLISHED, Column, Entry, Recipe, Row
 from eclipse_ray.experiments.search import COMPENSATION_AXES, Trial
-from eclipse_ray.experiments.worker import score_of
 from eclipse_ray.poisons import budget, cost_of, variant_of
 from eclipse_ray.results import (
     EvaluateResult,

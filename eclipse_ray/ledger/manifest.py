@@ -125,12 +125,16 @@ def _require_complete(store: Store, shards: Sequence[Shard], statuses: Mapping[s
             f"{store.url}: {len(missing)} of {len(shards)} shards are not done; run the same command again"
         )
     for shard in shards:
-        status = statuses[shard.name]
-        if status.ok + status.failed != shard.rows:
-            raise StorageError(
-                f"{store.path(layout.status_key(shard.name, status.generation))}: counts {status.ok} ok + "
-                f"{status.failed} failed, the plan {shard.rows}; delete it and run the same command again"
-            )
+        for problem in _miscounted(store, shard, statuses[shard.name]):
+            raise StorageError(problem)
+
+
+def _miscounted(store: Store, shard: Shard, status: Status) -> list[str]:
+    if status.ok + status.failed == shard.rows:
+        return []
+    path = store.path(layout.status_key(shard.name, status.generation))
+    counts = f"{status.ok} ok + {status.failed} failed, the plan {shard.rows}"
+    return [f"{path}: counts {counts}; delete it and run the same command again"]
 
 
 def _orphans(entries: Sequence[Entry], statuses: Mapping[str, Status], idle: bool) -> list[str]:
@@ -196,11 +200,7 @@ def _read_claim(store: Store) -> tuple[list[Shard], str | None, list[str]]:
 def _check_shard(
     store: Store, shard: Shard, status: Status, seen: set[bytes], problems: list[str]
 ) -> tuple[int, int]:
-    if status.ok + status.failed != shard.rows:
-        problems.append(
-            f"{store.path(layout.status_key(shard.name, status.generation))}: counts {status.ok} ok + "
-            f"{status.failed} failed, but {shard.rows} images were planned"
-        )
+    problems += _miscounted(store, shard, status)
     good = _check_object(store, status.object, status.sha256, status.ok, seen, problems)
     bad = _check_object(store, status.errors_object, status.errors_sha256, status.failed, seen, problems)
     return good, bad

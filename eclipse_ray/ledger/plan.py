@@ -263,14 +263,8 @@ class Fingerprint:
         return [*difference(old.pop("config"), new.pop("config")), *difference(old, new)]
 
     def _tree(self) -> dict[str, Any]:
-        tree = {
-            "config": self.config,
-            "weights": self.weights,
-            "input": self.input,
-            "engine_version": self.engine_version,
-        }
         # Converted to JSON and back, because a tuple becomes a list in JSON and must not count as a difference.
-        loaded: dict[str, Any] = json.loads(json.dumps(tree))
+        loaded: dict[str, Any] = json.loads(json.dumps(vars(self)))
         return loaded
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -112,10 +113,7 @@ def commit_shard(
         if store.create(key, status.model_dump_json().encode()):
             return status
         winner = store.read(key)
-    parsed = _parse(store, shard.name, generation, winner)
-    if isinstance(parsed, str):
-        raise StorageError(parsed)
-    return parsed
+    return _parse(store, shard.name, generation, winner)
 
 
 def errors_bytes(errors: Sequence[ImageFailure]) -> bytes:
@@ -156,10 +154,7 @@ def scan_statuses(store: Store) -> tuple[dict[str, Status], list[str]]:
 def read_status(store: Store, shard: str, generation: int) -> Status | None:
     """Return one status, or None if it does not exist. Raises StorageError if it is damaged."""
     data = layout.read_optional(store, layout.status_key(shard, generation))
-    parsed = None if data is None else _parse(store, shard, generation, data)
-    if isinstance(parsed, str):
-        raise StorageError(parsed)
-    return parsed
+    return None if data is None else _parse(store, shard, generation, data)
 
 
 def pending(shards: Iterable[Shard], statuses: Mapping[str, Status]) -> list[Shard]:
@@ -177,10 +172,7 @@ def read_object(store: Store, status: Status) -> pa.Table | None:
     if status.object is None:
         return None
     try:
-        data = store.read(status.object)
-        if layout.hash_of(data) != status.sha256:
-            raise ValueError("its bytes have changed since it was written")
-        return layout.open_parquet(data).read()
+        return layout.open_parquet(_unchanged(store, status.object, status.sha256)).read()
     except layout.DAMAGE as error:
         raise StorageError(
             f"{store.path(status.object)}: cannot be read ({error}); delete {layout.STATUS}/{status.shard} and "
@@ -193,13 +185,18 @@ def read_failures(store: Store, status: Status) -> list[ImageFailure]:
     if status.errors_object is None:
         return []
     try:
-        data = store.read(status.errors_object)
-        if layout.hash_of(data) != status.errors_sha256:
-            raise ValueError("its bytes have changed since it was written")
+        data = _unchanged(store, status.errors_object, status.errors_sha256)
         rows = layout.read_table(data, ERRORS_SCHEMA).to_pylist()
     except layout.DAMAGE as error:
         raise StorageError(f"{store.path(status.errors_object)}: cannot be read ({error})") from error
     return [ImageFailure(**row) for row in rows]
+
+
+def _unchanged(store: Store, key: str, sha256: str | None) -> bytes:
+    data = store.read(key)
+    if layout.hash_of(data) != sha256:
+        raise ValueError("its bytes have changed since it was written")
+    return data
 
 
 def write_changes(store: Store, shard: str, generation: int, table: pa.Table) -> None:
@@ -274,18 +271,19 @@ def _read(store: Store, shard: str, generation: int) -> Status | str:
         data = store.read(layout.status_key(shard, generation))
     except (OSError, StorageError) as error:
         return f"{store.path(layout.status_key(shard, generation))}: cannot be read: {error}"
-    return _parse(store, shard, generation, data)
-
-
-def _parse(store: Store, shard: str, generation: int, data: bytes) -> Status | str:
     try:
+        return _parse(store, shard, generation, data)
+    except StorageError as error:
+        return str(error)
+
+
+def _parse(store: Store, shard: str, generation: int, data: bytes) -> Status:
+    with suppress(ValidationError):
         status = Status.model_validate_json(data)
         if (status.shard, status.generation) == (shard, generation):
             return status
-    except ValidationError:
-        pass
     path = store.path(layout.status_key(shard, generation))
-    return f"{path}: damaged; delete this file and run the same command again to redo the shard"
+    raise StorageError(f"{path}: damaged; delete this file and run the same command again to redo the shard")
 
 
 def _unicode(text: str) -> str:

@@ -21,7 +21,7 @@ from eclipse_ray.poisons.adp import Adp, fit_adp, perturb_adp
 from eclipse_ray.poisons.ar import Ar, ar_perturbation
 from eclipse_ray.poisons.cuda import Cuda, cuda_perturbation
 from eclipse_ray.poisons.efp import Efp, fit_efp, perturb_efp
-from eclipse_ray.poisons.em import Em, fit_em, perturb_em
+from eclipse_ray.poisons.em import Em, minimise_error, perturb_em
 from eclipse_ray.poisons.interface import (
     ClosedForm,
     LabelledImages,
@@ -30,7 +30,6 @@ from eclipse_ray.poisons.interface import (
     Session,
     State,
     check_inputs,
-    quiet_session,
     store,
 )
 from eclipse_ray.poisons.lsp import Lsp, lsp_perturbation
@@ -56,7 +55,7 @@ POISONS: dict[str, ClosedForm] = SINGLE | {"mixture": ClosedForm(Mixture, partia
 
 OPTIMISED: dict[str, Optimised] = {
     "ops": Optimised(Ops, fit_ops, perturb_ops),
-    "em": Optimised(Em, fit_em, perturb_em),
+    "em": Optimised(Em, minimise_error, perturb_em),
     "tap": Optimised(Tap, fit_tap, perturb_tap),
     "rem": Optimised(Rem, fit_rem, perturb_rem),
     "sep": Optimised(Sep, fit_sep, perturb_sep),
@@ -64,29 +63,6 @@ OPTIMISED: dict[str, Optimised] = {
     "adp": Optimised(Adp, fit_adp, perturb_adp),
 }
 """Optimised poisons by the name of `poison.name`."""
-
-__all__ = [
-    "OPTIMISED",
-    "POISONS",
-    "ClosedForm",
-    "LabelledImages",
-    "Optimised",
-    "PoisonSettings",
-    "Session",
-    "State",
-    "budget",
-    "check_poison",
-    "cost_of",
-    "fit_poison",
-    "perturb",
-    "poison_fitted",
-    "poison_images",
-    "poison_settings",
-    "quiet_session",
-    "resolved_poison",
-    "settings_of",
-    "variant_of",
-]
 
 
 def poison_settings() -> dict[str, type[PoisonSettings]]:

@@ -60,11 +60,6 @@ class Em(SurrogateSettings):
     subset: float = Field(1.0, gt=0, le=1, description="Part of the images that a round perturbs.")
 
 
-def fit_em(data: LabelledImages, settings: Em, seed: int, session: Session) -> State:
-    """Fit noise and network together; see `minimise_error`."""
-    return minimise_error(data, settings, seed, session)
-
-
 def minimise_error(
     data: LabelledImages,
     settings: Em,

@@ -102,14 +102,6 @@ def perturb_rem(data: LabelledImages, state: State, settings: Rem, seed: int, de
     return torch.cat(made)
 
 
-def adversary(model: nn.Module, images: Tensor, labels: Tensor, settings: Rem, unit: Tensor) -> Tensor:
-    """Return images (B, 3, H, W in [0, 1]) moved within adversary_eps_255 to raise the cross-entropy (sign-PGD).
-
-    `unit`, of the same shape and range, places the start in the adversary's box. The model is in evaluation mode.
-    """
-    return images + attack_from(model, images, labels, settings, unit)
-
-
 def min_max_noise(
     model: nn.Module, images: Tensor, labels: Tensor, settings: Rem, crops: Sequence[Crops], unit: Unit
 ) -> Tensor:
@@ -127,7 +119,8 @@ def min_max_noise(
         for slot in range(step * draws, (step + 1) * draws):
             at = delta.requires_grad_(True)
             seen = crop_flip((images + at).clamp(0, 1), crops[slot], padding)
-            worst = adversary(model, seen.detach(), labels, settings, unit(1 + slot)).requires_grad_(True)
+            still = seen.detach()
+            worst = (still + attack_from(model, still, labels, settings, unit(1 + slot))).requires_grad_(True)
             loss = F.cross_entropy(classify(model, worst), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, worst)
             total += torch.autograd.grad(seen, at, gradient)[0]
@@ -155,9 +148,8 @@ def _train_step(
     with frozen(training.model):
         noise = min_max_noise(training.model, images, labels, settings, crops[:draws], unit)
         stored = (images + (noise * 255).round() / 255).clamp(0, 1)
-        attacked = adversary(
-            training.model, crop_flip(stored, crops[draws], padding), labels, settings, unit(1 + draws)
-        )
+        seen = crop_flip(stored, crops[draws], padding)
+        attacked = seen + attack_from(training.model, seen, labels, settings, unit(1 + draws))
     rate = rate_at(settings, step, settings.train_steps)
     return training.step(attacked, labels, rate, settings.max_grad_norm)
 

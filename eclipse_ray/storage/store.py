@@ -6,6 +6,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO, Protocol, cast
@@ -232,10 +233,8 @@ class AnyFolder:
         return True
 
     def delete(self, key: str) -> None:
-        try:
+        with suppress(FileNotFoundError):
             retried(DELETE, self.where(key), lambda: self.fs.rm_file(self.path(key)))
-        except FileNotFoundError:
-            return
 
     def abort_uploads(self, prefix: str) -> int:
         return 0

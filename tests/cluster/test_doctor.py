@@ -5,11 +5,12 @@ import re
 
 import pytest
 
+from eclipse_ray import cli
 from eclipse_ray.cluster import doctor as room
 from eclipse_ray.config import load_config
 from eclipse_ray.results import Check
 from eclipse_ray.storage.local import LocalFolder
-from tests.support import call
+from tests.support import call, dotted
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def nothing_set(monkeypatch, tmp_path):
 
 
 def checks(name: str, **settings: object) -> list[Check]:
-    config = load_config(None, {key.replace("__", "."): value for key, value in settings.items()})
+    config = load_config(None, dotted(settings))
     return [check for check in room.doctor(config).checks if check.name.startswith(name)]
 
 
@@ -31,17 +32,11 @@ def test_this_machine_is_fit_and_says_so(monkeypatch, capfd, tmp_path):
 
 
 def test_json_has_a_verdict_and_a_fix_for_every_check(monkeypatch, capfd, tmp_path):
-    import sys
-
-    from eclipse_ray import cli
-
-    monkeypatch.setattr(sys, "argv", ["eclipse-ray", "doctor", "--store", str(tmp_path / "file" / "x"), "--json"])
     (tmp_path / "file").write_text("a file is in the way")
     monkeypatch.setattr(cli, "reserve_standard_output", lambda: None)
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    found = json.loads(capfd.readouterr().out)
-    assert caught.value.code == 1
+    code, out, _ = call(monkeypatch, capfd, "doctor", "--store", str(tmp_path / "file" / "x"), "--json")
+    found = json.loads(out)
+    assert code == 1
     assert found["ok"] is False
     failed = [check for check in found["checks"] if check["verdict"] == "failed"]
     assert [check["name"] for check in failed] == ["store"]

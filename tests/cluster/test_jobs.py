@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+from eclipse_ray.config import load_config, to_yaml
 from tests.cluster.head import TOKEN, environment, running_head
 from tests.support import DEBUG, read_output, run_cli
 
@@ -161,17 +162,9 @@ def test_every_job_script_runs_by_ray_job_submit(head, world, tmp_path):
         },
     }
     for verb, settings in runs.items():
-        tree: dict[str, dict[str, object]] = {}
-        for key, value in {
-            **DEBUG,
-            "purify.denoiser": world.denoiser,
-            "denoiser.num_workers": 1,
-            **settings,
-        }.items():
-            section, _, name = key.partition(".")
-            tree.setdefault(section, {})[name] = value
+        every = {**DEBUG, "purify.denoiser": world.denoiser, "denoiser.num_workers": 1}
         config = tmp_path / f"{verb}.yaml"
-        config.write_text(json.dumps(tree))
+        config.write_text(to_yaml(load_config(None, {**every, **settings})))
         command = ["ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--"]
         command += ["python", f"jobs/{verb}.py", "--config", f"file://{config}", "--json"]
         finished = subprocess.run(

@@ -7,7 +7,7 @@ from torch import nn
 
 from eclipse_ray.config import CompensationConfig, PurifyConfig
 from eclipse_ray.datasets.images import jpeg_roundtrip
-from eclipse_ray.defenses import Material
+from eclipse_ray.defenses.interface import Material
 
 
 def generator(seed=0):

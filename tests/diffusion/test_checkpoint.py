@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+from eclipse_ray.diffusion.architectures import ShuffledNetwork
 from eclipse_ray.diffusion.checkpoint import (
     CARD_FILE,
     SCHEDULER_FILE,
@@ -19,7 +20,6 @@ from eclipse_ray.diffusion.checkpoint import (
     weights_digest,
 )
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
-from eclipse_ray.diffusion.shuffled import ShuffledNetwork
 from eclipse_ray.errors import InputError
 from tests.support import untrained_denoiser
 

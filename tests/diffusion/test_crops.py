@@ -2,8 +2,8 @@
 
 import torch
 
-from eclipse_ray.config import load_config
 from eclipse_ray.diffusion.training import _draw_batch, centre_crops, crops, image_buffer
+from tests.diffusion.test_training import debug
 
 
 def numbered(*sizes):
@@ -13,12 +13,6 @@ def numbered(*sizes):
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         images.append(torch.stack([rows, columns, torch.full_like(rows, number)], dim=-1).to(torch.uint8))
     return image_buffer(torch.cat([image.flatten() for image in images]), torch.tensor(sizes))
-
-
-def debug(**settings):
-    return load_config(
-        None, {"denoiser.preset": "debug", **{f"denoiser.{k}": v for k, v in settings.items()}}
-    ).denoiser
 
 
 def test_a_crop_is_a_piece_of_its_image():

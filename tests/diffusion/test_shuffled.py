@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from eclipse_ray.config import load_config
+from eclipse_ray.diffusion.architectures import ShuffledNetwork
 from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.diffusion.sampling import purify_images
-from eclipse_ray.diffusion.shuffled import ShuffledNetwork
 from eclipse_ray.diffusion.training import heldout_psnr, run_fit, start_fit
 
 SHUFFLED = {

@@ -10,10 +10,10 @@ from eclipse_ray.config import CompensationConfig, Config, load_config
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.errors import InputError
-from eclipse_ray.experiments import worker
+from eclipse_ray.experiments import run
 from eclipse_ray.experiments.experiment import evaluated_compensation, open_evaluation, open_matrix
 from eclipse_ray.storage.store import Store
-from tests.support import DEBUG
+from tests.support import DEBUG, dotted
 
 QUICK = {**DEBUG, "victim.epochs": 2, "evaluate.seeds": 2, "victim.batch_size": 32}
 
@@ -31,8 +31,7 @@ def test_mean_and_deviation_over_seeds(world):
 
 def compensation_of(source: str, **changes: object) -> CompensationConfig:
     """What a victim of `source` trains with, whether the settings are given or written out in full."""
-    settings = {key.replace("__", "."): value for key, value in changes.items()}
-    short = load_config(None, settings)
+    short = load_config(None, dotted(changes))
     full = Config.model_validate(short.model_dump(mode="json"))
     recorded = ledger.recorded_settings(Store(source))
     found = evaluated_compensation(short, recorded, source)
@@ -66,13 +65,13 @@ def test_a_victim_of_a_baked_set_sees_its_images_as_they_are_stored(world, tmp_p
         seen.append((images, compensation.mode))
         rest[-1](1, 50.0, 0.0)
 
-    monkeypatch.setattr(worker, "train_victim", train)
+    monkeypatch.setattr(run, "train_victim", train)
     output = str(tmp_path / "out")
     baked = {**DEBUG, "compensation.mode": "baked"}
     verbs.purify(world.poisoned, output, denoiser=world.denoiser, settings=baked)
     opened = open_evaluation(load_config(None, {"data.source": output, "data.test": world.test}))
     board = SimpleNamespace(post=SimpleNamespace(remote=lambda entry: None))
-    worker.measure(opened.grid.recipes[0], worker.Bench(opened.sets, opened.cache, 1, 0.1), None, board)
+    run.measure(opened.grid.recipes[0], run.Bench(opened.sets, opened.cache, 1, 0.1), None, board)
     ((images, mode),) = seen
     assert mode == "baked"
     assert np.array_equal(images, load_images(output, load_config().data).images)

@@ -11,11 +11,10 @@ from threading import Barrier
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from eclipse_ray import verbs
 from eclipse_ray.cluster.connect import Resources
-from eclipse_ray.config import load_config
+from eclipse_ray.config import load_config, to_yaml
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import ImageSet, load_images
 from eclipse_ray.datasets.table import canonical_table
@@ -27,7 +26,7 @@ from eclipse_ray.experiments.run import groups, share
 from eclipse_ray.poisoning import fits_at_once
 from eclipse_ray.poisons import cost_of
 from eclipse_ray.results import MatrixPlan, MatrixResult
-from tests.support import DEBUG, kill_when, run_cli
+from tests.support import DEBUG, dotted, kept_by_experiment, kill_when, run_cli
 
 SETTINGS = {
     **DEBUG,
@@ -54,13 +53,7 @@ class Run:
 def settings_for(world, output: Path, **changes: object) -> dict[str, object]:
     places = {"data.source": world.rest, "data.test": world.test, "data.clean": world.clean}
     own = {"data.output": str(output), "purify.denoiser": world.denoiser}
-    return {**SETTINGS, **places, **own, **{key.replace("__", "."): value for key, value in changes.items()}}
-
-
-def written(output: Path) -> dict[str, int]:
-    """When each cell and each set was written, in ns."""
-    files = [*output.glob("results/*.json"), *output.glob("cache/*/*.json"), *output.glob("cache/defended/*.npy")]
-    return {str(file.relative_to(output)): file.stat().st_mtime_ns for file in files}
+    return {**SETTINGS, **places, **own, **dotted(changes)}
 
 
 @pytest.fixture(scope="module")
@@ -111,17 +104,17 @@ def test_the_table_has_the_layout_of_the_paper(measured):
 
 
 def test_running_again_does_nothing(measured):
-    before = written(measured.output)
+    before = kept_by_experiment(measured.output)
     result = verbs.evaluate(settings=measured.settings)
     assert isinstance(result, MatrixResult)
     assert result.done == 12
-    assert written(measured.output) == before
+    assert kept_by_experiment(measured.output) == before
     assert verbs.evaluate_plan(settings=measured.settings).missing == []
 
 
 @pytest.mark.chaos
 def test_a_grown_grid_does_the_new_cells_only(measured, world):
-    before = written(measured.output)
+    before = kept_by_experiment(measured.output)
     defenses = ["cutout", "none", "iss-g", "eclipse"]
     grown = settings_for(world, measured.output, matrix__clean=True, matrix__defenses=defenses, evaluate__seeds=1)
     plan = verbs.evaluate_plan(settings=grown)
@@ -130,7 +123,7 @@ def test_a_grown_grid_does_the_new_cells_only(measured, world):
     result = verbs.evaluate(settings=grown)
     assert isinstance(result, MatrixResult)
     assert result.done == 12
-    after = written(measured.output)
+    after = kept_by_experiment(measured.output)
     assert {name: after[name] for name in before} == before
     assert len([name for name in after if name.startswith("results/")]) == 12 + 6
 
@@ -148,30 +141,16 @@ def test_a_failing_row_does_not_hold_up_the_others(measured, world):
     assert "2 of 4 are left" in (measured.output / "table.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("sparse", "test", "words"),
-    [
-        ("rest", "test", "sparse clean set and training set share"),
-        ("test", "test", "sparse clean set and test set share 60"),
-        ("clean", "rest", "training and test set share"),
-    ],
-)
-def test_a_sparse_set_that_overlaps_is_refused_before_anything_is_written(world, tmp_path, sparse, test, words):
-    places = {"data.clean": getattr(world, sparse), "data.test": getattr(world, test)}
-    settings = {**settings_for(world, tmp_path / "out"), **places, "purify.denoiser": None}
-    with pytest.raises(InputError, match=words):
+def test_a_sparse_set_that_overlaps_is_refused_before_anything_is_written(world, tmp_path):
+    """Which sets may not overlap is the rule of `evaluate` (test_evaluate.py)."""
+    settings = settings_for(world, tmp_path / "out", data__clean=world.rest, purify__denoiser=None)
+    with pytest.raises(InputError, match="sparse clean set and training set share"):
         verbs.evaluate(settings=settings)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_denoiser_fitted_on_the_training_images_is_refused(world, tmp_path):
-    # The poison changes every image, so it is the clean originals that are compared.
-    settings = settings_for(world, tmp_path / "out", data__source=world.clean, matrix__limit=None)
-    with pytest.raises(InputError, match="sparse clean set and training set share 20"):
-        verbs.evaluate(settings={**settings, "data.clean": None, "matrix.defenses": ["none"]})
-
-
 def test_a_denoiser_fitted_on_the_training_images_is_refused_whatever_their_size_in_memory(world, tmp_path):
+    # The poison changes every image, so it is the clean originals that are compared.
     settings = settings_for(world, tmp_path / "out", data__source=world.clean, matrix__limit=None)
     own = {"data.clean": None, "matrix.defenses": ["none"], "data.resize": 24}
     with pytest.raises(InputError, match="sparse clean set and training set share 20"):
@@ -418,11 +397,8 @@ def test_trials_share_the_machine(world):
 def test_a_driver_killed_on_the_way_goes_on_with_what_is_missing(world, tmp_path):
     output = tmp_path / "out"
     file = tmp_path / "matrix.yaml"
-    tree: dict[str, dict[str, object]] = {}
-    for key, value in settings_for(world, output, matrix__max_concurrent=1, purify__denoiser=None).items():
-        section, name = key.split(".")
-        tree.setdefault(section, {})[name] = value
-    file.write_text(yaml.safe_dump(tree))
+    settings = settings_for(world, output, matrix__max_concurrent=1, purify__denoiser=None)
+    file.write_text(to_yaml(load_config(None, settings)))
     results = output / "results"
     kill_when(
         ["evaluate", "--config", str(file)],
@@ -431,14 +407,14 @@ def test_a_driver_killed_on_the_way_goes_on_with_what_is_missing(world, tmp_path
     )
     # The victim in training at the kill may still have been committed by its own process.
     time.sleep(3)
-    before = written(output)
+    before = kept_by_experiment(output)
     kept = len([name for name in before if name.startswith("results/")])
     assert 3 <= kept < 12
     planned = run_cli("evaluate", "--config", str(file), "--dry-run")
     assert planned["done"] == kept
     result = run_cli("evaluate", "--config", str(file))
     assert (result["cells"], result["done"]) == (12, 12)
-    after = written(output)
+    after = kept_by_experiment(output)
     assert {name: after[name] for name in before} == before
     assert json.loads((results / os.listdir(results)[0]).read_text())["test_accuracy"]
 

@@ -9,6 +9,7 @@ from eclipse_ray.config import Config, load_config
 from eclipse_ray.defenses import DEFENSES
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments.recipe import Facts, Grid, build_grid, published_sources
+from tests.support import dotted
 
 FACTS = Facts("source", "test", {None: "sparse", 5: "five"}, published={"sets/tap": "tap"})
 BASE = {
@@ -21,8 +22,7 @@ BASE = {
 
 
 def grid(facts: Facts = FACTS, **changes: object) -> Grid:
-    own = {key.replace("__", "."): value for key, value in changes.items()}
-    return build_grid(load_config(None, {**BASE, **own}), facts)
+    return build_grid(load_config(None, {**BASE, **dotted(changes)}), facts)
 
 
 def keys(made: Grid) -> dict[str, str]:
@@ -184,24 +184,17 @@ CONFIGS = sorted(file for file in FOLDER.glob("*.yaml") if not file.stem.startsw
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_the_ready_configs_are_grids(file):
+def test_a_ready_config_is_a_grid_and_the_same_one_when_it_is_written_out_in_full(file):
     config = load_config(str(file))
     counts = {None: "all", 150: "150", 1000: "1", 2000: "2", 3000: "3", 4000: "4"}
-    published = dict.fromkeys(published_sources(config), "published")
-    made = build_grid(config, Facts("source", "test", counts, published=published))
+    facts = Facts("source", "test", counts, published=dict.fromkeys(published_sources(config), "published"))
+    made = build_grid(config, facts)
+    full = Config.model_validate(config.model_dump(mode="json"))
+    assert keys(build_grid(full, facts)) == keys(made)
     assert len({cell.title for cell in made.recipes}) == len(made.recipes)
     assert config.data.output
     if file.stem == "quick":
         assert (len(made.columns), len(made.rows), config.matrix.limit) == (6, 6, 3000)
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_a_ready_config_that_is_written_out_in_full_is_the_same_grid(file):
-    short = load_config(str(file))
-    counts = dict.fromkeys([None, 150, 1000, 2000, 3000, 4000], "sparse")
-    facts = Facts("source", "test", counts, published=dict.fromkeys(published_sources(short), "published"))
-    full = Config.model_validate(short.model_dump(mode="json"))
-    assert keys(build_grid(full, facts)) == keys(build_grid(short, facts))
 
 
 def test_all_tables_and_the_figure_have_a_config():

@@ -13,6 +13,7 @@ from eclipse_ray.experiments.search import (
     space_of,
     training_points,
 )
+from tests.support import dotted
 
 CARD = Recommended(t_max=125, t_star=100, num_inference_steps=1, sampler="ddpm")
 GIVEN = Facts("source", "scored", {}, "weights", CARD)
@@ -21,7 +22,7 @@ TRAINED = Facts("source", "scored", {None: "all", 2.0: "two", 4.0: "four"})
 
 def config_for(space: dict[str, object], given: bool = True, **settings: object) -> Config:
     own = {f"sweep.{key}": value for key, value in settings.items() if "__" not in key}
-    other = {key.replace("__", "."): value for key, value in settings.items() if "__" in key}
+    other = dotted({key: value for key, value in settings.items() if "__" in key})
     return load_config(
         None, {"sweep.space": space, "purify.denoiser": "folder" if given else None, **own, **other}
     )

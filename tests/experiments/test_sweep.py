@@ -18,7 +18,7 @@ from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.experiments import rows as tidy
-from eclipse_ray.experiments import worker
+from eclipse_ray.experiments import run
 from eclipse_ray.experiments.experiment import (
     Experiment,
     of_classes,
@@ -27,10 +27,10 @@ from eclipse_ray.experiments.experiment import (
     sweep_sets,
 )
 from eclipse_ray.experiments.recipe import Measured
+from eclipse_ray.experiments.run import Bench, defend, measure
 from eclipse_ray.experiments.search import Trial
-from eclipse_ray.experiments.worker import Bench, defend, measure
 from eclipse_ray.results import SweepPlan, SweepResult
-from tests.support import DEBUG, kill_when, run_cli, train_denoiser
+from tests.support import DEBUG, dotted, kept_by_experiment, kill_when, run_cli, train_denoiser
 
 SETTINGS = {
     **DEBUG,
@@ -63,13 +63,7 @@ def half(world, tmp_path_factory) -> str:
 def settings_for(world, output: Path, denoiser: str | None, **changes: object) -> dict[str, object]:
     places = {"data.source": world.poisoned, "data.clean": world.clean, "data.output": str(output)}
     own = {"purify.denoiser": denoiser}
-    return {**SETTINGS, **places, **own, **{key.replace("__", "."): value for key, value in changes.items()}}
-
-
-def written(output: Path) -> dict[str, int]:
-    """When each result and each purified part was written, in ns."""
-    files = [*output.glob("results/*.json"), *output.glob("cache/*/*.json"), *output.glob("cache/defended/*.npy")]
-    return {str(file.relative_to(output)): file.stat().st_mtime_ns for file in files}
+    return {**SETTINGS, **places, **own, **dotted(changes)}
 
 
 def measured_here(sweep: Experiment, trial: Trial) -> Measured:
@@ -131,9 +125,9 @@ def test_trials_that_differ_in_compensation_share_the_purified_images(swept):
 
 
 def test_running_again_does_nothing(swept):
-    before = written(swept.output)
+    before = kept_by_experiment(swept.output)
     assert verbs.sweep(settings=swept.settings).best == swept.result.best
-    assert written(swept.output) == before
+    assert kept_by_experiment(swept.output) == before
     assert verbs.sweep_plan(settings=swept.settings).missing == []
 
 
@@ -147,13 +141,6 @@ def test_purify_takes_the_best_settings(swept, world, half, tmp_path):
         assert {key: used[section][key] for key in keys} == keys
     assert used["purify"]["denoiser"] == half
     assert used["data"]["source"] == world.poisoned
-
-
-def test_images_that_score_trained_no_denoiser(swept, half):
-    sets = sweep_sets(load_config(None, swept.settings))
-    trained = set(read_card(half).sparse_hashes)
-    assert len(sets.test.ids) == 10
-    assert trained.isdisjoint(sets.test.hashes())
 
 
 def test_without_a_denoiser_a_part_of_the_clean_set_trains_and_the_rest_scores(world, tmp_path):
@@ -203,7 +190,7 @@ def test_baked_compensation_is_written_into_the_images_that_train(world, half, t
         seen.append((np.array(images), compensation.mode))
         rest[-1](victim.epochs, 50.0, 0.0)
 
-    monkeypatch.setattr(worker, "train_victim", train)
+    monkeypatch.setattr(run, "train_victim", train)
     space = {"compensation.mode": ["none", "augment", "baked"]}
     sweep = open_sweep(load_config(None, settings_for(world, tmp_path / "out", half, sweep__space=space)))
     assert sweep.trials is not None
@@ -290,10 +277,10 @@ def test_optuna_learns_from_results_and_goes_on(world, half, tmp_path):
     settings = settings_for(world, tmp_path / "out", half, sweep__space=space, sweep__search="optuna")
     first = verbs.sweep(settings={**settings, "sweep.trials": 2})
     assert first.trials == 2
-    kept = written(tmp_path / "out")
+    kept = kept_by_experiment(tmp_path / "out")
     second = verbs.sweep(settings={**settings, "sweep.trials": 4})
     assert second.trials == 4
-    after = written(tmp_path / "out")
+    after = kept_by_experiment(tmp_path / "out")
     assert {name: after[name] for name in kept} == kept
     assert second.score >= first.score
 
@@ -336,7 +323,7 @@ def test_a_driver_killed_on_the_way_goes_on_with_what_is_missing(world, half, tm
     kill_when(arguments, lambda: results.exists() and len(list(results.glob("*.json"))) >= 2, tmp_path / "log")
     # The victim in training at the kill may still have been committed by its own process.
     time.sleep(3)
-    before = written(output)
+    before = kept_by_experiment(output)
     kept = len([name for name in before if name.startswith("results/")])
     assert 2 <= kept < 6
     assert run_cli(*arguments, "--dry-run")["done"] == kept
@@ -344,7 +331,7 @@ def test_a_driver_killed_on_the_way_goes_on_with_what_is_missing(world, half, tm
     assert (result["trials"], result["failed"]) == (6, 0)
     assert set(result["best"]["purify"]) >= {"t_star", "num_inference_steps"}
     assert set(result["best"]["compensation"]) >= {"p", "sigma"}
-    after = written(output)
+    after = kept_by_experiment(output)
     assert {name: after[name] for name in before} == before
     assert json.loads((results / os.listdir(results)[0]).read_text())["test_accuracy"]
 

@@ -8,8 +8,9 @@ from eclipse_ray.config import CompensationConfig, load_config
 from eclipse_ray.diffusion.network import build_unet
 from eclipse_ray.diffusion.sampling import purify
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons import fit_poison, quiet_session
+from eclipse_ray.poisons import fit_poison
 from eclipse_ray.poisons.adp import UNetClassifier, defender, new_unet, purified
+from eclipse_ray.poisons.interface import quiet_session
 from eclipse_ray.poisons.surrogate import keyed_generator, load_surrogate, under
 from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
 from tests.poisons.helpers import CLASSES, CPU, Memory, tiny_config, tiny_images

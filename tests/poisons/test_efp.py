@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from eclipse_ray.poisons import quiet_session
 from eclipse_ray.poisons.efp import class_means, pull_loss, push_loss
+from eclipse_ray.poisons.interface import quiet_session
 from eclipse_ray.poisons.surrogate import attack, features, keyed_generator, load_surrogate, train_surrogate
 from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
 from tests.poisons.helpers import CLASSES, CPU, part, tiny_config, tiny_images, tiny_settings

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from eclipse_ray.config import PoisonConfig
-from eclipse_ray.poisons import ConfigError, fit_poison, perturb, poison_fitted, quiet_session
+from eclipse_ray.poisons import ConfigError, fit_poison, perturb, poison_fitted
+from eclipse_ray.poisons.interface import quiet_session
 from tests.poisons.helpers import CLASSES, part, tiny_images
 
 CONFIG = PoisonConfig(name="ops")

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.poisons import OPTIMISED, fit_poison, perturb, poison_fitted, quiet_session
-from eclipse_ray.poisons.interface import LabelledImages, by_id, id_keys, rows_of, to_float
+from eclipse_ray.poisons import OPTIMISED, fit_poison, perturb, poison_fitted
+from eclipse_ray.poisons.interface import LabelledImages, by_id, id_keys, quiet_session, rows_of, to_float
 from eclipse_ray.poisons.surrogate import load_surrogate
 from eclipse_ray.victims.training import classify
 from tests.poisons.fitting import check_resume

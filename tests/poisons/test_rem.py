@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from eclipse_ray.attacks import crop_flip, keyed_crops
-from eclipse_ray.poisons.rem import adversary, min_max_noise
-from eclipse_ray.poisons.surrogate import load_surrogate
+from eclipse_ray.poisons.rem import min_max_noise
+from eclipse_ray.poisons.surrogate import attack_from, load_surrogate
 from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
 from tests.poisons.helpers import CLASSES, CPU, tiny_config, tiny_images
 
@@ -33,7 +33,7 @@ def test_a_fit_that_was_stopped_goes_on_as_if_it_never_was(fitted):
 def test_the_adversary_raises_the_loss_within_its_radius(fitted):
     data, config, state = fitted
     model, images = load_surrogate(state, 0, config, CLASSES, CPU), as_floats(data.images)
-    moved = adversary(model, images, data.labels, config, torch.full_like(images, 0.5))
+    moved = images + attack_from(model, images, data.labels, config, torch.full_like(images, 0.5))
     assert float((moved - images).abs().max()) <= 4 / 255 + 1e-6
     assert 0 <= float(moved.min()) <= float(moved.max()) <= 1
     raised = losses(model, moved, data.labels) - losses(model, images, data.labels)
@@ -49,7 +49,7 @@ def test_noise_lowers_the_loss_that_an_adversary_leaves(fitted):
         total = torch.zeros(len(images))
         for crops in keyed_crops(11, data.ids, 0, 4, 2):
             seen = crop_flip(as_floats(images), crops, 2)
-            attacked = adversary(model, seen, data.labels, config, torch.full_like(seen, 0.5))
+            attacked = seen + attack_from(model, seen, data.labels, config, torch.full_like(seen, 0.5))
             total += losses(model, attacked, data.labels)
         return total / 4
 
@@ -65,7 +65,7 @@ def test_every_step_follows_the_gradient_at_the_worst_point(fitted):
     upright = (torch.full((2, 8), 2), torch.zeros(8, dtype=torch.bool))
     middle = torch.full_like(images, 0.5)
     noise = min_max_noise(model, images, labels, one, [upright], lambda _slot: middle)
-    worst = adversary(model, images, labels, one, middle).requires_grad_()
+    worst = (images + attack_from(model, images, labels, one, middle)).requires_grad_()
     with torch.enable_grad():
         loss = torch.nn.functional.cross_entropy(model((worst - 0.5) / 0.25), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, worst)

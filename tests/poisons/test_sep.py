@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.poisons import fit_poison, poison_fitted, quiet_session
+from eclipse_ray.poisons import fit_poison, poison_fitted
+from eclipse_ray.poisons.interface import quiet_session
 from eclipse_ray.poisons.sep import ensemble_noise, mean_gradient, targets, variance_reduced_noise, visits
 from eclipse_ray.poisons.surrogate import features, load_surrogate
 from eclipse_ray.victims.training import classify

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from eclipse_ray.config import CompensationConfig, load_config
-from eclipse_ray.datasets.formats import open_source
+from eclipse_ray.config import Config, load_config
+from eclipse_ray.datasets.formats import Source, open_source
 from eclipse_ray.datasets.images import ImageError, encode_image
 from eclipse_ray.diffusion import sampling
 from eclipse_ray.errors import StorageError, error_of_note
@@ -21,25 +21,30 @@ from eclipse_ray.purification import stages
 from eclipse_ray.purification.shard import Failure, Job, Task, task_rows, unpack
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
 from tests.ledger.helpers import make_fingerprint, plan_of
-from tests.support import DEBUG
+from tests.support import DEBUG, World
+
+
+def make_job(source: Source, config: Config, world: World, output: str) -> Job:
+    """Return the job of a purification of `source` that resumes nothing and knows no sparse set."""
+    return Job(
+        source=source.url,
+        format=source.format,
+        classes=None,
+        data=config.data,
+        output=output,
+        denoiser=world.denoiser,
+        purify=config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1}),
+        seed=0,
+        compensation=config.compensation,
+        sparse_hashes=frozenset(),
+    )
 
 
 def shard_of_sixteen(world, output) -> tuple[Job, Task]:
     config = resolve(None, DEBUG, {"purify.batch_size": 8})
     source = open_source(world.poisoned, config.data)
     shards = plan_shards(source.parts, 16)[:1]
-    job = Job(
-        source=source.url,
-        format=source.format,
-        classes=None,
-        data=config.data,
-        output=str(output),
-        denoiser=world.denoiser,
-        purify=config.purify,
-        seed=0,
-        compensation=CompensationConfig(mode="none"),
-        sparse_hashes=frozenset(),
-    )
+    job = make_job(source, config, world, str(output))
     open_run(job.store(), plan_of(shards), make_fingerprint(shards), "")
     return job, Task(shards[0])
 

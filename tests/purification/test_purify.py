@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from eclipse_ray import verbs
 from eclipse_ray.datasets.formats import open_source
+from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.errors import InputError, ResumeError, error_of_note
 from eclipse_ray.ledger import plan_shards, read_statuses
@@ -21,7 +23,8 @@ from eclipse_ray.purification import stages
 from eclipse_ray.purification.stages import Purifier
 from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
-from tests.support import DEBUG, World, pixels_of, read_output, train_denoiser
+from tests.purification.test_faults import make_job
+from tests.support import DEBUG, World, pixels_of, read_output, train_denoiser, untrained_denoiser
 
 SHARDS = {**DEBUG, "purify.shard_images": 32, "purify.actors": 2}
 
@@ -176,21 +179,6 @@ def test_images_of_the_sparse_set_fail_the_run(world, tmp_path):
         verbs.purify(world.clean, str(tmp_path / "leak"), denoiser=world.denoiser, settings=SHARDS)
 
 
-def make_job(source, config, world, output):
-    return rows.Job(
-        source=source.url,
-        format=source.format,
-        classes=None,
-        data=config.data,
-        output=output,
-        denoiser=world.denoiser,
-        purify=config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1}),
-        seed=0,
-        compensation=config.compensation,
-        sparse_hashes=frozenset(),
-    )
-
-
 def test_batches_hold_fewer_of_the_larger_images():
     images = [np.zeros((side, 10, 3), np.uint8) for side in (10, 100, 10, 100, 10, 300)]
     assert rows.same_size_batches(images, 2, 1000) == [[0, 2], [4], [1], [3], [5]]
@@ -198,8 +186,6 @@ def test_batches_hold_fewer_of_the_larger_images():
 
 
 def test_samples_of_large_images_are_their_middles(world, tmp_path):
-    from eclipse_ray.datasets.images import encode_image
-
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.png").write_bytes(encode_image(np.zeros((400, 90, 3), np.uint8), "png"))
     config = resolve(None, None, {})
@@ -251,12 +237,7 @@ def test_the_wrong_denoiser_is_noticed(world, tmp_path, capsys):
 
 
 def test_an_imported_denoiser_must_leave_no_more_than_the_noise(capsys):
-    import torch
-
-    from eclipse_ray.diffusion.network import build_denoiser, build_unet
-
-    config = resolve(None, {"denoiser.preset": "debug"}, {}).denoiser
-    denoiser = build_denoiser(build_unet(config), config).eval()
+    denoiser = untrained_denoiser()
     images = list(np.random.default_rng(0).integers(60, 200, (8, 16, 16, 3), dtype=np.uint8))
     with torch.no_grad():
         denoiser.unet.conv_out.weight.zero_()
@@ -271,8 +252,6 @@ def test_an_imported_denoiser_must_leave_no_more_than_the_noise(capsys):
 
 @pytest.mark.chaos
 def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
-    from eclipse_ray.datasets.images import encode_image
-
     rng = np.random.default_rng(0)
     folder = tmp_path / "src" / "a"
     folder.mkdir(parents=True)
@@ -288,8 +267,6 @@ def test_images_of_several_sizes_are_purified_at_their_own(world, tmp_path):
     assert all("16x15 pixels; purification needs at least 16" in error for error in errors["error"].to_pylist())
     for row in read_output(tmp_path / "out").to_pylist():
         index = int(row["id"][-6:-4])
-        from eclipse_ray.datasets.images import decode_image
-
         assert decode_image(row["image"]["bytes"], 10**6).shape[:2] == sizes[index % 4]
 
 

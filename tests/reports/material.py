@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from eclipse_ray import ledger
 from eclipse_ray.config import Config, load_config, to_yaml
-from eclipse_ray.detection import Images
+from eclipse_ray.detection.views import Images
 from eclipse_ray.purification.plan import prepare
 from eclipse_ray.purification.shard import Task, task_rows
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
-from eclipse_ray.reports.sections import write_audit
+from eclipse_ray.reports.page import write_audit
 from eclipse_ray.reports.tables import write_tables
-from eclipse_ray.results import AuditResult, EvaluateResult, to_json
+from eclipse_ray.results import AuditResult, EvaluateResult
 from tests.reports.test_tables import FULL, view
 
 
@@ -42,7 +42,7 @@ def evaluation() -> EvaluateResult:
 
 def write_evaluation(folder: Path) -> None:
     """Write the folder of `evaluate --out`."""
-    note = {**to_json(evaluation()), "train": "sets/<purified>", "test": "sets/test"}
+    note = {**asdict(evaluation()), "train": "sets/<purified>", "test": "sets/test"}
     _write(folder, {"evaluate.json": json.dumps(note), "_eclipse/config.yaml": to_yaml(Config())})
 
 
@@ -77,7 +77,7 @@ def audited(folder: Path, source: str | None = None) -> None:
 
 def write_demo(folder: Path) -> None:
     """Write what the demo leaves beside its folders."""
-    each = dict.fromkeys(("clean", "poisoned", "purified"), to_json(evaluation()))
+    each = dict.fromkeys(("clean", "poisoned", "purified"), asdict(evaluation()))
     note = {"clean": 93.7, "poisoned": 14.9, "purified": 88.9, "output": str(folder), "victims": each}
     _write(folder, {"demo.json": json.dumps(note), "demo.png": ""})
 

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from eclipse_ray import ledger, verbs
+from eclipse_ray.cli import conclude
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table
 from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.errors import InputError
-from eclipse_ray.outcome import conclude
 from eclipse_ray.reports.experiments import _drawn, write_sweep
 from eclipse_ray.reports.folder import record_command
 from eclipse_ray.reports.page import write_report
@@ -283,7 +283,7 @@ def test_a_finished_run_stays_finished_when_no_report_can_be_written(world, tmp_
     shutil.copytree(world.denoiser, folder)
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     conclude(str(folder))
-    wanted = "a report needs matplotlib; install it with: pip install 'eclipse-ray[report]'"
+    wanted = "a report needs matplotlib: pip install 'eclipse-ray[report]'"
     assert wanted in capsys.readouterr().err
     assert not (folder / "report").exists()
     conclude(str(folder), no_report=True)

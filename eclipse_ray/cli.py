@@ -479,17 +479,20 @@ def _experiment(
         best = [f"{section}.{key} {value}" for section, keys in result.best.items() for key, value in keys.items()]
         found = f"best of {result.trials:,} trials (score {result.score:.2f})"
         return "\n".join([*lines, f"{found}: {', '.join(best)}"])
-    unknown = f", and what was never measured here: {', '.join(result.unknown)}" if result.unknown else ""
     if isinstance(result, made.MatrixPlan):
         work = (
             f"{result.done:,} of {result.cells:,} cells are measured, {len(result.missing):,} trainings are left"
         )
-        hours = f"about {result.seconds_left / 3600:,.2f} hours"
+        left = f"about {result.seconds_left / 3600:,.2f} hours"
     else:
         work = (
             f"{result.done:,} of {result.trials:,} trials are measured; {result.denoisers:,} denoisers to train, "
         )
         work += f"{result.purifications:,} purifications, then the trials"
-        hours = f"about {result.seconds_left / 60:,.1f} minutes"
-    end = f"{work}: {hours} on this machine{unknown}; nothing was written to {result.output}"
+        left = f"about {result.seconds_left / 60:,.1f} minutes"
+    left += " on this machine"
+    if result.unknown:
+        left = f"{left}, and what was" if result.seconds_left else "their time is not known yet,"
+        left += f" never measured here: {', '.join(result.unknown)}"
+    end = f"{work}: {left}; nothing was written to {result.output}"
     return "\n".join([*result.missing, end])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 
 from eclipse_ray.config import Config
 from eclipse_ray.contact import ANSWER_SECONDS, first_contact
@@ -50,6 +51,8 @@ LOCAL_CPUS_PER_CORE = 2
 # How a client of HTTP/2, and so of gRPC, begins; the server sends its own settings at once, or refuses.
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 NICENESS = "RAY_worker_niceness"
+STARTS = 3
+"""How often a cluster of our own is started before that is given up."""
 """By how much workers yield to the command that starts their cluster; 15 where Ray is left to itself."""
 
 
@@ -96,16 +99,27 @@ def connect(config: Config) -> Resources:
 
 def _start(cores: int) -> None:
     os.environ.setdefault(NICENESS, "0")
-    with _own_sigterm():
-        ray.init(
-            address="local",
-            num_cpus=LOCAL_CPUS_PER_CORE * cores,
-            include_dashboard=False,
-            log_to_driver=False,
-        )
+    for left in reversed(range(STARTS)):
+        try:
+            with _own_sigterm():
+                ray.init(
+                    address="local",
+                    num_cpus=LOCAL_CPUS_PER_CORE * cores,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                )
+            return
+        except Exception as error:
+            # Ray gives its own processes 30 seconds, which may be too few beside other programs.
+            if not left or "timed out during startup" not in str(error):
+                raise
+            say("note: Ray did not start within 30 s; trying again")
 
 
 def _join(address: str) -> None:
+    if address == "auto":
+        # Ray writes down where its last cluster was, and after a crash nobody listens there any more.
+        address = canonicalize_bootstrap_address(address) or address
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         _knock(host.strip("[]"), int(port))
@@ -171,6 +185,9 @@ def _plain_failure(config: Config, address: str) -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[-1].partition(". ")[0] if lines else type(error).__name__
+        if "Failed to connect to Ray cluster" in reason:
+            # Somebody answered before Ray was asked.
+            reason = "a server answers, but does not let this command in; does it need RAY_AUTH_TOKEN?"
         if address == "local":
             raise EclipseError(
                 f"a Ray cluster could not be started here ({reason}); run the same command again, or see what "

@@ -119,7 +119,9 @@ class DataConfig(Section):
     output: str | None = Field(None, description="Folder to write.")
     clean: str | None = Field(None, description="Sparse clean set the denoiser is fitted on.")
     test: str | None = Field(None, description="Clean labelled test set.")
-    image_column: str = Field("image", description="Parquet column holding the images.")
+    image_column: str = Field(
+        "image", description="Column, array or extension of tar members that holds the images."
+    )
     label_column: str = Field("label", description="Parquet column holding the labels.")
     labels: str | None = Field(
         None,

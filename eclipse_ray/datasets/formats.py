@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 import posixpath
 import re
@@ -269,6 +270,39 @@ def _folder_classes(
         if empty:
             raise folder.question(store, f"the folder {empty[0]}/ holds no image that is read, others are classes")
     return classes
+
+
+def refuse_repeated_ids(source: Source) -> None:
+    """Raise InputError, naming the files, if an id that the files of a source hold occurs twice.
+
+    Images are not read. Eight bytes of memory per image. Ids of other formats are names of files or rows, and keys
+    in tars, which the listing compares.
+    """
+    read = {"parquet": parquet.stored_ids, "npz": npz.stored_ids}.get(source.format)
+    if read is None:
+        return
+    store, keys = Store(source.url), [part.key for part in source.parts]
+
+    def hashed(key: str) -> NDArray[np.uint64]:
+        return np.array([_hash(name) for name in read(store, key)], np.uint64)
+
+    with ThreadPoolExecutor(_READING_THREADS) as pool:
+        hashes = np.sort(np.concatenate(list(pool.map(hashed, keys))))
+    twice = set(hashes[1:][np.diff(hashes) == 0].tolist())
+    home: dict[str, str] = {}
+    for key in keys if twice else ():
+        for name in read(store, key):
+            if _hash(name) in twice and name in home:
+                raise InputError(
+                    f"{store.url}: id {name!r} occurs twice, in {home[name]} and {key}; make ids unique, or drop "
+                    f"the {'column' if source.format == 'parquet' else 'array'} id: an image is then called by "
+                    "its file and row"
+                )
+            home[name] = key
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def read_parts(

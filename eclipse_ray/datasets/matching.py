@@ -1,4 +1,4 @@
-"""Labels for images that were published without them, from the clean set of which they are poisoned copies."""
+"""Poisoned images that were published without labels or ids, matched with the clean images they were made of."""
 
 from __future__ import annotations
 
@@ -54,12 +54,7 @@ def labels_from(
     labels = require_classes(clean, known, data_config)
     (ids, pooled), (_, clean_pooled) = _pooled(poisoned, data_config), _pooled(known, data_config)
     nearest, margins, unique = match(pooled, clean_pooled, labels)
-    if not unique.all():
-        first = int(np.flatnonzero(~unique)[0])
-        raise InputError(
-            f"{source}: {int(unique.sum()):,} of {len(ids):,} images match exactly one image of {clean}; others "
-            f"do not, such as {ids[first]}; name the clean set from which these images were made"
-        )
+    _refuse_doubtful(source, clean, ids, unique)
     found = labels[nearest]
 
     def tables() -> Iterator[pa.Table]:
@@ -82,6 +77,41 @@ def labels_from(
     margin = float(margins.min())
     say(f"{output}: {images:,} of {images:,} images matched, each nearer than the next by at least {margin:,.0f}")
     return Matched(images, margin, output)
+
+
+def partners(source: str, clean: str, data_config: DataConfig) -> dict[str, str]:
+    """Return the id of the image of `source` that was made of each image of `clean`, by the id there, and say so.
+
+    Raises InputError unless every image of `source` has one clean image of its own, as `labels_from` does.
+    """
+    poisoned, known = open_source(source, data_config), open_source(clean, data_config)
+    labels = require_classes(clean, known, data_config, show=False)
+    (ids, pooled), (names, clean_pooled) = _pooled(poisoned, data_config), _pooled(known, data_config)
+    nearest, margins, unique = match(pooled, clean_pooled, labels)
+    taken: dict[int, int] = {}
+    for image, row in enumerate(nearest.tolist()):
+        if row in taken:
+            # Copies of one image with one label: any of them will do.
+            copies = (((clean_pooled - clean_pooled[row]) ** 2).sum(axis=1) <= _COPY) & (labels == labels[row])
+            row = next((copy for copy in np.flatnonzero(copies).tolist() if copy not in taken), row)
+        unique[image] &= row not in taken
+        taken[row] = image
+    _refuse_doubtful(source, clean, ids, unique)
+    say(
+        f"{source}: {len(ids):,} of {len(ids):,} images matched with those of {clean} by their content, each "
+        f"nearer than the next by at least {float(margins.min()):,.0f}"
+    )
+    return {names[row]: ids[image] for row, image in taken.items()}
+
+
+def _refuse_doubtful(source: str, clean: str, ids: list[str], unique: NDArray[np.bool_]) -> None:
+    if unique.all():
+        return
+    first = int(np.flatnonzero(~unique)[0])
+    raise InputError(
+        f"{source}: {int(unique.sum()):,} of {len(ids):,} images match exactly one image of {clean}; others "
+        f"do not, such as {ids[first]}; name the clean set from which these images were made"
+    )
 
 
 def match(

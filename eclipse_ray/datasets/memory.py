@@ -86,7 +86,7 @@ def require_classes(
             "are needed; if its folders are the classes, name that folder instead"
         )
     if show:
-        say_once(f"{url}: {_classes_line(names, counts)}")
+        say_once(f"{url}: {_classes_line(names, counts, source.classes is not None)}")
     return labels
 
 
@@ -98,13 +98,25 @@ def _place(parts: Sequence[Part], row: int) -> str:
     raise IndexError(row)
 
 
-def _classes_line(names: Sequence[str], counts: Sequence[int]) -> str:
-    """Return a line on the classes of a set: how many, their names, and the images of each."""
-    shown = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)][:_CLASSES_SHOWN]
-    line = f"{len(names):,} classes in {sum(counts):,} images: {', '.join(shown)}"
-    if len(names) > _CLASSES_SHOWN:
-        line += f" and {len(names) - _CLASSES_SHOWN:,} more, each {min(counts):,} to {max(counts):,}"
+def _classes_line(names: Sequence[str], counts: Sequence[int], named: bool) -> str:
+    """Return a line on the classes of a set: how many, their names, and the images of each.
+
+    Without names in the set (not `named`) the classes are the labels that occur. They are not renumbered, because
+    a subset or a test set may lack one; those that are skipped are named.
+    """
+    found = {name: count for name, count in zip(names, counts, strict=True) if named or count}
+    shown = [f"{name} {count:,}" for name, count in found.items()][:_CLASSES_SHOWN]
+    line = f"{len(found):,} classes in {sum(counts):,} images: {', '.join(shown)}"
+    if len(found) > _CLASSES_SHOWN:
+        least, most = min(found.values()), max(found.values())
+        line += f" and {len(found) - _CLASSES_SHOWN:,} more, each {least:,} to {most:,}"
     empty = [name for name, count in zip(names, counts, strict=True) if not count]
+    if empty and not named:
+        some = ", ".join(empty[:5]) + " ..." * (len(empty) > 5)
+        return (
+            f"{line}; no image has {some}: labels are kept as they are, so "
+            f"a classifier gets {len(names):,} classes; if that is not meant, number them from 0 without gaps"
+        )
     return f"{line}; {len(empty)} without images, such as {empty[0]}" if empty else line
 
 

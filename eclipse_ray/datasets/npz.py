@@ -174,6 +174,14 @@ def read_labels(
         return _checked(where, _rows(where, file, chosen.labels, 0, rows), classes)
 
 
+def stored_ids(store: Store, key: str) -> list[str]:
+    """Return the ids in the array `id` of a file, none if it has no such array; only that array is read."""
+    with store.open(key) as file:
+        ids = _arrays(store, key, file).get(IDS)
+        where = f"{store.url}/{key}"
+        return [] if ids is None else _texts(where, _rows(where, file, ids, 0, ids.shape[0]))
+
+
 def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | None, config: DataConfig) -> int:
     """Write canonical `tables` as part-00000.npz and so on; return the number of images.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
-import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, cast
+from threading import Lock
+from typing import Any, BinaryIO, cast
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,15 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import folder
+from eclipse_ray.datasets.extensions import (
+    check_images,
+    images_of,
+    muted,
+    order_of_tensors,
+    refuse_unknown,
+    tensors_of,
+)
+from eclipse_ray.datasets.published import Form, Layout, state
 from eclipse_ray.datasets.table import (
     CANONICAL,
     FILE_BYTES,
@@ -38,6 +48,12 @@ from eclipse_ray.storage.store import Entry, Store
 
 WIDE_GROUP = 128 * 2**20
 """Bytes above which a row group is named: twice those of a shard."""
+STREAMED = 8 * 2**20
+"""Bytes above which row groups are not read as a whole for the sake of a few rows."""
+# What a stream reads at once from each column, and holds of decoded rows; rows of such a batch at most.
+_BUFFER_BYTES, _BATCH_BYTES, _BATCH_ROWS = 4 * 2**20, 8 * 2**20, 512
+# Files that a process keeps open to read on.
+_STREAMS_KEPT = 2
 # Files whose footers are read at the same time.
 _LISTING_THREADS = 16
 _MAGIC = b"PAR1"
@@ -57,11 +73,13 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     """Return one part per file that has rows, from the footers, and the class names if a footer has them.
 
     Of labels that are text the column is read; without names in a footer the classes are the sorted texts. Raises
-    InputError for a damaged file, an extension type, a missing image or label column, or paths instead of images.
+    InputError for a damaged file, an unknown extension type, a missing image or label column, or paths instead of
+    images.
     """
 
     labelled: dict[str, bool] = {}
     texts: dict[str, set[str] | None] = {}
+    forms: list[tuple[Form, int]] = []
 
     def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
@@ -72,6 +90,9 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             _refuse_paths(where, metadata, file, config)
             label = _label_column(where, schema, config)
             labelled[entry.key] = label is not None
+            if layout := _tensor_layout(where, schema.field(config.image_column)):
+                form = Form(layout, "uint8", "without labels" if label is None else "with labels")
+                forms.append((form, metadata.num_rows))
             _warn_of_wide_groups(where, metadata)
             if label is not None:
                 texts[entry.key] = None
@@ -85,20 +106,32 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     refuse_half_labelled(store.url, config, labelled)
     named = {part.key: names for part, names, _ in found if names is not None}
     classes = _common_classes(store, named) if named else _classes_of_texts(store, texts)
+    if forms:
+        counts = Counter[Form]()
+        for form, rows in forms:
+            counts[form] += rows
+        state(store.url, [part for part, *_ in found], counts)
     for part, _, labels in found:
         for label in labels:
             check_label(f"{store.url}/{part.key}", label, classes)
     return [part for part, *_ in found if part.rows], classes
 
 
+def _tensor_layout(where: str, field: pa.Field) -> Layout | None:
+    """Return the layout of the images of a column of tensors of one shape, None for other columns."""
+    tensors = tensors_of(where, field)
+    order = tensors and order_of_tensors(tensors)
+    return Layout(order, 255) if order else None
+
+
 def _warn_of_wide_groups(where: str, metadata: pq.FileMetaData) -> None:
-    # Arrow reads a row group as a whole, so each shard of a purification that lies in it reads all of it.
+    # A worker reads a row group from its beginning up to its last shard.
     groups = [metadata.row_group(place) for place in range(metadata.num_row_groups)]
     widest = max(groups, key=lambda group: int(group.total_byte_size), default=None)
     if widest is not None and widest.total_byte_size > WIDE_GROUP and widest.num_rows > 1:
         say_once(
-            f"{where}: each shard reads a whole row group, and one has {widest.num_rows:,} images and "
-            f"{widest.total_byte_size / 2**20:,.0f} MiB; write it again with row_group_size=100, or convert it"
+            f"{where}: one row group has {widest.num_rows:,} images and {widest.total_byte_size / 2**20:,.0f} MiB"
+            ", which each worker reads up to its last shard; write it again with row_group_size=100, or convert it"
         )
 
 
@@ -127,39 +160,14 @@ def _classes_of_texts(store: Store, texts: Mapping[str, set[str] | None]) -> lis
     return folder.ordered_classes(names)
 
 
-def refuse_repeated_ids(store: Store, keys: Sequence[str]) -> None:
-    """Raise InputError, naming the files, if an id of a column `id` occurs twice; only that column is read.
-
-    Eight bytes of memory per image.
-    """
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        found = list(
-            pool.map(lambda key: np.array([_hash(name) for name in _stored_ids(store, key)], np.uint64), keys)
-        )
-    hashes = np.sort(np.concatenate(found)) if found else np.empty(0, np.uint64)
-    twice = set(hashes[1:][np.diff(hashes) == 0].tolist())
-    home: dict[str, str] = {}
-    for key in keys if twice else ():
-        for name in _stored_ids(store, key):
-            if _hash(name) in twice and name in home:
-                raise InputError(
-                    f"{store.url}: id {name!r} occurs twice, in {home[name]} and {key}; make ids unique, or drop "
-                    "the column id: an image is then called by its file and row"
-                )
-            home[name] = key
-
-
-def _stored_ids(store: Store, key: str) -> list[str]:
+def stored_ids(store: Store, key: str) -> list[str]:
+    """Return the ids in the column `id` of a file, none if it has no such column; only that column is read."""
     where = f"{store.url}/{key}"
     with store.open(key) as file:
         metadata = _metadata(where, file)
         if "id" not in _schema(where, metadata).names:
             return []
-        return _plain_text(_read_column(where, metadata, file, "id")).drop_null().to_pylist()
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        return _text_ids(_read_column(where, metadata, file, "id")).drop_null().to_pylist()
 
 
 def read_rows(
@@ -167,15 +175,21 @@ def read_rows(
 ) -> pa.Table:
     """Return rows `start` to `stop` of one file as a canonical table; page checksums are verified.
 
+    Of row groups that are much longer than that, a process that reads range after range reads each byte once.
     Raises InputError for a damaged file and for columns of a wrong type.
     """
     where = f"{store.url}/{key}"
     with store.open(key) as file:
         metadata = _metadata(where, file)
+        schema = _schema(where, metadata)
+        columns = _columns(where, schema, config)
         groups, skipped = _groups(metadata, start, stop)
         try:
-            reader = pq.ParquetFile(file, metadata=metadata, pre_buffer=True, page_checksum_verification=True)
-            table = reader.read_row_groups(groups).slice(start - skipped, stop - start)
+            if _is_long(metadata, groups, stop - start):
+                table = _streamed(store, key, metadata, groups, skipped, start, stop, columns)
+            else:
+                reader = _reader(file, metadata, pre_buffer=True)
+                table = reader.read_row_groups(groups, columns).slice(start - skipped, stop - start)
         except _DAMAGE as error:
             raise _damaged(where, error) from error
     if table.num_rows != stop - start:
@@ -236,12 +250,14 @@ def _schema(where: str, metadata: pq.FileMetaData) -> pa.Schema:
         raise _damaged(where, error) from error
 
 
-def _footer(where: str, file: BinaryIO) -> bytes:
-    """Return the footer. Raises InputError for an incomplete file and for extension types.
+def _reader(file: BinaryIO, metadata: pq.FileMetaData, **settings: Any) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        file, metadata=metadata, arrow_extensions_enabled=False, page_checksum_verification=True, **settings
+    )
 
-    Arrow builds the types when it opens a file, and a type that is registered in this process may unpickle its
-    metadata while being built. So the footer is searched before Arrow reads it.
-    """
+
+def _footer(where: str, file: BinaryIO) -> bytes:
+    """Return the footer, changed so that all columns are plain. Raises InputError for an incomplete file."""
     size = file.seek(0, 2)
     file.seek(max(0, size - 8))
     tail = file.read(8)
@@ -249,26 +265,7 @@ def _footer(where: str, file: BinaryIO) -> bytes:
     if tail[4:] != _MAGIC or length > size - 8:
         raise InputError(f"{where}: not a whole Parquet file; copy it again or leave it out")
     file.seek(size - 8 - length)
-    footer = file.read(length)
-    if any(fragment in footer for fragment in _EXTENSION_MARKS):
-        raise InputError(
-            f"{where}: has a column of an Arrow extension type, which may run code when read; "
-            "write it again with plain columns"
-        )
-    return footer
-
-
-def _base64_forms(text: bytes) -> list[bytes]:
-    # Returns `text` in base64 for each of its three possible offsets in the groups of three bytes.
-    forms = []
-    for shift in range(3):
-        encoded = base64.b64encode(bytes(shift) + text)
-        forms.append(encoded[-(-8 * shift // 6) : 8 * (shift + len(text)) // 6])
-    return forms
-
-
-_EXTENSION_NAME = b"ARROW:extension:name"
-_EXTENSION_MARKS = [_EXTENSION_NAME, *_base64_forms(_EXTENSION_NAME)]
+    return muted(file.read(length))
 
 
 def _groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
@@ -284,9 +281,105 @@ def _groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int]
     return groups, skipped
 
 
+def _is_long(metadata: pq.FileMetaData, groups: Sequence[int], rows: int) -> bool:
+    found = [metadata.row_group(group) for group in groups]
+    return (
+        sum(group.num_rows for group in found) > 2 * rows
+        and sum(group.total_byte_size for group in found) > STREAMED
+    )
+
+
+class _Stream:
+    """The rows of a file from `place` on, read in order through buffers of a few megabytes."""
+
+    def __init__(
+        self, file: BinaryIO, metadata: pq.FileMetaData, first: int, place: int, columns: list[str] | None
+    ) -> None:
+        self.file, self.place, self.rows = file, place, metadata.num_rows
+        group = metadata.row_group(first)
+        fitting = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
+        self.batches = _reader(file, metadata, pre_buffer=False, buffer_size=_BUFFER_BYTES).iter_batches(
+            max(1, min(_BATCH_ROWS, fitting)), range(first, metadata.num_row_groups), columns
+        )
+        self.held: pa.RecordBatch | None = None
+
+    def take(self, start: int, stop: int) -> pa.Table:
+        """Return rows `start` to `stop` of the file, or fewer if it ends before; earlier ones are skipped."""
+        found: list[pa.RecordBatch] = []
+        while self.place < stop or not found:
+            self.held = self.held if self.held is not None and self.held.num_rows else next(self.batches, None)
+            if self.held is None:
+                break
+            skipped = min(max(0, start - self.place), self.held.num_rows)
+            taken = self.held.slice(skipped, max(0, stop - self.place - skipped))
+            if skipped < self.held.num_rows:
+                found.append(taken)
+            self.held = self.held.slice(skipped + taken.num_rows)
+            self.place += skipped + taken.num_rows
+        if not found:
+            raise pa.ArrowInvalid(f"it ends before row {start}")
+        return pa.Table.from_batches(found)
+
+
+# The streams that this process may go on with, by file and columns. Each is used by one thread at a time, because
+# a thread takes it out.
+_STREAMS: dict[tuple[str, ...], _Stream] = {}
+_STREAMS_LOCK = Lock()
+
+
+def _streamed(
+    store: Store,
+    key: str,
+    metadata: pq.FileMetaData,
+    groups: Sequence[int],
+    skipped: int,
+    start: int,
+    stop: int,
+    columns: list[str] | None,
+) -> pa.Table:
+    """Return rows `start` to `stop`, which begin in the first of `groups`, before which `skipped` rows lie."""
+    name = (store.url, key, store.entry(key).version, *(columns or ()))
+    with _STREAMS_LOCK:
+        stream = _STREAMS.pop(name, None)
+    if stream is not None and not skipped <= stream.place <= start:
+        stream.file.close()
+        stream = None
+    if stream is None:
+        stream = _Stream(store.open(key), metadata, groups[0], skipped, columns)
+    try:
+        table = stream.take(start, stop)
+    except BaseException:
+        stream.file.close()
+        raise
+    if stream.place == stream.rows:
+        stream.file.close()
+        return table
+    with _STREAMS_LOCK:
+        left = [_STREAMS.pop(name, None)]
+        _STREAMS[name] = stream
+        left += [_STREAMS.pop(each) for each in list(_STREAMS)[:-_STREAMS_KEPT]]
+    for each in left:
+        if each is not None:
+            each.file.close()
+    return table
+
+
+def _columns(where: str, schema: pa.Schema, config: DataConfig) -> list[str] | None:
+    """Return the columns that are read, None for all."""
+    if config.extra_columns == "keep":
+        return None
+    wanted = ("id", config.image_column, _label_column(where, schema, config))
+    return [name for name in schema.names if name in wanted]
+
+
 def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
     _require_column(where, schema, "data.image_column", config.image_column)
-    _check_image_type(where, config.image_column, schema.field(config.image_column).type)
+    refuse_unknown(where, schema, _columns(where, schema, config))
+    image = schema.field(config.image_column)
+    if (tensors := tensors_of(where, image)) is None:
+        _check_image_type(where, config.image_column, image.type)
+    else:
+        check_images(where, image, tensors)
     label = _label_column(where, schema, config)
     if label is not None and not _may_be_labels(schema.field(label).type):
         raise InputError(
@@ -314,7 +407,7 @@ def _may_be_labels(kind: pa.DataType) -> bool:
 
 def _read_column(where: str, metadata: pq.FileMetaData, file: BinaryIO, name: str) -> pa.ChunkedArray:
     try:
-        return pq.ParquetFile(file, metadata=metadata).read(columns=[name])[name]
+        return _reader(file, metadata).read(columns=[name])[name]
     except _DAMAGE as error:
         raise _damaged(where, error) from error
 
@@ -386,17 +479,22 @@ def _refuse_paths(where: str, metadata: pq.FileMetaData, file: BinaryIO, config:
         empty, absent = (metadata.row_group(group).column(place).statistics for place in places)
         known = empty and absent and empty.has_null_count and absent.has_null_count
         if known and empty.null_count > absent.null_count:
-            reader = pq.ParquetFile(file, metadata=metadata)
-            _encoded(where, reader.read_row_group(group, [config.image_column]), first, config)
+            table = _reader(file, metadata).read_row_group(group, [config.image_column])
+            _encoded(where, table, first, config)
         first += metadata.row_group(group).num_rows
 
 
-def _encoded(where: str, table: pa.Table, start: int, config: DataConfig) -> tuple[pa.Array, pa.Array | None]:
+def _encoded(
+    where: str, table: pa.Table, start: int, config: DataConfig
+) -> tuple[Sequence[bytes], pa.Array | None]:
     """Return the encoded images of the rows from `start` on, b"" for none, and their paths if there are any.
 
     Raises InputError for a row that holds a path instead of an image.
     """
     images = table[config.image_column].combine_chunks()
+    field = table.schema.field(config.image_column)
+    if (tensors := tensors_of(where, field)) is not None:
+        return images_of(where, field, images, tensors, start), None
     encoded, paths = images, None
     if pa.types.is_struct(images.type):
         # Unlike `field`, `flatten` passes the nulls of the struct on to its children.
@@ -492,10 +590,18 @@ def _check_labels(
 def _ids(where: str, table: pa.Table, key: str, start: int) -> Sequence[str]:
     if CANONICAL[0] not in table.column_names:
         return [f"{key}#{row}" for row in range(start, start + table.num_rows)]
-    ids = table[CANONICAL[0]].cast(pa.string()).combine_chunks()
+    ids = _text_ids(table[CANONICAL[0]]).combine_chunks()
     if ids.null_count:
         raise InputError(f"{where}: column 'id' has empty cells; give every row an id or drop the column")
     return cast(Sequence[str], ids)
+
+
+def _text_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # 16 bytes are a UUID, whether or not the file says so.
+    if column.type == pa.binary(16):
+        texts = [None if each is None else str(UUID(bytes=each)) for each in column.to_pylist()]
+        return pa.chunked_array([pa.array(texts, pa.string())])
+    return _plain_text(column)
 
 
 def _classes(schema: pa.Schema, config: DataConfig) -> list[str] | None:

@@ -18,6 +18,9 @@ from eclipse_ray.storage.store import Store
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 CANONICAL = ("id", "image", "label")
 METADATA_KEY = b"eclipse_ray"
+# The key that makes a column an Arrow extension type, and what takes its place while a table is in this package
+# (as long, with the same first and last byte, so that it can be exchanged in base64 too).
+EXTENSION, MUTED = b"ARROW:extension:name", b"ARROW_extension_name"
 # Images per row group. A reader must fetch a whole row group for one image, so it is small.
 ROW_GROUP_IMAGES = 512
 
@@ -67,7 +70,11 @@ def canonical_table(
         if name in CANONICAL:
             raise InputError(f"column {name!r} came along but its name is taken; rename it in the source")
         columns[name] = extras.column(name)  # type: ignore[union-attr]
-    return with_classes(pa.table(columns), classes)
+    table = pa.table(columns)
+    for field in () if extras is None else extras.schema:
+        if extension_of(field):
+            table = table.set_column(table.column_names.index(field.name), field, table[field.name])
+    return with_classes(table, classes)
 
 
 def with_classes(table: pa.Table, classes: Sequence[str] | None) -> pa.Table:
@@ -83,11 +90,26 @@ def with_classes(table: pa.Table, classes: Sequence[str] | None) -> pa.Table:
     return table.replace_schema_metadata(metadata)
 
 
+def extension_of(field: pa.Field) -> str:
+    """Return the name of the extension type that a column has in its file, "" if it has none."""
+    return (field.metadata or {}).get(MUTED, b"").decode("utf-8", "replace")
+
+
+def _with_extensions(table: pa.Table) -> pa.Table:
+    """Return a table to be written, whose columns are again of the extension types that they were read from."""
+    schema = table.schema
+    for place, field in enumerate(schema):
+        if name := extension_of(field):
+            known = {key: value for key, value in field.metadata.items() if key != MUTED}
+            schema = schema.set(place, field.with_metadata({**known, EXTENSION: name.encode()}))
+    return pa.table(table.columns, schema=schema)
+
+
 def table_to_parquet(table: pa.Table) -> bytes:
     """Return `table` as one Parquet file with page checksums; equal tables give equal bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table.combine_chunks(),
+        _with_extensions(table.combine_chunks()),
         sink,
         row_group_size=ROW_GROUP_IMAGES,
         compression="zstd",

@@ -52,6 +52,7 @@ from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
+_DEFAULT_IMAGE_COLUMN = DataConfig.model_fields["image_column"].default
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
 # Tars whose headers are read at the same time.
 _LISTING_THREADS = 16
@@ -136,7 +137,7 @@ def read_rows(
     """
     where = f"{store.url}/{key}"
     entry = store.entry(key)
-    index = _index(store.url, key, entry.size, entry.version)
+    index = _index(store.url, key, entry.size, entry.version, config.image_column)
     if stop > len(index.keys):
         raise InputError(f"{where}: has no {stop} samples; it changed since it was listed, start again from there")
     begin, end = index.begins[start], index.begins[stop]
@@ -146,7 +147,7 @@ def read_rows(
     def cut(first: int, last: int) -> bytes:
         return data[first - begin : last - begin]
 
-    samples = list(group_members(where, members(where, cut, begin, end)))
+    samples = list(group_members(where, members(where, cut, begin, end), config.image_column))
     if [name for name, _ in samples] != index.keys[start:stop] or len(data) != end - begin:
         raise InputError(
             f"{where}: rows {start} to {stop} are not the ones its index or listing names; "
@@ -162,7 +163,8 @@ def read_labels(
     where, size = f"{store.url}/{key}", store.entry(key).size
     with _reader(store, key) as read:
         indexed = _indexed(store, key, size, read)
-        samples = group_members(where, all_members(where, read, size) if indexed is None else indexed)
+        found = all_members(where, read, size) if indexed is None else iter(indexed)
+        samples = group_members(where, found, config.image_column)
         labels = [_label(where, sample, read, config, classes) for _, sample in samples]
     if all(label is None for label in labels):
         return None
@@ -206,19 +208,19 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
     with _reader(store, entry.key) as read:
         indexed = _indexed(store, entry.key, entry.size, read)
         found = all_members(where, read, entry.size) if indexed is None else iter(indexed)
-        for key, sample in group_members(where, found):
+        for key, sample in group_members(where, found, config.image_column):
             keys.append(key)
-            if not any(map(is_image, sample)):
+            if _image_of(sample, config) is None:
                 continue
             image = key
+            _refuse_two_classes(where, sample, config)
             known = _has_label(where, sample, read, config, classes, indexed is not None, names)
             unknown = unknown or known is None
             labelled = key if known else labelled
             unlabelled = key if known is False else unlabelled
     if keys and image is None:
-        raise InputError(
-            f"{where}: none of its {len(keys)} samples has an image ({', '.join(SUFFIXES)}); leave this tar out"
-        )
+        kinds = config.image_column if is_image(config.image_column) else ", ".join(SUFFIXES)
+        raise InputError(f"{where}: none of its {len(keys)} samples has an image ({kinds}); leave this tar out")
     return _Look(keys, labelled, unlabelled, unknown, names)
 
 
@@ -264,7 +266,7 @@ def _refuse_repeated_keys(store: Store, entries: Sequence[Entry], looks: Sequenc
 
 
 @lru_cache(maxsize=8)
-def _index(url: str, key: str, size: int, version: str) -> _Index:
+def _index(url: str, key: str, size: int, version: str, image_column: str) -> _Index:
     # Size and version are part of the cache key, so that a changed tar is scanned again.
     store, where = Store(url), f"{url}/{key}"
     keys: list[str] = []
@@ -273,7 +275,8 @@ def _index(url: str, key: str, size: int, version: str) -> _Index:
     end = 0
     with _reader(store, key) as read:
         indexed = _indexed(store, key, size, read)
-        for name, sample in group_members(where, all_members(where, read, size) if indexed is None else indexed):
+        found = all_members(where, read, size) if indexed is None else iter(indexed)
+        for name, sample in group_members(where, found, image_column):
             keys.append(name)
             begins.append(min(member.begin for member in sample.values()))
             extensions |= dict.fromkeys(sample)
@@ -339,16 +342,17 @@ def _table(
         names = [unescape_key(name) for name in names]
     if config.tar_ids == "path":
         names = [f"{key}/{name}" for name in names]
-    images = [next((each[name] for name in each if is_image(name)), None) for _, each in samples]
+    images = [_image_of(each, config) for _, each in samples]
     labels = [_label(where, each, read, config, classes) for _, each in samples]
     taken = {_class_member(each, config) for _, each in samples}
+    taken |= {name for name in extensions if _may_be_image(name, config.image_column)}
     extras = {
         name: pa.array(
             [_content(where, each.get(name), read) for _, each in samples],
             pa.string() if is_text(name) else pa.binary(),
         )
         for name in extensions
-        if not is_image(name) and name not in taken
+        if name not in taken
     }
     return canonical_table(
         names,
@@ -415,7 +419,8 @@ def _stored_label(where: str, sample: Sample, read: Read, config: DataConfig) ->
 def _class_member(sample: Sample, config: DataConfig) -> str | None:
     """Return the extension of the member that holds the class: the one that data.label_column names, else .cls.
 
-    The last part of a compound extension counts (label.cls), as for images. None: there is none, or several.
+    The last part of a compound extension counts (label.cls), as for images. None: there is none, or several, which
+    planning refuses unless data.labels says what the labels are.
     """
     if config.label_column != _DEFAULT_LABEL_COLUMN:
         return config.label_column if config.label_column in sample else None
@@ -506,8 +511,13 @@ def _check_columns(store: Store, table: pa.Table) -> None:
             )
 
 
-def group_members(where: str, found: Iterable[Member]) -> Iterator[tuple[str, Sample]]:
-    """Yield (key, members by extension) per sample. Raises InputError if members of a sample are apart."""
+def group_members(
+    where: str, found: Iterable[Member], image_column: str = _DEFAULT_IMAGE_COLUMN
+) -> Iterator[tuple[str, Sample]]:
+    """Yield (key, members by extension) per sample. Raises InputError if members of a sample are apart.
+
+    A sample has one image; if it has several, `image_column` must be the extension of one.
+    """
     last: dict[str, str] = {}
     current: str | None = None
     sample: Sample = {}
@@ -525,7 +535,7 @@ def group_members(where: str, found: Iterable[Member]) -> Iterator[tuple[str, Sa
                     "write the members of a sample one after another"
                 )
             current, sample = key, {}
-        _refuse_second(where, sample, extension, member)
+        _refuse_second(where, sample, extension, member, image_column)
         sample[extension] = member
         last[key] = member.name
     if current is not None:
@@ -550,14 +560,38 @@ def _split_name(where: str, name: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension
 
 
-def _refuse_second(where: str, sample: Sample, extension: str, member: Member) -> None:
-    same = sample.get(extension)
-    if same is None and is_image(extension):
-        same = next((other for name, other in sample.items() if is_image(name)), None)
+def _refuse_second(where: str, sample: Sample, extension: str, member: Member, image_column: str) -> None:
+    same, hint = sample.get(extension), ""
+    if same is None and _may_be_image(extension, image_column):
+        same = next((other for name, other in sample.items() if _may_be_image(name, image_column)), None)
+        hint = f", or say which is the image, for example --set data.image_column={extension}"
     if same is not None:
         raise InputError(
             f"{where}: {same.name} and {member.name} belong to one sample, as a key ends at the first dot; "
-            "rename one of them or leave it out"
+            f"rename one of them or leave it out{hint}"
+        )
+
+
+def _may_be_image(extension: str, image_column: str) -> bool:
+    # Other names are those of a column of another set of the same command.
+    return extension == image_column if is_image(image_column) else is_image(extension)
+
+
+def _image_of(sample: Sample, config: DataConfig) -> Member | None:
+    return next((sample[name] for name in sample if _may_be_image(name, config.image_column)), None)
+
+
+def _refuse_two_classes(where: str, sample: Sample, config: DataConfig) -> None:
+    found = [member.name for name, member in sample.items() if name.rpartition(".")[2] == "cls"]
+    if (
+        len(found) > 1
+        and "cls" not in sample
+        and config.label_column == _DEFAULT_LABEL_COLUMN
+        and not config.labels
+    ):
+        raise InputError(
+            f"{where}: {found[0]} and {found[1]} may both be the class of one sample; say which, for example "
+            f"--set data.label_column={found[0].rpartition('/')[2].partition('.')[2]}, or data.labels=none"
         )
 
 

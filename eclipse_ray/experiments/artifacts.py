@@ -19,6 +19,7 @@ from eclipse_ray.cluster.connect import local_denoiser, open_denoiser
 from eclipse_ray.config import Config, DataConfig, Settings, with_overrides
 from eclipse_ray.datasets.formats import UNFINISHED, Source, open_source, read_tables
 from eclipse_ray.datasets.images import jpeg_roundtrip
+from eclipse_ray.datasets.matching import partners
 from eclipse_ray.datasets.memory import ImageSet, load_images
 from eclipse_ray.datasets.table import CANONICAL, NOTE
 from eclipse_ray.datasets.write import write_dataset
@@ -197,22 +198,31 @@ def load_column(url: str, ids: list[str], max_pixels: int) -> Pixels:
     return found.images[[place[name] for name in ids]]
 
 
-def load_published(url: str, source: ImageSet, config: Config) -> ImageSet:
-    """Return the images of `source` as someone else has poisoned them, in the same order; others are left out.
+def load_published(
+    url: str, source: ImageSet, config: Config, names: Sequence[str] | None = None
+) -> tuple[ImageSet, Sequence[str]]:
+    """Return the images of `source` as someone else has poisoned them, in the same order, and their ids at `url`.
 
-    Raises InputError for an image that is missing at `url`, or that has another label or size there.
+    Other images are left out. If `names`, these ids, are None, they are those of `source`; without labels at
+    `url`, or if no id agrees, they are found by the content of the images. Raises InputError for an image that is
+    missing at `url`, or that has another label or size there, and for a doubtful match.
     """
-    found, clean = load_images(url, config.data), config.data.source
+    found, clean = load_images(url, config.data), str(config.data.source)
     place = {name: index for index, name in enumerate(found.ids)}
-    missing = [name for name in source.ids if name not in place]
+    labelled = found.labels is not None and bool((found.labels >= 0).any())
+    if names is None:
+        names = source.ids
+        if not labelled or place.keys().isdisjoint(names):
+            made_of = partners(url, clean, config.data)
+            names = [made_of.get(name, "") for name in source.ids]
+    missing = [name for name, there in zip(source.ids, names, strict=True) if there not in place]
     if missing:
         raise InputError(
-            f"{url}: {len(missing):,} of the {len(source.ids):,} ids of {clean} are missing, such as "
-            f"{missing[0]}; a published poison needs the ids of the images that it replaces"
+            f"{url}: {len(missing):,} of the {len(source.ids):,} images of {clean} are missing, such as "
+            f"{missing[0]}; a published poison has one image, by id or by content, for each that it replaces"
         )
-    images = found.take([place[name] for name in source.ids])
-    other = np.flatnonzero(images.labels != source.labels)
-    if len(other):
+    images = found.take([place[name] for name in names])
+    if labelled and len(other := np.flatnonzero(images.labels != source.labels)):
         raise InputError(
             f"{url}: {len(other):,} images have another label than in {clean}, such as {source.ids[other[0]]}; "
             "give both the same labels"
@@ -221,7 +231,7 @@ def load_published(url: str, source: ImageSet, config: Config) -> ImageSet:
         raise InputError(
             f"{url} has {images.images.shape[1:3]} images, {clean} has {source.images.shape[1:3]}; set data.resize"
         )
-    return images
+    return replace(images, ids=source.ids, labels=source.labels, classes=source.classes), names
 
 
 def make_defended(key: str, row: Row, cache: Cache, images: Pixels, original: ImageSet, num_classes: int) -> None:

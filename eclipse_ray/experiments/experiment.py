@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from eclipse_ray import ledger
 from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
 from eclipse_ray.config import CompensationConfig, Config, digest, with_overrides
-from eclipse_ray.datasets.formats import open_source
+from eclipse_ray.datasets.formats import open_source, read_labels
 from eclipse_ray.datasets.images import content_hash
 from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images, load_sample, require_classes
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, read_card, weights_digest
@@ -44,7 +45,8 @@ class Sets:
     """The images of an experiment, disjoint by content: those of data.source, those that test, the clean set.
 
     `parts` are the clean images that train a denoiser, by the setting that chooses them (see Facts.sparse).
-    `total` is the number of images of data.source, of which a sweep reads a sample.
+    `total` is the number of images of data.source, of which a sweep reads a sample. `published` are the ids of the
+    images of `source` in each poison that others published, by location.
     """
 
     source: ImageSet
@@ -52,6 +54,7 @@ class Sets:
     sparse: ImageSet | None
     parts: dict[float | None, ImageSet]
     total: int
+    published: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -196,7 +199,12 @@ def open_matrix(config: Config) -> Experiment:
     # Once without images, so that a wrong entry is found before minutes of reading.
     unread: dict[float | None, str] = dict.fromkeys(sparse_counts(config), "") if data.clean else {}
     build_grid(config, Facts("", "", unread, published=dict.fromkeys(published_sources(config), "")))
-    check_labels(config, str(data.source), str(data.test), *published_sources(config))
+    check_labels(config, str(data.source), str(data.test))
+    for url in published_sources(config):
+        opened = open_source(url, data)
+        own = read_labels(opened, data)
+        if own is not None and (own >= 0).any():
+            require_classes(url, opened, data)
     source = load_images(str(data.source), data, limit=matrix.limit)
     test = load_images(str(data.test), data, limit=matrix.test_limit)
     sparse = load_images(data.clean, data) if data.clean else None
@@ -215,7 +223,8 @@ def open_matrix(config: Config) -> Experiment:
     total = len(source.ids) if matrix.limit is None else open_source(str(data.source), data).images
     sets = Sets(source, test, sparse, parts, total)
     _refuse_shared(config, sets, config.purify.denoiser)
-    facts = replace(_facts(config, sets), published=_published(config, sets))
+    identities, names = _published(config, sets)
+    sets, facts = replace(sets, published=names), replace(_facts(config, sets), published=identities)
     grid = build_grid(config, facts)
     if any(row.defense.dilution for row in grid.rows) and (sparse is None or sparse.labels is None):
         raise InputError(
@@ -224,15 +233,18 @@ def open_matrix(config: Config) -> Experiment:
     return Experiment(config, sets, facts, grid, data.output)
 
 
-def _published(config: Config, sets: Sets) -> dict[str, str]:
-    """Return the identity of every poison that others published, by location, checked as a training set is."""
-    found = {}
+def _published(config: Config, sets: Sets) -> tuple[dict[str, str], dict[str, Sequence[str]]]:
+    """Return the identity of every poison that others published and its ids in the order of the training images.
+
+    Both are by location; the images are checked as a training set is.
+    """
+    found, names = {}, {}
     for url in published_sources(config):
-        images = load_published(url, sets.source, config)
+        images, names[url] = load_published(url, sets.source, config)
         own = with_overrides(config, {"data.source": url})
         _refuse_shared(own, replace(sets, source=images), config.purify.denoiser)
         found[url] = _identity(images)
-    return found
+    return found, names
 
 
 def _check_classes(config: Config, source: ImageSet) -> None:

@@ -321,7 +321,8 @@ class _Runner:
         if column.config is not None:
             return experiment.cache.url("poisons", column.key)
         url = column.entry.source or str(self.config.data.source)
-        part = artifacts.part_of(self.config, experiment.cache, url, experiment.sets.source.ids, column.key)
+        names = experiment.sets.published.get(url, experiment.sets.source.ids)
+        part = artifacts.part_of(self.config, experiment.cache, url, names, column.key)
         return str(part["data.source"])
 
     def _columns(self, recipes: list[Recipe]) -> dict[str, Any]:
@@ -343,7 +344,10 @@ class _Runner:
         sets, facts = experiment.sets, experiment.facts
         try:
             if config is None:
-                return ray.put(artifacts.load_published(column.entry.source, sets.source, self.config).images)
+                url = column.entry.source
+                return ray.put(
+                    artifacts.load_published(url, sets.source, self.config, sets.published[url])[0].images
+                )
             denoiser = None
             if attacks_denoiser(config):
                 denoiser = self.denoiser(config, denoiser_key(config, facts, config.matrix.sparse_limit))

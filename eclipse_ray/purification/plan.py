@@ -10,7 +10,14 @@ import numpy as np
 from eclipse_ray import ledger
 from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
 from eclipse_ray.config import Config, to_yaml
-from eclipse_ray.datasets.formats import PASSED_OVER, Source, open_source, read_parts, read_tables
+from eclipse_ray.datasets.formats import (
+    PASSED_OVER,
+    Source,
+    open_source,
+    read_parts,
+    read_tables,
+    refuse_repeated_ids,
+)
 from eclipse_ray.datasets.images import (
     ImageError,
     centre_crop,
@@ -19,7 +26,6 @@ from eclipse_ray.datasets.images import (
     encode_image,
     resize_image,
 )
-from eclipse_ray.datasets.parquet import refuse_repeated_ids
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
 from eclipse_ray.diffusion.network import Denoiser, default_device
@@ -106,8 +112,7 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
     denoiser, card = load_denoiser(folder), read_card(folder)
     config = _resolved(config, denoiser)
     opened = open_source(source, config.data)
-    if opened.format == "parquet":
-        refuse_repeated_ids(Store(opened.url), [part.key for part in opened.parts])
+    refuse_repeated_ids(opened)
     samples = read_samples(opened, config, SAMPLES)
     _check_sizes(source, samples)
     store = Store(output, config.purify.single_writer)

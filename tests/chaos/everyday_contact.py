@@ -46,7 +46,8 @@ class Plan(NamedTuple):
     @property
     def quick(self) -> bool:
         """Whether the sentence may come before anybody is told what is waited for."""
-        return "refuses" in self.done or "without" in self.done
+        # The AWS library itself gives the server of an EC2 machine two seconds.
+        return any(word in self.done for word in ("refuses", "without", "(EC2)"))
 
 
 @contextmanager

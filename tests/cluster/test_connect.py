@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 import ray
@@ -16,7 +16,7 @@ from eclipse_ray import contact
 from eclipse_ray.cluster import connect as room
 from eclipse_ray.cluster.connect import NICENESS, _counted, connect
 from eclipse_ray.config import load_config
-from eclipse_ray.errors import ConfigError, InterruptedRunError
+from eclipse_ray.errors import ConfigError, EclipseError, InterruptedRunError
 from eclipse_ray.purification.run import pool
 
 EMPTY: dict[str, float] = {"node:__internal_head__": 1.0}
@@ -95,6 +95,7 @@ SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
         (b"", "timed out", 0),
         (b"HTTP/1.1 400 Bad Request", "a web server answers; Ray's port is mostly 6379", 0),
         (SETTINGS, "nothing answered within 0 s", 1),
+        (SETTINGS, "a server answers, but does not let this command in; does it need RAY_AUTH_TOKEN?", 1),
     ],
 )
 @pytest.mark.parametrize("variable", [False, True])
@@ -102,7 +103,14 @@ def test_a_cluster_that_stays_silent_is_given_up_with_its_name_and_its_source(
     monkeypatch, answer, reason, asked, variable
 ):
     left, tried = threading.Event(), []
-    monkeypatch.setattr(ray, "init", lambda **options: tried.append(options["address"]) or left.wait(30))
+
+    def init(**options):
+        tried.append(options["address"])
+        if "RAY_AUTH_TOKEN" in reason:
+            raise ConnectionError(f"Failed to connect to Ray cluster at {options['address']}. Check the token.")
+        left.wait(30)
+
+    monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(contact, "CONTACT_SECONDS", 0.4)
     monkeypatch.setattr(room, "ANSWER_SECONDS", 0.2)
@@ -116,6 +124,41 @@ def test_a_cluster_that_stays_silent_is_given_up_with_its_name_and_its_source(
     assert f"to run on this machine instead, {here}; or" in str(caught.value)
     assert tried == asked * [address]
     left.set()
+
+
+def test_the_last_cluster_of_this_machine_is_knocked_at_before_ray_waits_for_it(monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda **_options: pytest.fail("Ray would wait for minutes"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(room, "canonicalize_bootstrap_address", lambda _: "127.0.0.1:9")
+    with pytest.raises(InterruptedRunError, match=r"run\.address=auto: no Ray cluster answers there .*refused"):
+        connect(load_config(None, {"run.address": "auto"}))
+
+
+@pytest.mark.parametrize(
+    ("message", "failures", "tries"),
+    [
+        ("The current node timed out during startup. This", 2, 3),
+        ("timed out during startup", 9, 3),
+        ("full", 9, 1),
+    ],
+)
+def test_a_cluster_that_starts_too_slowly_is_started_again(monkeypatch, capsys, message, failures, tries):
+    tried = []
+
+    def init(**_options):
+        tried.append(1)
+        if len(tried) <= failures:
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with nullcontext() if failures < tries else pytest.raises(EclipseError, match="could not be started here"):
+        connect(load_config(None, {}))
+    assert len(tried) == tries
+    assert capsys.readouterr().err.count("trying again") == tries - 1
 
 
 def test_workers_of_our_own_cluster_have_the_priority_of_the_command(monkeypatch):

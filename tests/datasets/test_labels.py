@@ -1,7 +1,9 @@
 """Labels that are not what they seem: each reading is right, or a question that `data.labels` answers."""
 
+import io
 import json
 import pickle
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -327,6 +329,48 @@ def test_many_classes_fit_one_line_and_empty_ones_are_named(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "30 classes in 29 images: c0 1, c1 1" in said
     assert "and 10 more, each 0 to 1; 1 without images, such as c29" in said
+
+
+def numbered(tmp_path, form, labels):
+    """Write one image per label, without names of classes, and return the location."""
+    if form == "parquet":
+        (tmp_path / "a.parquet").write_bytes(rows(*(f"i{place}" for place in range(len(labels))), labels=labels))
+    elif form == "npz":
+        np.savez(tmp_path / "a.npz", images=np.stack([PIXELS[0]] * len(labels)), labels=labels)
+    elif form == "tar":
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for place, label in enumerate(labels):
+                for suffix, data in (("png", encode_image(PIXELS[0], "png")), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{place:03d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    else:
+        torch.save({"data": torch.zeros(len(labels), 3, 8, 8) + 0.5, "labels": list(labels)}, tmp_path / "a.pt")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["parquet", "npz", "tar", "pt"])
+def test_numbers_that_do_not_begin_at_0_are_kept_and_the_class_without_images_is_named(tmp_path, form, capsys):
+    url = numbered(tmp_path, form, [*range(1, 11), 10])
+    assert require_classes(url, open_source(url, CONFIG), CONFIG).tolist() == [*range(1, 11), 10]
+    said = capsys.readouterr().err
+    assert "10 classes in 11 images: label 1 1, label 2 1," in said
+    assert "label 10 2; no image has label 0: labels are kept as they are, so a classifier gets 11 classes" in said
+
+
+def test_numbers_with_gaps_are_named_and_a_set_without_any_is_said_in_short(tmp_path, capsys):
+    (tmp_path / "gaps").mkdir()
+    gaps = numbered(tmp_path / "gaps", "npz", [0, 3, 11])
+    assert require_classes(gaps, open_source(gaps, CONFIG), CONFIG).tolist() == [0, 3, 11]
+    said = capsys.readouterr().err
+    assert (
+        "3 classes in 3 images: label 0 1, label 3 1, label 11 1; no image has label 1, label 2, label 4," in said
+    )
+    assert "label 6 ...: labels are kept as they are, so a classifier gets 12 classes" in said
+    (tmp_path / "whole").mkdir()
+    whole = numbered(tmp_path / "whole", "npz", [1, 0, 2])
+    require_classes(whole, open_source(whole, CONFIG), CONFIG)
+    assert capsys.readouterr().err.endswith("3 classes in 3 images: label 0 1, label 1 1, label 2 1\n")
 
 
 # ---- Files that are passed over

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
+from eclipse_ray.datasets.formats import open_source, read_parts, read_tables, refuse_repeated_ids
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.errors import InputError
@@ -172,3 +172,17 @@ def test_a_label_file_is_named_by_the_label_column_or_asked_for(tmp_path):
     assert "no file other.npy lies beside it" in refused(str(tmp_path), DataConfig(label_column="other"))
     np.save(tmp_path / "ids.npy", np.array([4, 5, 6]))
     assert "labels of 2 images are expected" in refused(str(tmp_path), DataConfig(label_column="ids"))
+
+
+def test_ids_that_occur_twice_are_found_when_planning_within_a_file_and_across_files(tmp_path):
+    names = np.array([f"i{row}" for row in range(11)])
+    url = put(tmp_path, "a.npz", images=IMAGES, id=names)
+    put(tmp_path, "b.npz", images=IMAGES[:2], id=np.array(["x", "y"]))
+    refuse_repeated_ids(open_source(url, CONFIG))
+    put(tmp_path, "b.npz", images=IMAGES[:2], id=np.array(["x", "i7"]))
+    with pytest.raises(InputError, match=r"id 'i7' occurs twice, in a.npz and b.npz; .*drop the array id"):
+        refuse_repeated_ids(open_source(url, CONFIG))
+    names[4] = "i2"
+    put(tmp_path, "a.npz", images=IMAGES, id=names)
+    with pytest.raises(InputError, match=r"id 'i2' occurs twice, in a.npz and a.npz"):
+        refuse_repeated_ids(open_source(f"{url}/a.npz", CONFIG))

@@ -1,5 +1,8 @@
 import io
+import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -7,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.data import extensions
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import parquet
-from eclipse_ray.datasets.formats import open_source, read_labels, read_parts
+from eclipse_ray.datasets.formats import open_source, read_labels, read_parts, refuse_repeated_ids
 from eclipse_ray.datasets.images import decode_image, encode_image
-from eclipse_ray.datasets.parquet import refuse_repeated_ids
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
@@ -136,7 +139,7 @@ class Canary(pa.ExtensionType):
 
 
 @pytest.mark.parametrize("padding", range(6))
-def test_extension_types_are_refused_before_they_are_built(tmp_path, padding):
+def test_unknown_extension_types_are_never_built_and_named_or_left_out(tmp_path, padding):
     extension = Canary()
     column = pa.ExtensionArray.from_storage(extension, pa.array([b"x"], pa.binary()))
     # Each padding shifts the mark to another offset in its base64 form.
@@ -144,13 +147,178 @@ def test_extension_types_are_refused_before_they_are_built(tmp_path, padding):
     pa.register_extension_type(extension)
     before = Canary.built
     try:
-        with pytest.raises(InputError, match="extension type"):
+        message = (
+            f"column '{'p' * (padding + 1)}' is of the Arrow extension type eclipse.canary, which may run code"
+        )
+        with pytest.raises(InputError, match=message):
             open_source(url, CONFIG)
-        with pytest.raises(InputError, match="extension type"):
+        with pytest.raises(InputError, match=message):
             read_parts(url, "parquet", None, [("x.parquet", 0, 1)], CONFIG)
+        kept = read_all(url, DataConfig(extra_columns="drop"))
+        assert kept.column_names == ["id", "image"]
+        assert image_bytes(kept) == [PNG]
     finally:
         pa.unregister_extension_type("eclipse.canary")
     assert Canary.built == before
+
+
+NOISE = np.random.default_rng(5).integers(0, 256, (3, 5, 4, 3), np.uint8)
+
+
+def as_extension(storage, name, metadata):
+    """Return a column as a process stores it that knows the type."""
+    said = {"ARROW:extension:name": name, "ARROW:extension:metadata": json.dumps(metadata)}
+    return pa.table([storage], schema=pa.schema([pa.field("image", storage.type, metadata=said)]))
+
+
+def ray_tensors(images):
+    return pa.table({"image": extensions.ArrowTensorArray.from_numpy(images)})
+
+
+def ray_first_version(images):
+    values = pa.array([image.ravel().tolist() for image in images], pa.list_(pa.uint8()))
+    return as_extension(values, "ray.data.arrow_tensor", images.shape[1:])
+
+
+def ray_of_several_shapes(images):
+    ragged = np.empty(len(images), object)
+    ragged[:] = list(images)
+    column = extensions.ArrowVariableShapedTensorArray.from_numpy(ragged)
+    return pa.table({"image": column})
+
+
+def arrow_tensors(images):
+    return pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images))})
+
+
+def arrow_tensors_that_lie_as_columns(images):
+    table = pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(columns_first(images))})
+    assert table["image"].type.permutation == [1, 0, 2]
+    return table
+
+
+def columns_first(images):
+    return np.ascontiguousarray(images.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+
+
+def hugging_face_arrays(images):
+    return as_extension(
+        pa.array(images.tolist(), pa.list_(pa.list_(pa.list_(pa.uint8())))),
+        "datasets.features.features.Array3DExtensionType",
+        [images.shape[1:], "uint8"],
+    )
+
+
+def hugging_face_arrays_of_any_height(images):
+    rows = pa.array([image.tolist() for image in images], pa.list_(pa.list_(pa.list_(pa.uint8()))))
+    return as_extension(
+        rows, "datasets.features.features.Array3DExtensionType", [[None, *images[0].shape[1:]], "uint8"]
+    )
+
+
+def read_pixels(url, config=CONFIG):
+    return [decode_image(data, 10**6) for data in image_bytes(read_all(url, config))]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        ray_tensors,
+        ray_first_version,
+        ray_of_several_shapes,
+        arrow_tensors,
+        arrow_tensors_that_lie_as_columns,
+        hugging_face_arrays,
+        hugging_face_arrays_of_any_height,
+    ],
+)
+def test_tensors_are_images_pixel_for_pixel(tmp_path, write):
+    table = write(NOISE).append_column("label", [[2, 0, 1]])
+    url = put(tmp_path / "set", "x.parquet", table)
+    assert np.array_equal(read_pixels(url), NOISE)
+    source = open_source(url, CONFIG)
+    middle = read_parts(source.url, source.format, None, [("x.parquet", 1, 2)], CONFIG)
+    assert np.array_equal(decode_image(image_bytes(middle)[0], 10**6), NOISE[1])
+    assert middle["label"].to_pylist() == [0]
+
+
+def test_what_hugging_face_writes_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    features = datasets.Features({"image": datasets.Array3D((5, 4, 3), "uint8"), "label": datasets.Value("int64")})
+    rows = {"image": list(NOISE), "label": [1, 0, 1]}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "set" / "x.parquet"))
+    assert np.array_equal(read_pixels(str(tmp_path / "set")), NOISE)
+
+
+@pytest.mark.parametrize("write", [ray_of_several_shapes, hugging_face_arrays_of_any_height])
+def test_tensors_of_several_sizes(tmp_path, write):
+    images = [NOISE[0], NOISE[1, :3], NOISE[2, :4]]
+    found = read_pixels(put(tmp_path / "set", "x.parquet", write(images)))
+    assert [image.shape for image in found] == [(5, 4, 3), (3, 4, 3), (4, 4, 3)]
+    assert all(map(np.array_equal, found, images))
+
+
+def test_tensors_of_other_axes(tmp_path):
+    planes = put(tmp_path / "chw", "x.parquet", arrow_tensors(NOISE.transpose(0, 3, 1, 2)))
+    assert np.array_equal(read_pixels(planes), NOISE)
+    gray = put(tmp_path / "gray", "x.parquet", ray_tensors(NOISE[..., 0]))
+    assert np.array_equal(read_pixels(gray), np.repeat(NOISE[..., :1], 3, 3))
+
+
+def test_tensors_that_are_no_images_are_named(tmp_path):
+    def refused(name, table):
+        url = put(tmp_path / name, "x.parquet", table)
+        with pytest.raises(InputError, match="column 'image' holds") as caught:
+            read_all(url)
+        return str(caught.value)
+
+    assert "tensors of float (5, 4, 3), expected images of uint8" in refused(
+        "float", arrow_tensors(NOISE.astype(np.float32))
+    )
+    assert "tensors of uint8 (5, 4, 2)" in refused("axes", arrow_tensors(NOISE[..., :2]))
+    turned = NOISE.transpose(0, 3, 1, 2).copy().transpose(0, 2, 3, 1)
+    rows = pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(turned)})
+    with pytest.raises(InputError, match=r"axes in the order \[2, 0, 1\] are ambiguous; write them in order"):
+        read_all(put(tmp_path / "turned", "x.parquet", rows))
+    short = pa.array([[1] * 60, [1] * 59], pa.list_(pa.uint8()))
+    assert "uint8 (59,) in row 1" in refused("short", as_extension(short, "ray.data.arrow_tensor_v2", [5, 4, 3]))
+
+
+def test_a_missing_tensor_becomes_an_error_row(tmp_path):
+    column = pa.array([NOISE[0].ravel().tolist(), None], pa.list_(pa.uint8()))
+    url = put(tmp_path / "set", "x.parquet", as_extension(column, "ray.data.arrow_tensor", [5, 4, 3]))
+    first, second = image_bytes(read_all(url))
+    assert np.array_equal(decode_image(first, 10**6), NOISE[0])
+    assert second == b""
+
+
+def test_extra_columns_of_known_extension_types_survive_with_their_types(tmp_path):
+    extras = {
+        "meta": pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}', None])),
+        "key": pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"a" * 16, b"b" * 16], pa.binary(16))),
+        "flag": pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, 0], pa.int8())),
+        "map": extensions.ArrowTensorArray.from_numpy(NOISE[:2]),
+    }
+    url = put(tmp_path / "in", "x.parquet", pa.table({"image": [PNG, PNG], **extras}))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.parquet").write_bytes(table_to_parquet(read_all(url)))
+    for folder in ("in", "out"):
+        found = pq.read_table(tmp_path / folder / "x.parquet")
+        assert [found.schema.field(name).type for name in extras] == [column.type for column in extras.values()]
+        assert all(found[name].combine_chunks().equals(column) for name, column in extras.items()), folder
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_ids_that_are_uuids_become_text(tmp_path, said):
+    names = [UUID(int=7), UUID(int=8)]
+    column = pa.array([name.bytes for name in names], pa.binary(16))
+    column = pa.ExtensionArray.from_storage(pa.uuid(), column) if said else column
+    url = put(tmp_path, "x.parquet", pa.table({"id": column, "image": [PNG, PNG]}))
+    assert read_all(url)["id"].to_pylist() == [str(name) for name in names]
+    refuse_repeated_ids(open_source(url, CONFIG))
 
 
 def test_flipped_bits_are_noticed(tmp_path):
@@ -272,19 +440,18 @@ def test_ids_that_occur_twice_are_named_with_their_files(tmp_path):
         table = pa.table({"id": ids, "image": [{"bytes": PNG, "path": None}] * len(ids)})
         pq.write_table(table, tmp_path / name)
 
-    store = Store(str(tmp_path))
     write("x.parquet", ["a", "b", "c"])
     write("y.parquet", ["d", "e", None])
-    refuse_repeated_ids(store, ["x.parquet", "y.parquet"])
+    refuse_repeated_ids(open_source(str(tmp_path), CONFIG))
     write("y.parquet", ["d", "b"])
     with pytest.raises(InputError, match=r"id 'b' occurs twice, in x.parquet and y.parquet; .*drop the column id"):
-        refuse_repeated_ids(store, ["x.parquet", "y.parquet"])
+        refuse_repeated_ids(open_source(str(tmp_path), CONFIG))
     write("x.parquet", ["a", "a"])
     with pytest.raises(InputError, match=r"id 'a' occurs twice, in x.parquet and x.parquet"):
-        refuse_repeated_ids(store, ["x.parquet"])
+        refuse_repeated_ids(open_source(str(tmp_path / "x.parquet"), CONFIG))
 
 
-def test_a_row_group_that_every_shard_would_read_is_named_at_the_listing(tmp_path, monkeypatch, capsys):
+def test_a_wide_row_group_is_named_at_the_listing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parquet, "WIDE_GROUP", 20_000)
     table = pa.table({"image": [{"bytes": bytes([n]) * 5000, "path": None} for n in range(8)]})
     pq.write_table(table, tmp_path / "narrow.parquet", row_group_size=2, compression="none", use_dictionary=False)
@@ -292,4 +459,93 @@ def test_a_row_group_that_every_shard_would_read_is_named_at_the_listing(tmp_pat
     assert "row group" not in capsys.readouterr().err
     pq.write_table(table, tmp_path / "wide.parquet", compression="none", use_dictionary=False)
     open_source(str(tmp_path), DataConfig())
-    assert "wide.parquet: each shard reads a whole row group, and one has 8 images" in capsys.readouterr().err
+    found = capsys.readouterr().err
+    assert "wide.parquet: one row group has 8 images and 0 MiB, which each worker reads up to" in found
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """The number of bytes that were read through a Store since the list was emptied."""
+    counts: list[int] = []
+
+    class Counting(io.BufferedReader):
+        def read(self, size=-1):
+            data = super().read(size)
+            counts.append(len(data))
+            return data
+
+        def readinto(self, buffer):
+            count = super().readinto(buffer)
+            counts.append(count)
+            return count
+
+    monkeypatch.setattr(Store, "open", lambda store, key="": Counting(io.FileIO(store.path(key))))
+    return counts
+
+
+def write_groups(path, rows, group):
+    """Write `rows` images of noise of 20 kB in row groups of `group`, and return the file's size."""
+    noise = np.random.default_rng(1)
+    images = [{"bytes": noise.bytes(20_000), "path": None} for _ in range(rows)]
+    table = pa.table({"id": [f"i{row}" for row in range(rows)], "image": images, "label": [0] * rows})
+    pq.write_table(table, path, row_group_size=group, write_batch_size=50)
+    return path.stat().st_size
+
+
+def read_shards(url, rows, shard):
+    starts = range(0, rows, shard)
+    return [
+        read_parts(url, "parquet", None, [("a.parquet", start, min(rows, start + shard))], CONFIG)
+        for start in starts
+    ]
+
+
+# A short row group at the end of a shard is read for the next one too.
+@pytest.mark.parametrize(("group", "allowed"), [(100, 1.6), (700, 1.1), (3000, 1.1)])
+def test_shards_in_order_read_each_byte_of_a_file_once(tmp_path, bytes_read, group, allowed):
+    size = write_groups(tmp_path / "a.parquet", 1500, group)
+    tables = read_shards(str(tmp_path), 1500, 256)
+    assert pa.concat_tables(tables)["id"].to_pylist() == [f"i{row}" for row in range(1500)]
+    stored = pq.read_table(tmp_path / "a.parquet")["image"].to_pylist()
+    assert image_bytes(pa.concat_tables(tables)) == [image["bytes"] for image in stored]
+    assert size <= sum(bytes_read) < allowed * size
+
+
+def test_a_few_rows_of_a_long_row_group_are_read_without_the_others(tmp_path, bytes_read):
+    size = write_groups(tmp_path / "a.parquet", 1500, 1500)
+    (table,) = read_shards(str(tmp_path), 16, 16)
+    assert table["id"].to_pylist() == [f"i{row}" for row in range(16)]
+    assert sum(bytes_read) < 0.5 * size
+
+
+def test_two_workers_that_share_a_long_row_group_each_read_it_once(tmp_path, bytes_read, monkeypatch):
+    size = write_groups(tmp_path / "a.parquet", 1500, 1500)
+    for worker in (0, 1):
+        monkeypatch.setattr(parquet, "_STREAMS", {})
+        for start in range(100 * worker, 1500, 200):
+            table = read_parts(str(tmp_path), "parquet", None, [("a.parquet", start, start + 100)], CONFIG)
+            assert table["id"].to_pylist() == [f"i{row}" for row in range(start, start + 100)]
+    assert sum(bytes_read) < 2.2 * size
+
+
+def test_rows_of_a_long_row_group_in_any_order_and_by_threads(tmp_path):
+    write_groups(tmp_path / "a.parquet", 600, 450)
+    starts = np.random.default_rng(2).integers(0, 560, 30).tolist()
+
+    def read(start):
+        return read_parts(str(tmp_path), "parquet", None, [("a.parquet", start, start + 40)], CONFIG)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [table["id"].to_pylist() for table in pool.map(read, starts)]
+    assert found == [[f"i{row}" for row in range(start, start + 40)] for start in starts]
+
+
+def test_a_file_that_is_replaced_is_not_read_on(tmp_path):
+    write_groups(tmp_path / "a.parquet", 600, 600)
+    read_shards(str(tmp_path), 100, 50)
+    ids = [f"new{row}" for row in range(600)]
+    images = [{"bytes": bytes([row % 256]) * 20_000, "path": None} for row in range(600)]
+    (tmp_path / "a.parquet").unlink()
+    pq.write_table(pa.table({"id": ids, "image": images}), tmp_path / "a.parquet", use_dictionary=False)
+    table = read_parts(str(tmp_path), "parquet", None, [("a.parquet", 100, 150)], CONFIG)
+    assert table["id"].to_pylist() == ids[100:150]

@@ -258,14 +258,42 @@ def test_a_remote_tar_is_planned_without_reading_its_images(tmp_path):
 def test_the_last_part_of_a_compound_extension_names_the_class_as_it_names_the_image(tmp_path):
     members = [(f"{n}.{name}", data) for n in "01" for name, data in (("in.png", PNG), ("label.cls", n.encode()))]
     assert read_all(tar(tmp_path / "a" / "a.tar", *members))["label"].to_pylist() == [0, 1]
-    # Of two such members neither is chosen; a setting says which.
+    # Of two such members a setting says which; none is chosen, or left out, without a word.
     both = [*members, ("0.coarse.cls", b"5"), ("1.coarse.cls", b"6")]
     both.sort(key=lambda member: member[0][0])
     url = tar(tmp_path / "b" / "a.tar", *both)
-    assert "label" not in read_all(url).column_names
+    assert "0.label.cls and 0.coarse.cls may both be the class of one sample; say which" in refused(url)
+    assert "label" not in read_all(url, DataConfig(labels="none")).column_names
     chosen = read_all(url, DataConfig(label_column="coarse.cls"))
     assert chosen["label"].to_pylist() == [5, 6]
     assert chosen["label.cls"].to_pylist() == ["0", "1"]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_the_image_of_a_sample_with_a_mask_is_named_and_the_mask_comes_along(tmp_path, indexed):
+    mask = encode_image(np.ones((2, 2, 3), np.uint8), "png")
+    url = tar(
+        tmp_path / "src" / "a.tar",
+        *(("0.input.png", PNG), ("0.seg.png", mask), ("0.cls", b"1")),
+        *(("1.seg.png", mask), ("1.input.png", PNG), ("1.cls", b"0")),
+        *(("2.seg.png", mask), ("2.cls", b"1")),
+    )
+    if indexed:
+        (tmp_path / "src" / "a.idx").write_text(index_of(tmp_path / "src" / "a.tar"))
+    assert "say which is the image, for example --set data.image_column=seg.png" in refused(url)
+    config = DataConfig(image_column="input.png")
+    table = read_all(url, config)
+    # A sample without the named image becomes an error row; its mask does not take the place.
+    assert image_bytes(table) == [PNG, PNG, b""]
+    assert table["seg.png"].to_pylist() == [mask] * 3
+    assert table["label"].to_pylist() == [1, 0, 1]
+    assert read_labels(open_source(url, config), config).tolist() == [1, 0, 1]
+    assert "none of its 3 samples has an image (photo.png)" in refused(url, DataConfig(image_column="photo.png"))
+
+
+def test_a_column_name_of_another_set_changes_nothing_in_a_tar(tmp_path):
+    url = tar(tmp_path / "src" / "a.tar", *sample("0", 1))
+    assert image_bytes(read_all(url, DataConfig(image_column="img"))) == [PNG + b"0"]
 
 
 @given(st.text(max_size=12), st.text(max_size=12))

@@ -200,23 +200,21 @@ def test_a_published_poison_is_read_in_the_order_of_the_training_images(world, t
     backwards = stored(theirs.take(range(239, -1, -1)), tmp_path / "theirs")
     experiment = opened(world, backwards)
     source = experiment.sets.source
-    images = artifacts.load_published(backwards, source, experiment.config)
+    images, names = artifacts.load_published(backwards, source, experiment.config)
+    assert names == source.ids
     assert images.ids == source.ids
     assert np.array_equal(images.images, theirs.take([theirs.ids.index(name) for name in source.ids]).images)
 
 
 def test_a_published_poison_that_is_no_copy_of_the_training_images_is_refused(world, theirs, tmp_path):
     fewer = stored(theirs.take(range(3, 240)), tmp_path / "fewer")
-    with pytest.raises(InputError, match=f"{fewer}: 3 of the 240 ids of {world.rest} are missing, such as"):
+    with pytest.raises(InputError, match=f"{fewer}: 3 of the 240 images of {world.rest} are missing, such as"):
         opened(world, fewer, matrix__limit=None)
     labels = theirs.labels.copy()
     labels[[0, 5]] = (labels[[0, 5]] + 1) % 10
     other = stored(replace(theirs, labels=labels), tmp_path / "other")
     with pytest.raises(InputError, match=f"{other}: 2 images have another label than in {world.rest}"):
         opened(world, other)
-    bare = stored(replace(theirs, labels=None, classes=None), tmp_path / "bare")
-    with pytest.raises(InputError, match=f"{bare}: has no labels"):
-        opened(world, bare)
     large = stored(
         replace(theirs, images=np.kron(theirs.images, np.ones((1, 2, 2, 1), np.uint8))), tmp_path / "32"
     )
@@ -224,6 +222,49 @@ def test_a_published_poison_that_is_no_copy_of_the_training_images_is_refused(wo
         opened(world, large)
     with pytest.raises(InputError, match="nowhere"):
         opened(world, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_published_poison_without_ids_or_labels_is_matched_by_content(
+    world, theirs, tmp_path, capsys, limit, labelled
+):
+    order = np.random.default_rng(3).permutation(240)
+    # Numbered in an order of their own: with the same ids in another order, only the content is right.
+    ids = [f"{row}.png" for row in range(240)] if labelled else theirs.ids
+    bare = {} if labelled else {"labels": None, "classes": None}
+    target = stored(replace(theirs.take(order), ids=ids, **bare), tmp_path / "theirs")
+    experiment = opened(world, target, matrix__limit=limit)
+    assert "240 of 240 images matched with those of" in capsys.readouterr().err
+    source, names = experiment.sets.source, experiment.sets.published[target]
+    images, _ = artifacts.load_published(target, source, experiment.config, names)
+    assert np.array_equal(images.images, theirs.take([theirs.ids.index(name) for name in source.ids]).images)
+    assert images.ids == source.ids
+    assert np.array_equal(images.labels, source.labels)
+    # The column is the same as with ids and labels.
+    first = opened(world, world.poisoned, matrix__limit=limit).grid
+    assert [recipe.key for recipe in experiment.grid.recipes] == [recipe.key for recipe in first.recipes]
+
+
+def test_a_match_by_content_that_is_doubtful_or_not_whole_is_refused(world, theirs, tmp_path):
+    plain = replace(theirs, ids=[f"{row}.png" for row in range(240)], labels=None, classes=None)
+    fewer = stored(plain.take(range(2, 240)), tmp_path / "fewer")
+    with pytest.raises(InputError, match=f"{fewer}: 2 of the 240 images of {world.rest} are missing"):
+        opened(world, fewer, matrix__limit=None)
+    images = plain.images.copy()
+    images[7] = images[3]
+    twice = stored(replace(plain, images=images), tmp_path / "twice")
+    with pytest.raises(InputError, match=f"{twice}: 238 of 240 images match exactly one image of {world.rest}"):
+        opened(world, twice)
+    foreign = np.random.default_rng(1).integers(0, 256, images.shape, np.uint8)
+    other = stored(replace(plain, images=foreign), tmp_path / "other")
+    with pytest.raises(InputError, match=f"{other}: .* images match exactly one image"):
+        opened(world, other)
+    labels = theirs.labels.copy()
+    labels[4] = (labels[4] + 1) % 10
+    wrong = stored(replace(plain, labels=labels, classes=theirs.classes), tmp_path / "wrong")
+    with pytest.raises(InputError, match=f"{wrong}: 1 images have another label than in {world.rest}"):
+        opened(world, wrong, matrix__limit=None)
 
 
 @pytest.mark.parametrize(

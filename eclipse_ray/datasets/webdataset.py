@@ -162,9 +162,7 @@ def read_labels(
     """Return the labels of one tar, -1 for none, or None if no sample has one; images are not read."""
     where, size = f"{store.url}/{key}", store.entry(key).size
     with _reader(store, key) as read:
-        indexed = _indexed(store, key, size, read)
-        found = all_members(where, read, size) if indexed is None else iter(indexed)
-        samples = group_members(where, found, config.image_column)
+        samples = group_members(where, _listed(store, key, size, read)[0], config.image_column)
         labels = [_label(where, sample, read, config, classes) for _, sample in samples]
     if all(label is None for label in labels):
         return None
@@ -206,15 +204,14 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
     unknown = False
     names: set[str] = set()
     with _reader(store, entry.key) as read:
-        indexed = _indexed(store, entry.key, entry.size, read)
-        found = all_members(where, read, entry.size) if indexed is None else iter(indexed)
+        found, indexed = _listed(store, entry.key, entry.size, read)
         for key, sample in group_members(where, found, config.image_column):
             keys.append(key)
             if _image_of(sample, config) is None:
                 continue
             image = key
             _refuse_two_classes(where, sample, config)
-            known = _has_label(where, sample, read, config, classes, indexed is not None, names)
+            known = _has_label(where, sample, read, config, classes, indexed, names)
             unknown = unknown or known is None
             labelled = key if known else labelled
             unlabelled = key if known is False else unlabelled
@@ -274,14 +271,18 @@ def _index(url: str, key: str, size: int, version: str, image_column: str) -> _I
     extensions: dict[str, None] = {}
     end = 0
     with _reader(store, key) as read:
-        indexed = _indexed(store, key, size, read)
-        found = all_members(where, read, size) if indexed is None else iter(indexed)
-        for name, sample in group_members(where, found, image_column):
+        for name, sample in group_members(where, _listed(store, key, size, read)[0], image_column):
             keys.append(name)
             begins.append(min(member.begin for member in sample.values()))
             extensions |= dict.fromkeys(sample)
             end = max(member.end for member in sample.values())
     return _Index(keys, [*begins, end], sorted(extensions))
+
+
+def _listed(store: Store, key: str, size: int, read: Read) -> tuple[Iterable[Member], bool]:
+    """Return the members of a tar in their order, and whether the index beside it names them."""
+    indexed = _indexed(store, key, size, read)
+    return (all_members(f"{store.url}/{key}", read, size), False) if indexed is None else (indexed, True)
 
 
 def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | None:

@@ -26,8 +26,8 @@ import torch
 from common import load, machine, markdown
 from numpy.typing import NDArray
 
-from eclipse_ray.config import load_config
-from eclipse_ray.datasets.images import content_hash, decode_stored, encode_image
+from eclipse_ray.config import content_hash, load_config
+from eclipse_ray.datasets.images import decode_stored, encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.synthetic import draw_synthetic
 from eclipse_ray.detection.scores import SAME, Score, judge, score_images

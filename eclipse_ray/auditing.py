@@ -13,9 +13,9 @@ import torch
 
 from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, open_denoiser, refuse_process_local
 from eclipse_ray.cluster.work import Watch, reaching, watched
-from eclipse_ray.config import Config, DataConfig, PurifyConfig
+from eclipse_ray.config import Config, DataConfig, PurifyConfig, content_hash
 from eclipse_ray.datasets.formats import Source, open_source, read_parts
-from eclipse_ray.datasets.images import ImageError, centre_crop, content_hash, decode_stored, resize_image
+from eclipse_ray.datasets.images import ImageError, centre_crop, decode_stored, resize_image
 from eclipse_ray.datasets.memory import random_chunks, require_classes, rows_in
 from eclipse_ray.datasets.table import image_bytes, labels_or_none
 from eclipse_ray.detection.scores import Finding, Score, judge, score_images

@@ -41,7 +41,7 @@ LOWEST_255, HIGHEST_255 = 4.0, 10.0
 UNTOUCHED = 4
 """One image in this many keeps its clean version, so that clean images are not changed."""
 METHOD: dict[str, Any] = {
-    "version": 1,
+    "version": 2,
     "surrogates": SURROGATES,
     "surrogate_steps": SURROGATE_STEPS,
     "steps": STEPS,

@@ -1,19 +1,22 @@
 """Ray Train fits the denoiser on the enlarged sparse clean set, on any number of workers, and resumes.
 
-With `denoiser.against` it fits surrogates on the suspicious set first, which are kept in the output folder; the
-denoiser then learns to remove what they have learned (inversion.py).
+With `denoiser.against` it first looks for a filter per class (diffusion/filters.py) and fits surrogates on the
+suspicious set, which are kept in the output folder; the denoiser then learns to remove what they have learned
+(inversion.py).
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -37,7 +40,15 @@ from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thr
 from eclipse_ray.config import Config, DenoiserConfig, digest, to_yaml
 from eclipse_ray.datasets.memory import ImageSet, MixedSet, load_mixed, load_squares
 from eclipse_ray.diffusion import training
-from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, read_card, save_denoiser
+from eclipse_ray.diffusion.checkpoint import (
+    CARD_FILE,
+    DENOISER_FILES,
+    Card,
+    FilteredClass,
+    read_card,
+    save_denoiser,
+)
+from eclipse_ray.diffusion.filters import SETS, find_filters, undo_filters
 from eclipse_ray.diffusion.network import timestep_scale
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.diffusion.training import centre_crops, image_buffer
@@ -50,6 +61,7 @@ from eclipse_ray.results import TrainResult
 from eclipse_ray.storage.store import Store
 
 STATE_FILE = "state.pt"
+FILTERS_KEY = "_eclipse/filters.json"
 # Settings that say how training is spread or watched; all others decide the weights.
 NOT_IN_FINGERPRINT = {"output", "against", "num_workers", "use_gpu", "report_every", "checkpoint_every"}
 MOST_SUSPICIOUS = 50_000
@@ -105,12 +117,13 @@ def _sparse_set(config: Config, clean: str) -> MixedSet:
 
 @dataclass(frozen=True)
 class Suspicious:
-    """What surrogates are trained on: at most MOST_SUSPICIOUS squares, and a digest of the whole set."""
+    """At most MOST_SUSPICIOUS squares; and of the whole set its size, a digest, and its labels by content."""
 
     squares: ImageSet
     num_classes: int
     total: int
     content: str
+    known: dict[str, list[int]]
 
     def record(self) -> dict[str, Any]:
         """Return what decides the surrogates and what is done with them, for fingerprint and card."""
@@ -129,7 +142,7 @@ def _suspicious_set(config: Config, clean: str, trusted: MixedSet) -> Suspicious
     if len(set(labels)) < 2:
         raise InputError(f"{against}: all images have one label, so no network can learn what poisons them")
     content = digest(sorted([name, *sorted(each)] for name, each in known.items()))
-    return Suspicious(squares, max(max(labels) + 1, len(squares.classes or [])), len(labels), content)
+    return Suspicious(squares, max(max(labels) + 1, len(squares.classes or [])), len(labels), content, known)
 
 
 def deciding_settings(denoiser: DenoiserConfig) -> dict[str, Any]:
@@ -159,10 +172,12 @@ def _run_training(
         require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
         require_gpus(resources, workers * use_gpu, f"denoiser.use_gpu with denoiser.num_workers={workers}")
         require_place(resources, 1, float(use_gpu), "a worker of the training")
-    name, record = "train", None
+    name, record, filters = "train", None, []
     starting = f"starting {workers} worker{'s' * (workers > 1)}"
     if suspicious is not None:
-        name, record = "train, part 2 of 2: denoiser", suspicious.record()
+        name, record = "train, part 3 of 3: denoiser", suspicious.record()
+        filters = _find_filters(config, store, images, suspicious)
+        suspicious = _without_filters(suspicious, filters)
         _fit_surrogates(config, store, suspicious, resources, fingerprint)
     line = ProgressLine(
         name, "iterations", config.denoiser.iterations, config.run.progress_seconds, phase=starting
@@ -174,6 +189,7 @@ def _run_training(
         "hashes": images.hashes,
         "fingerprint": fingerprint,
         "against": record,
+        "filters": [each.model_dump() for each in filters],
         "num_classes": suspicious.num_classes if suspicious else 0,
     }
     callbacks: list[UserCallback] = [TrainLogger(curves)] if config.run.loggers else []
@@ -242,6 +258,56 @@ class _Trainer:
         return result.checkpoint
 
 
+def _find_filters(config: Config, store: Store, trusted: MixedSet, suspicious: Suspicious) -> list[FilteredClass]:
+    """Return the classes of the suspicious set that went through a filter each; they are looked for only once.
+
+    With data.resize none are looked for: images are known by what is stored, and a filter acts at that size.
+    """
+    if store.exists(FILTERS_KEY):
+        return [FilteredClass.model_validate(each) for each in json.loads(store.read(FILTERS_KEY))]
+    sets, side = min(SETS, config.denoiser.iterations), config.denoiser.image_size
+    known, classes = suspicious.known, suspicious.squares.classes
+    taps: dict[int, torch.Tensor] = {}
+    if config.data.resize is None:
+        with ProgressLine("train, part 1 of 3: filters", "sets", sets, config.run.progress_seconds) as line:
+            taps = find_filters(
+                _squares(trusted, side),
+                torch.from_numpy(suspicious.squares.images),
+                torch.from_numpy(suspicious.squares.labels),
+                config.run.seed,
+                sets,
+                lambda done: line.advance(done - line.done),
+            )
+    found = [
+        # An image that has two labels also has two filters, and neither is right.
+        FilteredClass(
+            label=label, taps=each.tolist(), images=sorted(k for k, v in known.items() if set(v) == {label})
+        )
+        for label, each in taps.items()
+    ]
+    if found:
+        names = ", ".join(classes[each.label] if classes else str(each.label) for each in found)
+        say(f"{config.denoiser.against}: each of these classes was blurred, which purification undoes: {names}")
+    store.write(FILTERS_KEY, json.dumps([each.model_dump() for each in found]).encode())
+    return found
+
+
+def _squares(images: MixedSet, side: int) -> torch.Tensor:
+    """Return the central squares of the images, uint8 (N, side, side, 3)."""
+    buffer = image_buffer(torch.from_numpy(images.pixels.copy()), torch.from_numpy(images.sizes))
+    return centre_crops(buffer, side)
+
+
+def _without_filters(suspicious: Suspicious, filters: list[FilteredClass]) -> Suspicious:
+    """Return the suspicious set with what was found undone: surrogates are to learn what is left."""
+    squares = suspicious.squares
+    pixels = torch.from_numpy(squares.images.copy())
+    for each in filters:
+        rows = np.flatnonzero(squares.labels == each.label)
+        pixels[rows] = undo_filters(pixels[rows], torch.tensor(each.taps).expand(len(rows), -1, -1))
+    return replace(suspicious, squares=replace(squares, images=pixels.numpy()))
+
+
 def _surrogate_key(number: int) -> str:
     return f"_eclipse/surrogates/{number}.safetensors"
 
@@ -256,7 +322,7 @@ def _fit_surrogates(
     squares, iterations = suspicious.squares, config.denoiser.iterations
     epochs = surrogate_settings(len(squares.ids), iterations).surrogate_epochs
     line = ProgressLine(
-        "train, part 1 of 2: surrogates", "epochs", epochs * len(left), config.run.progress_seconds
+        "train, part 2 of 3: surrogates", "epochs", epochs * len(left), config.run.progress_seconds
     )
     settings = {
         "pixels": ray.put(squares.images),
@@ -432,6 +498,7 @@ def _card(config: Config, fit: training.Fit, settings: dict[str, Any]) -> Card:
         sparse_hashes=sorted(settings["hashes"]),
         fingerprint=settings["fingerprint"],
         settings={**denoiser.model_dump(mode="json", exclude={"against"}), "seed": config.run.seed, **against},
+        filters=settings["filters"],
         history=fit.history,
     )
 

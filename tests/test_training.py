@@ -18,7 +18,8 @@ from eclipse_ray.cluster.connect import Resources
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
-from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
+from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
+from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.diffusion.training import run_fit, split_heldout, start_fit
 from eclipse_ray.errors import ConfigError, InputError, ResumeError
 from eclipse_ray.inversion import METHOD, SURROGATES
@@ -200,8 +201,8 @@ def test_a_denoiser_is_trained_against_a_suspicious_set_without_labels_of_the_tr
     assert recorded.items() >= METHOD.items()
     assert load_denoiser(tmp_path / "out").t_max == 5
     said = capfd.readouterr().err
-    assert "train, part 1 of 2: surrogates: 8/8 epochs" in said
-    assert "train, part 2 of 2: denoiser: 8/8 iterations" in said
+    assert "train, part 2 of 3: surrogates: 8/8 epochs" in said
+    assert "train, part 3 of 3: denoiser: 8/8 iterations" in said
     # Labels that trusted images have are not used: the same weights, whoever fits the surrogates.
     here(ranks=1).checkpoints = tmp_path / "others"
     train_against(world, world.clean, tmp_path / "labelled")
@@ -209,6 +210,43 @@ def test_a_denoiser_is_trained_against_a_suspicious_set_without_labels_of_the_tr
     assert len(one) == 1 + SURROGATES == len(set(one.values()))
     assert one["0.safetensors"] == other["0.safetensors"]
     assert one["1.safetensors"] == other["1.safetensors"]
+
+
+def test_a_filter_of_a_class_is_kept_and_undone(world, unlabelled, here, tmp_path, monkeypatch, capfd):
+    here()
+    taps = torch.full((5, 5), 0.02)
+    taps[2, 2] = 0.52
+    looked = []
+
+    def found(_trusted, suspicious, _labels, _seed, sets, _told):
+        looked.append((len(suspicious), sets))
+        return {1: taps}
+
+    monkeypatch.setattr(training, "find_filters", found)
+    train_against(world, unlabelled, tmp_path / "out")
+    # Resumed before it had a card: what was found is in the folder.
+    (tmp_path / "out/eclipse.json").unlink()
+    train_against(world, unlabelled, tmp_path / "out")
+    assert looked == [(240, 8)]
+    assert "each of these classes was blurred" in capfd.readouterr().err
+    source = load_images(world.poisoned, load_config(None, DEBUG).data)
+    own = [name for name, label in zip(source.hashes(), source.labels, strict=True) if label == 1]
+    (recorded,) = read_card(tmp_path / "out").filters
+    assert (recorded.label, recorded.images) == (1, sorted(own))
+    denoiser = load_denoiser(tmp_path / "out")
+    rows = [int(np.flatnonzero(source.labels == label)[0]) for label in (0, 1)]
+    images, ids = torch.from_numpy(source.images[rows]), ["a", "b"]
+    after = purify_images(images, denoiser, t_star=4, ids=ids)
+    denoiser.filters = {}
+    before = purify_images(images, denoiser, t_star=4, ids=ids)
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+    # Another filter is another denoiser for a run that goes on.
+    digest = weights_digest(tmp_path / "out")
+    card = json.loads((tmp_path / "out/eclipse.json").read_text())
+    card["filters"][0]["taps"][0][0] = 0.03
+    (tmp_path / "out/eclipse.json").write_text(json.dumps(card))
+    assert weights_digest(tmp_path / "out") != digest
 
 
 @pytest.mark.parametrize("stop_after", [None, 2])

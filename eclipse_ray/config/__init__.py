@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
 from eclipse_ray.config import sections
@@ -162,6 +164,12 @@ def digest(value: Any) -> str:
     """Return the first 16 hex digits of SHA-256 of `value` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def content_hash(pixels: NDArray[np.uint8]) -> str:
+    """Return 32 hex digits of SHA-256 over shape and uint8 pixels, which do not depend on the encoding."""
+    shape = "x".join(str(side) for side in pixels.shape)
+    return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:32]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import sys
 
@@ -174,12 +173,6 @@ def check_encoding(encoding: str, allow_lossy: bool) -> str:
             f"data.encoding jpeg:{number} changes pixels; add --allow-lossy to permit it, or use png"
         )
     return f"{name}:{number}"
-
-
-def content_hash(pixels: Pixels) -> str:
-    """Return 32 hex digits of SHA-256 over shape and uint8 pixels, which do not depend on the encoding."""
-    shape = "x".join(str(side) for side in pixels.shape)
-    return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:32]
 
 
 def suffix_of(data: bytes) -> str | None:

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from eclipse_ray.config import DataConfig
+from eclipse_ray.config import DataConfig, content_hash
 from eclipse_ray.datasets.formats import Source, chunk_spans, open_source, read_labels, read_parts, read_tables
-from eclipse_ray.datasets.images import ImageError, content_hash, decode_required, decode_stored, resize_image
+from eclipse_ray.datasets.images import ImageError, decode_required, decode_stored, resize_image
 from eclipse_ray.datasets.table import Part, Span, image_bytes, labels_or_none
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say_once

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from eclipse_ray.config import DataConfig, Layout
+from eclipse_ray.config import DataConfig, Layout, content_hash
 from eclipse_ray.datasets import folder, npz, parquet, webdataset
 from eclipse_ray.datasets.formats import UNFINISHED, Source, open_source, read_tables
-from eclipse_ray.datasets.images import ImageError, check_encoding, content_hash, decode_stored, encode_image
+from eclipse_ray.datasets.images import ImageError, check_encoding, decode_stored, encode_image
 from eclipse_ray.datasets.memory import choose_clean, decode_resized
 from eclipse_ray.datasets.table import (
     ESCAPED_KEYS,

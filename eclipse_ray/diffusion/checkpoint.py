@@ -31,6 +31,16 @@ DENOISER_FILES = (WEIGHTS_FILE, MODEL_FILE, SCHEDULER_FILE, CARD_FILE)
 _SCHEDULE_NAMES = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 
 
+class FilteredClass(BaseModel):
+    """A class that went through a filter, and the images for which that is undone (diffusion/filters.py)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    label: int
+    taps: list[list[float]] = Field(description="Correlation of sum 1.")
+    images: list[str] = Field(description="Content hashes.")
+
+
 class Card(BaseModel):
     """What a user of the weights must know: trained range of t, recommendation, provenance, quality."""
 
@@ -51,6 +61,7 @@ class Card(BaseModel):
     sparse_hashes: list[str] = Field(description="Content hashes of the sparse clean set, held-out part included.")
     fingerprint: str
     settings: dict[str, Any] = Field(description="The resolved `denoiser` section and the seed.")
+    filters: list[FilteredClass] = Field(default_factory=list, description="What is undone before the noise.")
     history: list[dict[str, float]] = Field(default_factory=list, description="The training curve.")
 
 
@@ -129,6 +140,7 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
         sampler=card.sampler,
         timestep_scale=card.timestep_scale,
     )
+    denoiser.filters = {name: torch.tensor(each.taps) for each in card.filters for name in each.images}
     # Channels-last convolutions are a quarter faster on a CPU and what tensor cores want.
     denoiser = denoiser.to(device or "cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return denoiser.eval()
@@ -178,6 +190,8 @@ def weights_digest(folder: str | Path) -> str:
             state.update((Path(folder) / name).read_bytes())
         except OSError as error:
             raise InputError(f"{folder}: the denoiser cannot be read: {_reason(error)}") from None
+    for each in read_card(folder).filters:
+        state.update(each.model_dump_json().encode())
     return state.hexdigest()[:32]
 
 

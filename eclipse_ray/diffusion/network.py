@@ -60,7 +60,8 @@ class Denoiser(nn.Module):
 
     `alphas_cumprod` is float64 (T,); timesteps below `t_max` were trained; `t_star`, `num_inference_steps` and
     `sampler` are recommended; both sides of an image must be divisible by `size_multiple` (`diffusion.tiling`
-    takes care of others). The network is shown `t * timestep_scale`.
+    takes care of others). The network is shown `t * timestep_scale`. `filters`, by content hash of the images that
+    went through them, are undone first.
     """
 
     alphas_cumprod: Tensor
@@ -82,6 +83,7 @@ class Denoiser(nn.Module):
         self.sampler = sampler
         self.timestep_scale = timestep_scale
         self.precision: Precision = "float32"
+        self.filters: dict[str, Tensor] = {}
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         # diffusers' networks halve the sides between two levels.
         halved = 2 ** (len(unet.config.block_out_channels) - 1)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, Sampler
+from eclipse_ray.diffusion.filters import undo_known
 from eclipse_ray.diffusion.network import Denoiser, Network
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.process import ancestral_step, ddim_step, predict_x0, respaced_timesteps, split_output
@@ -164,7 +165,8 @@ def purify_images(
 ) -> Tensor:
     """Return purified images, uint8 (B, H, W, 3) on the CPU, from the same; None takes the recommendation.
 
-    Each image's result depends on (seed, its id) and, within 1/255, on nothing else. Both sides may have any
+    Filters that the denoiser knows of some images are undone first. Each image's result depends on (seed, its id)
+    and, within 1/255, on nothing else. Both sides may have any
     length from 16 on; above `tile` they are covered by tiles overlapping by `tile_overlap`. An image whose three
     channels are equal everywhere keeps them equal. Raises ConfigError for a depth that was not trained and
     InputError for a shape that cannot be purified.
@@ -176,7 +178,7 @@ def purify_images(
         raise InputError(f"expected one id for each of {len(batch)} images, found {len(ids)}")
     check_side(int(batch.shape[1]), int(batch.shape[2]))
     depth, steps = check_depth(denoiser, t_star, num_inference_steps)
-    batch = batch.to(denoiser.alphas_cumprod.device)
+    batch = undo_known(batch, denoiser.filters).to(denoiser.alphas_cumprod.device)
     purified = purify(
         to_model_range(batch).contiguous(memory_format=torch.channels_last),
         denoiser,

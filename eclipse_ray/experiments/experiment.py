@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from eclipse_ray import ledger
 from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
-from eclipse_ray.config import CompensationConfig, Config, digest, with_overrides
+from eclipse_ray.config import CompensationConfig, Config, content_hash, digest, with_overrides
 from eclipse_ray.datasets.formats import open_source, read_labels
-from eclipse_ray.datasets.images import content_hash
 from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images, load_sample, require_classes
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, read_card, weights_digest
 from eclipse_ray.errors import ConfigError, InputError

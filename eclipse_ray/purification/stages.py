@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from eclipse_ray import ledger
 from eclipse_ray.cluster import metrics
 from eclipse_ray.cluster.connect import open_denoiser
-from eclipse_ray.config import PurifyConfig
+from eclipse_ray.config import PurifyConfig, content_hash
 from eclipse_ray.datasets.formats import read_parts
 from eclipse_ray.datasets.images import (
     ImageError,
     LargeImageError,
-    content_hash,
     decode_stored,
     encode_image,
     resize_image,

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eclipse_ray.config import DataConfig
+from eclipse_ray.config import DataConfig, content_hash
 from eclipse_ray.datasets import folder, parquet
 from eclipse_ray.datasets.formats import open_source, read_tables
-from eclipse_ray.datasets.images import content_hash, encode_image
+from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images, load_mixed, require_classes
 from eclipse_ray.datasets.table import canonical_table
 from eclipse_ray.datasets.write import write_dataset

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eclipse_ray.config import load_config
+from eclipse_ray.config import content_hash, load_config
 from eclipse_ray.datasets import memory
 from eclipse_ray.datasets.formats import open_source
-from eclipse_ray.datasets.images import content_hash, encode_image
+from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images, load_sample, load_squares, random_chunks, rows_in
 from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.errors import InputError

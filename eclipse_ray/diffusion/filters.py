@@ -23,7 +23,7 @@ WINDOW, INSET = 32, 3
 """Central pixels that are looked at, and those of their border that are not: a poison may have padded it."""
 NARROWEST = 24
 """Pixels along each side that an image needs."""
-SETS = 2000
+SETS = 4000
 """Sets of trusted images that are blurred for the network to learn from."""
 SET_IMAGES = (40, 160)
 """Fewest and most images of such a set."""
@@ -42,7 +42,7 @@ RIM = 2
 SUPPORT = 8
 """Pixels by which an image is mirrored beyond its border before its filter is undone."""
 
-STEPS, BATCH = 3000, 256
+STEPS, BATCH, RATE = 1500, 256, 1e-3
 REACH = 4
 LAGS = [(down, right) for down in range(REACH + 1) for right in range(-REACH, REACH + 1) if (down, right) > (0, 0)]
 DERIVATIVES = (
@@ -163,12 +163,14 @@ def _fit(rows: Tensor, answers: Tensor) -> nn.Module:
         nn.Linear(width, SIDE * SIDE),
     )
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     for _ in range(STEPS):
         chosen = torch.randint(len(rows), (BATCH,))
         loss = (network(rows[chosen]) - answers[chosen]).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
+        # Without it a high rate can end with a network that says the same of everything.
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     return network.eval()

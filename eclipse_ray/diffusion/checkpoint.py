@@ -140,7 +140,8 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
         sampler=card.sampler,
         timestep_scale=card.timestep_scale,
     )
-    denoiser.filters = {name: torch.tensor(each.taps) for each in card.filters for name in each.images}
+    for each in card.filters:
+        denoiser.filters |= dict.fromkeys(each.images, torch.tensor(each.taps))
     # Channels-last convolutions are a quarter faster on a CPU and what tensor cores want.
     denoiser = denoiser.to(device or "cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return denoiser.eval()

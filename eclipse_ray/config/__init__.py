@@ -13,17 +13,20 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
 from eclipse_ray.config import sections
 from eclipse_ray.config.sections import *  # noqa: F403 - the sections and their words are offered here
 from eclipse_ray.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    # Importing it takes as long as all else of --help.
+    import numpy as np
+    from numpy.typing import NDArray
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -169,7 +172,7 @@ def digest(value: Any) -> str:
 def content_hash(pixels: NDArray[np.uint8]) -> str:
     """Return 32 hex digits of SHA-256 over shape and uint8 pixels, which do not depend on the encoding."""
     shape = "x".join(str(side) for side in pixels.shape)
-    return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:32]
+    return hashlib.sha256(f"{shape}:".encode() + pixels.tobytes()).hexdigest()[:32]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

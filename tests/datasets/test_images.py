@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from eclipse_ray.config import content_hash
 from eclipse_ray.datasets.images import (
     ImageError,
     centre_crop,
     check_encoding,
-    content_hash,
     decode_image,
     encode_image,
     resize_image,

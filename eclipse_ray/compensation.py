@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from eclipse_ray.config import CompensationConfig
-from eclipse_ray.diffusion.noise import noise, uniform
-from eclipse_ray.errors import InputError
+from eclipse_ray.diffusion.noise import check_batch, noise, uniform
 from eclipse_ray.quality import LUMA
 
 GRAY_T = 2**30
@@ -52,10 +51,7 @@ def bake(images: Tensor, ids: Sequence[str], config: CompensationConfig, seed: i
     With coarse_sigma = 0 this is Algorithm 1 of arXiv 2406.15093. The draws of an image depend only on (`seed`,
     its id), so the result is the same in any order and batch. Raises InputError when `ids` do not match `images`.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise InputError(f"expected uint8 images (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
-    if len(ids) != len(images):
-        raise InputError(f"{len(images)} images came with {len(ids)} ids; give one id to each image")
+    check_batch(images, ids)
     height, width = int(images.shape[1]), int(images.shape[2])
     gray, drawn, coarse = _keyed_draws(
         torch.Size((len(images), 3, height, width)), ids, config, seed, images.device

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, PurifyConfig, validated
 from eclipse_ray.diffusion.network import Denoiser
-from eclipse_ray.errors import InputError
+from eclipse_ray.diffusion.noise import check_labelled
 from eclipse_ray.victims.training import Augmentation
 
 
@@ -50,16 +50,7 @@ class Material:
 
     def __post_init__(self) -> None:
         """Raise InputError unless images, labels and ids form one labelled set."""
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3:
-            raise InputError(
-                f"a defense expects uint8 images (N, H, W, 3), found {self.images.dtype} "
-                f"{tuple(self.images.shape)}"
-            )
-        if self.labels.shape != (len(self.images),) or len(self.ids) != len(self.images):
-            raise InputError(
-                f"{len(self.images)} images came with labels of shape {tuple(self.labels.shape)} and "
-                f"{len(self.ids)} ids; a defense needs one of each for every image"
-            )
+        check_labelled(self.images, self.labels, self.ids)
 
 
 Transform = Callable[[Material, DefenseConfig], Tensor]

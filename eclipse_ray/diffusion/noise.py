@@ -13,12 +13,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eclipse_ray.errors import InputError
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 # Counter blocks of four words worked on at once. The int64 temporaries of a whole photograph would take gigabytes;
 # those of this many blocks take some ten MiB, and a batch of 64 CIFAR images is still one piece.
 BLOCKS = 2**16
+
+
+def check_batch(images: Tensor, ids: Sequence[str]) -> None:
+    """Raise InputError unless `images` are uint8 (B, H, W, 3), with one of `ids` for each of them."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise InputError(f"expected uint8 images (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+    if len(ids) != len(images):
+        raise InputError(f"{len(images)} images came with {len(ids)} ids; give one id to each image")
+
+
+def check_labelled(images: Tensor, labels: Tensor, ids: Sequence[str]) -> None:
+    """Raise InputError as `check_batch` does, and unless `labels` are (B,)."""
+    check_batch(images, ids)
+    if labels.shape != (len(images),):
+        raise InputError(
+            f"{len(images)} images came with labels of shape {tuple(labels.shape)}; give one label to each image"
+        )
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, Sampler
 from eclipse_ray.diffusion.filters import undo_known
 from eclipse_ray.diffusion.network import Denoiser, Network
-from eclipse_ray.diffusion.noise import noise
+from eclipse_ray.diffusion.noise import check_batch, noise
 from eclipse_ray.diffusion.process import ancestral_step, ddim_step, predict_x0, respaced_timesteps, split_output
 from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled
 from eclipse_ray.errors import ConfigError, InputError
@@ -172,10 +172,7 @@ def purify_images(
     InputError for a shape that cannot be purified.
     """
     batch = torch.as_tensor(images)
-    if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
-        raise InputError(f"expected uint8 images (B, H, W, 3), found {batch.dtype} {tuple(batch.shape)}")
-    if len(ids) != len(batch):
-        raise InputError(f"expected one id for each of {len(batch)} images, found {len(ids)}")
+    check_batch(batch, ids)
     check_side(int(batch.shape[1]), int(batch.shape[2]))
     depth, steps = check_depth(denoiser, t_star, num_inference_steps)
     batch = undo_known(batch, denoiser.filters).to(denoiser.alphas_cumprod.device)

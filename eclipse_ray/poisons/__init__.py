@@ -34,10 +34,17 @@ from eclipse_ray.poisons.interface import (
 )
 from eclipse_ray.poisons.lsp import Lsp, lsp_perturbation
 from eclipse_ray.poisons.mixture import Mixture, mixed_perturbation
-from eclipse_ray.poisons.ops import Ops, fit_ops, perturb_ops
 from eclipse_ray.poisons.rem import Rem, fit_rem, perturb_rem
 from eclipse_ray.poisons.sep import Sep, fit_sep, perturb_sep
-from eclipse_ray.poisons.simple import Shift, Urp, shift_perturbation, urp_perturbation
+from eclipse_ray.poisons.simple import (
+    Ops,
+    Shift,
+    Urp,
+    fit_ops,
+    perturb_ops,
+    shift_perturbation,
+    urp_perturbation,
+)
 from eclipse_ray.poisons.tap import Tap, fit_tap, perturb_tap
 
 SINGLE: dict[str, ClosedForm] = {

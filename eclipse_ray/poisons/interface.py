@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from eclipse_ray.diffusion.network import Denoiser
+from eclipse_ray.diffusion.noise import check_labelled
 from eclipse_ray.errors import InputError
 
 # First timesteps reserved for the draws of each poison, far above any diffusion timestep and apart from
@@ -64,13 +65,7 @@ class LinfSettings(PoisonSettings):
 
 def check_inputs(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes: int) -> list[int]:
     """Return `labels` as a list; raise InputError unless images, labels and ids form one labelled batch."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise InputError(f"expected uint8 images (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
-    if labels.shape != (len(images),) or len(ids) != len(images):
-        raise InputError(
-            f"{len(images)} images came with labels of shape {tuple(labels.shape)} and {len(ids)} ids; "
-            "a poison needs one of each for every image"
-        )
+    check_labelled(images, labels, ids)
     values = [int(label) for label in labels]
     wrong = [label for label in values if not 0 <= label < num_classes]
     if wrong:

@@ -18,7 +18,7 @@ from torch import Tensor
 from eclipse_ray.config import PoisonConfig, validated
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.adp import Adp, fit_adp, perturb_adp
-from eclipse_ray.poisons.ar import Ar, ar_perturbation
+from eclipse_ray.poisons.ar import Ar, ar_perturbation, published_ar_perturbation
 from eclipse_ray.poisons.cuda import Cuda, cuda_perturbation
 from eclipse_ray.poisons.efp import Efp, fit_efp, perturb_efp
 from eclipse_ray.poisons.em import Em, minimise_error, perturb_em
@@ -51,6 +51,7 @@ SINGLE: dict[str, ClosedForm] = {
     "urp": ClosedForm(Urp, urp_perturbation),
     "lsp": ClosedForm(Lsp, lsp_perturbation),
     "ar": ClosedForm(Ar, ar_perturbation),
+    "ar-published": ClosedForm(Ar, published_ar_perturbation),
     "cuda": ClosedForm(Cuda, cuda_perturbation),
     "shift": ClosedForm(Shift, shift_perturbation),
 }

@@ -2,16 +2,19 @@
 
 The recursion, its starts and the selection of processes are those of the public code: coefficients N(0, 1)
 divided by their sum, three trial signals within the norm, and a strong enough response of every filter kept
-before to the last of them. Three things differ. The processes are found anew for each seed; the public code
-ships fixed sets of them. The norms and the response are in float64, so a candidate near a limit may be judged
-otherwise. Above 32 px a process must also stay bounded at the size of the images, in proportion to its side.
+before to the last of them. Three things differ. The processes are found anew for each seed; the fixed sets that
+the public code ships are the poison `ar-published`. The norms and the response are in float64, so a candidate near
+a limit may be judged otherwise. Above 32 px a process must also stay bounded at the size of the images, in
+proportion to its side.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from importlib.resources import files
 from itertools import chain
 
 import numpy as np
@@ -62,6 +65,28 @@ def ar_perturbation(
     scaled to the L2 bound over all channels. Raises InputError for an inconsistent batch, ConfigError when
     there are more classes than processes to be found.
     """
+    return _perturbation(images, labels, ids, settings, seed, num_classes, processes)
+
+
+def published_ar_perturbation(
+    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Ar, seed: int, num_classes: int
+) -> Tensor:
+    """Return what `ar_perturbation` does, by the processes that the authors published for 10 or 100 classes.
+
+    Class k takes the k-th of them; up to ten classes take those for 10. Raises as `ar_perturbation` does.
+    """
+    return _perturbation(images, labels, ids, settings, seed, num_classes, published_processes)
+
+
+def _perturbation(
+    images: Tensor,
+    labels: Tensor,
+    ids: Sequence[str],
+    settings: Ar,
+    seed: int,
+    num_classes: int,
+    find: Callable[[int, int, int, int], Floats],
+) -> Tensor:
     values = check_inputs(images, labels, ids, num_classes)
     shape = tuple(images.shape[1:])
     height, width = shape[0], shape[1]
@@ -69,9 +94,18 @@ def ar_perturbation(
         return torch.zeros(images.shape)
     keys = draw_ids(values, ids, settings.scope)
     start = noise(seed, keys, START_T, (height + MARGIN, width + MARGIN, 3)).numpy().astype(np.float64)
-    coefficients = processes(seed, num_classes, height, width)[values]
+    coefficients = find(seed, num_classes, height, width)[values]
     signal = generate(coefficients, start)[:, MARGIN:, MARGIN:]
     return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), settings.budget(shape)[1])
+
+
+@lru_cache(maxsize=2)
+def published_processes(_seed: int, num_classes: int, _height: int, _width: int) -> Floats:
+    """Return the published coefficients, float64 (10 or 100, 3, 8). Raises ConfigError beyond 100 classes."""
+    if num_classes > 100:
+        raise ConfigError(f"poison ar-published: its authors published 100 processes, not {num_classes}; take ar")
+    known = json.loads(files("eclipse_ray.poisons").joinpath("ar.json").read_text(encoding="utf-8"))
+    return np.array(known["10" if num_classes <= 10 else "100"], np.float64)
 
 
 def generate(coefficients: Floats, start: Floats) -> Floats:

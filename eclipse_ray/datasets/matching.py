@@ -79,14 +79,19 @@ def labels_from(
     return Matched(images, margin, output)
 
 
-def partners(source: str, clean: str, data_config: DataConfig) -> dict[str, str]:
+def partners(source: str, clean: str, data_config: DataConfig, trusted: str | None) -> dict[str, str]:
     """Return the id of the image of `source` that was made of each image of `clean`, by the id there, and say so.
 
-    Raises InputError unless every image of `source` has one clean image of its own, as `labels_from` does.
+    Images that were made of the `trusted` ones are left out. Raises InputError unless every image of `source` has
+    one clean image of its own, as `labels_from` does.
     """
     poisoned, known = open_source(source, data_config), open_source(clean, data_config)
     labels = require_classes(clean, known, data_config, show=False)
     (ids, pooled), (names, clean_pooled) = _pooled(poisoned, data_config), _pooled(known, data_config)
+    if trusted:
+        _, more = _pooled(open_source(trusted, data_config), data_config)
+        clean_pooled = np.concatenate([clean_pooled, more])
+        labels = np.concatenate([labels, np.full(len(more), -1, labels.dtype)])
     nearest, margins, unique = match(pooled, clean_pooled, labels)
     taken: dict[int, int] = {}
     for image, row in enumerate(nearest.tolist()):
@@ -97,11 +102,14 @@ def partners(source: str, clean: str, data_config: DataConfig) -> dict[str, str]
         unique[image] &= row not in taken
         taken[row] = image
     _refuse_doubtful(source, clean, ids, unique)
+    made_of = {names[row]: ids[image] for row, image in taken.items() if row < len(names)}
+    left_out = f"; {len(ids) - len(made_of):,} were made of images of {trusted} and are left out"
     say(
-        f"{source}: {len(ids):,} of {len(ids):,} images matched with those of {clean} by their content, each "
+        f"{source}: {len(made_of):,} of {len(ids):,} images matched with those of {clean} by their content, each "
         f"nearer than the next by at least {float(margins.min()):,.0f}"
+        + (left_out if len(made_of) < len(ids) else "")
     )
-    return {names[row]: ids[image] for row, image in taken.items()}
+    return made_of
 
 
 def _refuse_doubtful(source: str, clean: str, ids: list[str], unique: NDArray[np.bool_]) -> None:

@@ -204,7 +204,8 @@ def load_published(
     """Return the images of `source` as someone else has poisoned them, in the same order, and their ids at `url`.
 
     Other images are left out. If `names`, these ids, are None, they are those of `source`; without labels at
-    `url`, or if no id agrees, they are found by the content of the images. Raises InputError for an image that is
+    `url`, or if no id agrees, they are found by the content of the images, of which those of the sparse clean set
+    are left out. Raises InputError for an image that is
     missing at `url`, or that has another label or size there, and for a doubtful match.
     """
     found, clean = load_images(url, config.data), str(config.data.source)
@@ -213,7 +214,7 @@ def load_published(
     if names is None:
         names = source.ids
         if not labelled or place.keys().isdisjoint(names):
-            made_of = partners(url, clean, config.data)
+            made_of = partners(url, clean, config.data, config.data.clean)
             names = [made_of.get(name, "") for name in source.ids]
     missing = [name for name, there in zip(source.ids, names, strict=True) if there not in place]
     if missing:

@@ -246,6 +246,26 @@ def test_a_published_poison_without_ids_or_labels_is_matched_by_content(
     assert [recipe.key for recipe in experiment.grid.recipes] == [recipe.key for recipe in first.recipes]
 
 
+def test_a_published_poison_of_the_whole_set_leaves_out_what_was_made_of_trusted_images(
+    world, theirs, tmp_path, capsys
+):
+    trusted = load_images(world.clean, load_config().data).take(range(20))
+    kept = {"labels": None, "classes": None}
+    both = np.concatenate([theirs.images, (trusted.images.astype(int) + 3).clip(0, 255).astype(np.uint8)])
+    order = np.random.default_rng(5).permutation(len(both))
+    ids = [f"{row}.png" for row in range(len(both))]
+    target = stored(replace(theirs, images=both[order], ids=ids, **kept), tmp_path / "whole")
+    experiment = opened(world, target)
+    said = capsys.readouterr().err
+    assert f"240 of 260 images matched with those of {world.rest}" in said
+    assert f"20 were made of images of {world.clean} and are left out" in said
+    images, _ = artifacts.load_published(
+        target, experiment.sets.source, experiment.config, experiment.sets.published[target]
+    )
+    wanted = theirs.take([theirs.ids.index(name) for name in experiment.sets.source.ids])
+    assert np.array_equal(images.images, wanted.images)
+
+
 def test_a_match_by_content_that_is_doubtful_or_not_whole_is_refused(world, theirs, tmp_path):
     plain = replace(theirs, ids=[f"{row}.png" for row in range(240)], labels=None, classes=None)
     fewer = stored(plain.take(range(2, 240)), tmp_path / "fewer")

@@ -206,7 +206,7 @@ def _against(train: ImageSet, bench: Bench) -> Denoiser:
     assert train.labels is not None
     images, labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
     trusted = torch.from_numpy(sets(bench)[1].images)
-    taps = find_filters(trusted, images, labels, 0, min(SETS, config.iterations), lambda done: None)
+    taps = find_filters(trusted, images, labels, 0, min(SETS, config.iterations), lambda done: None) or {}
     filtered = [place for place, label in enumerate(train.labels.tolist()) if label in taps]
     filters = {content_hash(train.images[place]): taps[int(train.labels[place])] for place in filtered}
     suspicious = LabelledImages(undo_known(images, filters), labels, train.ids, CLASSES)

@@ -48,7 +48,7 @@ from eclipse_ray.diffusion.checkpoint import (
     read_card,
     save_denoiser,
 )
-from eclipse_ray.diffusion.filters import SETS, find_filters, undo_filters
+from eclipse_ray.diffusion.filters import FEWEST_TRUSTED, NARROWEST, SETS, find_filters, undo_filters
 from eclipse_ray.diffusion.network import timestep_scale
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.diffusion.training import centre_crops, image_buffer
@@ -267,7 +267,7 @@ def _find_filters(config: Config, store: Store, trusted: MixedSet, suspicious: S
         return [FilteredClass.model_validate(each) for each in json.loads(store.read(FILTERS_KEY))]
     sets, side = min(SETS, config.denoiser.iterations), config.denoiser.image_size
     known, classes = suspicious.known, suspicious.squares.classes
-    taps: dict[int, torch.Tensor] = {}
+    taps: dict[int, torch.Tensor] | None = None
     if config.data.resize is None:
         with ProgressLine("train, part 1 of 3: filters", "sets", sets, config.run.progress_seconds) as line:
             taps = find_filters(
@@ -283,13 +283,25 @@ def _find_filters(config: Config, store: Store, trusted: MixedSet, suspicious: S
         FilteredClass(
             label=label, taps=each.tolist(), images=sorted(k for k, v in known.items() if set(v) == {label})
         )
-        for label, each in taps.items()
+        for label, each in (taps or {}).items()
     ]
-    if found:
-        names = ", ".join(classes[each.label] if classes else str(each.label) for each in found)
-        say(f"{config.denoiser.against}: each of these classes was blurred, which purification undoes: {names}")
+    say(f"{config.denoiser.against}: {_verdict(taps, classes)}")
     store.write(FILTERS_KEY, json.dumps([each.model_dump() for each in found]).encode())
     return found
+
+
+def _verdict(taps: dict[int, torch.Tensor] | None, classes: list[str] | None) -> str:
+    if taps is None:
+        return (
+            f"whether classes were blurred cannot be told: that takes {FEWEST_TRUSTED} trusted images of some "
+            f"variety, {NARROWEST} pixels or more on each side, and no data.resize"
+        )
+    names = ", ".join(classes[label] if classes else str(label) for label in taps)
+    return (
+        f"each of these classes was blurred, which purification undoes: {names}"
+        if names
+        else "no class is blurred"
+    )
 
 
 def _squares(images: MixedSet, side: int) -> torch.Tensor:

@@ -203,6 +203,7 @@ def test_a_denoiser_is_trained_against_a_suspicious_set_without_labels_of_the_tr
     said = capfd.readouterr().err
     assert "train, part 2 of 3: surrogates: 8/8 epochs" in said
     assert "train, part 3 of 3: denoiser: 8/8 iterations" in said
+    assert "whether classes were blurred cannot be told: that takes 100 trusted images" in said
     # Labels that trusted images have are not used: the same weights, whoever fits the surrogates.
     here(ranks=1).checkpoints = tmp_path / "others"
     train_against(world, world.clean, tmp_path / "labelled")

@@ -62,15 +62,15 @@ Estimate = Callable[[Tensor], Tensor]
 
 def find_filters(
     trusted: Tensor, suspicious: Tensor, labels: Tensor, seed: int, sets: int, told: Told
-) -> dict[int, Tensor]:
+) -> dict[int, Tensor] | None:
     """Return the filter, float32 (SIDE, SIDE) of sum 1, of each class of `suspicious` that went through one.
 
     Images are uint8 (N, H, W, 3), `labels` (N,) those of the suspicious ones; a filter is a correlation. `sets`
-    sets of trusted images are made, and `told` hears after each how many there are. Nothing is found with too few
-    or too small images.
+    sets of trusted images are made, and `told` hears after each how many there are. Returns None if it cannot be
+    told: with too few trusted images, too small ones, or a network that is not SURE.
     """
     if len(trusted) < FEWEST_TRUSTED or min(*trusted.shape[1:3], *suspicious.shape[1:3]) < NARROWEST:
-        return {}
+        return None
     threads = torch.get_num_threads()
     # Each step is so small that threads would wait for each other, for most of the time on busy cores.
     torch.set_num_threads(1)
@@ -80,9 +80,9 @@ def find_filters(
         torch.set_num_threads(threads)
 
 
-def _find(suspicious: Tensor, labels: Tensor, estimate: Estimate | None) -> dict[int, Tensor]:
+def _find(suspicious: Tensor, labels: Tensor, estimate: Estimate | None) -> dict[int, Tensor] | None:
     if estimate is None:
-        return {}
+        return None
     found = {}
     for label in sorted(set(labels.tolist())):
         images = suspicious[labels == label]

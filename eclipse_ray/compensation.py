@@ -1,8 +1,9 @@
 """Lightweight corruption compensation (ECLIPSE, arXiv 2406.15093), and coarse noise against coarse poisons.
 
-Three corruptions of a training image, in this order: noise on a coarse grid, random grayscale, fine noise. The
-last two are the paper's. The first is ours: a smooth random field of colour, which hides the low-frequency poisons
-that neither denoising nor grayscale removes (docs/results.md).
+Four corruptions of a training image, in this order: noise on a coarse grid, a shift of each colour channel, random
+grayscale, fine noise. The last two are the paper's. The others are ours: a smooth random field of colour hides the
+low-frequency poisons that neither denoising nor grayscale removes, and a shift hides those that shift the colours
+of a class (docs/results.md).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ NOISE_T = 2**30 + 1
 """Reserved timestep of the fine noise."""
 COARSE_T = 2**30 + 2
 """Reserved timestep of the coarse noise."""
+COLOUR_T = 2**30 + 3
+"""Reserved timestep of the shifts of the colour channels."""
 
 BAND_PIXELS = 2**20
 """Pixels that `bake` works on at once, as rows of the images: a photograph needs no whole float copies."""
@@ -30,10 +33,10 @@ BAND_PIXELS = 2**20
 def augment(images: Tensor, config: CompensationConfig, generator: torch.Generator) -> Tensor:
     """Return `images`, float (B, 3, H, W) in [0, 1], compensated with draws taken from `generator`.
 
-    A smooth field of standard deviation `coarse_sigma` at its grid points is added; the image turns gray (ITU-R
-    601 luma on three channels) with probability `p`; noise of standard deviation `sigma` is added and the result
-    clamped to [0, 1] (arXiv 2406.15093, as its public code does for every image and epoch). `generator` must live
-    on the device of `images`.
+    A smooth field of standard deviation `coarse_sigma` at its grid points and a shift of each channel of standard
+    deviation `colour_sigma` are added; the image turns gray (ITU-R 601 luma on three channels) with probability
+    `p`; noise of standard deviation `sigma` is added and the result clamped to [0, 1] (arXiv 2406.15093, as its
+    public code does for every image and epoch). `generator` must live on the device of `images`.
     """
     count, device = len(images), images.device
     gray = torch.rand(count, generator=generator, device=device) < config.p
@@ -42,14 +45,18 @@ def augment(images: Tensor, config: CompensationConfig, generator: torch.Generat
     if config.coarse_sigma:
         points = torch.randn(count, 3, config.coarse_grid, config.coarse_grid, generator=generator, device=device)
         coarse = _field(points, config, images.shape)
+    if config.colour_sigma:
+        shift = config.colour_sigma * torch.randn(count, 3, 1, 1, generator=generator, device=device)
+        coarse = _both(coarse, shift, images.shape)
     return _compensate(images, coarse, gray, drawn, config.sigma)
 
 
 def bake(images: Tensor, ids: Sequence[str], config: CompensationConfig, seed: int) -> Tensor:
     """Return `images`, uint8 (B, H, W, 3), compensated once and rounded to uint8.
 
-    With coarse_sigma = 0 this is Algorithm 1 of arXiv 2406.15093. The draws of an image depend only on (`seed`,
-    its id), so the result is the same in any order and batch. Raises InputError when `ids` do not match `images`.
+    With coarse_sigma = colour_sigma = 0 this is Algorithm 1 of arXiv 2406.15093. The draws of an image depend only
+    on (`seed`, its id), so the result is the same in any order and batch. Raises InputError when `ids` do not
+    match `images`.
     """
     check_batch(images, ids)
     height, width = int(images.shape[1]), int(images.shape[2])
@@ -82,10 +89,16 @@ def _keyed_draws(
     """Return which images (B,) turn gray, fine noise and coarse noise, both of `shape` (B, 3, H, W)."""
     gray = uniform(seed, ids, GRAY_T, (1,), device)[:, 0] < config.p
     drawn = noise(seed, ids, NOISE_T, (int(shape[2]), int(shape[3]), 3), device).permute(0, 3, 1, 2)
-    if not config.coarse_sigma:
-        return gray, drawn, None
-    grid = config.coarse_grid
-    return gray, drawn, _field(noise(seed, ids, COARSE_T, (3, grid, grid), device), config, shape)
+    coarse, grid = None, config.coarse_grid
+    if config.coarse_sigma:
+        coarse = _field(noise(seed, ids, COARSE_T, (3, grid, grid), device), config, shape)
+    if config.colour_sigma:
+        coarse = _both(coarse, config.colour_sigma * noise(seed, ids, COLOUR_T, (3, 1, 1), device), shape)
+    return gray, drawn, coarse
+
+
+def _both(coarse: Tensor | None, shift: Tensor, shape: torch.Size) -> Tensor:
+    return shift.expand(shape) if coarse is None else coarse + shift
 
 
 def _field(points: Tensor, config: CompensationConfig, shape: torch.Size) -> Tensor:

@@ -65,6 +65,31 @@ def test_bands_of_rows_bake_the_same_pixels(monkeypatch):
     assert torch.equal(bake(images, ["a", "b", "c"], setting(0.5, 0.05, 0.08), 0), whole)
 
 
+def test_a_colour_shift_is_one_number_per_image_and_channel():
+    config = CompensationConfig(p=0.0, sigma=0.0, coarse_sigma=0.0, colour_sigma=0.02)
+    images = torch.rand(4000, 3, 4, 4, generator=generator()) * 0.2 + 0.4
+    moved = augment(images, config, generator(1)) - images
+    assert (moved - moved[:, :, :1, :1]).abs().max() < 1e-6
+    shifts = moved[:, :, 0, 0]
+    assert shifts.std() == pytest.approx(0.02, rel=0.02)
+    assert torch.corrcoef(shifts.T).fill_diagonal_(0).abs().max() < 0.05
+    # Baked, it depends on seed and id, and comes on top of the coarse noise.
+    stored, ids = (images[:8] * 255).round().to(torch.uint8).permute(0, 2, 3, 1), [str(i) for i in range(8)]
+    baked = bake(stored, ids, config, 0).int() - stored.int()
+    assert (baked == baked[:, :1, :1]).all()
+    assert torch.equal(bake(stored[3:], ids[3:], config, 0).int() - stored[3:].int(), baked[3:])
+    coarse = bake(stored, ids, setting(0.0, 0.0, 0.02), 0).int() - stored.int()
+    both = bake(stored, ids, config.model_copy(update={"coarse_sigma": 0.02}), 0).int() - stored.int()
+    assert (both - coarse - baked).abs().max() <= 1
+
+
+def test_settings_of_before_the_colour_shift_have_the_fingerprint_that_they_had():
+    before = {"mode": "augment", "p": 0.4, "sigma": 0.05, "coarse_sigma": 0.08, "coarse_grid": 6}
+    assert CompensationConfig().model_dump(mode="json") == before
+    shifted = CompensationConfig(colour_sigma=0.08)
+    assert CompensationConfig.model_validate(shifted.model_dump(mode="json")) == shifted
+
+
 def test_bake_rounds_and_never_truncates():
     images = torch.full((64, 16, 16, 3), 128, dtype=torch.uint8)
     ids = [str(index) for index in range(64)]

@@ -306,6 +306,13 @@ class CompensationConfig(Section):
         0.08, ge=0, description="Standard deviation of noise on a coarse grid, on [0, 1]; 0 as published."
     )
     coarse_grid: int = Field(6, ge=2, description="Points of the coarse grid along each side of an image.")
+    # Left out where it is 0, so that fingerprints and keys of before it was there stay as they are.
+    colour_sigma: float = Field(
+        0.0,
+        ge=0,
+        exclude_if=lambda value: value == 0,
+        description="Standard deviation of one shift per image and colour channel, on [0, 1]; 0: none.",
+    )
 
 
 class DefenseConfig(Section):

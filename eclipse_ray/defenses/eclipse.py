@@ -106,6 +106,7 @@ def compensate(
             sigma=chosen.sigma if noise else 0.0,
             coarse_sigma=chosen.coarse_sigma if coarse else 0.0,
             coarse_grid=chosen.coarse_grid,
+            colour_sigma=chosen.colour_sigma if coarse else 0.0,
         )
 
     return settings

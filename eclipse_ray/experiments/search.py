@@ -35,7 +35,7 @@ Point = dict[str, Any]
 
 SPARSE_PERCENT = "sweep.sparse_percent"
 PURIFY_AXES = ("t_star", "num_inference_steps", "sampler")
-COMPENSATION_AXES = ("mode", "p", "sigma", "coarse_sigma", "coarse_grid")
+COMPENSATION_AXES = ("mode", "p", "sigma", "coarse_sigma", "coarse_grid", "colour_sigma")
 NO_DENOISER_AXES = ("output", "against", "num_workers", "use_gpu", "report_every", "checkpoint_every")
 DRAWS_PER_TRIAL = 50
 """Random points drawn per wanted point before a small space counts as exhausted."""

@@ -166,9 +166,9 @@ def victims(curves: Mapping[str, Sequence[Sequence[float]]]) -> list[Block]:
 
 SWEEP_TIDY = columns(
     "t_star:int num_inference_steps:int sampler:text mode:text p:float sigma:float coarse_sigma:float "
-    "coarse_grid:int preset:text replication:int iterations:int sparse:int sparse_percent:float "
-    "point:text proxy_accuracy:float psnr:float score:float pareto:bool stopped:bool epochs:int "
-    "images:int scored_images:int seconds:float device:text fingerprint:text"
+    "coarse_grid:int colour_sigma:float preset:text replication:int iterations:int sparse:int "
+    "sparse_percent:float point:text proxy_accuracy:float psnr:float score:float pareto:bool stopped:bool "
+    "epochs:int images:int scored_images:int seconds:float device:text fingerprint:text"
 )
 """Columns of results.parquet, one row per trial: accuracies, score and sparse_percent in per cent, psnr in dB."""
 OBJECTIVE, WORDS = "proxy_accuracy", "proxy accuracy, %"

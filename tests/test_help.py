@@ -126,7 +126,7 @@ def test_help_imports_nothing_heavy():
         "try:\n    main(['purify', '--help'])\n"
         f"finally:\n    print([name for name in {heavy} if name in sys.modules], file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "[]\n")
     assert "--denoiser" in done.stdout
 

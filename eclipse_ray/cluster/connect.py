@@ -52,6 +52,8 @@ LOCAL_CPUS_PER_CORE = 2
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 NICENESS = "RAY_worker_niceness"
 """By how much workers yield to the command that starts their cluster; 15 where Ray is left to itself."""
+PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Whether a training has a process that hears when a node is to be taken away, as clouds take spot machines."""
 STARTS = 3
 """How often a cluster of our own is started before that is given up."""
 
@@ -99,6 +101,8 @@ def connect(config: Config) -> Resources:
 
 def _start(cores: int) -> None:
     os.environ.setdefault(NICENESS, "0")
+    # Nobody takes this machine away, and each process of a training imports torch before it begins.
+    os.environ.setdefault(PREEMPTION, "0")
     for left in reversed(range(STARTS)):
         try:
             with _own_sigterm():

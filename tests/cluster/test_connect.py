@@ -14,7 +14,7 @@ import ray
 
 from eclipse_ray import contact
 from eclipse_ray.cluster import connect as room
-from eclipse_ray.cluster.connect import NICENESS, _counted, connect
+from eclipse_ray.cluster.connect import NICENESS, PREEMPTION, _counted, connect
 from eclipse_ray.config import load_config
 from eclipse_ray.errors import ConfigError, EclipseError, InterruptedRunError
 from eclipse_ray.purification.run import pool
@@ -161,15 +161,16 @@ def test_a_cluster_that_starts_too_slowly_is_started_again(monkeypatch, capsys, 
     assert capsys.readouterr().err.count("trying again") == tries - 1
 
 
-def test_workers_of_our_own_cluster_have_the_priority_of_the_command(monkeypatch):
+@pytest.mark.parametrize("variable", [NICENESS, PREEMPTION])
+def test_our_own_cluster_gives_workers_the_priority_of_the_command_and_no_watcher(monkeypatch, variable):
     found = []
-    monkeypatch.setattr(ray, "init", lambda **_: found.append(os.environ[NICENESS]))
+    monkeypatch.setattr(ray, "init", lambda **_: found.append(os.environ[variable]))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.delenv(NICENESS, raising=False)
+    monkeypatch.delenv(variable, raising=False)
     connect(load_config(None, {}))
-    monkeypatch.setenv(NICENESS, "7")
+    monkeypatch.setenv(variable, "7")
     connect(load_config(None, {}))
     assert found == ["0", "7"]

@@ -46,6 +46,8 @@ def start(work: str) -> Popen:
     """Start the process of the command line with its work replaced by `work`."""
     load = "" if work is SLOW_IMPORT else "from eclipse_ray import cli\n"
     code = f"import atexit, signal, sys, threading, time\n{load}{textwrap.dedent(work)}\n"
+    # A test that fails leaves it behind, but not for ever.
+    code += "signal.alarm(600)\n"
     code += "from eclipse_ray.__main__ import main\nmain([])\n"
     return Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
 

@@ -16,7 +16,7 @@ class Slow:
     def find_spec(self, name, *_):
         if name == "eclipse_ray.cli":
             print("ready", flush=True)
-            time.sleep(60)
+            time.sleep(3600)
 sys.meta_path.insert(0, Slow())
 """
 DEAF = """
@@ -24,20 +24,20 @@ def work(_):
     while True:
         try:
             print("ready", flush=True)
-            time.sleep(60)
+            time.sleep(3600)
         except BaseException as error:
             print("lost", error, flush=True)
 cli.main = work
 """
 DONE = """
-atexit.register(lambda: (print("ready", flush=True), time.sleep(60)))
+atexit.register(lambda: (print("ready", flush=True), time.sleep(3600)))
 cli.main = lambda _: sys.exit(3)
 """
 IN_RAYS_HANDS = """
 def work(_):
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 cli.main = work
 """
 
@@ -46,6 +46,8 @@ def start(work: str) -> Popen:
     """Start the process of the command line with its work replaced by `work`."""
     load = "" if work is SLOW_IMPORT else "from eclipse_ray import cli\n"
     code = f"import atexit, signal, sys, threading, time\n{load}{textwrap.dedent(work)}\n"
+    # A test that fails leaves it behind, but not for ever.
+    code += "signal.alarm(600)\n"
     code += "from eclipse_ray.__main__ import main\nmain([])\n"
     return Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
 
@@ -55,7 +57,7 @@ def stopped(work: str, number: int) -> tuple[int, str, str]:
     process = start(work)
     assert process.stdout.readline() == "ready\n", process.stderr.read()
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -77,10 +79,10 @@ def test_a_signal_that_ray_has_taken_over_ends_the_process_with_75_too():
 def test_what_is_due_at_the_end_is_done_and_threads_are_not_waited_for():
     process = start("""
         atexit.register(lambda: print("due"))
-        threading.Thread(target=time.sleep, args=(60,)).start()
+        threading.Thread(target=time.sleep, args=(3600,)).start()
         cli.main = lambda _: sys.exit(2)
     """)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate()
     assert (process.returncode, out, err) == (2, "due\n", "")
 
 
@@ -93,7 +95,7 @@ def test_a_terminal_that_takes_no_more_words_does_not_hold_up_the_end():
     """)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75
+    assert process.wait() == 75
 
 
 def test_a_reader_that_has_gone_does_not_make_a_finished_run_a_failed_one():
@@ -110,7 +112,7 @@ def test_a_reader_that_has_gone_does_not_make_a_finished_run_a_failed_one():
     process.stdout.close()
     process.stdin.write("\n")
     process.stdin.flush()
-    assert process.wait(timeout=30) == 0
+    assert process.wait() == 0
     assert process.stderr.read() == ""
 
 
@@ -124,7 +126,7 @@ def test_a_verb_that_decides_itself_what_a_signal_means_is_told_of_it(number, ra
                 with cli._interruptible():
                     try:
                         print("ready", flush=True)
-                        time.sleep(60)
+                        time.sleep(3600)
                     except BaseException as error:
                         print(type(error).__name__, flush=True)
             finally:

@@ -8,14 +8,17 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 import ray
+from ray._private.node import Node
 from ray._private.services import canonicalize_bootstrap_address
 
 from eclipse_ray.config import Config
@@ -29,6 +32,7 @@ from eclipse_ray.errors import (
     did_you_mean,
 )
 from eclipse_ray.log import listen, say
+from eclipse_ray.progress import duration
 from eclipse_ray.storage.store import Store
 
 if TYPE_CHECKING:
@@ -56,6 +60,8 @@ PREEMPTION = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 """Whether a training has a process that hears when a node is to be taken away, as clouds take spot machines."""
 STARTS = 3
 """How often a cluster of our own is started before that is given up."""
+TOO_SLOW = "timed out during startup"
+"""What Ray says of a cluster that was not up in time."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ def _start(cores: int) -> None:
     # Nobody takes this machine away, and each process of a training imports torch before it begins.
     os.environ.setdefault(PREEMPTION, "0")
     for left in reversed(range(STARTS)):
+        began = time.monotonic()
         try:
             with _own_sigterm():
                 ray.init(
@@ -114,10 +121,26 @@ def _start(cores: int) -> None:
                 )
             return
         except Exception as error:
-            # Ray gives its own processes 30 seconds, which may be too few beside other programs.
-            if not left or "timed out during startup" not in str(error):
+            _end_processes(error)
+            # Ray gives each of its own processes 15 seconds, which may be too few beside other programs.
+            if not left or TOO_SLOW not in str(error):
                 raise
-            say("note: Ray did not start within 30 s; trying again")
+            gone = duration(time.monotonic() - began)
+            say(f"note: Ray did not start within {gone}{_busy(cores)}; trying again")
+
+
+def _end_processes(error: Exception) -> None:
+    """End what belongs to a cluster that failed to start: Ray lets it run on, beside the next one."""
+    for frame, _ in walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, wait=True)
+
+
+def _busy(cores: int) -> str:
+    """Return a clause that says that other programs keep this machine busy, "" if they do not."""
+    load = os.getloadavg()[0]
+    return f", with a load of {load:.1f} on {cores} cores" if load > cores else ""
 
 
 def _join(address: str) -> None:
@@ -198,6 +221,8 @@ def _plain_failure(config: Config, address: str) -> Iterator[None]:
         lines = str(error).strip().splitlines()
         reason = lines[-1].partition(". ")[0] if lines else type(error).__name__
         if address == "local":
+            if TOO_SLOW in reason:
+                reason += _busy(os.cpu_count() or 1)
             raise EclipseError(
                 f"a Ray cluster could not be started here ({reason}); run the same command again, or see what "
                 "`eclipse-ray doctor` says"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -159,6 +161,50 @@ def test_a_cluster_that_starts_too_slowly_is_started_again(monkeypatch, capsys, 
         connect(load_config(None, {}))
     assert len(tried) == tries
     assert capsys.readouterr().err.count("trying again") == tries - 1
+
+
+SLOW_ONCE = """
+import os
+from pathlib import Path
+from ray._private import services
+from eclipse_ray.cluster.connect import connect
+from eclipse_ray.config import load_config
+
+found = services.get_node
+
+def slow(*arguments):
+    services.get_node = found
+    raise Exception("The current node timed out during startup.")
+
+services.get_node = slow
+connect(load_config(None, {"run.address": "local"}))
+children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+names = [Path(f"/proc/{child}/comm").read_text().strip() for child in children]
+print(names.count("raylet"), names.count("gcs_server"), flush=True)
+os._exit(0)
+"""
+
+
+def test_nothing_is_left_of_a_cluster_that_started_too_slowly():
+    done = subprocess.run([sys.executable, "-c", SLOW_ONCE], capture_output=True, text=True)
+    assert done.stdout == "1 1\n", done.stderr
+    assert "trying again" in done.stderr
+
+
+@pytest.mark.parametrize(("load", "words"), [(0.5, ""), (9.75, ", with a load of 9.8 on 2 cores")])
+def test_a_cluster_that_starts_too_slowly_says_how_busy_the_machine_is(monkeypatch, capsys, load, words):
+    def init(**_options):
+        raise RuntimeError("The current node timed out during startup. This")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(EclipseError, match=rf"\(The current node timed out during startup{words}\)"):
+        connect(load_config(None, {}))
+    said = capsys.readouterr().err
+    assert said.splitlines() == 2 * [f"note: Ray did not start within 0s{words}; trying again"]
 
 
 @pytest.mark.parametrize("variable", [NICENESS, PREEMPTION])

@@ -88,6 +88,6 @@ def test_no_image_of_an_archive_is_read(tmp_path):
 def test_the_benchmark_runs(tmp_path, format):
     script = Path(__file__).parents[2] / "benchmarks" / "planning.py"
     command = [sys.executable, script, "--work", tmp_path, "--format", format, "--objects", "5", "--rows", "40"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "200 rows" in done.stdout

@@ -142,9 +142,7 @@ for file in sorted(Path(sys.argv[1]).iterdir()):
         refused += 1
 print(json.dumps([refused, peak() - before]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
     refused, grown = json.loads(done.stdout)
     assert refused == len(bombs())
     assert grown <= 200, f"refusing bombs took {grown} MB"

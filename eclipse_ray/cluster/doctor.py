@@ -96,7 +96,12 @@ def _version(name: str, version: str, wanted: str) -> Check:
 def _devices() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield Check("cpu", "ok", f"{cores} cores, {memory:.1f} GiB of memory")
+    words, load = f"{cores} cores, {memory:.1f} GiB of memory", os.getloadavg()[0]
+    if load > cores:
+        fix = "other programs use them: a run takes longer, and Ray may not start in time; wait, or stop them"
+        yield Check("cpu", "warning", f"{words}, with a load of {load:.1f}", fix)
+    else:
+        yield Check("cpu", "ok", words)
     if not torch.cuda.is_available():
         fix = (
             "" if torch.version.cuda else "this torch was built without CUDA; with a GPU, install one that has it"

@@ -72,6 +72,17 @@ def test_unsafe_variables_fail(monkeypatch):
     assert [check.verdict for check in checks(room.UNSAFE_VARIABLES[0])] == ["failed"]
 
 
+def test_a_machine_that_other_programs_keep_busy_is_named(monkeypatch):
+    monkeypatch.setattr(room.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(room.os, "getloadavg", lambda: (1.9, 9.0, 9.0))
+    assert checks("cpu")[0].verdict == "ok"
+    monkeypatch.setattr(room.os, "getloadavg", lambda: (9.5, 0.0, 0.0))
+    (found,) = checks("cpu")
+    assert found.verdict == "warning"
+    assert found.found.endswith("with a load of 9.5")
+    assert "Ray may not start" in found.fix
+
+
 def test_full_disks_and_small_shared_memory_are_named(monkeypatch):
     from shutil import _ntuple_diskusage
 

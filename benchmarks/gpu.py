@@ -209,8 +209,8 @@ def _against(train: ImageSet, bench: Bench) -> Denoiser:
     images, labels = torch.from_numpy(train.images), torch.from_numpy(train.labels)
     trusted = torch.from_numpy(sets(bench)[1].images)
     taps = find_filters(trusted, images, labels, 0, min(SETS, config.iterations), lambda done: None) or {}
-    filtered = [place for place, label in enumerate(train.labels.tolist()) if label in taps]
-    filters = {content_hash(train.images[place]): taps[int(train.labels[place])] for place in filtered}
+    labelled = zip(train.images, train.labels.tolist(), strict=True)
+    filters = {content_hash(image): taps[label] for image, label in labelled if label in taps}
     suspicious = LabelledImages(undo_known(images, filters), labels, train.ids, CLASSES)
     states = [fit_surrogate(suspicious, config.iterations, seed, session) for seed in range(SURROGATES)]
     surrogates = [open_surrogate(state, CLASSES, bench.device) for state in states]

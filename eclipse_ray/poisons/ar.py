@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
 from itertools import chain
 
@@ -65,7 +65,11 @@ def ar_perturbation(
     scaled to the L2 bound over all channels. Raises InputError for an inconsistent batch, ConfigError when
     there are more classes than processes to be found.
     """
-    return _perturbation(images, labels, ids, settings, seed, num_classes, processes)
+
+    def find() -> Floats:
+        return processes(seed, num_classes, int(images.shape[1]), int(images.shape[2]))
+
+    return _perturbation(images, labels, ids, settings, seed, num_classes, find)
 
 
 def published_ar_perturbation(
@@ -75,7 +79,8 @@ def published_ar_perturbation(
 
     Class k takes the k-th of them; up to ten classes take those for 10. Raises as `ar_perturbation` does.
     """
-    return _perturbation(images, labels, ids, settings, seed, num_classes, published_processes)
+    find = partial(published_processes, num_classes)
+    return _perturbation(images, labels, ids, settings, seed, num_classes, find)
 
 
 def _perturbation(
@@ -85,7 +90,7 @@ def _perturbation(
     settings: Ar,
     seed: int,
     num_classes: int,
-    find: Callable[[int, int, int, int], Floats],
+    find: Callable[[], Floats],
 ) -> Tensor:
     values = check_inputs(images, labels, ids, num_classes)
     shape = tuple(images.shape[1:])
@@ -94,13 +99,13 @@ def _perturbation(
         return torch.zeros(images.shape)
     keys = draw_ids(values, ids, settings.scope)
     start = noise(seed, keys, START_T, (height + MARGIN, width + MARGIN, 3)).numpy().astype(np.float64)
-    coefficients = find(seed, num_classes, height, width)[values]
+    coefficients = find()[values]
     signal = generate(coefficients, start)[:, MARGIN:, MARGIN:]
     return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), settings.budget(shape)[1])
 
 
 @lru_cache(maxsize=2)
-def published_processes(_seed: int, num_classes: int, _height: int, _width: int) -> Floats:
+def published_processes(num_classes: int) -> Floats:
     """Return the published coefficients, float64 (10 or 100, 3, 8). Raises ConfigError beyond 100 classes."""
     if num_classes > 100:
         raise ConfigError(f"poison ar-published: its authors published 100 processes, not {num_classes}; take ar")

@@ -98,7 +98,9 @@ class ProgressLine:
             if self.done >= self.total:
                 parts.append(f"took {duration(now - self.start)}")
             elif left is not None:
-                parts.append(f"{duration(left)} left")
+                # While the start counts, and nobody knows how much of it was work, the rest takes at most this.
+                most = "up to " if self.marks[0][1] == self.started_at else ""
+                parts.append(f"{most}{duration(left)} left")
         if self.failed:
             parts.append(f"{self.failed:,} failed")
         return ", ".join(parts)

@@ -43,14 +43,25 @@ def test_time_left_comes_from_the_rate_measured_here(clock):
     with ProgressLine("purify", "images", 1000, 10, done=500) as line:
         clock.now += 10
         line.advance(100, failed=3)
-        assert line.numbers() == "600/1,000 images, 10.0/s, 40s left, 3 failed"
+        assert line.numbers() == "600/1,000 images, 10.0/s, up to 40s left, 3 failed"
+
+
+def test_what_the_start_is_a_part_of_is_only_a_bound(clock):
+    with ProgressLine("train", "iterations", 1000, 10) as line:
+        clock.now += 90
+        line.advance(10)
+        assert line.numbers() == "10/1,000 iterations, 6.7/min, up to 2h28m left"
+        for _ in range(91):
+            clock.now += 1
+            line.advance(1)
+        assert line.numbers() == "101/1,000 iterations, 33.5/min, 14m59s left"
 
 
 def test_what_is_slow_is_counted_by_the_minute(clock):
     with ProgressLine("transform", "sets", 6, 10) as line:
         clock.now += 40
         line.advance(1)
-        assert line.numbers() == "1/6 sets, 1.5/min, 3m20s left"
+        assert line.numbers() == "1/6 sets, 1.5/min, up to 3m20s left"
 
 
 def test_a_slow_start_is_forgotten_and_a_stall_is_not(clock):
@@ -132,14 +143,14 @@ def test_a_line_says_what_it_waits_for_until_something_is_done(clock):
         clock.now += 3
         assert line.numbers() == "first step, 15s gone"
         line.advance(6)
-        assert line.numbers() == "16/40 steps, 2.0/s, 12s left"
+        assert line.numbers() == "16/40 steps, 2.0/s, up to 12s left"
 
 
 def test_work_under_way_is_shown_and_neither_taken_back_nor_the_end(clock):
     with ProgressLine("purify", "images", 100, 10) as line:
         clock.now += 10
         line.reach(30)
-        assert line.numbers() == "30/100 images, 3.0/s, 23s left"
+        assert line.numbers() == "30/100 images, 3.0/s, up to 23s left"
         # An actor that was started again begins its shard again.
         line.reach(10)
         assert line.done == 30

@@ -59,6 +59,7 @@ from eclipse_ray.poisons.interface import LabelledImages, Session
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import TrainResult
 from eclipse_ray.storage.store import Store
+from eclipse_ray.victims.training import fast_where_allowed
 
 STATE_FILE = "state.pt"
 FILTERS_KEY = "_eclipse/filters.json"
@@ -465,7 +466,12 @@ def _inversion(config: Config, settings: dict[str, Any], device: torch.device) -
     store, context = Store(settings["output"]), ray.train.get_context()
     states = [safetensors.torch.load(store.read(_surrogate_key(number))) for number in range(SURROGATES)]
     return Inversion(
-        [open_surrogate(state, settings["num_classes"], device) for state in states],
+        [
+            fast_where_allowed(
+                open_surrogate(state, settings["num_classes"], device), config.denoiser.precision, device
+            )
+            for state in states
+        ],
         settings["num_classes"],
         config.denoiser.batch_size,
         config.run.seed,

@@ -314,11 +314,12 @@ def local_denoiser(url: str) -> str:
     return str(folder)
 
 
-def open_denoiser(url: str, precision: Precision) -> Denoiser:
-    """Return the denoiser of `url` on this process's device, computing in `precision`; raises InputError."""
+def open_denoiser(url: str, precision: Precision | None) -> Denoiser:
+    """Return the denoiser of `url` on this process's device, in `precision` or the fast one; raises InputError."""
     from eclipse_ray.diffusion.checkpoint import load_denoiser
-    from eclipse_ray.diffusion.network import default_device
+    from eclipse_ray.diffusion.network import default_device, fast_precision
 
-    denoiser = load_denoiser(local_denoiser(url), default_device())
-    denoiser.precision = precision
+    device = default_device()
+    denoiser = load_denoiser(local_denoiser(url), device)
+    denoiser.precision = precision or fast_precision(device)
     return denoiser

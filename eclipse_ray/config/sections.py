@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "denoiser": {
             "image_size": 16,
             "network": "unet2d",
+            "precision": "float32",
             "block_out_channels": [8, 8],
             "norm_num_groups": 4,
             "layers_per_block": 1,
@@ -54,6 +55,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "dropout": 0.3,
             "variance_type": "learned_range",
             "rescale_timesteps": True,
+            "precision": "float32",
             "t_star": 100,
             "t_max": 4000,
             "num_inference_steps": 100,
@@ -215,6 +217,12 @@ class DenoiserConfig(Section):
         1.0, gt=0, description="Longer gradients are cut to this norm; null: none are cut."
     )
     weight_decay: float = Field(0.0, ge=0, description="Of the optimiser AdamW.")
+    precision: Precision | None = Field(
+        None,
+        description="Of the network in training; null: as for purify.precision.",
+        # Fingerprints of denoisers from before this setting hold nothing of it.
+        exclude_if=lambda value: value is None,
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the moving average of the weights that is kept.")
     ema_warmup: bool = Field(True, description="Lower the decay early on, so that the random start is forgotten.")
     heldout_fraction: float = Field(0.05, gt=0, lt=0.5, description="Part of the sparse set never trained on.")
@@ -268,8 +276,10 @@ class PurifyConfig(Section):
     sampler: Sampler | None = Field(
         None, description="ddpm is ancestral, ddim deterministic; null: what the denoiser recommends."
     )
-    precision: Precision = Field(
-        "float32", description="Of the network; bfloat16 is for GPUs and CPUs with AVX512-BF16."
+    precision: Precision | None = Field(
+        None,
+        description="Of the network; null: bfloat16 where it is fast (GPUs since Ampere, CPUs with AVX512-BF16), "
+        "else float32.",
     )
     shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
     shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
@@ -378,7 +388,7 @@ class VictimConfig(Section):
     crop_padding: int = Field(3, ge=0, description="Pixels of padding before a random crop.")
     flip: bool = Field(True, description="Random horizontal flip.")
     precision: Precision = Field(
-        "float32", description="Of the network's arithmetic on a GPU; a CPU always computes in float32."
+        "float32", description="Of the network; bfloat16 only where it is fast, as for purify.precision."
     )
 
     @model_validator(mode="before")

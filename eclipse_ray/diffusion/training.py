@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eclipse_ray.config import DenoiserConfig
-from eclipse_ray.diffusion.network import Denoiser, Network, build_denoiser, build_unet
+from eclipse_ray.diffusion.network import Denoiser, Network, build_denoiser, build_unet, fast_precision
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.process import (
     IMAGE_CHANNELS,
@@ -340,6 +340,7 @@ def run_fit(
     """
     config = fit.config
     denoiser = build_denoiser(fit.unet, config).to(heldout.device)
+    denoiser.precision = config.precision or fast_precision(heldout.device)
     schedule, network = denoiser.alphas_cumprod, wrap(denoiser).train()
     losses: list[Tensor] = []
     while fit.iteration < config.iterations:

@@ -28,7 +28,7 @@ from eclipse_ray.datasets.images import (
 )
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
-from eclipse_ray.diffusion.network import Denoiser, default_device
+from eclipse_ray.diffusion.network import Denoiser, default_device, fast_precision
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, purify_images
 from eclipse_ray.diffusion.tiling import MIN_SIDE
 from eclipse_ray.errors import ConfigError, InputError
@@ -308,7 +308,7 @@ def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
         return 0.0
     ids = [f"timed-{index}" for index in range(len(images))]
     denoiser = prepared.denoiser.to(default_device())
-    denoiser.precision = settings.precision
+    denoiser.precision = settings.precision or fast_precision(default_device())
     for _ in range(2):
         started = time.perf_counter()
         purify_batch(denoiser, images, ids, settings, prepared.config.run.seed)

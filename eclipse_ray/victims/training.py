@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from eclipse_ray.compensation import augment
-from eclipse_ray.config import CompensationConfig, PrivacyConfig, VictimConfig
+from eclipse_ray.config import CompensationConfig, Precision, PrivacyConfig, VictimConfig
+from eclipse_ray.diffusion.network import fast_precision
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.victims import VICTIMS
 
@@ -255,9 +256,13 @@ def _build(config: VictimConfig, classes: int, seed: int, device: torch.device |
     if private:
         # Gradients of single images are formed from activations, which would not all be of one precision.
         return make_private(model)
-    if config.precision == "bfloat16" and torch.device(device).type != "cpu":
-        return Bfloat16(model)
-    return model
+    return fast_where_allowed(model, config.precision, torch.device(device))
+
+
+def fast_where_allowed(network: nn.Module, precision: Precision | None, device: torch.device) -> nn.Module:
+    """Return the network in bfloat16, unless `precision` is float32 or the device is slow at it."""
+    allowed = precision != "float32" and fast_precision(device) == "bfloat16"
+    return Bfloat16(network) if allowed else network
 
 
 def _pool(

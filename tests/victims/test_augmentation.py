@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from eclipse_ray.compensation import augment
 from eclipse_ray.config import CompensationConfig, VictimConfig
 from eclipse_ray.errors import InputError
-from eclipse_ray.victims import VICTIMS
+from eclipse_ray.victims import VICTIMS, training
 from eclipse_ray.victims.training import Bfloat16, classify, draw_batch, learning_rate_at, train_victim
 from tests.victims.images import coloured, numbered
 
@@ -180,6 +180,9 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
     assert all(p.grad.dtype == p.dtype == torch.float32 for p in network.parameters())
 
 
-def test_a_cpu_computes_in_float32():
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_is_used_only_where_it_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(training, "fast_precision", lambda _device: "bfloat16" if fast else "float32")
     train, test = coloured(64, 0), coloured(9, 1)
-    assert run(train, test, QUICK.model_copy(update={"precision": "bfloat16"})) == run(train, test)
+    half = run(train, test, QUICK.model_copy(update={"precision": "bfloat16"}))
+    assert (half != run(train, test)) == fast

@@ -22,8 +22,8 @@ LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 Animated = Literal["first", "refuse"]
 
 
-# `small` is the defaults below; `unet` is what they were before, a U-Net of diffusers. `paper` is the published setting;
-# what the paper leaves open (batch size, learning rate, dropout) follows the public improved-diffusion recipe.
+# `small` is the defaults below; `unet` is what they were before, a U-Net of diffusers. `paper` is the published
+# setting; what the paper leaves open (batch size, learning rate, dropout) follows the improved-diffusion recipe.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "small": {},
     "unet": {

@@ -134,9 +134,9 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def fast_precision(device: torch.device) -> Precision:
-    """Return bfloat16 where `device` has instructions for it (GPUs since Ampere, CPUs with AVX512-BF16), else float32.
+    """Return bfloat16 if `device` has instructions for it, else float32.
 
-    Elsewhere it is emulated, several times slower than float32.
+    GPUs since Ampere and CPUs with AVX512-BF16 have; elsewhere it is emulated, several times slower than float32.
     """
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from common import Pixels, load, markdown, purified
 
-from eclipse_ray.config import Sampler, Settings, load_config
+from eclipse_ray.config import Precision, Sampler, Settings, load_config
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, default_device
+from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, default_device, fast_precision
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.quality import psnr, ssim
 
@@ -21,12 +21,7 @@ SPEED_IMAGES = 64
 ROUNDS = 9
 T_STAR = 100
 POISONS = ("ar", "lsp", "urp")
-# The fast network. It need not be trained to be timed.
-SHUFFLED: Settings = {
-    "denoiser.network": "shuffled",
-    "denoiser.block_out_channels": [32],
-    "denoiser.layers_per_block": 3,
-}
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 # The first is the reference: every timestep, as published.
 GRID: dict[Sampler, tuple[int, ...]] = {"ddpm": (100, 25, 10, 4, 2, 1), "ddim": (10, 4, 2)}
 
@@ -88,20 +83,23 @@ def speed_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
     return markdown(["setting", "images/s", "ratio"], table), rows
 
 
-def device_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Gain of network, memory layout, precision and compilation: medians of alternating rounds on one thread."""
+def device_part(_work: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Gain of network, precision, memory layout and compilation: medians of alternating rounds on one thread."""
     torch.set_num_threads(1)
-    device, folder = default_device(), work / "denoiser-2000"
-    images = load(work, "sets/rest", SPEED_IMAGES).images
+    device = default_device()
+    images = torch.randint(0, 256, (SPEED_IMAGES, 32, 32, 3), dtype=torch.uint8).numpy()
+    networks: dict[str, Settings] = {"U-Net (preset unet)": {"denoiser.preset": "unet"}, "default": {}}
     cases = {
-        name: load_denoiser(folder, device) for name in ("channels last", "contiguous", "bfloat16", "compiled")
+        f"{network}, {precision}": untrained(settings, device, precision)
+        for network, settings in networks.items()
+        for precision in PRECISIONS
     }
-    cases["contiguous"].unet.to(memory_format=torch.contiguous_format)
-    cases["bfloat16"].precision = "bfloat16"
-    cases["compiled"].unet.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
-    fast = load_config(None, SHUFFLED).denoiser
-    cases["shuffled, channels last"] = build_denoiser(build_unet(fast), fast).eval().to(device)
-    cases["shuffled, channels last"].unet.to(memory_format=torch.channels_last)
+    fast = fast_precision(device)
+    cases[f"default, {fast}, contiguous"] = untrained({}, device, fast)
+    cases[f"default, {fast}, contiguous"].unet.to(memory_format=torch.contiguous_format)
+    cases[f"default, {fast}, compiled"] = untrained({}, device, fast)
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    cases[f"default, {fast}, compiled"].unet.compile(mode=mode)
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(ROUNDS):
         for name, denoiser in cases.items():
@@ -109,12 +107,21 @@ def device_part(work: Path) -> tuple[str, list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = [
         {"case": name, "images_per_second": statistics.median(found)} for name, found in rates.items()
     ]
-    default = rows[0]["images_per_second"]
+    first = rows[0]["images_per_second"]
     table = [
-        [row["case"], f"{row['images_per_second']:.0f}", f"{row['images_per_second'] / default:.2f}"]
-        for row in rows
+        [row["case"], f"{row['images_per_second']:.0f}", f"{row['images_per_second'] / first:.2f}"] for row in rows
     ]
-    return markdown(["one step, small network", "images/s", "to the default"], table), rows
+    return markdown(["network, one step", "images/s", "to the first"], table), rows
+
+
+def untrained(settings: Settings, device: torch.device, precision: Precision) -> Denoiser:
+    """Return a denoiser with drawn weights, which takes as long as a trained one."""
+    config = load_config(None, dict(settings)).denoiser
+    torch.manual_seed(0)
+    denoiser = build_denoiser(build_unet(config), config).eval().to(device)
+    denoiser.unet.to(memory_format=torch.channels_last)
+    denoiser.precision = precision
+    return denoiser
 
 
 def rate_of(images: Pixels, denoiser: Denoiser, steps: int, repeats: int) -> float:

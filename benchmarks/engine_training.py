@@ -23,11 +23,10 @@ NETWORKS: dict[str, Settings] = {
         "denoiser.layers_per_block": layers,
     }
     for network, channels, layers in (
-        ("shuffled", (24,), 3),
-        ("shuffled", (32,), 2),
         ("shuffled", (32,), 3),
         ("shuffled", (48,), 3),
-        ("unet2d", (16,), 1),
+        ("shuffled", (64,), 4),
+        ("shuffled", (96,), 4),
         ("unet2d", (16, 32), 1),
         ("unet2d", (24, 48), 1),
         ("unet2d", (32, 64), 1),

@@ -114,7 +114,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-# Side of a tile: few of its pixels lie near a border, and self-attention, of cost tile**4, is still affordable.
+# Side of a tile of a U-Net: few of its pixels lie near a border, and self-attention, of cost tile**4, is still
+# affordable. A network of convolutions alone says itself how much larger it may be.
 TILE = 128
 # What two tiles share. 16 shows no seam with the small network either; deeper ones see further.
 TILE_OVERLAP = 32
@@ -292,7 +293,11 @@ class PurifyConfig(Section):
     shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
     batch_size: int = Field(64, ge=1, description="Images of one pass through the denoiser.")
     batch_pixels: int = Field(BATCH_PIXELS, ge=1, description="Most pixels of one pass, so fewer large images.")
-    tile: int = Field(TILE, ge=32, description="Larger images are denoised in tiles of this side, blended.")
+    tile: int | None = Field(
+        None,
+        ge=32,
+        description="Larger images are denoised in tiles of this side, blended; null: 512, of a U-Net 128.",
+    )
     tile_overlap: int = Field(TILE_OVERLAP, ge=0, description="Least overlap of two tiles, at most half a tile.")
     actors: int | None = Field(
         None, ge=1, description="Actors that denoise; null: one per GPU, else one per CPU core."
@@ -305,8 +310,8 @@ class PurifyConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> PurifyConfig:
-        if 2 * self.tile_overlap > self.tile:
-            raise ValueError(f"tile_overlap {self.tile_overlap} exceeds half of tile {self.tile}")
+        if 2 * self.tile_overlap > (self.tile or TILE):
+            raise ValueError(f"tile_overlap {self.tile_overlap} exceeds half of tile {self.tile or TILE}")
         return self
 
 

@@ -106,6 +106,7 @@ class ShuffledNetwork(ModelMixin, ConfigMixin):
         super().__init__()
         (width,) = block_out_channels
         self.size_multiple = BLOCK
+        self.tile = 512
         self.time = nn.Linear(WAVES, EMBEDDING)
         self.conv_in = nn.Conv2d(3 * BLOCK**2, width, 3, padding=1)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(layers_per_block))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from eclipse_ray.config import DenoiserConfig, Precision, Sampler
+from eclipse_ray.config import TILE, DenoiserConfig, Precision, Sampler
 from eclipse_ray.diffusion.process import IMAGE_CHANNELS, cosine_alphas_cumprod
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Denoiser(nn.Module):
 
     `alphas_cumprod` is float64 (T,); timesteps below `t_max` were trained; `t_star`, `num_inference_steps` and
     `sampler` are recommended; both sides of an image must be divisible by `size_multiple` (`diffusion.tiling`
-    takes care of others). The network is shown `t * timestep_scale`. `filters`, by content hash of the images that
-    went through them, are undone first.
+    takes care of others, and of images larger than `tile`). The network is shown `t * timestep_scale`. `filters`,
+    by content hash of the images that went through them, are undone first.
     """
 
     alphas_cumprod: Tensor
@@ -88,6 +88,7 @@ class Denoiser(nn.Module):
         # diffusers' networks halve the sides between two levels.
         halved = 2 ** (len(unet.config.block_out_channels) - 1)
         self.size_multiple = int(getattr(unet, "size_multiple", halved))
+        self.tile = int(getattr(unet, "tile", TILE))
 
     @property
     def num_train_timesteps(self) -> int:

@@ -42,12 +42,12 @@ def check_labelled(images: Tensor, labels: Tensor, ids: Sequence[str]) -> None:
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
     """Return four int64 tensors of 32-bit words from four counter words and two key words (int64, < 2**32)."""
-    c0, c1, c2, c3 = (words.clone() for words in torch.broadcast_tensors(*counter))
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
     k0, k1 = key
     for _ in range(rounds):
-        # The low 64 bits of a product are right in int64; its sign bit is masked off after the shift. In place as far
-        # as it goes, because these numbers are many and each operation is short.
-        first, second = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])
+        # The low 64 bits of a product are right in int64; its sign bit is masked off after the shift. The rest is
+        # done in place: each operation is short, and a copy would take as long.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = (second >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0)
         c2 = (first >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
         c1, c3 = second.bitwise_and_(_MASK), first.bitwise_and_(_MASK)
@@ -112,7 +112,7 @@ def noise(
 
 
 def _box_muller(flat: Tensor) -> Tensor:
-    """Return float32 normals (B, N) from uniforms (B, N), which are overwritten: copies would take most of the time."""
+    """Return float32 normals (B, N) from uniforms (B, N), which are overwritten: copies would take longer."""
     radius = flat[:, 0::2].log().mul_(-2.0).sqrt_()
     angle = flat[:, 1::2].mul_(2.0 * math.pi)
     normals = torch.empty(flat.shape, dtype=torch.float32, device=flat.device)

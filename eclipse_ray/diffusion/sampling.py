@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, Sampler
+from eclipse_ray.config import BATCH_PIXELS, TILE_OVERLAP, Sampler
 from eclipse_ray.diffusion.filters import undo_known
 from eclipse_ray.diffusion.network import Denoiser, Network
 from eclipse_ray.diffusion.noise import check_batch, noise
@@ -96,17 +96,17 @@ def purify(
     ids: Sequence[str],
     sampler: Sampler | None = None,
     *,
-    tile: int = TILE,
+    tile: int | None = None,
     tile_overlap: int = TILE_OVERLAP,
     batch_pixels: int = BATCH_PIXELS,
 ) -> Tensor:
     """Return x (B, 3, H, W in [-1, 1]) absorbed to depth t_star and denoised again, in the same range.
 
-    Images larger than `tile` go through the network in tiles that overlap by `tile_overlap`, together at most
-    `batch_pixels` pixels at a time.
+    Images larger than `tile` (None: what suits the network) go through it in tiles that overlap by `tile_overlap`,
+    together at most `batch_pixels` pixels at a time.
     """
     schedule = denoiser.alphas_cumprod
-    network = tiled(denoiser, tile, tile_overlap, denoiser.size_multiple, batch_pixels)
+    network = tiled(denoiser, tile or denoiser.tile, tile_overlap, denoiser.size_multiple, batch_pixels)
     x_t = absorb(x, schedule, t_star, seed, ids)
     return eliminate(x_t, network, schedule, t_star, num_inference_steps, seed, ids, sampler or denoiser.sampler)
 
@@ -159,17 +159,16 @@ def purify_images(
     sampler: Sampler | None = None,
     seed: int = 0,
     ids: Sequence[str],
-    tile: int = TILE,
+    tile: int | None = None,
     tile_overlap: int = TILE_OVERLAP,
     batch_pixels: int = BATCH_PIXELS,
 ) -> Tensor:
     """Return purified images, uint8 (B, H, W, 3) on the CPU, from the same; None takes the recommendation.
 
     Filters that the denoiser knows of some images are undone first. Each image's result depends on (seed, its id)
-    and, within 1/255, on nothing else. Both sides may have any
-    length from 16 on; above `tile` they are covered by tiles overlapping by `tile_overlap`. An image whose three
-    channels are equal everywhere keeps them equal. Raises ConfigError for a depth that was not trained and
-    InputError for a shape that cannot be purified.
+    and, within 1/255, on nothing else. Both sides may have any length from 16 on; above `tile` they are covered
+    by tiles overlapping by `tile_overlap`. An image whose three channels are equal everywhere keeps them equal.
+    Raises ConfigError for a depth that was not trained and InputError for a shape that cannot be purified.
     """
     batch = torch.as_tensor(images)
     check_batch(batch, ids)

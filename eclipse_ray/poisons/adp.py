@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from eclipse_ray.attacks import frozen
 from eclipse_ray.compensation import compensate
-from eclipse_ray.config import BATCH_PIXELS, TILE, TILE_OVERLAP, CompensationConfig, DenoiserConfig
+from eclipse_ray.config import BATCH_PIXELS, TILE_OVERLAP, CompensationConfig, DenoiserConfig
 from eclipse_ray.diffusion.network import Denoiser, build_unet
 from eclipse_ray.diffusion.sampling import absorb, eliminate
 from eclipse_ray.diffusion.tiling import tiled
@@ -133,6 +133,6 @@ def purified(images: Tensor, denoiser: Denoiser, t_star: int, seed: int, ids: Se
     Unlike `sampler.purify` it lets gradients through; draws are keyed by (seed, ids).
     """
     schedule = denoiser.alphas_cumprod
-    network = tiled(denoiser, TILE, TILE_OVERLAP, denoiser.size_multiple, BATCH_PIXELS)
+    network = tiled(denoiser, denoiser.tile, TILE_OVERLAP, denoiser.size_multiple, BATCH_PIXELS)
     x_t = absorb(2 * images - 1, schedule, t_star, seed, ids)
     return (eliminate(x_t, network, schedule, t_star, 1, seed, ids) + 1) / 2

@@ -121,7 +121,7 @@ def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
     [
         ({"purify.t_star": 2}, "purify.t_star: 4 -> 2"),
         ({"run.seed": 7}, "run.seed: 0 -> 7"),
-        ({"purify.tile": 64}, "purify.tile: 128 -> 64"),
+        ({"purify.tile": 64}, "purify.tile: None -> 64"),
         ({"data.resize": 24}, "data.resize: None -> 24"),
         ({"compensation.mode": "baked"}, "compensation.mode: 'augment' -> 'baked'"),
     ],

@@ -36,7 +36,14 @@ from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images
 from eclipse_ray.defenses import combine
 from eclipse_ray.defenses.interface import Material, apply_transform
 from eclipse_ray.diffusion.filters import SETS, find_filters, undo_known
-from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, default_device, parameter_count
+from eclipse_ray.diffusion.network import (
+    Denoiser,
+    build_denoiser,
+    build_unet,
+    default_device,
+    fast_precision,
+    parameter_count,
+)
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.diffusion.training import Progress, run_fit, split_heldout, start_fit
@@ -199,7 +206,13 @@ def _fitted(bench: Bench, perturb: Inversion | None = None) -> tuple[Denoiser, P
     fitted, held = split_heldout(len(pixels), config.heldout_fraction, 0)
     fit, curve = start_fit(config, 0, bench.device), list[Progress]()
     run_fit(fit, pixels[fitted], pixels[held], 0, curve.append, lambda _: None, perturb=perturb)
-    return fit.averaged(), curve[-1]
+    return _fast(fit.averaged()), curve[-1]
+
+
+def _fast(denoiser: Denoiser) -> Denoiser:
+    """Return the denoiser in the precision that `purify` would choose."""
+    denoiser.precision = fast_precision(denoiser.alphas_cumprod.device)
+    return denoiser
 
 
 def _against(train: ImageSet, bench: Bench) -> Denoiser:
@@ -227,7 +240,7 @@ def _default_denoiser(bench: Bench) -> Denoiser:
     config = bench.settings("small").denoiser
     unet = build_unet(config)
     unet.load_state_dict(load_file(bench.out / "denoiser.safetensors"))
-    return build_denoiser(unet.to(memory_format=torch.channels_last), config).to(bench.device).eval()
+    return _fast(build_denoiser(unet.to(memory_format=torch.channels_last), config).to(bench.device).eval())
 
 
 def victim(column: str, row: str, bench: Bench) -> dict[str, Any]:

@@ -30,7 +30,7 @@ PICTURE = "demo.png"
 SIZES = {"train": 3700, "clean": 185, "test": 500}
 SETTINGS: Settings = {
     "denoiser.image_size": 28,
-    "denoiser.iterations": 250,
+    "denoiser.iterations": 1000,
     # Deep enough for AR; the default depth is for photographs and poisons that are harder to drop.
     "denoiser.t_star": 100,
     "evaluate.seeds": 2,

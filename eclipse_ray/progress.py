@@ -78,10 +78,12 @@ class ProgressLine:
 
     def seconds_left(self, now: float) -> float | None:
         """Return the rest at the rate measured lately; None before anything is done."""
+        recent = self._recent(now)
+        return (self.total - self.done) / recent if recent else None
+
+    def _recent(self, now: float) -> float:
         since, before = self.marks[0]
-        if self.done == before or now <= since:
-            return None
-        return (self.total - self.done) * (now - since) / (self.done - before)
+        return (self.done - before) / (now - since) if now > since else 0.0
 
     def numbers(self) -> str:
         """Return how far, how fast, how long still."""
@@ -93,7 +95,7 @@ class ProgressLine:
                 return f"{self.phase}, {gone}"
             parts.append(f"{gone}, none done yet")
         else:
-            parts.append(pace(self.rate))
+            parts.append(pace(self.rate if self.done >= self.total else self._recent(now)))
             left = self.seconds_left(now)
             if self.done >= self.total:
                 parts.append(f"took {duration(now - self.start)}")

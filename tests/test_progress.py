@@ -54,7 +54,7 @@ def test_what_the_start_is_a_part_of_is_only_a_bound(clock):
         for _ in range(91):
             clock.now += 1
             line.advance(1)
-        assert line.numbers() == "101/1,000 iterations, 33.5/min, 14m59s left"
+        assert line.numbers() == "101/1,000 iterations, 1.0/s, 14m59s left"
 
 
 def test_what_is_slow_is_counted_by_the_minute(clock):

@@ -88,8 +88,8 @@ def steps(name: str, url: str, denoiser_folder: Path) -> dict[str, float]:
         found[step] = (time.perf_counter() - began) / len(data)
 
     def drawn() -> None:
-        for index, image in enumerate(images):
-            noise(0, [str(index)], 400, (3, *image.shape[:2]), default_device())
+        for rows in same_size_batches(images, settings.batch_size, settings.batch_pixels):
+            noise(0, [str(row) for row in rows], 400, (3, *images[rows[0]].shape[:2]), default_device())
 
     denoised(denoiser, [decode_image(each, 10**8) for each in data[:8]], settings)
     timed("decode", lambda: images.extend(decode_image(each, 10**8) for each in data))

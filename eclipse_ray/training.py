@@ -149,6 +149,9 @@ def _suspicious_set(config: Config, clean: str, trusted: MixedSet) -> Suspicious
 def deciding_settings(denoiser: DenoiserConfig) -> dict[str, Any]:
     """Return the settings that decide the weights."""
     settings = denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
+    # Denoisers that were trained when float32 was the only precision have fingerprints without it.
+    if settings["precision"] == "float32":
+        del settings["precision"]
     # Fingerprints of denoisers that were trained when there was another way to draw timesteps name this one.
     return {**settings, "timestep_sampler": "uniform"}
 

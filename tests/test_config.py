@@ -25,6 +25,8 @@ from eclipse_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SHORT = [
+    {"denoiser": {"precision": "float32"}},
+    {"denoiser": {"preset": "paper", "precision": None}},
     *({"denoiser": {"preset": preset}, "purify": {"t_star": 3}} for preset in PRESETS),
     *({"victim": {"recipe": recipe, "epochs": 7}} for recipe in RECIPES),
     {"poison": {"name": "tap", "steps": 12}, "defense": {"aa_draws": 3}},
@@ -38,6 +40,7 @@ OVERRIDES = [
     {"victim.recipe": "modern"},
     {"victim.recipe": "paper", "victim.epochs": 3},
     {"denoiser.preset": "small", "denoiser.t_star": 120},
+    {"denoiser.preset": "unet"},
     {"poison.steps": 4, "defense.op_epochs": 2, "run.seed": 5},
 ]
 

@@ -78,6 +78,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "report_every": 1000,
             "checkpoint_every": 5000,
         },
+        "purify": {"precision": "float32"},
         "compensation": {"coarse_sigma": 0.0},
     },
 }
@@ -226,10 +227,7 @@ class DenoiserConfig(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="Of the optimiser AdamW.")
     precision: Precision | None = Field(
-        None,
-        description="Of the network in training; null: as for purify.precision.",
-        # Fingerprints of denoisers from before this setting hold nothing of it.
-        exclude_if=lambda value: value is None,
+        None, description="Of the network in training; null: as for purify.precision."
     )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the moving average of the weights that is kept.")
     ema_warmup: bool = Field(True, description="Lower the decay early on, so that the random start is forgotten.")

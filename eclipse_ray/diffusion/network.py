@@ -142,7 +142,9 @@ def fast_precision(device: torch.device) -> Precision:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+        # Older versions of torch cannot tell.
+        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = device.type == "cpu" and bool(capabilities.get("avx512_bf16"))
     return "bfloat16" if fast else "float32"
 
 

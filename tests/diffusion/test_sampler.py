@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eclipse_ray.diffusion import sampling as room
+from eclipse_ray.diffusion.network import fast_precision
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.process import ancestral_step, cosine_alphas_cumprod, predict_x0
 from eclipse_ray.diffusion.sampling import (
@@ -173,3 +174,9 @@ def test_memory_of_a_photograph_is_bounded():
     photograph = int(done.stdout) - fixed
     base = 400 * 2**20
     assert photograph * (4000 * 3000) / (height * width) + fixed + base < 2 * 2**30
+
+
+@pytest.mark.parametrize(("found", "precision"), [({"avx512_bf16": True}, "bfloat16"), ({}, "float32")])
+def test_the_precision_of_a_cpu_follows_from_its_instructions(monkeypatch, found, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert fast_precision(torch.device("cpu")) == precision

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import Sampler, Settings, load_config
 from eclipse_ray.datasets.memory import ImageSet, load_images
-from eclipse_ray.diffusion.network import Denoiser, default_device
+from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
+from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, default_device
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.diffusion.training import Progress, run_fit, split_heldout, start_fit
 from eclipse_ray.victims.training import train_victim
@@ -40,14 +41,39 @@ def load(work: Path, name: str, count: int | None = None) -> ImageSet:
     return load_images(str(work / name), load_config().data, limit=count)
 
 
-# The paper's depth, at which these tables were made; configs/reduced.yaml compares depths.
-SHALLOW: Settings = {"denoiser.t_star": 100, "denoiser.iterations": 2000}
+# The paper's depth and the network with which these tables were made; configs/reduced.yaml compares depths.
+SHALLOW: Settings = {"denoiser.preset": "unet", "denoiser.t_star": 100, "denoiser.iterations": 2000}
 
 
 def machine() -> str:
     """Return the device, cores, torch and Python of this run, and the date."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     return f"{device}; torch {torch.__version__}; Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}"
+
+
+def untrained(settings: Settings) -> Denoiser:
+    """Return a denoiser with drawn weights, which takes as long as a trained one."""
+    config = load_config(None, settings).denoiser
+    torch.manual_seed(0)
+    return build_denoiser(build_unet(config), config).eval()
+
+
+def write_untrained(folder: str, settings: Settings) -> None:
+    """Write `untrained` as a folder that `purify` opens; its card claims what nobody measured."""
+    denoiser = untrained(settings)
+    card = Card(
+        t_max=denoiser.t_max,
+        t_star=denoiser.t_star,
+        num_inference_steps=denoiser.num_inference_steps,
+        iterations=0,
+        denoise_psnr=20.0,
+        noisy_psnr=20.0,
+        sparse_images=0,
+        sparse_hashes=[],
+        fingerprint="benchmark",
+        settings={},
+    )
+    save_denoiser(folder, denoiser, card)
 
 
 def fit(images: Pixels, settings: Settings) -> tuple[Denoiser, list[Progress]]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Pixels, load, markdown, purified
+from common import Pixels, load, markdown, purified, untrained
 
-from eclipse_ray.config import Precision, Sampler, Settings, load_config
+from eclipse_ray.config import Precision, Sampler, Settings
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet, default_device, fast_precision
+from eclipse_ray.diffusion.network import Denoiser, default_device, fast_precision
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.quality import psnr, ssim
 
@@ -65,14 +65,14 @@ def speed_part(_work: Path) -> tuple[str, list[dict[str, Any]]]:
     """Images/s of the published setting, of the U-Net that was our default, and of the default, in one run."""
     device = default_device()
     fast = fast_precision(device)
-    paper = untrained({"denoiser.preset": "paper"}, device, "float32")
-    unet = untrained({"denoiser.preset": "unet"}, device, "float32")
+    paper = placed({"denoiser.preset": "paper"}, device, "float32")
+    unet = placed({"denoiser.preset": "unet"}, device, "float32")
     cases: list[tuple[str, Denoiser, int, int, int]] = [
         ("paper network, 100 steps, float32", paper, 100, FEW_IMAGES, 1),
         ("paper network, 1 step, float32", paper, 1, SPEED_IMAGES, 1),
         ("U-Net (preset unet), 1 step, float32", unet, 1, SPEED_IMAGES, 10),
-        ("default, 1 step, float32", untrained({}, device, "float32"), 1, SPEED_IMAGES, 40),
-        (f"default, 1 step, {fast} (what this device gets)", untrained({}, device, fast), 1, SPEED_IMAGES, 100),
+        ("default, 1 step, float32", placed({}, device, "float32"), 1, SPEED_IMAGES, 40),
+        (f"default, 1 step, {fast} (what this device gets)", placed({}, device, fast), 1, SPEED_IMAGES, 100),
     ]
     rows: list[dict[str, Any]] = []
     for name, denoiser, steps, count, repeats in cases:
@@ -91,14 +91,14 @@ def device_part(_work: Path) -> tuple[str, list[dict[str, Any]]]:
     images = drawn_images(SPEED_IMAGES)
     networks: dict[str, Settings] = {"U-Net (preset unet)": {"denoiser.preset": "unet"}, "default": {}}
     cases = {
-        f"{network}, {precision}": untrained(settings, device, precision)
+        f"{network}, {precision}": placed(settings, device, precision)
         for network, settings in networks.items()
         for precision in PRECISIONS
     }
     fast = fast_precision(device)
-    cases[f"default, {fast}, contiguous"] = untrained({}, device, fast)
+    cases[f"default, {fast}, contiguous"] = placed({}, device, fast)
     cases[f"default, {fast}, contiguous"].unet.to(memory_format=torch.contiguous_format)
-    cases[f"default, {fast}, compiled"] = untrained({}, device, fast)
+    cases[f"default, {fast}, compiled"] = placed({}, device, fast)
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     cases[f"default, {fast}, compiled"].unet.compile(mode=mode)
     rates: dict[str, list[float]] = {name: [] for name in cases}
@@ -120,11 +120,9 @@ def drawn_images(count: int) -> Pixels:
     return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8).numpy()
 
 
-def untrained(settings: Settings, device: torch.device, precision: Precision) -> Denoiser:
-    """Return a denoiser with drawn weights, which takes as long as a trained one."""
-    config = load_config(None, dict(settings)).denoiser
-    torch.manual_seed(0)
-    denoiser = build_denoiser(build_unet(config), config).eval().to(device)
+def placed(settings: Settings, device: torch.device, precision: Precision) -> Denoiser:
+    """Return an untrained denoiser on `device`, as `purify` would use it in `precision`."""
+    denoiser = untrained(settings).to(device)
     denoiser.unet.to(memory_format=torch.channels_last)
     denoiser.precision = precision
     return denoiser

@@ -24,14 +24,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
+from common import write_untrained
 
 from eclipse_ray import ledger, verbs
-from eclipse_ray.config import load_config
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import Part, canonical_table, table_to_parquet
-from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
-from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.storage.store import Entry, Store
 
 SHARDS, SHARD_SECONDS, SHARD_BYTES = 200, 10.0, 4 * 2**20
@@ -83,7 +80,7 @@ def soak(url: str, rows: int, shards: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         source, denoiser = str(Path(folder) / "source"), str(Path(folder) / "denoiser")
         _write_source(source, rows)
-        _write_denoiser(denoiser)
+        write_untrained(denoiser, {"denoiser.preset": "debug"})
         memory = Memory()
         started = time.perf_counter()
         result = verbs.purify(
@@ -149,24 +146,6 @@ def _write_source(folder: str, rows: int) -> None:
         names = [f"{index:03d}-{row:06d}" for row in range(each)]
         table: pa.Table = canonical_table(names, [images[row % 64] for row in range(each)], [0] * each)
         store.write(f"{index:03d}.parquet", table_to_parquet(table))
-
-
-def _write_denoiser(folder: str) -> None:
-    config = load_config(None, {"denoiser.preset": "debug"}).denoiser
-    torch.manual_seed(0)
-    card = Card(
-        t_max=config.t_max or 0,
-        t_star=config.t_star,
-        num_inference_steps=1,
-        iterations=0,
-        denoise_psnr=20.0,
-        noisy_psnr=20.0,
-        sparse_images=0,
-        sparse_hashes=[],
-        fingerprint="benchmark",
-        settings={},
-    )
-    save_denoiser(folder, build_denoiser(build_unet(config), config).eval(), card)
 
 
 PARTS: dict[str, Callable[[str, int, int], dict[str, Any]]] = {"overhead": overhead, "soak": soak}

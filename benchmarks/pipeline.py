@@ -17,21 +17,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from common import machine, markdown
+from common import machine, markdown, write_untrained
 from torch.utils.data import DataLoader, Dataset
 
-from eclipse_ray.config import DataConfig, PurifyConfig, load_config
-from eclipse_ray.datasets.formats import Source, open_source, read_tables
+from eclipse_ray.cluster.connect import open_denoiser
+from eclipse_ray.config import DataConfig, PurifyConfig
+from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.table import image_bytes
-from eclipse_ray.diffusion.checkpoint import Card, load_denoiser, save_denoiser
-from eclipse_ray.diffusion.network import build_denoiser, build_unet, default_device, fast_precision
+from eclipse_ray.diffusion.network import Denoiser, default_device
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.purification.shard import Pixels, same_size_batches
 from eclipse_ray.purification.stages import purify_batch
@@ -54,31 +55,11 @@ def sources(data: Path, out: Path) -> dict[str, str]:
     return {"cifar10": f"{data}/cifar10/train-*.parquet", "photographs": str(folder)}
 
 
-def write_denoiser(folder: Path) -> None:
-    """Write the default network with drawn weights, which takes as long as a trained one."""
-    config = load_config().denoiser
-    torch.manual_seed(0)
-    card = Card(
-        t_max=config.t_max or 0,
-        t_star=config.t_star,
-        num_inference_steps=config.num_inference_steps,
-        iterations=0,
-        denoise_psnr=20.0,
-        noisy_psnr=20.0,
-        sparse_images=0,
-        sparse_hashes=[],
-        fingerprint="benchmark",
-        settings={},
-    )
-    save_denoiser(str(folder), build_denoiser(build_unet(config), config), card)
-
-
-def steps(name: str, url: str, denoiser_folder: Path) -> dict[str, float]:
+def steps(name: str, url: str, denoiser_folder: str) -> dict[str, float]:
     """Return seconds of one core for each image: decode, noise (a part of the next), denoise, encode, JPEG."""
     torch.set_num_threads(1)
-    data, settings = first_images(url, TIMED[name]), PurifyConfig()
-    denoiser = load_denoiser(denoiser_folder, default_device())
-    denoiser.precision = fast_precision(default_device())
+    data, settings = spread_images(url, TIMED[name]), PurifyConfig()
+    denoiser = open_denoiser(denoiser_folder, None)
     images: list[Pixels] = []
     found: dict[str, float] = {}
 
@@ -101,19 +82,17 @@ def steps(name: str, url: str, denoiser_folder: Path) -> dict[str, float]:
     return found
 
 
-def first_images(url: str, count: int) -> list[bytes]:
+def spread_images(url: str, count: int) -> list[bytes]:
     """Return the stored bytes of `count` images that are spread over the set."""
     stored = [each for table in _tables(url) for each in image_bytes(table)]
     return stored[:: max(1, len(stored) // count)][:count]
 
 
-def _tables(url: str) -> Any:
-    config = DataConfig()
-    source: Source = open_source(url, config)
-    return read_tables(source, config, max_images=512)
+def _tables(url: str) -> Iterator[pa.Table]:
+    return read_tables(open_source(url, DataConfig()), DataConfig(), max_images=512)
 
 
-def denoised(denoiser: Any, images: Sequence[Pixels], settings: PurifyConfig) -> list[Pixels]:
+def denoised(denoiser: Denoiser, images: Sequence[Pixels], settings: PurifyConfig) -> list[Pixels]:
     """Return the purified images, in batches of one size as the actors make them."""
     done: dict[int, Pixels] = {}
     for rows in same_size_batches(list(images), settings.batch_size, settings.batch_pixels):
@@ -136,12 +115,11 @@ class Shard(Dataset[list[Pixels]]):
         return [decode_image(each, 10**8) for each in self.tables[index]]
 
 
-def plain_loop(case: str, url: str, out: Path, denoiser_folder: Path) -> None:
+def plain_loop(case: str, url: str, out: Path, denoiser_folder: str) -> None:
     """Read, decode in a worker, denoise (or JPEG) and encode in this process; no ledger, no resume, no errors."""
     out.mkdir(parents=True)
     tables = [image_bytes(table) for table in _tables(url)]
-    denoiser = load_denoiser(denoiser_folder, default_device())
-    denoiser.precision = fast_precision(default_device())
+    denoiser = open_denoiser(denoiser_folder, None)
     loader: Any = DataLoader(Shard(tables), batch_size=None, collate_fn=list, num_workers=max(1, CORES - 1))
     for number, images in enumerate(loader):
         if case == "JPEG loop":
@@ -151,24 +129,14 @@ def plain_loop(case: str, url: str, out: Path, denoiser_folder: Path) -> None:
         (out / f"{number}.bin").write_bytes(b"".join(encode_image(image, "png") for image in images))
 
 
-def run(case: str, url: str, out: Path, denoiser_folder: Path) -> dict[str, float]:
+def run(case: str, url: str, out: Path, denoiser_folder: str) -> dict[str, float]:
     """Run one case in a process of its own; return its wall time, and of purify the start and the end."""
     shutil.rmtree(out, ignore_errors=True)
     if case == "eclipse-ray purify":
-        command = ["-m", "eclipse_ray", "purify", url, str(out), "--denoiser", str(denoiser_folder)]
+        command = ["-m", "eclipse_ray", "purify", url, str(out), "--denoiser", denoiser_folder]
         command += ["--set", "data.labels=none", "--set", "compensation.mode=none"]
     else:
-        command = [
-            __file__,
-            "--loop",
-            case,
-            "--source",
-            url,
-            "--out",
-            str(out),
-            "--denoiser",
-            str(denoiser_folder),
-        ]
+        command = [__file__, "--loop", case, "--source", url, "--out", str(out), "--denoiser", denoiser_folder]
     began = time.time()
     subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     found = {"seconds": time.time() - began}
@@ -180,9 +148,9 @@ def run(case: str, url: str, out: Path, denoiser_folder: Path) -> dict[str, floa
 
 def measure(name: str, url: str, out: Path) -> dict[str, Any]:
     """Measure the steps and every case for one set."""
-    denoiser = out / "denoiser"
+    denoiser = str(out / "denoiser")
     alone = steps(name, url, denoiser)
-    count = sum(table.num_rows for table in _tables(url))
+    count = open_source(url, DataConfig()).images
     bound = count * (alone["decode"] + alone["denoise"] + alone["encode"]) / CORES
     cases = {case: run(case, url, out / f"{name}-{case.replace(' ', '-')}", denoiser) for case in CASES}
     return {"set": name, "images": count, "steps": alone, "bound": bound, "cases": cases, "load": os.getloadavg()}
@@ -225,14 +193,14 @@ def main() -> None:
     parser.add_argument("--sets", default="cifar10,photographs")
     parser.add_argument("--loop", choices=CASES[1:], help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
-    parser.add_argument("--denoiser", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--denoiser", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loop:
         torch.set_num_threads(1)
         plain_loop(options.loop, options.source, options.out, options.denoiser)
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    write_denoiser(options.out / "denoiser")
+    write_untrained(str(options.out / "denoiser"), {})
     urls = sources(options.data, options.out)
     rows = []
     for name in options.sets.split(","):

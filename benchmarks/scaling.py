@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ledger import _write_denoiser as write_denoiser
+from common import write_untrained
 
 import eclipse_ray.purification.run as room
 from eclipse_ray import verbs
@@ -112,7 +112,7 @@ def main() -> None:
     os.environ[SERVICE] = str(options.seconds)
     room.Purifier = Sleeper  # type: ignore[attr-defined]
     shutil.rmtree(options.out, ignore_errors=True)
-    write_denoiser(str(options.out / "denoiser"))
+    write_untrained(str(options.out / "denoiser"), {"denoiser.preset": "debug"})
     loop = bare(3)
     print(json.dumps({"bare_shards_a_second": round(loop, 4), "load": os.getloadavg()}), flush=True)
     for workers in map(int, options.workers.split(",")):

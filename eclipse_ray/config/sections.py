@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "block_out_channels": [24, 48],
             "layers_per_block": 1,
             "iterations": 3000,
+            "spots": 0.0,
         },
     },
     "debug": {
@@ -60,6 +61,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "attention_levels": [1, 2],
             "attention_head_dim": 64,
             "norm_num_groups": 32,
+            "spots": 0.0,
             "dropout": 0.3,
             "variance_type": "learned_range",
             "rescale_timesteps": True,
@@ -217,6 +219,15 @@ class DenoiserConfig(Section):
         None, ge=1, description="Training draws timesteps below this one; null: 1.25 t_star."
     )
     replication: int = Field(4, ge=0, description="M: copies of each sparse image added to the clean set.")
+    # Left out where it is 0, so that fingerprints and keys of before it was there stay as they are.
+    spots: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        exclude_if=lambda value: value == 0,
+        description="Part of the training images that get one to four spots of any colour, for the denoiser to "
+        "remove; 0 as published.",
+    )
     iterations: int = Field(10_000, ge=1, description="Optimiser steps.")
     batch_size: int = Field(16, ge=1, description="Images of one optimiser step, over all workers.")
     learning_rate: float = Field(1e-3, gt=0, description="At its highest.")
@@ -308,8 +319,9 @@ class PurifyConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> PurifyConfig:
-        if 2 * self.tile_overlap > (self.tile or TILE):
-            raise ValueError(f"tile_overlap {self.tile_overlap} exceeds half of tile {self.tile or TILE}")
+        # Of null the denoiser decides, and what opens it checks.
+        if self.tile and 2 * self.tile_overlap > self.tile:
+            raise ValueError(f"tile_overlap {self.tile_overlap} exceeds half of tile {self.tile}")
         return self
 
 

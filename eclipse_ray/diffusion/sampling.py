@@ -22,7 +22,7 @@ from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled
 from eclipse_ray.errors import ConfigError, InputError
 
 # Bumped only when the pixels that purification gives change, so that other fixes do not orphan unfinished runs.
-ENGINE_VERSION = 3
+ENGINE_VERSION = 4
 
 # Pixels of a batch beyond which a step is computed by bands of rows.
 BAND_PIXELS = 2**20
@@ -150,6 +150,14 @@ def check_depth(denoiser: Denoiser, t_star: int | None, num_inference_steps: int
     return depth, steps
 
 
+def check_tile(denoiser: Denoiser, tile: int | None, tile_overlap: int) -> int:
+    """Return the side of a tile, of None the network's own. Raises ConfigError if over half of it overlaps."""
+    side = tile or denoiser.tile
+    if 2 * tile_overlap > side:
+        raise ConfigError(f"purify.tile_overlap {tile_overlap} exceeds half of a tile, which has {side} pixels")
+    return side
+
+
 def purify_images(
     images: Tensor | NDArray[np.uint8],
     denoiser: Denoiser,
@@ -174,6 +182,7 @@ def purify_images(
     check_batch(batch, ids)
     check_side(int(batch.shape[1]), int(batch.shape[2]))
     depth, steps = check_depth(denoiser, t_star, num_inference_steps)
+    tile = check_tile(denoiser, tile, tile_overlap)
     batch = undo_known(batch, denoiser.filters).to(denoiser.alphas_cumprod.device)
     purified = purify(
         to_model_range(batch).contiguous(memory_format=torch.channels_last),

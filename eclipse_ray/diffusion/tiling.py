@@ -32,18 +32,29 @@ class Axis:
 def plan_axis(side: int, tile: int, overlap: int, size_multiple: int) -> Axis:
     """Return the tiles along a side of `side` pixels, a function of these four numbers alone.
 
-    A side of at most `tile` is one tile, rounded up to `size_multiple`. Longer ones get the fewest tiles that
-    overlap by `overlap` or more, evenly spread. Every start is a multiple of `size_multiple`, so all tiles are
-    sampled on the same grid as the whole image would be.
+    A side of at most `tile` is one tile, rounded up to `size_multiple`. Longer ones get the fewest tiles of at
+    most `tile` pixels that overlap by `overlap` or more, as short as that allows and evenly spread: 600 pixels are
+    two tiles of 316, not two of 512. Every start is a multiple of `size_multiple`, so all tiles are sampled on the
+    same grid as the whole image would be.
     """
-    length = max(tile // size_multiple, 1) * size_multiple
-    padded = -(-side // size_multiple) * size_multiple
-    if padded <= length:
-        return Axis(side, padded, (0,))
-    room = (padded - length) // size_multiple
-    stride = max(1, (length - overlap) // size_multiple)
-    last = -(-room // stride)
-    return Axis(side, length, tuple(size_multiple * (index * room // last) for index in range(last + 1)))
+    # In blocks of size_multiple pixels.
+    longest = max(tile // size_multiple, 1)
+    blocks = -(-side // size_multiple)
+    if blocks <= longest:
+        return Axis(side, blocks * size_multiple, (0,))
+    # Rounded up, so that no overlap is shorter; a tile that is all overlap would never get on.
+    shared = min(-(-overlap // size_multiple), longest - 1)
+    last = -(-(blocks - longest) // (longest - shared))
+    length = -(-(blocks + last * shared) // (last + 1))
+    room = blocks - length
+    starts = tuple(size_multiple * (index * room // last) for index in range(last + 1))
+    return Axis(side, length * size_multiple, starts)
+
+
+def tiled_pixels(height: int, width: int, tile: int, overlap: int, size_multiple: int) -> int:
+    """Return the pixels that the network computes for an image of height x width, overlaps counted twice."""
+    rows, columns = (plan_axis(side, tile, overlap, size_multiple) for side in (height, width))
+    return len(rows.starts) * rows.length * len(columns.starts) * columns.length
 
 
 def blend_weights(axis: Axis, overlap: int) -> Tensor:

@@ -82,6 +82,31 @@ def _stacked(images: Tensor) -> ImageBuffer:
     return ImageBuffer(images.reshape(-1), offsets, sizes)
 
 
+MOST_SPOTS = 4
+"""Most recoloured pixels of an image, see `draw_spots`."""
+
+
+def draw_spots(shape: tuple[int, int, int], share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return which pixels of a batch become spots, and their colours, for a denoiser that removes such pixels.
+
+    `shape` is (B, H, W). Which: bool (B, 1, H, W), true at 1 to MOST_SPOTS places of a `share` of the images,
+    drawn evenly. Colours: float32 (B, 3, H, W), drawn evenly from [-1, 1] for each spot and channel, else zero.
+    """
+    size, height, width = shape
+    spotted = torch.rand(size, generator=generator) < share
+    counts = torch.randint(1, MOST_SPOTS + 1, (size,), generator=generator) * spotted
+    places = torch.randint(height * width, (size, MOST_SPOTS), generator=generator)
+    drawn = 2 * torch.rand(size, MOST_SPOTS, 3, generator=generator) - 1
+    which = torch.zeros(size, 1, height * width, dtype=torch.bool)
+    colours = torch.zeros(size, 3, height * width)
+    # One after another: where two spots meet, the later one is seen.
+    for number in range(MOST_SPOTS):
+        rows = (counts > number).nonzero().flatten()
+        which[rows, 0, places[rows, number]] = True
+        colours[rows, :, places[rows, number]] = drawn[rows, number]
+    return which.view(size, 1, height, width), colours.view(size, 3, height, width)
+
+
 def loss_simple(eps_pred: Tensor, epsilon: Tensor) -> Tensor:
     """Return the mean squared error of eps_pred of each image (B,), from (B, 3, H, W) (Ho et al. 2020, eq. 14)."""
     return (eps_pred - epsilon).square().mean(dim=(1, 2, 3))
@@ -344,8 +369,10 @@ def run_fit(
     schedule, network = denoiser.alphas_cumprod, wrap(denoiser).train()
     losses: list[Tensor] = []
     while fit.iteration < config.iterations:
-        x0, epsilon, t = _draw_batch(config, train, fit.iteration, seed, rank, world_size)
-        delta = perturb(x0, fit.iteration) if perturb else None
+        x0, epsilon, t, delta = _draw_batch(config, train, fit.iteration, seed, rank, world_size)
+        if perturb:
+            moved = perturb(x0, fit.iteration)
+            delta = moved if delta is None else moved + delta
         if config.dropout:
             # Its masks come from torch's global generator: keyed, so that a resumed training draws the same.
             torch.manual_seed(_mix(_mix(seed, -1 - fit.iteration), 1 + rank))
@@ -381,22 +408,27 @@ def _optimise(fit: Fit, network: nn.Module, loss: Tensor) -> None:
 
 def _draw_batch(
     config: DenoiserConfig, train: Tensor | ImageBuffer, iteration: int, seed: int, rank: int, world_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = config.batch_size
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return this worker's x0, epsilon, t, and what spots add to x0 if there are any."""
+    size, side = config.batch_size, config.image_size
     indices = enlarged_batch(len(train), config.replication, size, iteration, seed)
     generator = torch.Generator().manual_seed(_mix(seed, -1 - iteration))
     t = torch.randint(0, config.t_max or config.num_train_timesteps, (size,), generator=generator)
-    epsilon = torch.randn(size, 3, config.image_size, config.image_size, generator=generator)
-    # Last, and drawn where there is nothing to choose too: all other draws are the same for images of any size.
+    epsilon = torch.randn(size, 3, side, side, generator=generator)
+    # After these, and drawn where there is nothing to choose too: they are the same for images of any size.
     places = torch.rand(size, 2, generator=generator, dtype=torch.float64)
     mine = worker_slice(size, rank, world_size)
-    x0 = to_model_range(crops(train, indices[mine], places[mine], config.image_size))
-    device = x0.device
-    return (
-        x0.contiguous(memory_format=torch.channels_last),
-        epsilon[mine].to(device, memory_format=torch.channels_last),
-        t[mine].to(device),
+    x0 = to_model_range(crops(train, indices[mine], places[mine], side)).contiguous(
+        memory_format=torch.channels_last
     )
+    device = x0.device
+    delta = None
+    if config.spots:
+        which, colours = (
+            each[mine].to(device) for each in draw_spots((size, side, side), config.spots, generator)
+        )
+        delta = torch.where(which, colours - x0, 0.0)
+    return x0, epsilon[mine].to(device, memory_format=torch.channels_last), t[mine].to(device), delta
 
 
 def _report(fit: Fit, loss: float, heldout: Tensor, seed: int, on_report: Callable[[Progress], None]) -> None:

@@ -29,8 +29,8 @@ from eclipse_ray.datasets.images import (
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
 from eclipse_ray.diffusion.network import Denoiser, default_device, fast_precision
-from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, purify_images
-from eclipse_ray.diffusion.tiling import MIN_SIDE
+from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, check_tile, purify_images
+from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled_pixels
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
 from eclipse_ray.purification.shard import Job, Pixels, same_size_batches
@@ -137,6 +137,7 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
 def _resolved(config: Config, denoiser: Denoiser) -> Config:
     """Return the settings with the denoiser's recommendations where nothing was asked for."""
     t_star, steps = check_depth(denoiser, config.purify.t_star, config.purify.num_inference_steps)
+    check_tile(denoiser, config.purify.tile, config.purify.tile_overlap)
     chosen = {
         "t_star": t_star,
         "num_inference_steps": steps,
@@ -248,7 +249,7 @@ TIMED = 64
 
 @dataclass(frozen=True)
 class Sampled:
-    """Sums over the images looked at, and the middles of some of them."""
+    """Sums over the images looked at, and the middles of some; `pixels` counts the overlaps of tiles twice."""
 
     images: int
     pixels: int
@@ -282,7 +283,9 @@ def estimate(config: Config, *, extend: bool = False) -> DryRunResult:
 
 def _sample(prepared: Prepared) -> Sampled:
     """Decode and encode the first images, one at a time."""
-    config = prepared.config
+    config, denoiser = prepared.config, prepared.denoiser
+    overlap = config.purify.tile_overlap
+    tile = check_tile(denoiser, config.purify.tile, overlap)
     started = time.process_time()
     images = pixels = size = 0
     middles: list[Pixels] = []
@@ -292,7 +295,8 @@ def _sample(prepared: Prepared) -> Sampled:
                 image = resize_image(decode_stored(data, config.data), config.data.resize)
             except ImageError:
                 continue
-            images, pixels = images + 1, pixels + image.shape[0] * image.shape[1]
+            images += 1
+            pixels += tiled_pixels(image.shape[0], image.shape[1], tile, overlap, denoiser.size_multiple)
             size += len(encode_image(image, config.data.encoding))
             if len(middles) < TIMED:
                 middles.append(centre_crop(image, TIMED_SIDE))

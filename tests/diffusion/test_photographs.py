@@ -26,6 +26,14 @@ SETTINGS = {
     "denoiser.checkpoint_every": 250,
     "denoiser.ema_decay": 0.98,
 }
+NETWORKS = {
+    "unet2d": {},
+    "shuffled": {
+        "denoiser.network": "shuffled",
+        "denoiser.block_out_channels": [16],
+        "denoiser.iterations": 500,
+    },
+}
 IDS = ["a", "b", "c", "d"]
 
 
@@ -44,14 +52,14 @@ def purified_ones(photographs):
     return torch.from_numpy(np.stack([image[:SIDE, :SIDE] for image in large]))
 
 
-@pytest.fixture(scope="module")
-def denoiser(photographs):
+@pytest.fixture(scope="module", params=["unet2d", "shuffled"])
+def denoiser(photographs, request):
     """Fitted on random crops of photographs of many sizes, those of `purified_ones` left out."""
     large = [index for index, image in enumerate(photographs) if min(image.shape[:2]) >= SIDE][: len(IDS)]
     images = [image for index, image in enumerate(photographs) if index not in large]
     pixels = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images]))
     train = image_buffer(pixels, torch.tensor([image.shape[:2] for image in images]))
-    config = load_config(None, SETTINGS).denoiser
+    config = load_config(None, {**SETTINGS, **NETWORKS[request.param]}).denoiser
     fit = start_fit(config, 0, torch.device("cpu"))
     heldout = centre_crops(train.select(torch.arange(4)), config.image_size)
     run_fit(fit, train, heldout, 0, lambda _: None, lambda _: None)

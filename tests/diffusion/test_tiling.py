@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from eclipse_ray.config import BATCH_PIXELS
 from eclipse_ray.diffusion.sampling import purify_images
-from eclipse_ray.diffusion.tiling import blend_weights, plan_axis, reflect_pad, tiled
+from eclipse_ray.diffusion.tiling import Axis, blend_weights, plan_axis, reflect_pad, tiled, tiled_pixels
 from tests.support import untrained_denoiser
 
 
@@ -25,8 +25,7 @@ def test_tiles_cover_a_side_with_weights_that_add_up_to_one(side, tile, overlap,
     assert axis.length <= max(tile, multiple)
     assert all(start % multiple == 0 for start in axis.starts)
     for one, two in zip(axis.starts, axis.starts[1:], strict=False):
-        # A tile is cut down to a multiple, which the overlap pays for.
-        assert 0 < two - one <= max(multiple, axis.length - overlap)
+        assert 0 < two - one <= axis.length - overlap
     end = axis.starts[-1] + axis.length
     assert side <= end < side + multiple
     total = torch.zeros(end)
@@ -34,6 +33,17 @@ def test_tiles_cover_a_side_with_weights_that_add_up_to_one(side, tile, overlap,
         assert weights.min() >= 0
         total[start : start + axis.length] += weights
     assert torch.allclose(total, torch.ones(end), atol=1e-6)
+    # No pixel is computed twice but in the overlaps, and where a length is rounded up to whole multiples.
+    shared = -(-overlap // multiple) * multiple
+    needed = -(-side // multiple) * multiple + (len(axis.starts) - 1) * shared
+    assert needed <= len(axis.starts) * axis.length < needed + len(axis.starts) * multiple
+
+
+def test_tiles_are_no_longer_than_the_side_asks_for():
+    assert plan_axis(512, 512, 32, 2).starts == (0,)
+    assert plan_axis(514, 512, 32, 2) == Axis(514, 274, (0, 240))
+    assert plan_axis(600, 512, 32, 2) == Axis(600, 316, (0, 284))
+    assert tiled_pixels(514, 300, 512, 32, 2) == 2 * 274 * 300
 
 
 def test_a_border_tile_fades_out_smoothly():

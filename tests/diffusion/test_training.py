@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from eclipse_ray.config import PRESETS, load_config
+from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.network import build_denoiser
-from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+from eclipse_ray.diffusion.process import add_noise, cosine_alphas_cumprod
 from eclipse_ray.diffusion.training import (
+    MOST_SPOTS,
     _draw_batch,
+    draw_spots,
     enlarged_batch,
     learning_rate_at,
     loss_hybrid,
@@ -117,7 +120,7 @@ def test_several_workers_see_the_batch_of_one(workers):
     config, images = debug(batch_size=16), smooth_images(40)
     whole = _draw_batch(config, images, 3, 0, 0, 1)
     parts = [_draw_batch(config, images, 3, 0, rank, workers) for rank in range(workers)]
-    for index in range(3):
+    for index in range(4):
         assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
     assert [len(part[2]) for part in parts] == [
         len(range(16)[worker_slice(16, r, workers)]) for r in range(workers)
@@ -129,12 +132,72 @@ def test_the_mean_gradient_of_two_slices_is_that_of_the_batch():
     network, schedule = build_denoiser(start_fit(config, 0, CPU).unet, config), cosine_alphas_cumprod(20)
 
     def gradient(rank, world_size):
-        x0, epsilon, t = _draw_batch(config, images, 3, 0, rank, world_size)
-        loss = loss_hybrid(network, x0, epsilon, t, schedule, 1e-3).mean()
+        x0, epsilon, t, delta = _draw_batch(config, images, 3, 0, rank, world_size)
+        loss = loss_hybrid(network, x0, epsilon, t, schedule, 1e-3, delta).mean()
         return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(network.parameters()))])
 
     halves = torch.stack([gradient(rank, 2) for rank in range(2)]).mean(dim=0)
     assert torch.allclose(halves, gradient(0, 1), atol=1e-6)
+
+
+def test_spots_are_one_to_four_pixels_of_any_colour_on_a_share_of_the_images():
+    which, colours = draw_spots((4000, 6, 5), 0.3, torch.Generator().manual_seed(0))
+    assert which.shape == (4000, 1, 6, 5)
+    counts = which.sum(dim=(1, 2, 3))
+    assert (counts > 0).float().mean() == pytest.approx(0.3, abs=0.03)
+    # Two spots may meet, which makes of four three.
+    assert counts.unique().tolist() == list(range(MOST_SPOTS + 1))
+    assert which.float().mean(dim=0).flatten().tolist() == pytest.approx([0.3 * 2.5 / 30] * 30, rel=0.4)
+    drawn = colours.permute(0, 2, 3, 1)[which[:, 0]]
+    assert drawn.mean(dim=0).tolist() == pytest.approx([0] * 3, abs=0.05)
+    assert drawn.std(dim=0).tolist() == pytest.approx([3**-0.5] * 3, abs=0.02)
+    assert not bool((colours * ~which).any())
+
+
+def test_spots_leave_all_other_draws_as_they_were():
+    images = smooth_images(40)
+    plain, spotted = (_draw_batch(debug(spots=share), images, 3, 0, 0, 1) for share in (0.0, 1.0))
+    for one, other in zip(plain[:3], spotted[:3], strict=True):
+        assert torch.equal(one, other)
+    assert plain[3] is None
+    changed = (spotted[3] != 0).any(dim=1)
+    assert 1 <= int(changed.sum(dim=(1, 2)).min()) <= int(changed.sum(dim=(1, 2)).max()) <= MOST_SPOTS
+    assert float((spotted[0] + spotted[3]).abs().max()) <= 1
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.1])
+def test_training_shows_spots_and_asks_for_the_image_without_them(moved):
+    """Whether victims are better for it takes larger networks and longer training: docs/results.md."""
+    config, images, seen, reports = debug(iterations=1, spots=1.0), smooth_images(8), [], []
+    fit, copy = start_fit(config, 0, CPU), build_denoiser(start_fit(config, 0, CPU).unet, config)
+
+    def wrap(network):
+        network.unet.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        return network
+
+    perturb = (lambda x0, _iteration: torch.full_like(x0, moved)) if moved else None
+    run_fit(fit, images[4:], images[:4], 0, reports.append, lambda _: None, wrap=wrap, perturb=perturb)
+    x0, epsilon, t, delta = _draw_batch(config, images[4:], 0, 0, 0, 1)
+    assert bool((delta != 0).any())
+    assert torch.equal(seen[0], add_noise(x0 + (delta + moved), epsilon, t, copy.alphas_cumprod))
+    loss = loss_hybrid(copy, x0, epsilon, t, copy.alphas_cumprod, config.vlb_weight, delta + moved).mean()
+    assert reports[0].loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("set_to", "fast", "precision"), [(None, "bfloat16", "bfloat16"), ("float32", "bfloat16", "float32")]
+)
+def test_training_takes_the_fast_precision_unless_one_is_set(monkeypatch, set_to, fast, precision):
+    monkeypatch.setattr(training, "fast_precision", lambda _device: fast)
+    seen, images = [], smooth_images(8)
+
+    def wrap(network):
+        seen.append(network.precision)
+        return network
+
+    fit = start_fit(debug(iterations=1, precision=set_to), 0, CPU)
+    run_fit(fit, images[4:], images[:4], 0, lambda _: None, lambda _: None, wrap=wrap)
+    assert seen == [precision]
 
 
 def test_timesteps_stay_below_t_max():

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from eclipse_ray import verbs
+from eclipse_ray.cluster.connect import open_denoiser
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.memory import load_images
-from eclipse_ray.errors import InputError, ResumeError, error_of_note
+from eclipse_ray.diffusion import network
+from eclipse_ray.errors import ConfigError, InputError, ResumeError, error_of_note
 from eclipse_ray.ledger import plan_shards, read_statuses
 from eclipse_ray.parameters import resolve
 from eclipse_ray.purification import plan as prepare
@@ -282,6 +284,37 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(world, purified, tmp_p
     assert not (tmp_path / "new").exists()
     again = verbs.purify_plan(world.poisoned, str(purified[0]), denoiser=world.denoiser, settings=SHARDS)
     assert (again.images_left, again.shards_left, again.output_bytes) == (0, 0, 0)
+
+
+def test_a_dry_run_counts_what_tiles_compute_twice(world, tmp_path, monkeypatch):
+    (tmp_path / "src/a").mkdir(parents=True)
+    image = np.zeros((60, 40, 3), np.uint8)
+    for index in range(3):
+        image[:, :, 0] = index
+        (tmp_path / f"src/a/{index}.png").write_bytes(encode_image(image, "png"))
+    monkeypatch.setattr(prepare, "_seconds_a_pixel", lambda _prepared, _middles: 3600.0)
+    hours = []
+    for tile, overlap in [(64, 0), (32, 0), (32, 8)]:
+        settings = {"purify.tile": tile, "purify.tile_overlap": overlap}
+        source, output = str(tmp_path / "src"), str(tmp_path / "new")
+        plan = verbs.purify_plan(source, output, denoiser=world.denoiser, settings=settings)
+        hours.append(plan.device_hours)
+    # Of 60 x 40 pixels: one tile, then 2 x 2 of 30 x 20, then 3 x 2 of 26 x 24.
+    assert hours == [3 * 2400, 3 * 2400, 3 * 6 * 26 * 24]
+
+
+@pytest.mark.parametrize("fast", ["bfloat16", "float32"])
+def test_an_opened_denoiser_has_the_fast_precision_unless_one_is_set(world, monkeypatch, fast):
+    monkeypatch.setattr(network, "fast_precision", lambda _device: fast)
+    assert open_denoiser(world.denoiser, None).precision == fast
+    assert open_denoiser(world.denoiser, "float32").precision == "float32"
+
+
+def test_an_overlap_that_the_network_cannot_have_is_refused_before_anything_is_written(world, tmp_path):
+    settings = {"purify.tile_overlap": 65}
+    with pytest.raises(ConfigError, match="tile_overlap 65 exceeds half of a tile, which has 128 pixels"):
+        verbs.purify(world.poisoned, str(tmp_path / "new"), denoiser=world.denoiser, settings=settings)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.chaos

@@ -97,7 +97,8 @@ def device_part(_work: Path) -> tuple[str, list[dict[str, Any]]]:
     }
     fast = fast_precision(device)
     cases[f"default, {fast}, contiguous"] = placed({}, device, fast)
-    cases[f"default, {fast}, contiguous"].unet.to(memory_format=torch.contiguous_format)
+    contiguous = cases[f"default, {fast}, contiguous"].unet
+    contiguous.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     cases[f"default, {fast}, compiled"] = placed({}, device, fast)
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     cases[f"default, {fast}, compiled"].unet.compile(mode=mode)
@@ -123,7 +124,6 @@ def drawn_images(count: int) -> Pixels:
 def placed(settings: Settings, device: torch.device, precision: Precision) -> Denoiser:
     """Return an untrained denoiser on `device`, as `purify` would use it in `precision`."""
     denoiser = untrained(settings).to(device)
-    denoiser.unet.to(memory_format=torch.channels_last)
     denoiser.precision = precision
     return denoiser
 

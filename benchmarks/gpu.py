@@ -135,7 +135,6 @@ def speed(preset: str, size: tuple[int, int], bench: Bench) -> dict[str, Any]:
             if bench.device.type == "cpu" and (mode or precision == "bfloat16"):
                 continue
             denoiser = build_denoiser(build_unet(config.denoiser), config.denoiser).to(bench.device).eval()
-            denoiser.unet.to(memory_format=torch.channels_last)
             denoiser.precision = precision
             macs = _operations(denoiser, bench.device)
             if mode:
@@ -240,7 +239,7 @@ def _default_denoiser(bench: Bench) -> Denoiser:
     config = bench.settings("small").denoiser
     unet = build_unet(config)
     unet.load_state_dict(load_file(bench.out / "denoiser.safetensors"))
-    return _fast(build_denoiser(unet.to(memory_format=torch.channels_last), config).to(bench.device).eval())
+    return _fast(build_denoiser(unet, config).to(bench.device).eval())
 
 
 def victim(column: str, row: str, bench: Bench) -> dict[str, Any]:

@@ -38,10 +38,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "debug": {
         "denoiser": {
             "image_size": 16,
-            "network": "unet2d",
             "precision": "float32",
-            "block_out_channels": [8, 8],
-            "norm_num_groups": 4,
+            "block_out_channels": [8],
             "layers_per_block": 1,
             "num_train_timesteps": 20,
             "t_star": 4,

@@ -15,15 +15,12 @@ from torch import Tensor
 from eclipse_ray.config import Sampler, ScheduleName
 from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas
+from eclipse_ray.diffusion.shuffled import MODEL_FILE, WEIGHTS_FILE, ShuffledNetwork, open_shuffled
 from eclipse_ray.errors import InputError
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-    from eclipse_ray.diffusion.architectures import ShuffledNetwork
-
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-MODEL_FILE = "config.json"
 SCHEDULER_FILE = "scheduler_config.json"
 CARD_FILE = "eclipse.json"
 DENOISER_FILES = (WEIGHTS_FILE, MODEL_FILE, SCHEDULER_FILE, CARD_FILE)
@@ -67,22 +64,20 @@ class Card(BaseModel):
 
 def save_denoiser(folder: str | Path, denoiser: Denoiser, card: Card, schedule: ScheduleName = "cosine") -> None:
     """Write a local denoiser folder; the card goes last, so a folder without one is known to be unfinished."""
-    from diffusers import DDPMScheduler
-
     path = Path(folder)
-    denoiser.unet.save_pretrained(path, safe_serialization=True)
-    # Not save_pretrained: the settings matter, not the class's own version of them.
+    denoiser.unet.save_pretrained(path)
     beta_start, beta_end = linear_betas(denoiser.num_train_timesteps)
-    scheduler = DDPMScheduler(
-        num_train_timesteps=denoiser.num_train_timesteps,
-        beta_start=beta_start,
-        beta_end=beta_end,
-        beta_schedule=_SCHEDULE_NAMES[schedule],
-        variance_type="learned_range" if denoiser.learned_range else "fixed_small",
-        prediction_type="epsilon",
-        clip_sample=True,
-    )
-    scheduler.save_config(path)
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": denoiser.num_train_timesteps,
+        "beta_start": beta_start,
+        "beta_end": beta_end,
+        "beta_schedule": _SCHEDULE_NAMES[schedule],
+        "variance_type": "learned_range" if denoiser.learned_range else "fixed_small",
+        "prediction_type": "epsilon",
+        "clip_sample": True,
+    }
+    (path / SCHEDULER_FILE).write_text(json.dumps(scheduler, indent=2) + "\n", encoding="utf-8")
     (path / CARD_FILE).write_text(card.model_dump_json(indent=1), encoding="utf-8")
 
 
@@ -142,22 +137,23 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
     )
     for each in card.filters:
         denoiser.filters |= dict.fromkeys(each.images, torch.tensor(each.taps))
-    # Channels-last convolutions are a quarter faster on a CPU and what tensor cores want.
-    denoiser = denoiser.to(device or "cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return denoiser.eval()
+    return denoiser.to(device or "cpu").eval()
 
 
 def _open_unet(folder: Path) -> UNet2DModel | ShuffledNetwork:
-    # diffusers takes seconds to import, and only who opens a network needs it.
+    names = ("FixedHeadsUNet2DModel", "ShuffledNetwork", "UNet2DModel")
+    name = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")).get("_class_name")
+    if name not in names:
+        raise InputError(f"{folder / MODEL_FILE}: a network of class {name}, expected one of {list(names)}")
+    if name == "ShuffledNetwork":
+        return open_shuffled(folder)
+    # Here and not above: diffusers takes seconds to import.
     from diffusers import UNet2DModel
 
-    from eclipse_ray.diffusion.architectures import FixedHeadsUNet2DModel, ShuffledNetwork
+    from eclipse_ray.diffusion.improved_diffusion import FixedHeadsUNet2DModel
 
-    known = {each.__name__: each for each in (UNet2DModel, FixedHeadsUNet2DModel, ShuffledNetwork)}
-    name = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8")).get("_class_name")
-    if name not in known:
-        raise InputError(f"{folder / MODEL_FILE}: a network of class {name}, expected one of {sorted(known)}")
-    unet, report = known[name].from_pretrained(
+    network = UNet2DModel if name == "UNet2DModel" else FixedHeadsUNet2DModel
+    unet, report = network.from_pretrained(
         folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
     )
     # diffusers would go on with random numbers for what is missing.

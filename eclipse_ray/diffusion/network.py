@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from eclipse_ray.config import TILE, DenoiserConfig, Precision, Sampler
 from eclipse_ray.diffusion.process import IMAGE_CHANNELS, cosine_alphas_cumprod
+from eclipse_ray.diffusion.shuffled import ShuffledConfig, ShuffledNetwork
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
-
-    from eclipse_ray.diffusion.architectures import ShuffledNetwork
 
 # From (x_t, t) to the raw output, whatever stands between: a denoiser, its tiled view, a test's closed form.
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -22,19 +21,12 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 def build_unet(config: DenoiserConfig) -> UNet2DModel | ShuffledNetwork:
     """Return an untrained U-Net that predicts epsilon, and with learned_range a variance mix, from (x_t, t)."""
-    # Here and not above: diffusers takes seconds to import, and most processes never build a network.
-    from diffusers import UNet2DModel
-
-    from eclipse_ray.diffusion.architectures import ShuffledNetwork
-
     out_channels = IMAGE_CHANNELS * (2 if config.variance_type == "learned_range" else 1)
     if config.network == "shuffled":
-        # By keyword: diffusers takes positional arguments for defaults, and copies of the network would be wrong.
-        return ShuffledNetwork(
-            out_channels=out_channels,
-            block_out_channels=list(config.block_out_channels),
-            layers_per_block=config.layers_per_block,
-        )
+        return ShuffledNetwork(ShuffledConfig(out_channels, config.block_out_channels, config.layers_per_block))
+    # Here and not above: diffusers takes seconds to import.
+    from diffusers import UNet2DModel
+
     levels = range(len(config.block_out_channels))
     attends = [level in config.attention_levels for level in levels]
     return UNet2DModel(
@@ -78,6 +70,7 @@ class Denoiser(nn.Module):
         timestep_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        channels_last(unet)
         self.unet = unet
         self.t_max, self.t_star, self.num_inference_steps = t_max, t_star, num_inference_steps
         self.sampler = sampler
@@ -127,6 +120,12 @@ def build_denoiser(unet: UNet2DModel | ShuffledNetwork, config: DenoiserConfig) 
 def timestep_scale(config: DenoiserConfig) -> float:
     """Return the factor between a timestep and what the network is shown."""
     return 1000 / config.num_train_timesteps if config.rescale_timesteps else 1.0
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay the weights out channels last: a quarter faster on a CPU, and what tensor cores want."""
+    # torch has no type for this call.
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from eclipse_ray.config import DenoiserConfig
-from eclipse_ray.diffusion.network import Denoiser, Network, build_denoiser, build_unet, fast_precision
+from eclipse_ray.diffusion.network import (
+    Denoiser,
+    Network,
+    build_denoiser,
+    build_unet,
+    channels_last,
+    fast_precision,
+)
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.diffusion.process import (
     IMAGE_CHANNELS,
@@ -22,6 +30,7 @@ from eclipse_ray.diffusion.process import (
     split_output,
 )
 from eclipse_ray.diffusion.sampling import to_model_range
+from eclipse_ray.diffusion.shuffled import ShuffledNetwork
 from eclipse_ray.quality import psnr
 
 
@@ -249,8 +258,6 @@ def update_ema(
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
-    from eclipse_ray.diffusion.architectures import ShuffledNetwork
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -293,10 +300,9 @@ class Fit:
 
     def averaged(self) -> Denoiser:
         """Return a denoiser with the averaged weights."""
-        device = next(self.unet.parameters()).device
-        unet = type(self.unet).from_config(self.unet.config).to(device)
+        unet = copy.deepcopy(self.unet)
         unet.load_state_dict({**self.unet.state_dict(), **self.average})
-        return build_denoiser(unet, self.config).to(device).eval()
+        return build_denoiser(unet, self.config).to(next(unet.parameters()).device).eval()
 
 
 def start_fit(config: DenoiserConfig, seed: int, device: torch.device) -> Fit:
@@ -304,7 +310,8 @@ def start_fit(config: DenoiserConfig, seed: int, device: torch.device) -> Fit:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = build_unet(config)
-    unet = unet.to(device, memory_format=torch.channels_last)
+    unet = unet.to(device)
+    channels_last(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     return Fit(config, unet, start_ema(unet), optimizer)
 

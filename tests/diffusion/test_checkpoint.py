@@ -8,7 +8,6 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from eclipse_ray.diffusion.architectures import ShuffledNetwork
 from eclipse_ray.diffusion.checkpoint import (
     CARD_FILE,
     SCHEDULER_FILE,
@@ -20,6 +19,7 @@ from eclipse_ray.diffusion.checkpoint import (
     weights_digest,
 )
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+from eclipse_ray.diffusion.shuffled import open_shuffled
 from eclipse_ray.errors import InputError
 from tests.support import untrained_denoiser
 
@@ -54,12 +54,18 @@ def test_round_trip(folder):
     denoiser = load_denoiser(folder)
     x, t = torch.rand(2, 3, 16, 16), torch.tensor([1, 4])
     name = json.loads((folder / "config.json").read_text())["_class_name"]
-    network = {"UNet2DModel": UNet2DModel, "ShuffledNetwork": ShuffledNetwork}[name]
-    plain = network.from_pretrained(folder).eval()
+    plain = (UNet2DModel.from_pretrained(folder) if name == "UNet2DModel" else open_shuffled(folder)).eval()
     with torch.inference_mode():
         assert torch.allclose(denoiser(x, t), plain(x, t).sample, atol=1e-4)  # layouts sum in another order
     assert (denoiser.t_max, denoiser.t_star, denoiser.num_inference_steps) == (5, 4, 1)
     assert read_card(folder).sparse_hashes == ["00" * 16]
+
+
+def test_a_network_that_diffusers_wrote_still_opens(folder):
+    """Up to ENGINE_VERSION 3 the default network was a class of diffusers' kind, which wrote its version too."""
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "_diffusers_version": "0.35.1"}))
+    load_denoiser(folder)
 
 
 def test_diffusers_reads_our_schedule(folder):

@@ -7,9 +7,13 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from eclipse_ray.diffusion.architectures import FixedHeadsUNet2DModel
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
-from eclipse_ray.diffusion.improved_diffusion import import_checkpoint, iterations_in, recommended_depth
+from eclipse_ray.diffusion.improved_diffusion import (
+    FixedHeadsUNet2DModel,
+    import_checkpoint,
+    iterations_in,
+    recommended_depth,
+)
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas, noise_std
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import ConfigError, InputError

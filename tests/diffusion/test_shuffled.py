@@ -1,12 +1,16 @@
 """The fast network: its cost, its symmetries, and that it learns."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 
 from eclipse_ray.config import load_config
-from eclipse_ray.diffusion.architectures import ShuffledNetwork
 from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.diffusion.sampling import purify_images
+from eclipse_ray.diffusion.shuffled import WAVES, ShuffledNetwork, _waves
 from eclipse_ray.diffusion.training import heldout_psnr, run_fit, start_fit
 
 SHUFFLED = {
@@ -34,6 +38,30 @@ def test_it_costs_at_most_16_000_multiplications_per_pixel():
     # Every weight of a convolution is used once per pixel of the network, which is 2 x 2 pixels of an image.
     weights = sum(module.weight.numel() for module in network.modules() if isinstance(module, torch.nn.Conv2d))
     assert 12_000 < weights / 4 < 16_000
+
+
+def test_it_is_shown_the_timestep_as_networks_of_diffusers_are():
+    timesteps = torch.tensor([0, 1, 399, 3999])
+    assert torch.equal(_waves(timesteps), get_timestep_embedding(timesteps, WAVES))
+
+
+def test_it_is_built_saved_and_opened_without_diffusers(tmp_path):
+    """Its import takes longer than all else that a worker does before its first image."""
+    card = {"t_max": 500, "t_star": 400, "num_inference_steps": 1, "iterations": 1, "sparse_images": 2}
+    card |= {"sparse_hashes": [], "fingerprint": "f", "settings": {}}
+    code = f"""
+import sys, torch
+from eclipse_ray import load_denoiser, purify_images
+from eclipse_ray.config import load_config
+from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
+from eclipse_ray.diffusion.network import build_denoiser, build_unet
+config = load_config(None, {SHUFFLED}).denoiser
+save_denoiser("{tmp_path}", build_denoiser(build_unet(config), config), Card(**{card}))
+denoiser = load_denoiser("{tmp_path}")
+purify_images(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), denoiser, ids=["a"])
+assert "diffusers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @torch.inference_mode()

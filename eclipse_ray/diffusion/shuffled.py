@@ -1,0 +1,146 @@
+"""`ShuffledNetwork`, the default network: residual convolutions on blocks of 2 x 2 pixels, as in FFDNet.
+
+It is made of torch alone: diffusers, which the other networks are built with, takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eclipse_ray.errors import InputError
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+MODEL_FILE = "config.json"
+# Side in pixels of the block of an image that is one pixel of the network.
+BLOCK = 2
+# Sines and cosines of the timestep, and the numbers that a layer makes of them.
+WAVES, EMBEDDING = 32, 64
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class ShuffledConfig:
+    """What config.json says of the network, under the names that diffusers' networks have for it."""
+
+    out_channels: int = 3
+    block_out_channels: Sequence[int] = (64,)
+    layers_per_block: int = 4
+
+
+class Output(NamedTuple):
+    """What the network returns, as diffusers' networks do."""
+
+    sample: Tensor
+
+
+class ShuffledNetwork(nn.Module):
+    """Residual blocks of one width at half the resolution; is called as `UNet2DModel` is.
+
+    `block_out_channels` has one entry, the width. There is no normalisation: at this size it would take as long as
+    the convolutions, and without it each block begins as the identity.
+    """
+
+    def __init__(self, config: ShuffledConfig) -> None:
+        super().__init__()
+        (width,) = config.block_out_channels
+        self.config = config
+        self.size_multiple = BLOCK
+        self.tile = 512
+        self.time = nn.Linear(WAVES, EMBEDDING)
+        self.conv_in = nn.Conv2d(3 * BLOCK**2, width, 3, padding=1)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(config.layers_per_block))
+        self.scale_out = _Scale(width)
+        self.conv_out = _zeroed(nn.Conv2d(width, config.out_channels * BLOCK**2, 3, padding=1))
+        # Of eps_pred, a large part is x_t times a number that the timestep decides.
+        self.skip = _zeroed(nn.Linear(EMBEDDING, 3 * BLOCK**2))
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Output:
+        """Return `.sample` (B, out_channels, H, W) of x_t (B, 3, H, W) with even sides, and timesteps (B,)."""
+        waves = _waves(timestep).to(sample.dtype)
+        embedding = functional.silu(self.time(waves))
+        pixels = functional.pixel_unshuffle(sample, BLOCK).contiguous(memory_format=torch.channels_last)
+        hidden = self.conv_in(pixels)
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        output = self.conv_out(functional.relu(self.scale_out(hidden, embedding)))
+        eps_pred, mix = output[:, : pixels.shape[1]], output[:, pixels.shape[1] :]
+        eps_pred = torch.addcmul(eps_pred, pixels, self.skip(embedding)[:, :, None, None])
+        if mix.shape[1]:
+            eps_pred = torch.cat([eps_pred, mix], dim=1)
+        return Output(sample=functional.pixel_shuffle(eps_pred, BLOCK))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and the weights into a local folder, under the names that diffusers uses."""
+        settings = {"_class_name": type(self).__name__, **asdict(self.config)}
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / MODEL_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, path / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def open_shuffled(folder: Path) -> ShuffledNetwork:
+    """Return the network of a local folder. Raises InputError if the weights are not those of config.json.
+
+    An error of the file system, of JSON or of safetensors is raised as it is.
+    """
+    found = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+    # What diffusers wrote about itself begins with an underscore.
+    network = ShuffledNetwork(ShuffledConfig(**{key: found[key] for key in found if not key.startswith("_")}))
+    keys = network.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=False)
+    if strange := [*keys.missing_keys, *keys.unexpected_keys]:
+        raise InputError(f"{folder / WEIGHTS_FILE}: {strange[0]} is missing or unknown to {MODEL_FILE}")
+    return network
+
+
+def _waves(timestep: Tensor) -> Tensor:
+    """Return sines and cosines of timesteps (B,), float32 (B, WAVES); diffusers' get_timestep_embedding."""
+    half = WAVES // 2
+    places = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    # In this order, so that old weights see the same numbers to the last bit.
+    phases = timestep[:, None].float() * (-math.log(10_000) * places / (half - 1)).exp()
+    return torch.cat([phases.sin(), phases.cos()], dim=1)
+
+
+class _Block(nn.Module):
+    """Two convolutions, with scale and shift of the timestep between them, added to what comes in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.scale = _Scale(width)
+        self.conv2 = _zeroed(nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        added: Tensor = self.conv2(functional.relu(self.scale(self.conv1(hidden), embedding)))
+        return hidden + added
+
+
+class _Scale(nn.Module):
+    """A scale and a shift per channel that depend on the timestep; at first they change nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = _zeroed(nn.Linear(EMBEDDING, 2 * width))
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.linear(embedding)[:, :, None, None].chunk(2, dim=1)
+        return torch.addcmul(shift, hidden, 1 + scale)
+
+
+def _zeroed(layer: Layer) -> Layer:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

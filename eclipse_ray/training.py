@@ -152,6 +152,9 @@ def deciding_settings(denoiser: DenoiserConfig) -> dict[str, Any]:
     # Denoisers that were trained when float32 was the only precision have fingerprints without it.
     if settings["precision"] == "float32":
         del settings["precision"]
+    # And those trained when there were no spots, without them.
+    if settings["spots"] == 0:
+        del settings["spots"]
     # Fingerprints of denoisers that were trained when there was another way to draw timesteps name this one.
     return {**settings, "timestep_sampler": "uniform"}
 

@@ -29,6 +29,8 @@ from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet
 from eclipse_ray.diffusion.training import run_fit, start_fit
 
 DEBUG = {"denoiser.preset": "debug"}
+# The same size of a network of diffusers.
+UNET = {"network": "unet2d", "block_out_channels": [8, 8], "norm_num_groups": 4}
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,13 @@ def untrained_denoiser(**settings: object) -> Denoiser:
     config = load_config(None, {**DEBUG, **settings}).denoiser
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return build_denoiser(build_unet(config), config).eval()
+        network = build_unet(config)
+        with torch.no_grad():
+            # Layers that begin as zeros would leave nothing to see.
+            for parameter in network.parameters():
+                if not bool(parameter.any()):
+                    parameter.normal_(std=0.1)
+    return build_denoiser(network, config).eval()
 
 
 def kill_when(arguments: list[str], ready: Callable[[], bool], log: Path, seconds: float = 200) -> None:

@@ -17,6 +17,7 @@ from eclipse_ray.inversion import (
 from eclipse_ray.poisons.interface import LabelledImages, quiet_session, to_float
 from eclipse_ray.victims.training import classify
 from tests.diffusion.test_training import CPU, debug, smooth_images
+from tests.support import UNET
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -142,7 +143,7 @@ def test_the_network_is_shown_the_perturbed_image():
 
 
 def test_a_denoiser_trained_against_a_surrogate_removes_more_of_the_poison(surrogate):
-    config = debug(iterations=80, learning_rate=3e-3)
+    config = debug(iterations=80, learning_rate=3e-3, **UNET)
     clean, rho = smooth_images(64).clamp(LEVELS, 255 - LEVELS), {}
     x0 = to_float(clean[:8], CPU) * 2 - 1
     delta = (8 / 127.5) * patterns()[torch.arange(8) % 2].permute(0, 3, 1, 2).float()

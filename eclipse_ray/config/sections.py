@@ -217,12 +217,10 @@ class DenoiserConfig(Section):
         None, ge=1, description="Training draws timesteps below this one; null: 1.25 t_star."
     )
     replication: int = Field(4, ge=0, description="M: copies of each sparse image added to the clean set.")
-    # Left out where it is 0, so that fingerprints and keys of before it was there stay as they are.
     spots: float = Field(
         0.5,
         ge=0,
         le=1,
-        exclude_if=lambda value: value == 0,
         description="Part of the training images that get one to four spots of any colour, for the denoiser to "
         "remove; 0 as published.",
     )

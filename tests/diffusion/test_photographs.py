@@ -11,12 +11,12 @@ from eclipse_ray.diffusion.sampling import purify, purify_images, to_model_range
 from eclipse_ray.diffusion.tiling import plan_axis
 from eclipse_ray.diffusion.training import centre_crops, image_buffer, run_fit, start_fit
 from eclipse_ray.quality import psnr
+from tests.support import UNET
 
 T_STAR, SIDE = 200, 320
 SETTINGS = {
     "denoiser.preset": "debug",
     "denoiser.image_size": 24,
-    "denoiser.block_out_channels": [8, 16],
     "denoiser.num_train_timesteps": 4000,
     "denoiser.t_star": T_STAR,
     "denoiser.t_max": 250,
@@ -27,9 +27,8 @@ SETTINGS = {
     "denoiser.ema_decay": 0.98,
 }
 NETWORKS = {
-    "unet2d": {},
+    "unet2d": {f"denoiser.{key}": value for key, value in UNET.items()},
     "shuffled": {
-        "denoiser.network": "shuffled",
         "denoiser.block_out_channels": [16],
         "denoiser.iterations": 500,
     },

@@ -22,12 +22,13 @@ from eclipse_ray.diffusion.training import (
     update_ema,
     worker_slice,
 )
+from tests.support import UNET
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 # What preset `paper` changes in the method of training, without its sizes.
-PAPER = {
+PAPER = UNET | {
     key: PRESETS["paper"]["denoiser"][key]
     for key in (
         "variance_type",

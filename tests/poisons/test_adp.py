@@ -15,6 +15,7 @@ from eclipse_ray.poisons.surrogate import keyed_generator, load_surrogate, under
 from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
 from tests.poisons.helpers import CLASSES, CPU, Memory, tiny_config, tiny_images
 from tests.support import DEBUG, untrained_denoiser
+from tests.support import UNET as UNET2D
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = ["a", "b"]
@@ -36,7 +37,10 @@ def picture(size=16):
 def test_the_classifier_is_a_denoisers_network_with_another_end():
     model = UNetClassifier((8, 8), 7)
     assert model(picture()).shape == (2, 7)
-    other = {name for name, _ in build_unet(load_config(None, DEBUG).denoiser).named_parameters()}
+    debug_unet = load_config(
+        None, {**DEBUG, **{f"denoiser.{key}": value for key, value in UNET2D.items()}}
+    ).denoiser
+    other = {name for name, _ in build_unet(debug_unet).named_parameters()}
     assert {name.removeprefix("unet.") for name, _ in model.named_parameters()} == other
 
 

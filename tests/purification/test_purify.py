@@ -242,8 +242,8 @@ def test_an_imported_denoiser_must_leave_no_more_than_the_noise(capsys):
     denoiser = untrained_denoiser()
     images = list(np.random.default_rng(0).integers(60, 200, (8, 16, 16, 3), dtype=np.uint8))
     with torch.no_grad():
-        denoiser.unet.conv_out.weight.zero_()
-        denoiser.unet.conv_out.bias.zero_()
+        for parameter in denoiser.unet.parameters():
+            parameter.zero_()
     prepare.warn_if_unsuitable(denoiser, images, None, denoiser.t_star)
     assert "warning" not in capsys.readouterr().err
     with torch.no_grad():
@@ -311,8 +311,8 @@ def test_an_opened_denoiser_has_the_fast_precision_unless_one_is_set(world, monk
 
 
 def test_an_overlap_that_the_network_cannot_have_is_refused_before_anything_is_written(world, tmp_path):
-    settings = {"purify.tile_overlap": 65}
-    with pytest.raises(ConfigError, match="tile_overlap 65 exceeds half of a tile, which has 128 pixels"):
+    settings = {"purify.tile_overlap": 257}
+    with pytest.raises(ConfigError, match="tile_overlap 257 exceeds half of a tile, which has 512 pixels"):
         verbs.purify(world.poisoned, str(tmp_path / "new"), denoiser=world.denoiser, settings=settings)
     assert not (tmp_path / "new").exists()
 

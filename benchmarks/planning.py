@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from eclipse_ray import ledger
-from eclipse_ray.config import DataConfig, PurifyConfig
+from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table, table_to_parquet
@@ -72,7 +72,7 @@ def plan(folder: str) -> dict[str, float]:
     started = time.monotonic()
     source = open_source(folder, DataConfig())
     listed = time.monotonic()
-    shards = ledger.plan_shards(source.parts, PurifyConfig().shard_images)
+    shards = ledger.plan_shards(source.parts, 512)
     return {
         "rows": sum(shard.rows for shard in shards),
         "objects": len(source.parts),

@@ -294,7 +294,12 @@ class PurifyConfig(Section):
         description="Of the network; null: bfloat16 where it is fast (GPUs since Ampere, CPUs with AVX512-BF16), "
         "else float32.",
     )
-    shard_images: int = Field(512, ge=1, description="Most images of a shard, the unit of commit and resume.")
+    shard_images: int | None = Field(
+        None,
+        ge=1,
+        description="Most images of a shard, the unit of commit and resume; null: a 32nd of the source, at least "
+        "512 or 16 MiB of pixels, at most 4,096.",
+    )
     shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
     batch_size: int = Field(64, ge=1, description="Images of one pass through the denoiser.")
     batch_pixels: int = Field(BATCH_PIXELS, ge=1, description="Most pixels of one pass, so fewer large images.")

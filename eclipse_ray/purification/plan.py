@@ -65,6 +65,9 @@ PURIFY_IN_FINGERPRINT = {
     "shard_images",
     "shard_bytes",
 }
+# Where nothing is set, a source is cut into this many shards, if each then has as many images or decoded bytes as
+# the fewest, and no more images than the most.
+SHARDS, FEWEST_IMAGES, FEWEST_BYTES, MOST_IMAGES = 32, 512, 16 * 2**20, 4096
 # Removing a poison within 8/255 is no sign of a wrong denoiser; this is its energy if uniform, on [-1, 1].
 POISON_MSE = (2 * 8 / 255) ** 2 / 3
 WARN_DB = 3.0
@@ -117,7 +120,8 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
     _check_sizes(source, samples)
     store = Store(output, config.purify.single_writer)
     refuse_process_local(output, store.in_this_process_only)
-    plan = ledger.plan_source(store, opened.parts, _images_per_shard(config, samples), opened.classes, extend)
+    most = _images_per_shard(config, samples, opened.images)
+    plan = ledger.plan_source(store, opened.parts, most, opened.classes, extend)
     job = Job(
         source=opened.url,
         format=opened.format,
@@ -188,9 +192,18 @@ def _check_sizes(source: str, samples: list[Sample]) -> None:
         )
 
 
-def _images_per_shard(config: Config, samples: list[Sample]) -> int:
-    largest = max((3 * sample.height * sample.width for sample in samples), default=1)
-    return max(1, min(config.purify.shard_images, config.purify.shard_bytes // largest))
+def _images_per_shard(config: Config, samples: list[Sample], images: int) -> int:
+    """Return the most images of a shard: those that are set, or a SHARDS-th of the source within bounds.
+
+    A shard has its price whatever it holds, and yet every actor should get several.
+    """
+    sizes = [3 * sample.height * sample.width for sample in samples] or [1]
+    usual = sum(sizes) / len(sizes)
+    # Room for the largest beside others of the usual size: large ones are rare.
+    fitting = 1 + int(max(0, config.purify.shard_bytes - max(sizes)) / usual)
+    fewest = min(FEWEST_IMAGES, int(FEWEST_BYTES / usual))
+    most = config.purify.shard_images or min(max(fewest, -(-images // SHARDS)), MOST_IMAGES)
+    return max(1, min(most, fitting))
 
 
 def _fingerprint(config: Config, plan: ledger.Plan, weights: str) -> ledger.Fingerprint:

@@ -286,6 +286,29 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(world, purified, tmp_p
     assert (again.images_left, again.shards_left, again.output_bytes) == (0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "images", "settings", "expected"),
+    [
+        ([(32, 32)], 3700, {}, 512),
+        ([(32, 32)], 50_000, {}, 1563),
+        ([(32, 32)], 1_281_167, {}, 4096),
+        ([(32, 32)], 50_000, {"purify.shard_images": 100}, 100),
+        ([(32, 32)], 50_000, {"purify.shard_images": 100, "purify.shard_bytes": 2**16}, 21),
+        # Of photographs 64 MiB, or a 32nd where that is less.
+        ([(500, 375)], 1_281_167, {}, 119),
+        ([(500, 375)], 2000, {}, 63),
+        ([(500, 375)], 300, {}, 29),
+        # One that is twenty times as large takes the room of twenty, not all others the room of it.
+        ([(500, 375)] * 63 + [(2000, 1875)], 1_281_167, {}, 77),
+        ([(6000, 4000)], 1000, {}, 1),
+        ([], 10, {}, 512),
+    ],
+)
+def test_a_source_is_cut_by_images_and_by_bytes(sizes, images, settings, expected):
+    samples = [prepare.Sample(*size, crop=np.zeros((1, 1, 3), np.uint8)) for size in sizes]
+    assert prepare._images_per_shard(resolve(None, settings, {}), samples, images) == expected
+
+
 def test_a_dry_run_counts_what_tiles_compute_twice(world, tmp_path, monkeypatch):
     (tmp_path / "src/a").mkdir(parents=True)
     image = np.zeros((60, 40, 3), np.uint8)

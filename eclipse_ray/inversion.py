@@ -39,7 +39,7 @@ STEP = 0.4
 LOWEST_255, HIGHEST_255 = 4.0, 10.0
 """The L-inf bound of each batch is drawn between these, in 1/255."""
 UNTOUCHED = 4
-"""One image in this many keeps its clean version, so that clean images are not changed."""
+"""One image in this many is not moved, so that clean images are not changed."""
 METHOD: dict[str, Any] = {
     "version": 2,
     "surrogates": SURROGATES,

@@ -152,7 +152,7 @@ def deciding_settings(denoiser: DenoiserConfig) -> dict[str, Any]:
     # Denoisers that were trained when float32 was the only precision have fingerprints without it.
     if settings["precision"] == "float32":
         del settings["precision"]
-    # And those trained when there were no spots, without them.
+    # And those without spots, without them. (A folder of another ENGINE_VERSION is refused; keys of grids stay.)
     if settings["spots"] == 0:
         del settings["spots"]
     # Fingerprints of denoisers that were trained when there was another way to draw timesteps name this one.

@@ -298,9 +298,9 @@ class PurifyConfig(Section):
         None,
         ge=1,
         description="Most images of a shard, the unit of commit and resume; null: a 32nd of the source, at least "
-        "512 or 16 MiB of pixels, at most 4,096.",
+        "512 or 16 MiB of pixels, at most 4,096; set it for more than 16 actors.",
     )
-    shard_bytes: int = Field(64 * 2**20, ge=1, description="Most decoded bytes of a shard.")
+    shard_bytes: int = Field(64 * 2**20, ge=1, description="Decoded bytes of a shard, estimated from 64 images.")
     batch_size: int = Field(64, ge=1, description="Images of one pass through the denoiser.")
     batch_pixels: int = Field(BATCH_PIXELS, ge=1, description="Most pixels of one pass, so fewer large images.")
     tile: int | None = Field(

@@ -108,11 +108,15 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
     """
     path = Path(folder)
     card = read_card(path)
+    for name in DENOISER_FILES:
+        if not (path / name).exists():
+            raise InputError(f"{folder}: the denoiser cannot be read: {name} is missing; copy the folder again")
     try:
         schedule = json.loads((path / SCHEDULER_FILE).read_text(encoding="utf-8"))
         unet = _open_unet(path)
         alphas_cumprod = _read_schedule(path / SCHEDULER_FILE, schedule)
         timesteps = len(alphas_cumprod)
+        filters = {name: torch.tensor(each.taps) for each in card.filters for name in each.images}
     except (
         OSError,
         ValueError,
@@ -135,8 +139,7 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
         sampler=card.sampler,
         timestep_scale=card.timestep_scale,
     )
-    for each in card.filters:
-        denoiser.filters |= dict.fromkeys(each.images, torch.tensor(each.taps))
+    denoiser.filters = filters
     return denoiser.to(device or "cpu").eval()
 
 

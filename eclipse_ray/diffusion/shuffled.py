@@ -97,11 +97,22 @@ def open_shuffled(folder: Path) -> ShuffledNetwork:
     """
     found = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
     # What diffusers wrote about itself begins with an underscore.
-    network = ShuffledNetwork(ShuffledConfig(**{key: found[key] for key in found if not key.startswith("_")}))
-    keys = network.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=False)
-    if strange := [*keys.missing_keys, *keys.unexpected_keys]:
+    config = ShuffledConfig(**{key: found[key] for key in found if not key.startswith("_")})
+    weights = load_file(folder / WEIGHTS_FILE)
+    # Without memory for its numbers: a damaged config.json may ask for any width.
+    with torch.device("meta"):
+        network = ShuffledNetwork(config)
+    expected = network.state_dict()
+    if strange := sorted(expected.keys() ^ weights.keys()):
         raise InputError(f"{folder / WEIGHTS_FILE}: {strange[0]} is missing or unknown to {MODEL_FILE}")
-    return network
+    for name, value in expected.items():
+        if weights[name].shape != value.shape:
+            raise InputError(
+                f"{folder / WEIGHTS_FILE}: {name} is {list(weights[name].shape)}, by {MODEL_FILE} "
+                f"{list(value.shape)}; train again, or copy the folder again"
+            )
+    network.load_state_dict(weights, assign=True)
+    return network.float()
 
 
 def _waves(timestep: Tensor) -> Tensor:

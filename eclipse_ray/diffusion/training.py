@@ -122,7 +122,10 @@ def loss_simple(eps_pred: Tensor, epsilon: Tensor) -> Tensor:
 
 
 TYPICAL_DELTA = 7 / 127.5
-"""Size on [-1, 1] of the perturbations in `loss_perturbed`, the middle of their bounds; it weighs timesteps."""
+"""The middle of the bounds of inverted poisons, on [-1, 1]; it weighs timesteps in `loss_perturbed`.
+
+Four spots add as much to the mean square of an image of 32 pixels.
+"""
 
 
 def loss_perturbed(eps_pred: Tensor, epsilon: Tensor, delta: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -368,7 +371,8 @@ def run_fit(
     Indices, timesteps, noise and places of an iteration are drawn for the whole batch from (seed, iteration), and
     each worker takes its slice: the optimisation is the same for any number of workers that divides the batch.
     `on_step` is told the number of every finished iteration. `perturb` returns, for this worker's images
-    (B, 3, H, W) in [-1, 1] and the iteration, the perturbation that the network learns to remove.
+    (B, 3, H, W) in [-1, 1] and the iteration, a perturbation that the network learns to remove, as it does the
+    spots of `denoiser.spots`.
     """
     config = fit.config
     denoiser = build_denoiser(fit.unet, config).to(heldout.device)

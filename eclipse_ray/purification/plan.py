@@ -163,11 +163,15 @@ def _locations(config: Config) -> tuple[str, str, str]:
 
 
 def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
-    """Return the readable ones of the first `count` images; only their middles are kept in memory."""
+    """Return the readable ones of `count` images, spread over the objects of the source; their middles are kept.
+
+    Spread, because images of a class often lie together and have sizes of their own.
+    """
     samples: list[Sample] = []
+    parts = source.parts[:: -(-len(source.parts) // count)] if source.parts else []
     left = count
-    for part in source.parts[:count]:
-        rows = min(left, part.rows)
+    for number, part in enumerate(parts):
+        rows = min(part.rows, -(-left // (len(parts) - number)))
         table = read_parts(source.url, source.format, source.classes, [(part.key, 0, rows)], config.data)
         for image in table["image"].to_pylist():
             try:
@@ -178,8 +182,6 @@ def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
             pixels = resize_image(pixels, config.data.resize)
             samples.append(Sample(pixels.shape[0], pixels.shape[1], centre_crop(pixels, SAMPLE_SIDE)))
         left -= rows
-        if left <= 0:
-            break
     return samples
 
 
@@ -195,12 +197,11 @@ def _check_sizes(source: str, samples: list[Sample]) -> None:
 def _images_per_shard(config: Config, samples: list[Sample], images: int) -> int:
     """Return the most images of a shard: those that are set, or a SHARDS-th of the source within bounds.
 
-    A shard has its price whatever it holds, and yet every actor should get several.
+    A shard has its price whatever it holds, and yet sixteen actors should get two each.
     """
     sizes = [3 * sample.height * sample.width for sample in samples] or [1]
     usual = sum(sizes) / len(sizes)
-    # Room for the largest beside others of the usual size: large ones are rare.
-    fitting = 1 + int(max(0, config.purify.shard_bytes - max(sizes)) / usual)
+    fitting = int(config.purify.shard_bytes / usual)
     fewest = min(FEWEST_IMAGES, int(FEWEST_BYTES / usual))
     most = config.purify.shard_images or min(max(fewest, -(-images // SHARDS)), MOST_IMAGES)
     return max(1, min(most, fitting))
@@ -318,7 +319,7 @@ def _sample(prepared: Prepared) -> Sampled:
 
 
 def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
-    """Return the seconds per pixel on the device of this machine, after one pass to warm up."""
+    """Return the seconds per pixel of `tiled_pixels` on the device of this machine, after one pass to warm up."""
     settings = prepared.config.purify
     images = largest_batch(middles, settings.batch_size, settings.batch_pixels)
     if images is None:
@@ -329,4 +330,6 @@ def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
     for _ in range(2):
         started = time.perf_counter()
         purify_batch(denoiser, images, ids, settings, prepared.config.run.seed)
-    return (time.perf_counter() - started) / (images.shape[0] * images.shape[1] * images.shape[2])
+    tile = check_tile(denoiser, settings.tile, settings.tile_overlap)
+    one = tiled_pixels(images.shape[1], images.shape[2], tile, settings.tile_overlap, denoiser.size_multiple)
+    return (time.perf_counter() - started) / (len(images) * one)

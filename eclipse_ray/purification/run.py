@@ -75,10 +75,13 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
         board, named = start_board(name), NamedActor(name)
         job = replace(prepared.job, session=session, run=prepared.fingerprint.value, board=named)
         watch = Watch(
-            "purify", "shard", config.run.watchdog_seconds, partial(ledger.hand_over, prepared.store, session)
+            "purify",
+            "batch of images",
+            config.run.watchdog_seconds,
+            partial(ledger.hand_over, prepared.store, session),
         )
         shown = _Shown(line, "GPUs" if gpus else "actors", actors)
-        with BoardWatcher(board, shown.under_way):
+        with BoardWatcher(board, shown.under_way, watch):
             for shard in watched(_stream(job, tasks, actors, gpus), watch):
                 shown.committed(shard)
         return line.rate

@@ -90,6 +90,7 @@ def test_a_missing_file_is_named(folder, file):
     with pytest.raises(InputError) as caught:
         load_denoiser(folder)
     assert str(folder) in str(caught.value)
+    assert f"{file} is missing" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -105,6 +106,31 @@ def test_a_missing_tensor_is_not_made_up(folder):
     del weights["conv_out.bias"]
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"conv_out\.bias"):
+        load_denoiser(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    wider = [8 * each for each in settings["block_out_channels"]]
+    (folder / "config.json").write_text(json.dumps({**settings, "block_out_channels": wider}))
+    with pytest.raises(InputError, match=r"conv_in|blocks|cannot be read") as caught:
+        load_denoiser(folder)
+    assert "\n" not in str(caught.value)
+    if settings["_class_name"] == "ShuffledNetwork":
+        assert "conv_in.weight is [8, 12, 3, 3], by config.json [64, 12, 3, 3]" in str(caught.value)
+
+
+def test_weights_of_half_the_precision_are_opened_in_float32(folder):
+    weights = {name: value.half() for name, value in load_file(folder / WEIGHTS_FILE).items()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    assert {parameter.dtype for parameter in load_denoiser(folder).parameters()} == {torch.float32}
+
+
+def test_damaged_taps_of_a_filter_are_refused(folder):
+    card = json.loads((folder / CARD_FILE).read_text())
+    filters = [{"label": 0, "taps": [[1.0, 0.0], [0.0]], "images": ["00"]}]
+    (folder / CARD_FILE).write_text(json.dumps({**card, "filters": filters}))
+    with pytest.raises(InputError, match="cannot be read"):
         load_denoiser(folder)
 
 

@@ -16,6 +16,7 @@ from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.diffusion import network
+from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.errors import ConfigError, InputError, ResumeError, error_of_note
 from eclipse_ray.ledger import plan_shards, read_statuses
 from eclipse_ray.parameters import resolve
@@ -298,8 +299,9 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(world, purified, tmp_p
         ([(500, 375)], 1_281_167, {}, 119),
         ([(500, 375)], 2000, {}, 63),
         ([(500, 375)], 300, {}, 29),
-        # One that is twenty times as large takes the room of twenty, not all others the room of it.
-        ([(500, 375)] * 63 + [(2000, 1875)], 1_281_167, {}, 77),
+        # One that is much larger counts for what it has, and does not make all shards small.
+        ([(500, 375)] * 63 + [(2000, 1875)], 1_281_167, {}, 91),
+        ([(500, 375)] * 63 + [(6000, 4000)], 1_281_167, {}, 39),
         ([(6000, 4000)], 1000, {}, 1),
         ([], 10, {}, 512),
     ],
@@ -309,21 +311,42 @@ def test_a_source_is_cut_by_images_and_by_bytes(sizes, images, settings, expecte
     assert prepare._images_per_shard(resolve(None, settings, {}), samples, images) == expected
 
 
-def test_a_dry_run_counts_what_tiles_compute_twice(world, tmp_path, monkeypatch):
+def test_samples_are_spread_over_the_source(tmp_path):
+    """Images of a class often have sizes of their own, and the first ones would say nothing of the others."""
+    for label, side in (("a", 20), ("b", 40)):
+        (tmp_path / label).mkdir()
+        for index in range(60):
+            image = np.full((side, side, 3), index, np.uint8)
+            (tmp_path / label / f"{index:02d}.png").write_bytes(encode_image(image, "png"))
+    config = resolve(None, None, {})
+    samples = prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)
+    heights = [sample.height for sample in samples]
+    assert len(samples) == 60
+    assert heights.count(20) == heights.count(40) == 30
+
+
+@pytest.mark.parametrize(("tile", "overlap", "pixels"), [(64, 0, 60 * 40), (32, 0, 60 * 40), (32, 8, 6 * 26 * 24)])
+def test_a_dry_run_counts_what_tiles_compute_twice(world, tmp_path, monkeypatch, tile, overlap, pixels):
     (tmp_path / "src/a").mkdir(parents=True)
     image = np.zeros((60, 40, 3), np.uint8)
     for index in range(3):
         image[:, :, 0] = index
         (tmp_path / f"src/a/{index}.png").write_bytes(encode_image(image, "png"))
-    monkeypatch.setattr(prepare, "_seconds_a_pixel", lambda _prepared, _middles: 3600.0)
-    hours = []
-    for tile, overlap in [(64, 0), (32, 0), (32, 8)]:
-        settings = {"purify.tile": tile, "purify.tile_overlap": overlap}
-        source, output = str(tmp_path / "src"), str(tmp_path / "new")
-        plan = verbs.purify_plan(source, output, denoiser=world.denoiser, settings=settings)
-        hours.append(plan.device_hours)
+    # A clock that goes by the pixels that the network sees: an hour for each.
+    seen = [0.0]
+    forward = Denoiser.forward
+
+    def counted(self, x_t, t):
+        seen[0] += 3600.0 * x_t.numel() / 3
+        return forward(self, x_t, t)
+
+    monkeypatch.setattr(Denoiser, "forward", counted)
+    monkeypatch.setattr(prepare.time, "perf_counter", lambda: seen[0])
+    settings = {"purify.tile": tile, "purify.tile_overlap": overlap}
+    source, output = str(tmp_path / "src"), str(tmp_path / "new")
+    plan = verbs.purify_plan(source, output, denoiser=world.denoiser, settings=settings)
     # Of 60 x 40 pixels: one tile, then 2 x 2 of 30 x 20, then 3 x 2 of 26 x 24.
-    assert hours == [3 * 2400, 3 * 2400, 3 * 6 * 26 * 24]
+    assert plan.device_hours == 3 * pixels
 
 
 @pytest.mark.parametrize("fast", ["bfloat16", "float32"])

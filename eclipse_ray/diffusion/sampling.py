@@ -176,8 +176,8 @@ def purify_images(
     Filters that the denoiser knows of some images are undone first. Each image's result depends on (seed, its id)
     and, within 1/255, on nothing else. Both sides may have any length from 16 on; above `tile` they are covered
     by tiles overlapping by `tile_overlap`. An image whose three channels are equal everywhere keeps them equal.
-    Raises ConfigError for a depth that was not trained or an overlap of more than half a tile, and InputError for a
-    shape that cannot be purified.
+    Raises ConfigError for a depth that was not trained or an overlap of more than half a tile, and InputError for
+    a shape that cannot be purified.
     """
     batch = torch.as_tensor(images)
     check_batch(batch, ids)

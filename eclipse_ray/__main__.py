@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from functools import partial
     from threading import Thread
 
-    from eclipse_ray.errors import EXIT_RUN_AGAIN
+    from eclipse_ray.errors import EXIT_RUN_AGAIN, end_at_once
 
     # What a signal does: the last one counts.
     stops: list[Callable[[], object]] = [_stop]
@@ -47,10 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             obeying.join()
         code = end.code if isinstance(end.code, int) else 0
     # The result stands: a signal only hastens the end.
-    stops.append(partial(os._exit, code))
-    if code != EXIT_RUN_AGAIN:
-        _finish()
-    # A run that was stopped has no time for Ray's orderly end; workers and a cluster of this process end with it.
+    stops.append(partial(end_at_once, code))
+    if code == EXIT_RUN_AGAIN:
+        # A run that was stopped has no time for Ray's orderly end.
+        end_at_once(code)
+    _finish()
     os._exit(code)
 
 
@@ -58,10 +59,10 @@ def _obey(signals: int, stops: Sequence[Callable[[], object]]) -> None:
     """Wait for SIGINT or SIGTERM and end the process, whatever its other threads are doing."""
     from threading import Timer
 
-    from eclipse_ray.errors import EXIT_RUN_AGAIN
+    from eclipse_ray.errors import EXIT_RUN_AGAIN, end_at_once
 
     os.read(signals, 1)
-    limit = Timer(STOP_SECONDS, os._exit, (EXIT_RUN_AGAIN,))
+    limit = Timer(STOP_SECONDS, end_at_once, (EXIT_RUN_AGAIN,))
     limit.daemon = True
     limit.start()
     stops[-1]()

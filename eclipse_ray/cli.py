@@ -34,6 +34,7 @@ from eclipse_ray.errors import (
     ConfigError,
     EclipseError,
     InterruptedRunError,
+    end_at_once,
 )
 from eclipse_ray.log import say
 from eclipse_ray.parameters import OUTPUT, PLANS, RUN, VERBS, Parameter, Verb, declared, describe, resolved
@@ -243,7 +244,7 @@ def stop() -> None:
     """
     with last_words():
         say(f"error: {STOPPED}", level="error", exit_code=EXIT_RUN_AGAIN)
-        os._exit(EXIT_RUN_AGAIN)
+        end_at_once(EXIT_RUN_AGAIN)
 
 
 def usage_sentence(error: Any) -> str:

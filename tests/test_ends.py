@@ -3,11 +3,13 @@
 import signal
 import sys
 import textwrap
+import time
+from pathlib import Path
 from subprocess import PIPE, Popen
 
 import pytest
 
-from eclipse_ray.errors import STOPPED
+from eclipse_ray.errors import EXIT_RUN_AGAIN, STOPPED, _descendants
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
@@ -134,3 +136,40 @@ def test_a_verb_that_decides_itself_what_a_signal_means_is_told_of_it(number, ra
         cli.main = work
     """
     assert stopped(work, number) == (0, f"{raised}\n", "")
+
+
+def test_what_a_stopped_run_has_started_ends_with_it():
+    """Children and theirs, also those that do not mind signals; nobody else's."""
+    work = """
+    def work(_):
+        import subprocess
+        deaf = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        leaf = deaf + "print('leaf', flush=True); time.sleep(600)"
+        code = deaf + f"subprocess.Popen([sys.executable, '-c', {leaf!r}]); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()
+        print(child.pid, *_descendants(child.pid), flush=True)
+        time.sleep(3600)
+    from eclipse_ray.errors import _descendants
+    cli.main = work
+    """
+    process, other = start(work), Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    started = [int(word) for word in process.stdout.readline().split()]
+    assert len(started) == 2
+    assert _descendants(process.pid) == started
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == EXIT_RUN_AGAIN
+    deadline = time.monotonic() + 10
+    while any(_running(number) for number in started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [number for number in started if _running(number)] == []
+    assert other.poll() is None
+    other.kill()
+    other.wait()
+
+
+def _running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

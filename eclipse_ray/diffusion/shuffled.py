@@ -33,9 +33,9 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 class ShuffledConfig:
     """What config.json says of the network, under the names that diffusers' networks have for it."""
 
-    out_channels: int = 3
-    block_out_channels: Sequence[int] = (64,)
-    layers_per_block: int = 4
+    out_channels: int
+    block_out_channels: Sequence[int]
+    layers_per_block: int
 
 
 class Output(NamedTuple):

@@ -39,6 +39,8 @@ from eclipse_ray.results import DryRunResult
 from eclipse_ray.storage.store import Store
 
 SAMPLES = 64
+# Of so many objects that hold more than one image each.
+SAMPLED_OBJECTS = 8
 # Of larger images the middle is looked at, so that the check takes seconds whatever their size.
 SAMPLE_SIDE = 64
 DATA_IN_FINGERPRINT = {
@@ -165,23 +167,36 @@ def _locations(config: Config) -> tuple[str, str, str]:
 def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
     """Return the readable ones of `count` images, spread over the objects of the source; their middles are kept.
 
-    Spread, because images of a class often lie together and have sizes of their own.
+    Spread, because images of a class often lie together and have sizes of their own. Raises InputError if nothing
+    can be read, or an object cannot where data.on_error is stop.
     """
     samples: list[Sample] = []
-    parts = source.parts[:: -(-len(source.parts) // count)] if source.parts else []
-    left = count
+    # A few rows of a Parquet object take the time of a whole group of them.
+    objects = count if source.images == len(source.parts) else SAMPLED_OBJECTS
+    parts = source.parts[:: max(1, -(-len(source.parts) // objects))]
+    left, read, refused = count, 0, None
     for number, part in enumerate(parts):
         rows = min(part.rows, -(-left // (len(parts) - number)))
-        table = read_parts(source.url, source.format, source.classes, [(part.key, 0, rows)], config.data)
+        try:
+            table = read_parts(source.url, source.format, source.classes, [(part.key, 0, rows)], config.data)
+        except InputError as error:
+            if config.data.on_error == "stop":
+                raise
+            # Its images will be error rows; here it only says nothing about size.
+            refused = refused or error
+            continue
+        read += 1
+        left -= rows
         for image in table["image"].to_pylist():
             try:
                 pixels = decode_stored((image or {}).get("bytes") or b"", config.data)
             except ImageError:
-                # It will be an error row of its shard; here it only says nothing about size.
+                # As above.
                 continue
             pixels = resize_image(pixels, config.data.resize)
             samples.append(Sample(pixels.shape[0], pixels.shape[1], centre_crop(pixels, SAMPLE_SIDE)))
-        left -= rows
+    if refused and not read:
+        raise refused
     return samples
 
 
@@ -297,9 +312,7 @@ def estimate(config: Config, *, extend: bool = False) -> DryRunResult:
 
 def _sample(prepared: Prepared) -> Sampled:
     """Decode and encode the first images, one at a time."""
-    config, denoiser = prepared.config, prepared.denoiser
-    overlap = config.purify.tile_overlap
-    tile = check_tile(denoiser, config.purify.tile, overlap)
+    config = prepared.config
     started = time.process_time()
     images = pixels = size = 0
     middles: list[Pixels] = []
@@ -310,7 +323,7 @@ def _sample(prepared: Prepared) -> Sampled:
             except ImageError:
                 continue
             images += 1
-            pixels += tiled_pixels(image.shape[0], image.shape[1], tile, overlap, denoiser.size_multiple)
+            pixels += _network_pixels(prepared, image)
             size += len(encode_image(image, config.data.encoding))
             if len(middles) < TIMED:
                 middles.append(centre_crop(image, TIMED_SIDE))
@@ -319,7 +332,7 @@ def _sample(prepared: Prepared) -> Sampled:
 
 
 def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
-    """Return the seconds per pixel of `tiled_pixels` on the device of this machine, after one pass to warm up."""
+    """Return the seconds per pixel of the network on the device of this machine, after one pass to warm up."""
     settings = prepared.config.purify
     images = largest_batch(middles, settings.batch_size, settings.batch_pixels)
     if images is None:
@@ -330,6 +343,11 @@ def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
     for _ in range(2):
         started = time.perf_counter()
         purify_batch(denoiser, images, ids, settings, prepared.config.run.seed)
-    tile = check_tile(denoiser, settings.tile, settings.tile_overlap)
-    one = tiled_pixels(images.shape[1], images.shape[2], tile, settings.tile_overlap, denoiser.size_multiple)
-    return (time.perf_counter() - started) / (len(images) * one)
+    return (time.perf_counter() - started) / (len(images) * _network_pixels(prepared, images[0]))
+
+
+def _network_pixels(prepared: Prepared, image: Pixels) -> int:
+    """Return the pixels that the network computes for an image, the overlaps of its tiles counted twice."""
+    denoiser, overlap = prepared.denoiser, prepared.config.purify.tile_overlap
+    tile = check_tile(denoiser, prepared.config.purify.tile, overlap)
+    return tiled_pixels(image.shape[0], image.shape[1], tile, overlap, denoiser.size_multiple)

@@ -15,6 +15,7 @@ from eclipse_ray.cluster.connect import open_denoiser
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.memory import load_images
+from eclipse_ray.datasets.table import canonical_table, table_to_parquet
 from eclipse_ray.diffusion import network
 from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.errors import ConfigError, InputError, ResumeError, error_of_note
@@ -323,6 +324,46 @@ def test_samples_are_spread_over_the_source(tmp_path):
     heights = [sample.height for sample in samples]
     assert len(samples) == 60
     assert heights.count(20) == heights.count(40) == 30
+
+
+def parquet_files(folder, count):
+    """Write `count` Parquet files of 10 images each."""
+    for number in range(count):
+        images = [encode_image(np.full((20, 20, 3), 10 * number + row, np.uint8), "png") for row in range(10)]
+        ids = [f"{number:02d}-{row}" for row in range(10)]
+        table = canonical_table(ids, images, [row % 2 for row in range(10)])
+        (folder / f"{number:02d}.parquet").write_bytes(table_to_parquet(table))
+
+
+def test_few_objects_of_many_images_are_opened_for_samples(tmp_path, monkeypatch):
+    parquet_files(tmp_path, 20)
+    config = resolve(None, None, {})
+    opened, read = [], prepare.read_parts
+    monkeypatch.setattr(prepare, "read_parts", lambda *given: opened.append(given[3][0]) or read(*given))
+    assert len(prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)) == 64
+    assert [key for key, _, _ in opened] == [f"{number:02d}.parquet" for number in range(0, 20, 3)]
+    assert max(stop for _, _, stop in opened) == 10
+
+
+def test_an_object_that_cannot_be_read_does_not_end_the_sampling(tmp_path, monkeypatch):
+    """Its images become error rows, wherever it lies; what nothing can be read of is refused at once."""
+    parquet_files(tmp_path, 4)
+    config, read, damaged = resolve(None, None, {}), prepare.read_parts, {"00.parquet", "02.parquet"}
+
+    def read_some(*given):
+        if given[3][0][0] in damaged:
+            raise InputError(f"{given[3][0][0]}: damaged")
+        return read(*given)
+
+    monkeypatch.setattr(prepare, "read_parts", read_some)
+    source = open_source(str(tmp_path), config.data)
+    assert len(prepare.read_samples(source, config, 64)) == 20
+    strict = resolve(None, {"data.on_error": "stop"}, {})
+    with pytest.raises(InputError, match=r"00\.parquet: damaged"):
+        prepare.read_samples(source, strict, 64)
+    damaged |= {"01.parquet", "03.parquet"}
+    with pytest.raises(InputError, match=r"00\.parquet: damaged"):
+        prepare.read_samples(source, config, 64)
 
 
 @pytest.mark.parametrize(("tile", "overlap", "pixels"), [(64, 0, 60 * 40), (32, 0, 60 * 40), (32, 8, 6 * 26 * 24)])

@@ -38,7 +38,7 @@ from eclipse_ray.errors import (
 )
 from eclipse_ray.log import say
 from eclipse_ray.parameters import OUTPUT, PLANS, RUN, VERBS, Parameter, Verb, declared, describe, resolved
-from eclipse_ray.progress import close_all, last_words, pace
+from eclipse_ray.progress import close_all, duration, last_words, pace, volume
 from eclipse_ray.results import Result
 
 # Typer carries a click of its own in some versions; this is its UsageError wherever it lies.
@@ -386,10 +386,10 @@ def in_words(result: Result) -> str:
         case made.DryRunResult():
             return (
                 f"{result.images_left:,} of {result.planned:,} images to purify, in {result.shards_left:,} of "
-                f"{result.shards:,} shards, from {result.input_bytes / 2**30:,.2f} GiB; about "
-                f"{result.output_bytes / 2**30:,.2f} GiB to write, {result.device_hours:,.2f} hours on one such "
-                f"{result.device} as here, {result.cpu_hours:,.2f} core hours to decode and encode; nothing was "
-                f"written to {result.output}"
+                f"{result.shards:,} shards, from {volume(result.input_bytes)}; about "
+                f"{volume(result.output_bytes)} to write, {duration(3600 * result.device_hours)} on one such "
+                f"{result.device} as here, {duration(3600 * result.cpu_hours)} of one core to decode and encode; "
+                f"nothing was written to {result.output}"
             )
     return _sentence(result)
 
@@ -484,13 +484,13 @@ def _experiment(
         work = (
             f"{result.done:,} of {result.cells:,} cells are measured, {len(result.missing):,} trainings are left"
         )
-        left = f"about {result.seconds_left / 3600:,.2f} hours"
+        left = f"about {duration(result.seconds_left)}"
     else:
         work = (
             f"{result.done:,} of {result.trials:,} trials are measured; {result.denoisers:,} denoisers to train, "
         )
         work += f"{result.purifications:,} purifications, then the trials"
-        left = f"about {result.seconds_left / 60:,.1f} minutes"
+        left = f"about {duration(result.seconds_left)}"
     left += " on this machine"
     if result.unknown:
         left = f"{left}, and what was" if result.seconds_left else "their time is not known yet,"

@@ -140,6 +140,14 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def volume(count: float) -> str:
+    """Return a number of bytes in words: 0.4 KiB, 3.2 MiB, 1,234.5 GiB."""
+    unit, name = next(
+        ((2**power, name) for power, name in ((30, "GiB"), (20, "MiB")) if count >= 2**power), (2**10, "KiB")
+    )
+    return f"{count / unit:,.1f} {name}"
+
+
 def pace(per_second: float, unit: str = "") -> str:
     """Return a rate in words, per minute if it is below one per second, and per hour if that is below one, too."""
     span, rate = next(

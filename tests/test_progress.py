@@ -9,7 +9,7 @@ import pytest
 
 from eclipse_ray import progress
 from eclipse_ray.log import say
-from eclipse_ray.progress import ProgressLine, close_all, duration, last_words, pace
+from eclipse_ray.progress import ProgressLine, close_all, duration, last_words, pace, volume
 
 
 class Terminal(io.StringIO):
@@ -131,6 +131,14 @@ def test_two_bars_at_once_and_words_between_them(monkeypatch):
 )
 def test_durations_in_words(seconds, words):
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0.0 KiB"), (400, "0.4 KiB"), (3 * 2**20, "3.0 MiB"), (2**30 - 1, "1,024.0 MiB"), (2**41, "2,048.0 GiB")],
+)
+def test_volumes_in_words(count, words):
+    assert volume(count) == words
 
 
 def test_a_line_says_what_it_waits_for_until_something_is_done(clock):

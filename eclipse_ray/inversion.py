@@ -27,7 +27,7 @@ from eclipse_ray.poisons.surrogate import (
 )
 from eclipse_ray.victims.training import classify
 
-# Bound, steps and the untouched part are those of the trial in which the method was found. None is a setting.
+# None of these is a setting.
 SURROGATES = 2
 """Networks, which take turns. Two cores or GPUs fit them in the time of one."""
 SURROGATE_STEPS = 1000
@@ -36,12 +36,15 @@ STEPS = 5
 """Sign steps of an inversion."""
 STEP = 0.4
 """Size of a step, as a part of the bound: two and a half steps reach it."""
-LOWEST_255, HIGHEST_255 = 4.0, 10.0
-"""The L-inf bound of each batch is drawn between these, in 1/255."""
+LOWEST_255, HIGHEST_255 = 8.0, 20.0
+"""The L-inf bound of each batch is drawn between these, in 1/255.
+
+Larger than that of most poisons: under the noise, what is small would cost the denoiser next to nothing to keep.
+"""
 UNTOUCHED = 4
 """One image in this many is not moved, so that clean images are not changed."""
 METHOD: dict[str, Any] = {
-    "version": 2,
+    "version": 3,
     "surrogates": SURROGATES,
     "surrogate_steps": SURROGATE_STEPS,
     "steps": STEPS,

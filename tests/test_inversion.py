@@ -72,7 +72,7 @@ def test_it_finds_the_pattern_that_the_poison_adds(surrogate):
         assert found[label] > 1.2 * found[1 - label]
 
 
-def test_a_quarter_of_a_batch_stays_clean_and_the_rest_moves_by_4_to_10_levels(surrogate):
+def test_a_quarter_of_a_batch_stays_clean_and_the_rest_moves_by_8_to_20_levels(surrogate):
     inversion = Inversion([surrogate], 2, 16, 0)
     x0 = to_float(smooth_images(16), CPU) * 2 - 1
     largest = []
@@ -121,9 +121,11 @@ def test_the_loss_is_least_where_x0_pred_is_the_clean_image(t):
     x_t = add_noise(x0 + delta, epsilon, steps, SCHEDULE)
     eps_pred = (x_t - abar**0.5 * x0) / (1 - abar) ** 0.5
     assert torch.allclose(predict_x0(x_t, eps_pred, abar), x0, atol=1e-5)
-    assert loss_perturbed(eps_pred, epsilon, delta, steps, SCHEDULE).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert loss_perturbed(eps_pred, epsilon, delta, steps, SCHEDULE, 7 / 127.5).tolist() == pytest.approx(
+        [0, 0], abs=1e-6
+    )
     # A network that removes the noise alone pays for the perturbation, and at no timestep much more than 1.
-    noise_alone = loss_perturbed(epsilon, epsilon, delta, steps, SCHEDULE)
+    noise_alone = loss_perturbed(epsilon, epsilon, delta, steps, SCHEDULE, 7 / 127.5)
     ratio = abar / (1 - abar)
     expected = ratio * 0.05**2 / (1 + ratio * (7 / 127.5) ** 2)
     assert noise_alone.tolist() == pytest.approx([expected] * 2, rel=0.2)

@@ -121,25 +121,27 @@ def loss_simple(eps_pred: Tensor, epsilon: Tensor) -> Tensor:
     return (eps_pred - epsilon).square().mean(dim=(1, 2, 3))
 
 
-TYPICAL_DELTA = 7 / 127.5
-"""The middle of the bounds of inverted poisons, on [-1, 1]; it weighs timesteps in `loss_perturbed`.
+TYPICAL_SPOTS, TYPICAL_INVERSION = 7 / 127.5, 14 / 127.5
+"""Usual sizes of a perturbation (root mean square, on [-1, 1]), which weigh timesteps in `loss_perturbed`.
 
-Four spots add as much to the mean square of an image of 32 pixels.
+Four spots on an image of 32 pixels; and the middle of the bounds of inverted poisons.
 """
 
 
-def loss_perturbed(eps_pred: Tensor, epsilon: Tensor, delta: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
+def loss_perturbed(
+    eps_pred: Tensor, epsilon: Tensor, delta: Tensor, t: Tensor, alphas_cumprod: Tensor, typical: float
+) -> Tensor:
     """Return the loss of each image (B,) that makes x0_pred the image without its perturbation `delta`.
 
     x_t is sqrt(abar) (x0 + delta) + sqrt(1 - abar) epsilon, and x0_pred is (x_t - sqrt(1 - abar) eps_pred) /
     sqrt(abar). With SNR = abar / (1 - abar) that is x0 where eps_pred is epsilon + sqrt(SNR) delta. The squared
-    error is divided by 1 + SNR TYPICAL_DELTA^2, the size of that target: SNR has no bound towards t = 0, and a few
-    small timesteps would otherwise decide the weights.
+    error is divided by 1 + SNR typical^2, the size of that target: SNR has no bound towards t = 0, and a few small
+    timesteps would otherwise decide the weights.
     """
     abar = alphas_cumprod[t].view(-1, 1, 1, 1)
     snr = abar / (1 - abar)
     target = epsilon + snr.sqrt().to(epsilon.dtype) * delta
-    return loss_simple(eps_pred, target) / (1 + snr.flatten() * TYPICAL_DELTA**2).to(epsilon.dtype)
+    return loss_simple(eps_pred, target) / (1 + snr.flatten() * typical**2).to(epsilon.dtype)
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_variance: Tensor) -> Tensor:
@@ -197,11 +199,13 @@ def loss_hybrid(
     alphas_cumprod: Tensor,
     vlb_weight: float,
     delta: Tensor | None = None,
+    typical: float = TYPICAL_SPOTS,
 ) -> Tensor:
     """Return the training loss of each image (B,): loss_simple, plus vlb_weight T loss_vlb for learned variances.
 
     Nichol & Dhariwal 2021, eq. 16: the bound is a sum over T timesteps, so a drawn term counts T times. With
-    `delta` (B, 3, H, W) the network is shown x0 + delta and learns x0 (`loss_perturbed`).
+    `delta` (B, 3, H, W), usually of size `typical`, the network is shown x0 + delta and learns x0
+    (`loss_perturbed`).
     """
     x_t = add_noise(x0 if delta is None else x0 + delta, epsilon, t, alphas_cumprod)
     output = network(x_t, t)
@@ -209,7 +213,7 @@ def loss_hybrid(
     if delta is None:
         simple = loss_simple(eps_pred, epsilon)
     else:
-        simple = loss_perturbed(eps_pred, epsilon, delta, t, alphas_cumprod)
+        simple = loss_perturbed(eps_pred, epsilon, delta, t, alphas_cumprod, typical)
     if mix is None:
         return simple
     bound = loss_vlb(output, x0, x_t, t, alphas_cumprod)
@@ -378,6 +382,7 @@ def run_fit(
     denoiser = build_denoiser(fit.unet, config).to(heldout.device)
     denoiser.precision = config.precision or fast_precision(heldout.device)
     schedule, network = denoiser.alphas_cumprod, wrap(denoiser).train()
+    typical = TYPICAL_INVERSION if perturb else TYPICAL_SPOTS
     losses: list[Tensor] = []
     while fit.iteration < config.iterations:
         x0, epsilon, t, delta = _draw_batch(config, train, fit.iteration, seed, rank, world_size)
@@ -387,7 +392,7 @@ def run_fit(
         if config.dropout:
             # Its masks come from torch's global generator: keyed, so that a resumed training draws the same.
             torch.manual_seed(_mix(_mix(seed, -1 - fit.iteration), 1 + rank))
-        loss = loss_hybrid(network, x0, epsilon, t, schedule, config.vlb_weight, delta).mean()
+        loss = loss_hybrid(network, x0, epsilon, t, schedule, config.vlb_weight, delta, typical).mean()
         _optimise(fit, network, loss)
         losses.append(loss.detach())
         on_step(fit.iteration)

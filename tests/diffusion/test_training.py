@@ -11,6 +11,8 @@ from eclipse_ray.diffusion.network import build_denoiser
 from eclipse_ray.diffusion.process import add_noise, cosine_alphas_cumprod
 from eclipse_ray.diffusion.training import (
     MOST_SPOTS,
+    TYPICAL_INVERSION,
+    TYPICAL_SPOTS,
     _draw_batch,
     draw_spots,
     enlarged_batch,
@@ -181,7 +183,8 @@ def test_training_shows_spots_and_asks_for_the_image_without_them(moved):
     x0, epsilon, t, delta = _draw_batch(config, images[4:], 0, 0, 0, 1)
     assert bool((delta != 0).any())
     assert torch.equal(seen[0], add_noise(x0 + (delta + moved), epsilon, t, copy.alphas_cumprod))
-    loss = loss_hybrid(copy, x0, epsilon, t, copy.alphas_cumprod, config.vlb_weight, delta + moved).mean()
+    typical = TYPICAL_INVERSION if moved else TYPICAL_SPOTS
+    loss = loss_hybrid(copy, x0, epsilon, t, copy.alphas_cumprod, config.vlb_weight, delta + moved, typical).mean()
     assert reports[0].loss == pytest.approx(loss.item(), rel=1e-5)
 
 

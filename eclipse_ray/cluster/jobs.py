@@ -154,6 +154,8 @@ KILLED = (-9, -15, 137, 143)
 # How the work is watched, not what is done; with another of these it is still the same run.
 UNBOUND_RUN = set(RunConfig.model_fields) - {"seed"}
 _LOOK_SECONDS, _STOP_SECONDS = 0.5, 15
+# Optional libraries that verbs need on the nodes: a sweep draws pictures there.
+_EXTRAS = ("s3", "report")
 _RECONNECT_SECONDS, _PATIENCE_SECONDS = 3, 900
 
 
@@ -316,7 +318,7 @@ def runtime_env(order: Order, folder: Path) -> dict[str, Any]:
 def pinned() -> list[str]:
     """Return what the package needs, of the versions in use here; pip passes over what a node has already.
 
-    Without Ray, which a cluster brings; with the libraries of S3 if they are installed here.
+    Without Ray, which a cluster brings; with the libraries of S3, pictures and reports if they are installed here.
     """
     try:
         needed = [Requirement(text) for text in metadata.requires("eclipse-ray") or []]
@@ -327,10 +329,10 @@ def pinned() -> list[str]:
         ) from None
     pins = []
     for requirement in needed:
-        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
-        if requirement.name == "ray" or (
-            optional and not (requirement.marker and requirement.marker.evaluate({"extra": "s3"}))
-        ):
+        marker = requirement.marker
+        optional = marker is not None and not marker.evaluate({"extra": ""})
+        wanted = marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *_EXTRAS))
+        if requirement.name == "ray" or not wanted:
             continue
         try:
             # Without the local part: 2.13.0+cpu here is 2.13.0, for whatever device, there.

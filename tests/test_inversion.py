@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eclipse_ray.diffusion.process import add_noise, cosine_alphas_cumprod, predict_x0
-from eclipse_ray.diffusion.training import loss_hybrid, loss_perturbed, run_fit, start_fit
+from eclipse_ray.diffusion.training import TYPICAL_INVERSION, loss_hybrid, loss_perturbed, run_fit, start_fit
 from eclipse_ray.inversion import (
     HIGHEST_255,
     LOWEST_255,
@@ -83,6 +83,10 @@ def test_a_quarter_of_a_batch_stays_clean_and_the_rest_moves_by_8_to_20_levels(s
     assert min(largest) >= LOWEST_255 - 1e-3
     assert max(largest) <= HIGHEST_255 + 1e-3
     assert max(largest) - min(largest) > 2
+
+
+def test_the_loss_knows_the_middle_of_the_bounds():
+    assert pytest.approx((LOWEST_255 + HIGHEST_255) / 255) == TYPICAL_INVERSION
 
 
 @pytest.mark.parametrize("workers", [2, 3])

@@ -154,9 +154,9 @@ KILLED = (-9, -15, 137, 143)
 # How the work is watched, not what is done; with another of these it is still the same run.
 UNBOUND_RUN = set(RunConfig.model_fields) - {"seed"}
 _LOOK_SECONDS, _STOP_SECONDS = 0.5, 15
+_RECONNECT_SECONDS, _PATIENCE_SECONDS = 3, 900
 # Optional libraries that verbs need on the nodes: a sweep draws pictures there.
 _EXTRAS = ("s3", "report")
-_RECONNECT_SECONDS, _PATIENCE_SECONDS = 3, 900
 
 
 @dataclass(frozen=True)
@@ -330,15 +330,14 @@ def pinned() -> list[str]:
     pins = []
     for requirement in needed:
         marker = requirement.marker
-        optional = marker is not None and not marker.evaluate({"extra": ""})
-        wanted = marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *_EXTRAS))
-        if requirement.name == "ray" or not wanted:
+        wanted_by = [each for each in ("", *_EXTRAS) if marker is None or marker.evaluate({"extra": each})]
+        if requirement.name == "ray" or not wanted_by:
             continue
         try:
             # Without the local part: 2.13.0+cpu here is 2.13.0, for whatever device, there.
             pins.append(f"{requirement.name}=={metadata.version(requirement.name).partition('+')[0]}")
         except metadata.PackageNotFoundError:
-            if not optional:
+            if "" in wanted_by:
                 raise ConfigError(f"{requirement.name} is not installed here; mend this environment") from None
     return sorted(pins)
 

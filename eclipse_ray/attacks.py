@@ -33,8 +33,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def pgd(
     images: Tensor,
     objective: Objective,
-    bound: float,
-    step_size: float,
+    bound: float | Tensor,
+    step_size: float | Tensor,
     steps: int,
     *,
     start: Tensor | None = None,
@@ -43,14 +43,16 @@ def pgd(
     """Return the perturbation (B, 3, H, W) after `steps` sign steps down (or up) the objective.
 
     It stays within L-inf `bound`, and `images` (B, 3, H, W) plus it within [0, 1]; it begins at `start`, or zero.
+    Bound and step size are those of all images, or (B, 1, 1, 1).
     Images do not influence each other as long as the network is in evaluation mode.
     """
     signed = step_size if maximise else -step_size
+    limit = torch.as_tensor(bound, dtype=images.dtype, device=images.device)
     delta = torch.zeros_like(images) if start is None else (images + start).clamp(0, 1) - images
     for step in range(steps):
         delta.requires_grad_(True)
         (gradient,) = torch.autograd.grad(objective(images + delta, step).sum(), delta)
-        moved = (delta.detach() + signed * gradient.sign()).clamp(-bound, bound)
+        moved = (delta.detach() + signed * gradient.sign()).clamp(-limit, limit)
         delta = (images + moved).clamp(0, 1) - images
     return delta.detach()
 

@@ -79,11 +79,11 @@ def open_surrogate(state: State, num_classes: int, device: torch.device) -> nn.M
     return load_surrogate(state, 0, surrogate_settings(1, 1), num_classes, device)
 
 
-def invert(surrogate: nn.Module, images: Tensor, targets: Tensor, bound: float) -> Tensor:
+def invert(surrogate: nn.Module, images: Tensor, targets: Tensor, bound: float | Tensor) -> Tensor:
     """Return the perturbation (B, 3, H, W) within L-inf `bound` that makes the surrogate see `targets` (B,).
 
-    `images` are (B, 3, H, W) in [0, 1], and so is their sum with the perturbation. The surrogate is as
-    `open_surrogate` returns it.
+    `images` are (B, 3, H, W) in [0, 1], and so is their sum with the perturbation. `bound` is one number, or
+    (B, 1, 1, 1). The surrogate is as `open_surrogate` returns it.
     """
 
     def loss(moved: Tensor, _step: int) -> Tensor:
@@ -107,17 +107,34 @@ class Inversion:
     rank: int = 0
     world_size: int = 1
 
-    def __call__(self, x0: Tensor, iteration: int) -> Tensor:
-        """Return the perturbation of this worker's slice `x0` (B, 3, H, W) in [-1, 1]; see UNTOUCHED."""
-        generator = keyed_generator(self.seed, "inversion", iteration)
-        part = torch.rand((), generator=generator).item()
-        bound = (LOWEST_255 + part * (HIGHEST_255 - LOWEST_255)) / 255
-        targets = torch.randint(self.num_classes, (self.batch_size,), generator=generator)
+    def __call__(self, batches: Sequence[Tensor], first: int) -> list[Tensor]:
+        """Return the perturbations of this worker's slices, each (B, 3, H, W) in [-1, 1]; see UNTOUCHED.
+
+        They are those of the iterations from `first` on. Several at a time cost little more than one, and are the
+        same.
+        """
         mine = worker_slice(self.batch_size, self.rank, self.world_size)
-        moved = (torch.arange(self.batch_size) % UNTOUCHED != 0)[mine].to(x0.device)
-        delta = torch.zeros_like(x0)
-        if bool(moved.any()):
-            surrogate = self.surrogates[iteration % len(self.surrogates)]
-            chosen = targets[mine].to(x0.device)[moved]
-            delta[moved] = 2 * invert(surrogate, (x0[moved] + 1) / 2, chosen, bound)
-        return delta
+        moved = torch.arange(self.batch_size)[mine] % UNTOUCHED != 0
+        deltas = [torch.zeros_like(x0) for x0 in batches]
+        if not bool(moved.any()):
+            return deltas
+        draws = [self._draw(first + number, mine, moved) for number in range(len(batches))]
+        moved = moved.to(batches[0].device)
+        # The surrogates take turns, so every so many batches are of the same one.
+        every = len(self.surrogates)
+        for start in range(min(every, len(batches))):
+            images = torch.cat([(x0[moved] + 1) / 2 for x0 in batches[start::every]])
+            targets = torch.cat([target for target, _ in draws[start::every]]).to(images.device)
+            bounds = torch.cat([bound for _, bound in draws[start::every]]).to(images.device)
+            found = 2 * invert(self.surrogates[(first + start) % every], images, targets, bounds)
+            for delta, part in zip(deltas[start::every], found.chunk(len(deltas[start::every])), strict=True):
+                delta[moved] = part
+        return deltas
+
+    def _draw(self, iteration: int, mine: slice, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the classes (M,) and the bound (M, 1, 1, 1) of the M images that this worker moves."""
+        generator = keyed_generator(self.seed, "inversion", iteration)
+        part = torch.rand((), generator=generator)
+        bound = (LOWEST_255 + part * (HIGHEST_255 - LOWEST_255)) / 255
+        targets = torch.randint(self.num_classes, (self.batch_size,), generator=generator)[mine][moved]
+        return targets, bound.expand(len(targets), 1, 1, 1)

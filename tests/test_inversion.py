@@ -77,7 +77,7 @@ def test_a_quarter_of_a_batch_stays_clean_and_the_rest_moves_by_8_to_20_levels(s
     x0 = to_float(smooth_images(16), CPU) * 2 - 1
     largest = []
     for iteration in range(12):
-        sizes = 127.5 * inversion(x0, iteration).abs().amax(dim=(1, 2, 3))
+        sizes = 127.5 * inversion([x0], iteration)[0].abs().amax(dim=(1, 2, 3))
         assert (sizes == 0).tolist() == [index % 4 == 0 for index in range(16)]
         largest.append(float(sizes.max()))
     assert min(largest) >= LOWEST_255 - 1e-3
@@ -92,11 +92,11 @@ def test_the_loss_knows_the_middle_of_the_bounds():
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_perturb_the_batch_of_one(surrogate, workers):
     x0 = to_float(smooth_images(16), CPU) * 2 - 1
-    whole = Inversion([surrogate], 2, 16, 0)(x0, 3)
+    (whole,) = Inversion([surrogate], 2, 16, 0)([x0], 3)
     parts, first = [], 0
     for rank in range(workers):
         count = (rank + 1) * 16 // workers - first
-        parts.append(Inversion([surrogate], 2, 16, 0, rank, workers)(x0[first : first + count], 3))
+        parts += Inversion([surrogate], 2, 16, 0, rank, workers)([x0[first : first + count]], 3)
         first += count
     assert torch.allclose(torch.cat(parts), whole, atol=1e-6)
 
@@ -104,9 +104,21 @@ def test_workers_perturb_the_batch_of_one(surrogate, workers):
 def test_surrogates_take_turns(surrogate):
     x0 = torch.zeros(4, 3, 16, 16)
     inversion = Inversion([surrogate, torch.nn.Module()], 2, 4, 0)
-    assert float(inversion(x0, 0).abs().max()) > 0
+    assert float(inversion([x0], 0)[0].abs().max()) > 0
     with pytest.raises(NotImplementedError):
-        inversion(x0, 1)
+        inversion([x0], 1)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_several_batches_at_once_are_perturbed_as_one_at_a_time(surrogate, poisoned, first):
+    other = open_surrogate(fit_surrogate(poisoned, 10, 1, quiet_session()), 2, CPU)
+    inversion = Inversion([surrogate, other], 2, 8, 0)
+    batches = list((to_float(smooth_images(40), CPU) * 2 - 1).split(8))
+    together = inversion(batches, first)
+    for number, (x0, delta) in enumerate(zip(batches, together, strict=True)):
+        (alone,) = inversion([x0], first + number)
+        assert torch.allclose(delta, alone, atol=1e-6)
+        assert float(delta.abs().max()) > 0
 
 
 @pytest.mark.parametrize(("images", "iterations", "epochs"), [(10_000, 3000, 12), (10, 3000, 1000), (256, 20, 10)])

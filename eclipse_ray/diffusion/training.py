@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -355,6 +355,12 @@ def learning_rate_at(config: DenoiserConfig, iteration: int) -> float:
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * iteration / config.iterations))
 
 
+Perturb = Callable[[Sequence[Tensor], int], Sequence[Tensor]]
+"""What returns perturbations of batches, given those of the iterations from a number on; see `run_fit`."""
+AHEAD = 128
+"""Images of which perturbations are asked for at once: one at a time, a small batch is mostly overhead."""
+
+
 def run_fit(
     fit: Fit,
     train: Tensor | ImageBuffer,
@@ -367,16 +373,16 @@ def run_fit(
     world_size: int = 1,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     on_step: Callable[[int], None] = lambda iteration: None,
-    perturb: Callable[[Tensor, int], Tensor] | None = None,
+    perturb: Perturb | None = None,
 ) -> None:
     """Train until `iterations`; train and heldout are uint8 (N, H, W, 3) on the network's device.
 
     `train` may hold images larger than the training size, of several sizes too: each draw is a random crop.
     Indices, timesteps, noise and places of an iteration are drawn for the whole batch from (seed, iteration), and
     each worker takes its slice: the optimisation is the same for any number of workers that divides the batch.
-    `on_step` is told the number of every finished iteration. `perturb` returns, for this worker's images
-    (B, 3, H, W) in [-1, 1] and the iteration, a perturbation that the network learns to remove, as it does the
-    spots of `denoiser.spots`.
+    `on_step` is told the number of every finished iteration. `perturb` returns, for this worker's batches
+    (B, 3, H, W) in [-1, 1] of some iterations and the number of the first, perturbations that the network learns
+    to remove, as it does the spots of `denoiser.spots`.
     """
     config = fit.config
     denoiser = build_denoiser(fit.unet, config).to(heldout.device)
@@ -384,11 +390,7 @@ def run_fit(
     schedule, network = denoiser.alphas_cumprod, wrap(denoiser).train()
     typical = TYPICAL_INVERSION if perturb else TYPICAL_SPOTS
     losses: list[Tensor] = []
-    while fit.iteration < config.iterations:
-        x0, epsilon, t, delta = _draw_batch(config, train, fit.iteration, seed, rank, world_size)
-        if perturb:
-            moved = perturb(x0, fit.iteration)
-            delta = moved if delta is None else moved + delta
+    for x0, epsilon, t, delta in _batches(config, train, fit.iteration, seed, rank, world_size, perturb):
         if config.dropout:
             # Its masks come from torch's global generator: keyed, so that a resumed training draws the same.
             torch.manual_seed(_mix(_mix(seed, -1 - fit.iteration), 1 + rank))
@@ -422,9 +424,34 @@ def _optimise(fit: Fit, network: nn.Module, loss: Tensor) -> None:
     fit.iteration += 1
 
 
+Batch = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def _batches(
+    config: DenoiserConfig,
+    train: Tensor | ImageBuffer,
+    first: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    perturb: Perturb | None,
+) -> Iterator[Batch]:
+    """Yield this worker's x0, epsilon, t, and what is added to x0 if anything, from iteration `first` on."""
+    ahead = max(1, AHEAD * world_size // config.batch_size) if perturb else 1
+    for start in range(first, config.iterations, ahead):
+        iterations = range(start, min(start + ahead, config.iterations))
+        drawn = [_draw_batch(config, train, iteration, seed, rank, world_size) for iteration in iterations]
+        if perturb is None:
+            yield from drawn
+            continue
+        moved = perturb([x0 for x0, *_ in drawn], start)
+        for (x0, epsilon, t, spots), delta in zip(drawn, moved, strict=True):
+            yield x0, epsilon, t, delta if spots is None else delta + spots
+
+
 def _draw_batch(
     config: DenoiserConfig, train: Tensor | ImageBuffer, iteration: int, seed: int, rank: int, world_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> Batch:
     """Return this worker's x0, epsilon, t, and what spots add to x0 if there are any."""
     size, side = config.batch_size, config.image_size
     indices = enlarged_batch(len(train), config.replication, size, iteration, seed)

@@ -57,7 +57,7 @@ def debug(**settings):
     ).denoiser
 
 
-def fit_all(config, stop_at=None):
+def fit_all(config, perturb=None):
     images = smooth_images(40)
     fit = start_fit(config, 0, CPU)
     reports, states = [], []
@@ -65,7 +65,7 @@ def fit_all(config, stop_at=None):
     def keep(state):
         states.append({"state": torch.load(_saved(state.state()), weights_only=True)})
 
-    run_fit(fit, images[4:], images[:4], 0, reports.append, keep)
+    run_fit(fit, images[4:], images[:4], 0, reports.append, keep, perturb=perturb)
     return fit, reports, states
 
 
@@ -89,15 +89,22 @@ def test_the_published_options_learn_too():
     assert reports[-1].loss < reports[0].loss
 
 
-@pytest.mark.parametrize("options", [{}, PAPER])
-def test_resumed_training_equals_an_uninterrupted_one(options):
+def darker_each_time(batches, first):
+    """Perturb every iteration by another amount."""
+    return [torch.full_like(x0, -0.01 * (first + number)) for number, x0 in enumerate(batches)]
+
+
+@pytest.mark.parametrize(("options", "perturb"), [({}, None), (PAPER, None), ({}, darker_each_time)])
+def test_resumed_training_equals_an_uninterrupted_one(options, perturb):
     config = debug(iterations=40, checkpoint_every=20, **options)
-    whole, _, states = fit_all(config)
+    # Perturbations are made ahead, and the checkpoint lies among those of one call.
+    assert 20 % max(1, training.AHEAD // config.batch_size)
+    whole, _, states = fit_all(config, perturb)
     images = smooth_images(40)
     resumed = start_fit(config, 5, CPU)
     resumed.restore(states[0]["state"])
     assert resumed.iteration == 20
-    run_fit(resumed, images[4:], images[:4], 0, lambda _: None, lambda _: None)
+    run_fit(resumed, images[4:], images[:4], 0, lambda _: None, lambda _: None, perturb=perturb)
     for name, value in whole.average.items():
         assert torch.equal(value, resumed.average[name]), name
     assert resumed.history == whole.history
@@ -178,7 +185,7 @@ def test_training_shows_spots_and_asks_for_the_image_without_them(moved):
         network.unet.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
         return network
 
-    perturb = (lambda x0, _iteration: torch.full_like(x0, moved)) if moved else None
+    perturb = (lambda batches, _first: [torch.full_like(x0, moved) for x0 in batches]) if moved else None
     run_fit(fit, images[4:], images[:4], 0, reports.append, lambda _: None, wrap=wrap, perturb=perturb)
     x0, epsilon, t, delta = _draw_batch(config, images[4:], 0, 0, 0, 1)
     assert bool((delta != 0).any())
@@ -186,6 +193,20 @@ def test_training_shows_spots_and_asks_for_the_image_without_them(moved):
     typical = TYPICAL_INVERSION if moved else TYPICAL_SPOTS
     loss = loss_hybrid(copy, x0, epsilon, t, copy.alphas_cumprod, config.vlb_weight, delta + moved, typical).mean()
     assert reports[0].loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("workers", "together"), [(1, 4), (2, 8)])
+def test_perturbations_are_asked_for_several_iterations_at_once(workers, together):
+    config, asked = debug(iterations=11, batch_size=training.AHEAD // 4, spots=0.0), []
+
+    def perturb(batches, first):
+        asked.append((first, len(batches)))
+        return batches
+
+    made = list(training._batches(config, smooth_images(8), 1, 0, 0, workers, perturb))
+    assert asked == [(first, min(together, 11 - first)) for first in range(1, 11, together)]
+    assert len(made) == 10
+    assert all(torch.equal(x0, delta) for x0, _, _, delta in made)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,6 @@ from eclipse_ray.datasets.write import write_dataset
 
 Array = NDArray[np.floating[Any]]
 
-CLASSES = ("bars", "crescent", "cross", "disc", "dots", "frame", "ring", "square", "star", "triangle")
-
 # Images per block. Random numbers are drawn for whole blocks, so that image i does not depend on the count.
 _BLOCK = 250
 
@@ -168,9 +166,9 @@ def _shadow(rng: np.random.Generator, labels: NDArray[np.int64], x: Array, y: Ar
 def _distance(labels: NDArray[np.int64], x: Array, y: Array) -> Array:
     # Signed distance, negative inside, from the outline of the shape of each image; the radius is about 0.8.
     distance = np.empty_like(x)
-    for label, name in enumerate(CLASSES):
+    for label, shape in enumerate(_SHAPES.values()):
         rows = labels == label
-        distance[rows] = _SHAPES[name](x[rows], y[rows]).astype(np.float32)
+        distance[rows] = shape(x[rows], y[rows]).astype(np.float32)
     return distance
 
 
@@ -178,38 +176,10 @@ def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
-def _bars(x: Array, y: Array) -> Array:
-    return np.maximum(np.abs(np.abs(np.abs(x) - 0.29) - 0.29) - 0.155, np.abs(y) - 0.75)
-
-
-def _crescent(x: Array, y: Array) -> Array:
-    return np.maximum(np.hypot(x, y) - 0.85, 0.66 - np.hypot(x - 0.42, y))
-
-
-def _cross(x: Array, y: Array) -> Array:
-    return np.minimum(_box(x, y, 0.88, 0.25), _box(x, y, 0.25, 0.88))
-
-
-def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.78
-
-
 def _dots(x: Array, y: Array) -> Array:
     centres = ((0.0, 0.52), (-0.45, -0.26), (0.45, -0.26))
     distances = [np.hypot(x - across, y - down) for across, down in centres]
     return cast(Array, np.minimum.reduce(distances) - np.float32(0.31))
-
-
-def _frame(x: Array, y: Array) -> Array:
-    return np.abs(_box(x, y, 0.55, 0.55)) - 0.15
-
-
-def _ring(x: Array, y: Array) -> Array:
-    return np.abs(np.hypot(x, y) - 0.64) - 0.18
-
-
-def _square(x: Array, y: Array) -> Array:
-    return _box(x, y, 0.66, 0.66)
 
 
 def _star(x: Array, y: Array) -> Array:
@@ -230,14 +200,15 @@ def _triangle(x: Array, y: Array) -> Array:
 
 
 _SHAPES: dict[str, Callable[[Array, Array], Array]] = {
-    "bars": _bars,
-    "crescent": _crescent,
-    "cross": _cross,
-    "disc": _disc,
+    "bars": lambda x, y: np.maximum(np.abs(np.abs(np.abs(x) - 0.29) - 0.29) - 0.155, np.abs(y) - 0.75),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.85, 0.66 - np.hypot(x - 0.42, y)),
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.88, 0.25), _box(x, y, 0.25, 0.88)),
+    "disc": lambda x, y: np.hypot(x, y) - 0.78,
     "dots": _dots,
-    "frame": _frame,
-    "ring": _ring,
-    "square": _square,
+    "frame": lambda x, y: np.abs(_box(x, y, 0.55, 0.55)) - 0.15,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.64) - 0.18,
+    "square": lambda x, y: _box(x, y, 0.66, 0.66),
     "star": _star,
     "triangle": _triangle,
 }
+CLASSES = tuple(_SHAPES)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, content_hash
 from eclipse_ray.datasets.formats import Source, chunk_spans, open_source, read_labels, read_parts, read_tables
-from eclipse_ray.datasets.images import ImageError, decode_required, decode_stored, resize_image
+from eclipse_ray.datasets.images import centre_crop, decode_required, resize_image
 from eclipse_ray.datasets.table import Part, Span, image_bytes, labels_or_none
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say_once
@@ -137,18 +137,20 @@ def load_images(url: str, data_config: DataConfig, *, limit: int | None = None) 
     labelled = False
     for table in read_tables(source, data_config, max_images=min(count, 2048)):
         wanted = table.slice(0, count - len(ids))
-        for name, data in zip(wanted["id"].to_pylist(), image_bytes(wanted), strict=True):
-            stored = decode_required(f"{url}: image {name}", data, data_config)
-            pixels = resize_image(stored, data_config.resize)
-            hashes.append(content_hash(stored))
+        ids += wanted["id"].to_pylist()
+        labels += labels_or_none(wanted)
+        labelled = labelled or "label" in wanted.column_names
+        for _, pixels, content in _decoded(url, wanted, data_config):
             if images is None:
                 images = np.empty((count, *pixels.shape), np.uint8)
             elif pixels.shape != images.shape[1:]:
-                raise _two_sizes(url, ids[0], images[0], name, pixels)
-            images[len(ids)] = pixels
-            ids.append(name)
-        labelled = labelled or "label" in wanted.column_names
-        labels += labels_or_none(wanted)
+                raise InputError(
+                    f"{url}: images differ in size: {ids[0]} is {images.shape[2]}x{images.shape[1]} and "
+                    f"{ids[len(hashes)]} is {pixels.shape[1]}x{pixels.shape[0]} pixels; bring them to one size "
+                    "with data.resize"
+                )
+            images[len(hashes)] = pixels
+            hashes.append(content)
         if len(ids) == count:
             break
     assert images is not None
@@ -179,11 +181,9 @@ def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
     sizes: list[tuple[int, ...]] = []
     pixels = bytearray()
     for table in read_tables(source, data_config, max_images=2048):
-        for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
-            stored = decode_required(f"{url}: image {name}", data, data_config)
-            image = resize_image(stored, data_config.resize)
-            ids.append(name)
-            hashes.append(content_hash(stored))
+        ids += table["id"].to_pylist()
+        for _, image, content in _decoded(url, table, data_config):
+            hashes.append(content)
             sizes.append(image.shape[:2])
             pixels += image.data
     _refuse_repeated_ids(url, ids)
@@ -206,17 +206,11 @@ def load_squares(
     squares: dict[int, tuple[NDArray[np.uint8], str]] = {}
     known: dict[str, list[int]] = defaultdict(list)
     for table in read_tables(source, data_config, max_images=2048):
-        for place, data in enumerate(image_bytes(table), len(ids)):
-            try:
-                stored = decode_stored(data, data_config)
-            except ImageError:
-                continue
-            content = content_hash(stored)
+        for row, image, content in _decoded(url, table, data_config, skip=True):
+            place = len(ids) + row
             known[content].append(labels[place])
-            image = resize_image(stored, data_config.resize)
-            top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-            if place in chosen and min(top, left) >= 0:
-                squares[place] = image[top : top + side, left : left + side].copy(), content
+            if place in chosen and min(image.shape[:2]) >= side:
+                squares[place] = centre_crop(image, side), content
         ids += table["id"].to_pylist()
     _refuse_repeated_ids(url, ids)
     if not squares:
@@ -255,34 +249,29 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
     """
     source = open_source(url, data_config)
     chunks = random_chunks(source.parts, count, seed)
-    ids, labels = _read_names(source, _tables(source, chunks, data_config))
+    ids: list[str] = []
+    labels: list[int] = []
+    for table in _tables(source, chunks, data_config):
+        ids += table["id"].to_pylist()
+        labels += labels_or_none(table)
+    _refuse_repeated_ids(url, ids)
     chosen = np.ones(len(ids), np.bool_)
     if count < len(ids):
         chosen = choose_clean(list(ids), list(labels), count, seed)
-    wanted = {name: label for name, label, take in zip(ids, labels, chosen, strict=True) if take}
-    found: dict[str, np.ndarray] = {}
+    label_of = {name: label for name, label, take in zip(ids, labels, chosen, strict=True) if take}
+    found: dict[str, NDArray[np.uint8]] = {}
     hashes: list[str] = []
     for table in _tables(source, chunks, data_config):
-        for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
-            if name not in wanted:
-                continue
-            try:
-                stored = decode_stored(data, data_config)
-            except ImageError:
-                continue
-            found[name] = resize_image(stored, data_config.resize)
-            hashes.append(content_hash(stored))
+        wanted = table.filter(pa.array([name in label_of for name in table["id"].to_pylist()], pa.bool_()))
+        names = wanted["id"].to_pylist()
+        for row, image, content in _decoded(url, wanted, data_config, skip=True):
+            found[names[row]] = image
+            hashes.append(content)
     sizes = sorted({image.shape[:2] for image in found.values()})
     if len(sizes) != 1:
         raise InputError(f"{url}: expected readable images of one size, found {sizes}; set data.resize")
-    kept = list(found)
-    return ImageSet(
-        kept,
-        np.stack(list(found.values())),
-        np.array([wanted[name] for name in kept], np.int64),
-        source.classes,
-        hashes,
-    )
+    taken = np.array([label_of[name] for name in found], np.int64)
+    return ImageSet(list(found), np.stack(list(found.values())), taken, source.classes, hashes)
 
 
 def choose_clean(hashes: list[str | None], labels: list[int | None], clean: int, seed: int) -> NDArray[np.bool_]:
@@ -338,11 +327,18 @@ def decode_resized(url: str, name: str, data: bytes, data_config: DataConfig) ->
     return resize_image(decode_required(f"{url}: image {name}", data, data_config), data_config.resize)
 
 
-def _two_sizes(url: str, first: str, one: NDArray[np.uint8], second: str, other: NDArray[np.uint8]) -> InputError:
-    return InputError(
-        f"{url}: images differ in size: {first} is {one.shape[1]}x{one.shape[0]} and {second} is "
-        f"{other.shape[1]}x{other.shape[0]} pixels; bring them to one size with data.resize"
-    )
+def _decoded(
+    url: str, table: pa.Table, data_config: DataConfig, *, skip: bool = False
+) -> Iterator[tuple[int, NDArray[np.uint8], str]]:
+    """Yield row, pixels resized to data.resize, and hash as stored; with `skip` none for a damaged image."""
+    for row, data in enumerate(image_bytes(table)):
+        try:
+            stored = decode_required(f"{url}: image {table['id'][row]}", data, data_config)
+        except InputError:
+            if skip:
+                continue
+            raise
+        yield row, resize_image(stored, data_config.resize), content_hash(stored)
 
 
 def _refuse_repeated_ids(url: str, ids: list[str]) -> None:
@@ -356,13 +352,3 @@ def _refuse_repeated_ids(url: str, ids: list[str]) -> None:
 def _tables(source: Source, chunks: list[list[Span]], data_config: DataConfig) -> Iterator[pa.Table]:
     for spans in chunks:
         yield read_parts(source.url, source.format, source.classes, spans, data_config)
-
-
-def _read_names(source: Source, tables: Iterable[pa.Table]) -> tuple[list[str], list[int]]:
-    ids: list[str] = []
-    labels: list[int] = []
-    for table in tables:
-        ids += table["id"].to_pylist()
-        labels += labels_or_none(table)
-    _refuse_repeated_ids(source.url, ids)
-    return ids, labels

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +21,7 @@ from eclipse_ray.datasets.labels import read_label_file
 from eclipse_ray.datasets.memory import decode_resized
 from eclipse_ray.datasets.pickles import read_file, text_of, values_of
 from eclipse_ray.datasets.published import order_of, rows_of
-from eclipse_ray.datasets.table import canonical_table, extra_columns, image_bytes
+from eclipse_ray.datasets.table import image_bytes, with_images
 from eclipse_ray.datasets.write import refuse_existing, write_dataset
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
@@ -78,13 +77,6 @@ class _Delta:
         return self.rows(0, self.shape[0] if self.draws == 1 else self.draws).reshape(self.draws, *self.shape)
 
 
-@dataclass
-class _Norms:
-    perturbed: int = 0
-    linf: int = 0
-    l2: float = 0.0
-
-
 def apply(
     delta: str,
     clean: str,
@@ -111,28 +103,48 @@ def apply(
     source = open_source(clean, data_config)
     noise = _load(delta)
     unit = _unit(noise, unit)
-    kind, choose = _chooser(noise, source, data_config, index, seed)
+    kind, place = _placing(noise, source, data_config, index)
+    # Perturbations in the order of the images are read with them, others are held in memory.
+    whole = None if (index, kind, noise.draws) == ("order", "sample-wise", 1) else noise.whole()
+    first = order_of(noise.shape, np.dtype(np.float32)) == "CHW"
     say(
         f"{delta}: read as a {kind} perturbation {noise.dtype} {noise.shape} in units of {unit}, {half}, "
         f"rounding {rounding}"
     )
-    norms = _Norms()
+    changed, linf, l2 = 0, 0, 0.0
+
+    def perturbed(name: str, data: bytes, values: NDArray[Any] | None) -> bytes:
+        nonlocal changed, linf, l2
+        before = decode_resized(source.url, name, data, data_config)
+        if values is None:
+            return encode_image(before, data_config.encoding)
+        values = values.transpose(1, 2, 0) if first else values
+        where = f"{noise.where}: for image {name}"
+        pixels = add_perturbation(where, before, values, _FACTORS[unit], half, rounding)
+        change = pixels.astype(np.float64) - before
+        changed, linf = changed + 1, max(linf, int(np.abs(change).max()))
+        l2 += float(np.linalg.norm(change)) / 255
+        return encode_image(pixels, data_config.encoding)
 
     def tables() -> Iterator[pa.Table]:
         start = 0
         for table in read_tables(source, data_config):
-            chosen = choose(start, table)
-            yield _perturbed(source, table, chosen, noise, _FACTORS[unit], half, rounding, norms, data_config)
-            start += table.num_rows
+            names, stop = table["id"].to_pylist(), start + table.num_rows
+            if whole is None:
+                values: Iterable[NDArray[Any] | None] = noise.rows(start, stop)
+            else:
+                draws = [_draw(noise.draws, seed, name) for name in names]
+                rows = zip(draws, place(start, table), strict=True)
+                values = [None if row is None else whole[draw, row] for draw, row in rows]
+            yield with_images(table, list(map(perturbed, names, image_bytes(table), values)))
+            start = stop
 
     images = write_dataset(output, tables(), classes=source.classes, source=clean, passed_over=source.passed_over)
-    l2 = norms.l2 / max(1, norms.perturbed)
-    applied = Applied(images, norms.perturbed, norms.linf, l2, kind, unit, half, rounding, output)
+    l2 /= max(1, changed)
+    applied = Applied(images, changed, linf, l2, kind, unit, half, rounding, output)
     record = {**asdict(applied), "delta": delta, "clean": clean, "index": index, "seed": seed}
     Store(output).write(RECORD, json.dumps(record, indent=2).encode())
-    say(
-        f"{output}: {norms.perturbed:,} of {images:,} images changed by at most {norms.linf}/255, mean L2 {l2:.3f}"
-    )
+    say(f"{output}: {changed:,} of {images:,} images changed by at most {linf}/255, mean L2 {l2:.3f}")
     return applied
 
 
@@ -247,45 +259,37 @@ def _unit(noise: _Delta, unit: Unit) -> Unit:
 # ---- Which perturbation an image gets
 
 
-# Of a table that begins at an image number: its perturbations, or None for an image that stays as it is.
-Chooser = Callable[[int, pa.Table], "list[NDArray[Any] | None]"]
+# Of a table that begins at an image number: the rows of its perturbations, None for an image that stays as it is.
+Place = Callable[[int, pa.Table], Sequence[int | None]]
 
 
-def _chooser(noise: _Delta, source: Source, data_config: DataConfig, index: str, seed: int) -> tuple[str, Chooser]:
-    rows, images = noise.shape[0], source.images
+def _placing(noise: _Delta, source: Source, data_config: DataConfig, index: str) -> tuple[str, Place]:
+    """Return what kind of perturbation it is, and the function that says which image gets which of its rows."""
     if index == "class":
-        return "class-wise", _by_class(noise, source, seed)
-    if index != "order":
-        return _by_file(noise, source, data_config, index, seed)
-    if rows == images:
-        return "sample-wise", _by_order(noise, seed)
-    if rows == 1:
-        return "universal", _by_row(noise, seed, lambda start, table: [0] * table.num_rows)
-    if rows == _count_classes(source, data_config):
-        return "class-wise", _by_class(noise, source, seed)
-    raise InputError(
-        f"{noise.where}: holds {rows} perturbations for {images} images; name the clean set for which it was "
-        "made, or say which image gets which one with --index class, or with --index FILE, a file of image numbers"
-    )
-
-
-def _by_order(noise: _Delta, seed: int) -> Chooser:
-    if noise.draws > 1:
-        return _by_row(noise, seed, lambda start, table: list(range(start, start + table.num_rows)))
-    return lambda start, table: list(noise.rows(start, start + table.num_rows))
-
-
-def _by_row(noise: _Delta, seed: int, place: Callable[[int, pa.Table], Sequence[int | None]]) -> Chooser:
-    values = noise.whole()
-
-    def choose(start: int, table: pa.Table) -> list[NDArray[Any] | None]:
-        names = table["id"].to_pylist()
-        return [
-            None if row is None else values[_draw(noise.draws, seed, name), row]
-            for name, row in zip(names, place(start, table), strict=True)
-        ]
-
-    return choose
+        return "class-wise", _by_class(noise, source)
+    rows, ordered = noise.shape[0], index == "order"
+    numbers = range(source.images) if ordered else _read_index(index, source.images)
+    some = "" if ordered else f" (of {len(numbers):,} images)"
+    if rows == len(numbers):
+        kind, row_of = "sample-wise", {image: row for row, image in enumerate(numbers)}
+    elif rows == source.images:
+        kind, row_of = "sample-wise", {image: image for image in numbers}
+    elif rows == 1:
+        kind, row_of = "universal", dict.fromkeys(numbers, 0)
+    elif rows == _count_classes(source, data_config):
+        return f"class-wise{some}", _by_class(noise, source, None if ordered else set(numbers))
+    elif ordered:
+        raise InputError(
+            f"{noise.where}: holds {rows} perturbations for {source.images} images; name the clean set for which "
+            "it was made, or say which image gets which one with --index class, or with --index FILE, a file of "
+            "image numbers"
+        )
+    else:
+        raise InputError(
+            f"{noise.where}: holds {rows} perturbations, {index} names {len(numbers)} of {source.images} images; "
+            "name the files that belong together"
+        )
+    return f"{kind}{some}", lambda start, table: [row_of.get(start + row) for row in range(table.num_rows)]
 
 
 def _draw(draws: int, seed: int, name: str) -> int:
@@ -293,18 +297,22 @@ def _draw(draws: int, seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") % draws
 
 
-def _by_class(noise: _Delta, source: Source, seed: int) -> Chooser:
+def _by_class(noise: _Delta, source: Source, chosen: set[int] | None = None) -> Place:
+    """Return the row of each image by its label; of the images `chosen` by number, if only these are perturbed."""
     queues: dict[int, Iterator[int]] | None = None
-    if noise.labels is not None:
+    if noise.labels is not None and chosen is None:
         # LSP: the k-th perturbation of a label belongs to the k-th image of that label.
-        lists: dict[int, list[int]] = defaultdict(list)
-        for row, label in enumerate(noise.labels.tolist()):
-            lists[label].append(row)
-        queues = {label: iter(numbers) for label, numbers in lists.items()}
+        queues = {
+            label: iter(np.flatnonzero(noise.labels == label).tolist()) for label in set(noise.labels.tolist())
+        }
 
-    def place(start: int, table: pa.Table) -> list[int]:
-        rows = []
-        for name, label in zip(table["id"].to_pylist(), _labels(source, table), strict=True):
+    def place(start: int, table: pa.Table) -> list[int | None]:
+        rows: list[int | None] = []
+        named = zip(table["id"].to_pylist(), _labels(source, table), strict=True)
+        for image, (name, label) in enumerate(named, start):
+            if chosen is not None and image not in chosen:
+                rows.append(None)
+                continue
             row = label if queues is None else next(queues.get(label, iter(())), -1)
             if not 0 <= row < noise.shape[0]:
                 raise InputError(
@@ -314,38 +322,7 @@ def _by_class(noise: _Delta, source: Source, seed: int) -> Chooser:
             rows.append(row)
         return rows
 
-    return _by_row(noise, seed, place)
-
-
-def _by_file(noise: _Delta, source: Source, data_config: DataConfig, index: str, seed: int) -> tuple[str, Chooser]:
-    numbers = _read_index(index, source.images)
-    rows = noise.shape[0]
-    if rows == len(numbers):
-        row_of = {image: row for row, image in enumerate(numbers)}
-        kind = "sample-wise"
-    elif rows == source.images:
-        row_of = {image: image for image in numbers}
-        kind = "sample-wise"
-    elif rows == 1:
-        row_of = dict.fromkeys(numbers, 0)
-        kind = "universal"
-    elif rows == _count_classes(source, data_config):
-        row_of = dict.fromkeys(numbers, -1)
-        kind = "class-wise"
-    else:
-        raise InputError(
-            f"{noise.where}: holds {rows} perturbations, {index} names {len(numbers)} of {source.images} images; "
-            "name the files that belong together"
-        )
-
-    def place(start: int, table: pa.Table) -> list[int | None]:
-        chosen = [row_of.get(image) for image in range(start, start + table.num_rows)]
-        if kind != "class-wise":
-            return chosen
-        labels = _labels(source, table)
-        return [None if row is None else label for row, label in zip(chosen, labels, strict=True)]
-
-    return f"{kind} (of {len(numbers):,} images)", _by_row(noise, seed, place)
+    return place
 
 
 def _read_index(url: str, images: int) -> list[int]:
@@ -375,39 +352,6 @@ def _labels(source: Source, table: pa.Table) -> list[int]:
 
 
 # ---- Adding
-
-
-def _perturbed(
-    source: Source,
-    table: pa.Table,
-    chosen: list[NDArray[Any] | None],
-    noise: _Delta,
-    factor: float,
-    half: Half,
-    rounding: Rounding,
-    norms: _Norms,
-    data_config: DataConfig,
-) -> pa.Table:
-    ids: list[str] = table["id"].to_pylist()
-    encoded: list[bytes] = []
-    first = order_of(noise.shape, np.dtype(np.float32)) == "CHW"
-    for name, data, values in zip(ids, image_bytes(table), chosen, strict=True):
-        pixels = decode_resized(source.url, name, data, data_config)
-        if values is not None:
-            where = f"{noise.where}: for image {name}"
-            before, pixels = (
-                pixels,
-                add_perturbation(
-                    where, pixels, values.transpose(1, 2, 0) if first else values, factor, half, rounding
-                ),
-            )
-            change = pixels.astype(np.float64) - before
-            norms.perturbed += 1
-            norms.linf = max(norms.linf, int(np.abs(change).max()))
-            norms.l2 += float(np.linalg.norm(change)) / 255
-        encoded.append(encode_image(pixels, data_config.encoding))
-    labels = table["label"] if "label" in table.column_names else None
-    return canonical_table(ids, encoded, labels, extra_columns(table), source.classes)
 
 
 def add_perturbation(

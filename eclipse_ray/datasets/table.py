@@ -59,11 +59,7 @@ def canonical_table(
 
     `labels` may be an Arrow column. Raises InputError if an extra column has a canonical name.
     """
-    paths = [None] * len(ids) if paths is None else paths
-    images = pa.StructArray.from_arrays(
-        [pa.array(encoded, pa.binary()), pa.array(paths, pa.string())], fields=list(IMAGE_TYPE)
-    )
-    columns: dict[str, object] = {"id": pa.array(ids, pa.string()), "image": images}
+    columns: dict[str, object] = {"id": pa.array(ids, pa.string()), "image": _image_column(encoded, paths)}
     if labels is not None:
         columns["label"] = labels if isinstance(labels, pa.ChunkedArray) else pa.array(labels, pa.int64())
     for name in () if extras is None else extras.column_names:
@@ -75,6 +71,17 @@ def canonical_table(
         if extension_of(field):
             table = table.set_column(table.column_names.index(field.name), field, table[field.name])
     return with_classes(table, classes)
+
+
+def with_images(table: pa.Table, encoded: Sequence[bytes]) -> pa.Table:
+    """Return a canonical table with other encoded images, which lie in no file."""
+    return table.set_column(table.column_names.index("image"), "image", _image_column(encoded, None))
+
+
+def _image_column(encoded: Sequence[bytes], paths: Sequence[str | None] | None) -> pa.Array:
+    paths = [None] * len(encoded) if paths is None else paths
+    children = [pa.array(encoded, pa.binary()), pa.array(paths, pa.string())]
+    return pa.StructArray.from_arrays(children, fields=list(IMAGE_TYPE))
 
 
 def with_classes(table: pa.Table, classes: Sequence[str] | None) -> pa.Table:

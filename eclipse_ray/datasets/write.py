@@ -25,11 +25,10 @@ from eclipse_ray.datasets.table import (
     LABELLED,
     NOTE,
     all_labels,
-    canonical_table,
-    extra_columns,
     image_bytes,
     labels_or_none,
     refuse_extras,
+    with_images,
 )
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
@@ -221,13 +220,11 @@ def converted(source: Source, data_config: DataConfig) -> Iterator[pa.Table]:
 
 
 def _resized(source: Source, table: pa.Table, data_config: DataConfig) -> pa.Table:
-    ids: list[str] = table["id"].to_pylist()
-    encoded: list[bytes] = []
-    for name, data in zip(ids, image_bytes(table), strict=True):
+    encoded = []
+    for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
         pixels = decode_resized(source.url, name, data, data_config)
         encoded.append(encode_image(pixels, data_config.encoding))
-    labels = table["label"] if "label" in table.column_names else None
-    return canonical_table(ids, encoded, labels, extra_columns(table), source.classes)
+    return with_images(table, encoded)
 
 
 def split(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.pickles import read_pickle, text_of, values_of
-from eclipse_ray.datasets.table import Part, canonical_table, check_label
+from eclipse_ray.datasets.arrays import ArrayFile, Layout
+from eclipse_ray.datasets.pickles import read_file, text_of, values_of
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
@@ -31,55 +31,32 @@ def claims(key: str) -> bool:
     return _BATCH_NAME.fullmatch(key.rpartition("/")[2]) is not None
 
 
-def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part per batch, and the class names of the meta file beside the batches. Reads all batches.
-
-    Raises InputError for a pickle that is not a CIFAR batch, or whose labels do not match its images.
-    """
-    parts = []
-    classes = _class_names(store, entries[0].key)
-    for entry in entries:
-        where = f"{store.url}/{entry.key}"
-        batch = _load(where, store.read(entry.key))
-        rows = len(_pixels(where, batch))
-        _labels(where, batch, rows, classes)
-        parts.append(Part(entry.key, rows, entry.size, entry.version))
-    return [part for part in parts if part.rows], classes
-
-
-def read_rows(
-    store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
-) -> pa.Table:
-    """Return rows `start` to `stop` of one batch as a canonical table; pixels are encoded as PNG, losslessly."""
-    where = f"{store.url}/{key}"
-    batch = _load(where, store.read(key))
+@contextmanager
+def opened(store: Store, entry: Entry, config: DataConfig) -> Iterator[ArrayFile]:
+    """Yield what one batch holds. Raises InputError for a pickle that is not a CIFAR batch."""
+    where = f"{store.url}/{entry.key}"
+    batch = _load(store, entry.key)
     pixels = _pixels(where, batch)
-    total, rows = len(pixels), range(start, min(stop, len(pixels)))
-    coarse = _column(where, batch.get("coarse_labels"), total)
+    labels = _column(where, next((batch[name] for name in _LABELS if name in batch), None), len(pixels))
+    coarse = _column(where, batch.get("coarse_labels"), len(pixels))
     names = batch.get("filenames")
-    paths = [text_of(names[row]) for row in rows] if isinstance(names, list) and len(names) == total else None
-    chosen = _labels(where, batch, total, classes)
-    return canonical_table(
-        [f"{key}#{row}" for row in rows],
-        [encode_image(pixels[row], "png") for row in rows],
-        None if chosen is None else chosen[start:stop],
-        None if coarse is None else pa.table({"coarse_label": coarse[start:stop]}),
-        classes,
-        paths,
+    names = names if isinstance(names, list) and len(names) == len(pixels) else []
+    yield ArrayFile(
+        pixels.shape,
+        pixels.dtype,
+        Layout("HWC", 255),
+        lambda start, stop: pixels[start:stop],
+        None if labels is None else lambda start, stop: labels[start:stop],
+        classes=lambda: _class_names(store, entry.key),
+        paths=(lambda start, stop: [text_of(name) for name in names[start:stop]]) if names else None,
+        columns={} if coarse is None else {"coarse_label": lambda start, stop: pa.array(coarse[start:stop])},
     )
 
 
-def read_labels(
-    store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
-) -> NDArray[np.int64] | None:
-    """Return the labels of one batch, None if it has none."""
+def _load(store: Store, key: str) -> dict[str, Any]:
     where = f"{store.url}/{key}"
-    batch = _load(where, store.read(key))
-    return _labels(where, batch, len(_pixels(where, batch)), classes)
-
-
-def _load(where: str, data: bytes) -> dict[str, Any]:
-    batch = read_pickle(where, data, _ADVICE)
+    with store.open(key) as file:
+        batch = read_file(where, file, _ADVICE)
     if not isinstance(batch, dict):
         raise InputError(f"{where}: holds {type(batch).__name__}; {_ADVICE}")
     return {
@@ -103,15 +80,6 @@ def _pixels(where: str, batch: dict[str, Any]) -> NDArray[np.uint8]:
     )
 
 
-def _labels(
-    where: str, batch: dict[str, Any], rows: int, classes: Sequence[str] | None
-) -> NDArray[np.int64] | None:
-    labels = _column(where, next((batch[name] for name in _LABELS if name in batch), None), rows)
-    for label in set() if labels is None else set(labels.tolist()):
-        check_label(where, label, classes)
-    return labels
-
-
 def _column(where: str, values: object, rows: int) -> NDArray[np.int64] | None:
     if values is None:
         return None
@@ -129,7 +97,7 @@ def _class_names(store: Store, key: str) -> list[str] | None:
     for name, field in META:
         meta = f"{folder}/{name}" if folder else name
         try:
-            names = _load(f"{store.url}/{meta}", store.read(meta)).get(field)
+            names = _load(store, meta).get(field)
         except FileNotFoundError:
             continue
         if isinstance(names, list):

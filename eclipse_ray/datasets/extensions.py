@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from eclipse_ray.datasets.arrays import Layout, Order, order_of, to_pixels
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.published import Layout, Order, order_of, to_pixels
 from eclipse_ray.datasets.table import EXTENSION, MUTED, extension_of
 from eclipse_ray.errors import InputError
 

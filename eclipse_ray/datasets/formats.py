@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets import cifar, folder, labels, npz, parquet, published, webdataset
+from eclipse_ray.datasets import arrays, cifar, folder, labels, npz, parquet, published, webdataset
 from eclipse_ray.datasets.table import Part, Span, extra_columns, labels_or_none, noted_classes, with_classes
 from eclipse_ray.errors import InputError, did_you_mean
 from eclipse_ray.log import say_once
@@ -83,22 +83,35 @@ _POINTER_BYTES = 300
 _READING_THREADS = 8
 
 
+Claims = Callable[[str], bool]
+Lister = Callable[[Store, Sequence[Entry], DataConfig], tuple[list[Part], list[str] | None]]
+
+
 class Format(NamedTuple):
     """The functions of one format."""
 
-    claims: Callable[[str], bool]
-    list_parts: Callable[[Store, Sequence[Entry], DataConfig], tuple[list[Part], list[str] | None]]
+    claims: Claims
+    list_parts: Lister
     read_rows: Callable[[Store, str, int, int, DataConfig, Sequence[str] | None], pa.Table]
     read_labels: Callable[[Store, str, DataConfig, Sequence[str] | None], NDArray[np.int64] | None]
+
+
+def _array_format(claims: Claims, opened: arrays.Opener, list_parts: Lister | None = None) -> Format:
+    return Format(
+        claims,
+        list_parts or partial(arrays.list_parts, opened),
+        partial(arrays.read_rows, opened),
+        partial(arrays.read_labels, opened),
+    )
 
 
 FORMATS: dict[str, Format] = {
     "parquet": Format(parquet.claims, parquet.list_parts, parquet.read_rows, parquet.read_labels),
     "folder": Format(folder.claims, folder.list_parts, folder.read_rows, lambda *_: None),
     "webdataset": Format(webdataset.claims, webdataset.list_parts, webdataset.read_rows, webdataset.read_labels),
-    "npz": Format(npz.claims, npz.list_parts, npz.read_rows, npz.read_labels),
-    "cifar": Format(cifar.claims, cifar.list_parts, cifar.read_rows, cifar.read_labels),
-    "published": Format(published.claims, published.list_parts, published.read_rows, published.read_labels),
+    "npz": _array_format(npz.claims, npz.opened, npz.list_parts),
+    "cifar": _array_format(cifar.claims, cifar.opened),
+    "published": _array_format(published.claims, published.opened),
 }
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, digest
-from eclipse_ray.datasets import folder, npz, published
+from eclipse_ray.datasets import arrays, folder, npz, published
 from eclipse_ray.datasets.pickles import read_file, values_of
 from eclipse_ray.datasets.table import Part
 from eclipse_ray.errors import InputError
@@ -101,9 +101,9 @@ def _label_file(where: str, labels: Any, names: list[str] | None) -> LabelFile:
         twice = Counter(names).most_common(1)[0][0]
         raise InputError(f"{where}: {twice} occurs more than once; give each image one label")
     if isinstance(labels, np.ndarray) and labels.dtype.kind != "U":
-        if not published.are_labels(labels.shape, labels.dtype, len(labels) if labels.shape else -1):
+        if not arrays.are_labels(labels.shape, labels.dtype, len(labels) if labels.shape else -1):
             raise InputError(f"{where}: holds {labels.dtype} {labels.shape}; {_ADVICE}")
-        whole, classes = published.to_labels(where, labels), None
+        whole, classes = arrays.to_labels(where, labels), None
     else:
         whole, classes = _from_values(where, list(labels))
     if not len(whole) or int(whole.min()) < -1:

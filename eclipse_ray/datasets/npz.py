@@ -12,7 +12,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -21,31 +21,16 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets import PARSER_ERRORS
-from eclipse_ray.datasets.images import Pixels, decode_required, encode_image
-from eclipse_ray.datasets.published import (
-    Form,
-    Layout,
-    are_labels,
-    check_sides,
-    label_files,
-    layout_of,
-    order_of,
-    state,
-    to_labels,
-    to_pixels,
-)
+from eclipse_ray.datasets import PARSER_ERRORS, arrays
+from eclipse_ray.datasets.arrays import ArrayFile, Layout, are_labels, check_sides, layout_of, order_of, to_labels
+from eclipse_ray.datasets.images import Pixels, decode_required
 from eclipse_ray.datasets.table import (
     FILE_BYTES,
     FILE_IMAGES,
     Part,
     all_labels,
-    canonical_table,
-    check_label,
     extra_columns,
     image_bytes,
-    noted_classes,
-    refuse_half_labelled,
     regroup,
 )
 from eclipse_ray.errors import InputError
@@ -57,6 +42,8 @@ _DEFAULT_LABELS = DataConfig.model_fields["label_column"].default
 IMAGES = ("images", "image", "x", "X", "x_train", "X_train", "data")
 LABELS = ("labels", "label", "targets", "target", "y", "Y", "y_train", "Y_train")
 IDS, CLASSES = "id", "classes"
+# Words in the names of .npy files of labels.
+_LABEL_FILES = ("labels", "label", "targets", "target")
 _ADVICE = (
     "expected images as (N, H, W, 3), (N, 3, H, W) or (N, H, W), rows first; convert them and save the file again"
 )
@@ -86,100 +73,48 @@ def claims(key: str) -> bool:
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
-    """Return one part per file, from the array headers only, and the class names if the file or a note has them.
+    """Return one part per file of images, from the array headers only, and the class names if there are any."""
+    beside = {_labels_beside(store, entry.key, config) for entry in entries}
+    return arrays.list_parts(opened, store, [entry for entry in entries if entry.key not in beside], config)
 
-    Raises InputError for object arrays, for a file without images, and if the labels do not match the
-    images.
-    """
-    parts = []
-    forms: dict[Form, int] = {}
-    labelled: dict[str, bool] = {}
-    beside = {entry.key: _labels_beside(store, entry.key, config) for entry in entries}
-    for entry in entries:
-        if entry.key in beside.values():
-            continue
-        where, version = f"{store.url}/{entry.key}", entry.version
-        with store.open(entry.key) as file:
-            chosen = _choose(where, _arrays(store, entry.key, file), config)
-            labels, images = chosen.labels, chosen.images
-            if labels is not None and not (len(labels.shape) == 1 and labels.dtype.kind in "iu"):
-                to_labels(where, _rows(where, file, labels, 0, labels.shape[0]))
-        text = "without labels" if labels is None else "with labels"
-        label_key = beside[entry.key]
-        labelled[entry.key] = labels is not None or label_key is not None
-        if label_key is not None:
-            _labels_of(store, label_key, images.shape[0])
-            version, text = f"{version}+{store.entry(label_key).version}", f"with the labels of {label_key}"
+
+@contextmanager
+def opened(store: Store, entry: Entry, config: DataConfig) -> Iterator[ArrayFile]:
+    """Yield what one file holds. Raises InputError for object arrays, no images, and labels that do not fit."""
+    where, beside = f"{store.url}/{entry.key}", _labels_beside(store, entry.key, config)
+    with store.open(entry.key) as file:
+        held = _arrays(store, entry.key, file)
+        images, labels, extras = _choose(where, held, config)
+        read = partial(_rows, where, file)
+        labels_of: Callable[[int, int], NDArray[np.int64]] | None = None
+        said = "without labels"
+        if beside is not None:
+            known = _labels_of(store, beside, images.shape[0])
+            labels_of, said = lambda start, stop: known[start:stop], f"with the labels of {beside}"
+        elif labels is not None:
+            labels_of, said = lambda start, stop: to_labels(where, read(labels, start, stop)), "with labels"
         layout = _layout(store.url, entry.key, entry.version, images)
-        if images.dtype != np.uint8 or layout.order not in ("HWC", "gray") or label_key is not None:
-            form = Form(layout, images.dtype.name, text)
-            forms[form] = forms.get(form, 0) + images.shape[0]
-        parts.append(Part(entry.key, images.shape[0], entry.size, version))
-    refuse_half_labelled(store.url, config, labelled)
-    state(store.url, parts, forms)
-    classes = noted_classes(store) or _own_classes(store, entries[0].key)
-    return [part for part in parts if part.rows], classes
-
-
-def read_rows(
-    store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
-) -> pa.Table:
-    """Return rows `start` to `stop` of one file as a canonical table; pixels are encoded as PNG, losslessly.
-
-    Raises InputError for a file that is damaged or changed since it was listed.
-    """
-    where = f"{store.url}/{key}"
-    with store.open(key) as file:
-        arrays = _arrays(store, key, file)
-        chosen = _choose(where, arrays, config)
-        if stop > chosen.images.shape[0]:
-            raise InputError(f"{where}: has fewer than {stop} rows now; it changed, start again from the listing")
-        values = _rows(where, file, chosen.images, start, stop)
-        labels = None if chosen.labels is None else _rows(where, file, chosen.labels, start, stop)
-        ids = next((array for array in chosen.extras if array.name == IDS), None)
-        names = [f"{key}#{row}" for row in range(start, stop)]
-        if ids is not None:
-            names = _texts(where, _rows(where, file, ids, start, stop))
-        extras = {
-            array.name: _column(where, _rows(where, file, array, start, stop))
-            for array in chosen.extras
-            if array.name != IDS
-        }
-    label_key = _labels_beside(store, key, config)
-    if label_key is not None:
-        labels = _labels_of(store, label_key, chosen.images.shape[0])[start:stop]
-    pixels = to_pixels(where, values, _layout(store.url, key, store.entry(key).version, chosen.images))
-    return canonical_table(
-        names,
-        [encode_image(image, "png") for image in pixels],
-        None if labels is None else _checked(where, labels, classes),
-        pa.table(extras) if extras else None,
-        classes,
-    )
-
-
-def read_labels(
-    store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
-) -> NDArray[np.int64] | None:
-    """Return the labels of one file, None if it has none."""
-    where = f"{store.url}/{key}"
-    label_key = _labels_beside(store, key, config)
-    with store.open(key) as file:
-        chosen = _choose(where, _arrays(store, key, file), config)
-        rows = chosen.images.shape[0]
-        if label_key is not None:
-            return _labels_of(store, label_key, rows)
-        if chosen.labels is None:
-            return None
-        return _checked(where, _rows(where, file, chosen.labels, 0, rows), classes)
+        plain = images.dtype == np.uint8 and layout.order in ("HWC", "gray") and beside is None
+        yield ArrayFile(
+            images.shape,
+            images.dtype,
+            layout,
+            partial(read, images),
+            labels_of,
+            whole=labels is not None and len(labels.shape) == 1 and labels.dtype.kind in "iu",
+            said="" if plain else said,
+            version="" if beside is None else f"+{store.entry(beside).version}",
+            classes=lambda: _own_classes(where, file, held),
+            ids=partial(_text_rows, where, file, held[IDS]) if IDS in held and held[IDS] in extras else None,
+            columns={each.name: partial(_column, where, file, each) for each in extras if each.name != IDS},
+        )
 
 
 def stored_ids(store: Store, key: str) -> list[str]:
     """Return the ids in the array `id` of a file, none if it has no such array; only that array is read."""
     with store.open(key) as file:
         ids = _arrays(store, key, file).get(IDS)
-        where = f"{store.url}/{key}"
-        return [] if ids is None else _texts(where, _rows(where, file, ids, 0, ids.shape[0]))
+        return [] if ids is None else _text_rows(f"{store.url}/{key}", file, ids, 0, ids.shape[0])
 
 
 def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | None, config: DataConfig) -> int:
@@ -320,13 +255,6 @@ def _extra_arrays(
     return extras
 
 
-def _checked(where: str, labels: NDArray[np.generic], classes: Sequence[str] | None) -> NDArray[np.int64]:
-    whole = to_labels(where, labels)
-    for label in whole.tolist():
-        check_label(where, label, classes)
-    return whole
-
-
 def _labels_beside(store: Store, key: str, config: DataConfig) -> str | None:
     folder, slash, name = key.rpartition("/")
     if not name.lower().endswith(".npy"):
@@ -364,13 +292,15 @@ def _layout(url: str, key: str, version: str, images: Array) -> Layout:
         )
 
 
-def _column(where: str, values: NDArray[np.generic]) -> pa.Array:
-    return pa.array(_texts(where, values), pa.string()) if values.dtype.kind == "U" else pa.array(values)
+def _column(where: str, file: BinaryIO, array: Array, start: int, stop: int) -> pa.Array:
+    if array.dtype.kind == "U":
+        return pa.array(_text_rows(where, file, array, start, stop), pa.string())
+    return pa.array(_rows(where, file, array, start, stop))
 
 
-def _texts(where: str, values: NDArray[np.generic]) -> list[str]:
+def _text_rows(where: str, file: BinaryIO, array: Array, start: int, stop: int) -> list[str]:
     try:
-        texts = [str(text) for text in values.tolist()]
+        texts = [str(text) for text in _rows(where, file, array, start, stop).tolist()]
         "".join(texts).encode()
     except ValueError as error:
         raise InputError(f"{where}: holds text that is not valid Unicode: {error}; mend it") from None
@@ -413,15 +343,31 @@ def _values_of(file: BinaryIO, array: Array) -> Iterator[BinaryIO]:
                 yield cast(BinaryIO, member)
 
 
-def _own_classes(store: Store, key: str) -> list[str] | None:
-    if not key.lower().endswith(".npz"):
+def _own_classes(where: str, file: BinaryIO, held: dict[str, Array]) -> list[str] | None:
+    array = held.get(CLASSES)
+    if array is None or array.dtype.kind != "U" or len(array.shape) != 1:
         return None
-    with store.open(key) as file:
-        array = _arrays(store, key, file).get(CLASSES)
-        if array is None or array.dtype.kind != "U" or len(array.shape) != 1:
-            return None
-        where = f"{store.url}/{key}"
-        return _texts(where, _rows(where, file, array, 0, array.shape[0]))
+    return _text_rows(where, file, array, 0, array.shape[0])
+
+
+def label_files(key: str, *, shared: bool = True) -> Iterator[str]:
+    """Yield the keys at which the labels of the .npy file `key` may lie beside it, the likeliest first.
+
+    With `shared` these include the names of one file of labels for all images of a folder, as in CIFAR-10-C.
+    """
+    folder, slash, base = key.rpartition("/")
+    words = base.rpartition(".")[0].split("_")
+    if words[-1].lower() in _LABEL_FILES or words[0].lower() == "y":
+        return
+    names: list[str] = []
+    if words[0].lower() == "x":
+        counts = range(len(words), 1 if len(words) > 1 else 0, -1)
+        names += ["_".join([first, *words[1:count]]) for count in counts for first in "yY"]
+    for place, word in enumerate(words):
+        if word.lower() in ("data", "images", "image", "imgs", "samples"):
+            names += ["_".join([*words[:place], label, *words[place + 1 :]]) for label in _LABEL_FILES]
+    names += _LABEL_FILES if shared else ()
+    yield from (f"{folder}{slash}{each}.npy" for each in names)
 
 
 def labels_beside(store: Store, key: str) -> NDArray[np.int64] | None:

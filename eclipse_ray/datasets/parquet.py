@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import folder
+from eclipse_ray.datasets.arrays import Form, Layout, state
 from eclipse_ray.datasets.extensions import (
     check_images,
     images_of,
@@ -28,7 +29,6 @@ from eclipse_ray.datasets.extensions import (
     refuse_unknown,
     tensors_of,
 )
-from eclipse_ray.datasets.published import Form, Layout, state
 from eclipse_ray.datasets.table import (
     CANONICAL,
     FILE_BYTES,

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, Half, Rounding, Unit
 from eclipse_ray.datasets import npz, published
+from eclipse_ray.datasets.arrays import order_of
 from eclipse_ray.datasets.formats import Source, open_source, read_labels, read_tables
 from eclipse_ray.datasets.images import Pixels, check_encoding, encode_image
 from eclipse_ray.datasets.labels import read_label_file
 from eclipse_ray.datasets.memory import decode_resized
 from eclipse_ray.datasets.pickles import read_file, text_of, values_of
-from eclipse_ray.datasets.published import order_of, rows_of
 from eclipse_ray.datasets.table import image_bytes, with_images
 from eclipse_ray.datasets.write import refuse_existing, write_dataset
 from eclipse_ray.errors import ConfigError, InputError
@@ -219,7 +219,7 @@ def _from_pickle(store: Store, key: str) -> _Delta:
 
     def rows(start: int, stop: int) -> NDArray[Any]:
         with store.open(key) as file:
-            return rows_of(where, values, file, start, stop)
+            return published.rows_of(where, values, file, start, stop)
 
     # Contrastive poisoning stores multiples of its bound, 8/255.
     return _Delta(where, tuple(values.shape), values.dtype, rows, bounded=names == ["model", "delta"])

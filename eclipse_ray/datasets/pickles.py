@@ -97,18 +97,11 @@ def values_of(value: object) -> Values | None:
     return value if isinstance(value, Tensor) else None
 
 
-def read_pickle(where: str, data: bytes, advice: str) -> Any:
-    """Return the object that the pickle `data` describes; arrays in it are for `values_of`.
-
-    Raises InputError, which ends in `advice`, if it is damaged or asks for anything that is not allowed.
-    """
-    return _guarded(where, advice, lambda: _unpickle(data))
-
-
 def read_file(where: str, file: BinaryIO, advice: str) -> Any:
     """Return the object in `file`, which pickle or torch.save (zip or legacy) wrote; arrays are for `values_of`.
 
-    The values of tensors are not read yet. Raises InputError as `read_pickle` does.
+    The values of tensors are not read yet. Raises InputError, which ends in `advice`, if the file is damaged or
+    asks for anything that is not allowed.
     """
 
     def load() -> Any:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from eclipse_ray.errors import InputError
 
 # Exceptions that NumPy, Pillow, zipfile and pickle raise for damaged bytes. Their only common base is Exception.
 PARSER_ERRORS: tuple[type[Exception], ...] = (
@@ -27,3 +32,15 @@ PARSER_ERRORS: tuple[type[Exception], ...] = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
 )
+_DAMAGE: tuple[type[Exception], ...] = (*PARSER_ERRORS, OSError)
+
+
+@contextmanager
+def damage_named(what: str, advice: str) -> Iterator[None]:
+    """Turn what parsers raise into an InputError `what: reason; advice`; errors of a disk or network pass."""
+    try:
+        yield
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # The disk or network failed, which may be temporary.
+        raise InputError(f"{what}: {error}; {advice}") from error

@@ -5,7 +5,6 @@ NumPy parses the headers of the arrays, and rows are read from the bytes behind 
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import struct
@@ -21,7 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets import PARSER_ERRORS, arrays
+from eclipse_ray.datasets import arrays, damage_named
 from eclipse_ray.datasets.arrays import ArrayFile, Layout, are_labels, check_sides, layout_of, order_of, to_labels
 from eclipse_ray.datasets.images import Pixels, decode_required
 from eclipse_ray.datasets.table import (
@@ -57,14 +56,6 @@ class Array(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype[np.generic]
     header: int
-
-
-class Chosen(NamedTuple):
-    """The arrays of a file by their role."""
-
-    images: Array
-    labels: Array | None
-    extras: list[Array]
 
 
 def claims(key: str) -> bool:
@@ -145,8 +136,7 @@ def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | Non
 
 
 def _arrays(store: Store, key: str, file: BinaryIO) -> dict[str, Array]:
-    where = f"{store.url}/{key}"
-    try:
+    with damage_named(f"{store.url}/{key}: not a readable NumPy file", _ADVICE):
         if not key.lower().endswith(".npz"):
             return {"": _header("", file)}
         with zipfile.ZipFile(file) as archive:
@@ -158,12 +148,6 @@ def _arrays(store: Store, key: str, file: BinaryIO) -> dict[str, Array]:
                 with archive.open(info) as member:
                     found[name] = _header(name, cast(BinaryIO, member))
             return found
-    except PARSER_ERRORS as error:
-        raise InputError(f"{where}: not a readable NumPy file: {error}; {_ADVICE}") from error
-    except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # A failing disk or network, which may heal.
-            raise
-        raise InputError(f"{where}: not a readable NumPy file: {error}; {_ADVICE}") from error
 
 
 def _header(name: str, file: BinaryIO) -> Array:
@@ -178,7 +162,8 @@ def _header(name: str, file: BinaryIO) -> Array:
     return Array(name, shape, dtype, file.tell())
 
 
-def _choose(where: str, arrays: dict[str, Array], config: DataConfig) -> Chosen:
+def _choose(where: str, arrays: dict[str, Array], config: DataConfig) -> tuple[Array, Array | None, list[Array]]:
+    """Return the array of images, that of labels if there is one, and the extra arrays."""
     images = _image_array(where, arrays, config)
     order = order_of(images.shape, images.dtype)
     if order is None or images.dtype.kind not in "iuf":
@@ -194,7 +179,7 @@ def _choose(where: str, arrays: dict[str, Array], config: DataConfig) -> Chosen:
             f"{where}: array {labels.name!r} is {labels.dtype} {labels.shape}, expected {rows} integer labels; "
             "name another one with --set data.label_column=NAME"
         )
-    return Chosen(images, labels, _extra_arrays(where, arrays, images, labels, config))
+    return images, labels, _extra_arrays(where, arrays, images, labels, config)
 
 
 def _image_array(where: str, arrays: dict[str, Array], config: DataConfig) -> Array:
@@ -309,12 +294,9 @@ def _text_rows(where: str, file: BinaryIO, array: Array, start: int, stop: int) 
 
 def _rows(where: str, file: BinaryIO, array: Array, start: int, stop: int) -> NDArray[np.generic]:
     row = array.dtype.itemsize * math.prod(array.shape[1:])
-    try:
-        with _values_of(file, array) as stream:
-            stream.seek(row * start, io.SEEK_CUR)
-            data = stream.read(row * (stop - start))
-    except PARSER_ERRORS as error:
-        raise InputError(f"{where}: the NumPy file is damaged: {error}; copy it again") from error
+    with damage_named(f"{where}: the NumPy file is damaged", "copy it again"), _values_of(file, array) as stream:
+        stream.seek(row * start, io.SEEK_CUR)
+        data = stream.read(row * (stop - start))
     if len(data) != row * (stop - start):
         raise InputError(f"{where}: array {array.name!r} ends too soon; copy the file again")
     values = np.frombuffer(data, array.dtype) if array.dtype.itemsize else np.zeros(stop - start, array.dtype)

@@ -6,8 +6,9 @@ import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, BinaryIO, cast
 from uuid import UUID
@@ -84,8 +85,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
             where = f"{store.url}/{entry.key}"
-            metadata = _metadata(where, file)
-            schema = _schema(where, metadata)
+            metadata, schema = _metadata(where, file)
             _check_columns(where, schema, config)
             _refuse_paths(where, metadata, file, config)
             label = _label_column(where, schema, config)
@@ -164,8 +164,8 @@ def stored_ids(store: Store, key: str) -> list[str]:
     """Return the ids in the column `id` of a file, none if it has no such column; only that column is read."""
     where = f"{store.url}/{key}"
     with store.open(key) as file:
-        metadata = _metadata(where, file)
-        if "id" not in _schema(where, metadata).names:
+        metadata, schema = _metadata(where, file)
+        if "id" not in schema.names:
             return []
         return _text_ids(_read_column(where, metadata, file, "id")).drop_null().to_pylist()
 
@@ -180,18 +180,15 @@ def read_rows(
     """
     where = f"{store.url}/{key}"
     with store.open(key) as file:
-        metadata = _metadata(where, file)
-        schema = _schema(where, metadata)
+        metadata, schema = _metadata(where, file)
         columns = _columns(where, schema, config)
         groups, skipped = _groups(metadata, start, stop)
-        try:
+        with _reading(where):
             if _is_long(metadata, groups, stop - start):
                 table = _streamed(store, key, metadata, groups, skipped, start, stop, columns)
             else:
                 reader = _reader(file, metadata, pre_buffer=True)
                 table = reader.read_row_groups(groups, columns).slice(start - skipped, stop - start)
-        except _DAMAGE as error:
-            raise _damaged(where, error) from error
     if table.num_rows != stop - start:
         raise InputError(
             f"{where}: expected rows {start} to {stop}, found {table.num_rows} of them; "
@@ -206,8 +203,8 @@ def read_labels(
     """Return the labels of one file, -1 for none, or None if it has no labels; only their column is read."""
     where = f"{store.url}/{key}"
     with store.open(key) as file:
-        metadata = _metadata(where, file)
-        label = _label_column(where, _schema(where, metadata), config)
+        metadata, schema = _metadata(where, file)
+        label = _label_column(where, schema, config)
         if label is None:
             return None
         column = _whole_labels(where, _read_column(where, metadata, file, label), classes)
@@ -234,20 +231,26 @@ def write(
     return images
 
 
-def _metadata(where: str, file: BinaryIO) -> pq.FileMetaData:
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Turn Arrow errors about content, which have no errno, into InputError; those of a disk or network pass."""
+    try:
+        yield
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+        raise InputError(
+            f"{where}: the Parquet file is damaged: {reason}; copy it again or leave it out"
+        ) from error
+
+
+def _metadata(where: str, file: BinaryIO) -> tuple[pq.FileMetaData, pa.Schema]:
     # Only the bytes of the footer are read. Arrow would read 64 KiB from the end, which include image bytes.
     footer = _footer(where, file)
-    try:
-        return pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
-    except _DAMAGE as error:
-        raise _damaged(where, error) from error
-
-
-def _schema(where: str, metadata: pq.FileMetaData) -> pa.Schema:
-    try:
-        return metadata.schema.to_arrow_schema()
-    except _DAMAGE as error:
-        raise _damaged(where, error) from error
+    with _reading(where):
+        metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
+        return metadata, metadata.schema.to_arrow_schema()
 
 
 def _reader(file: BinaryIO, metadata: pq.FileMetaData, **settings: Any) -> pq.ParquetFile:
@@ -406,10 +409,8 @@ def _may_be_labels(kind: pa.DataType) -> bool:
 
 
 def _read_column(where: str, metadata: pq.FileMetaData, file: BinaryIO, name: str) -> pa.ChunkedArray:
-    try:
+    with _reading(where):
         return _reader(file, metadata).read(columns=[name])[name]
-    except _DAMAGE as error:
-        raise _damaged(where, error) from error
 
 
 def _texts(where: str, column: pa.ChunkedArray) -> set[str] | None:
@@ -614,11 +615,3 @@ def _classes(schema: pa.Schema, config: DataConfig) -> list[str] | None:
     except (ValueError, AttributeError):
         return None  # Class names are optional, and labels are valid without them.
     return [str(name) for name in names] if isinstance(names, list) and names else None
-
-
-def _damaged(where: str, error: Exception) -> Exception:
-    # Errors of Arrow about content have no errno. Errors of a disk or network have one and may be transient.
-    if isinstance(error, OSError) and error.errno is not None:
-        return error
-    reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
-    return InputError(f"{where}: the Parquet file is damaged: {reason}; copy it again or leave it out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import pickle
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from eclipse_ray.datasets import PARSER_ERRORS
+from eclipse_ray.datasets import damage_named
 from eclipse_ray.errors import InputError
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -103,15 +102,15 @@ def read_file(where: str, file: BinaryIO, advice: str) -> Any:
     The values of tensors are not read yet. Raises InputError, which ends in `advice`, if the file is damaged or
     asks for anything that is not allowed.
     """
-
-    def load() -> Any:
-        magic = file.read(len(_LEGACY_MAGIC))
-        file.seek(0)
-        if magic.startswith(_ZIP_MAGIC):
-            return _load_zip(file)
-        return _load_legacy(file, None) if magic == _LEGACY_MAGIC else _unpickle(file.read())
-
-    return _guarded(where, advice, load)
+    with damage_named(f"{where}: not a readable pickle", advice):
+        try:
+            magic = file.read(len(_LEGACY_MAGIC))
+            file.seek(0)
+            if magic.startswith(_ZIP_MAGIC):
+                return _load_zip(file)
+            return _load_legacy(file, None) if magic == _LEGACY_MAGIC else _unpickle(file.read())
+        except InputError as error:
+            raise InputError(f"{where}: {error}, which can run code; {advice}") from None
 
 
 def text_of(value: object) -> str:
@@ -121,19 +120,6 @@ def text_of(value: object) -> str:
     if isinstance(value, str):
         return value
     raise ValueError(f"expected text, found {type(value).__name__}")
-
-
-def _guarded(where: str, advice: str, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except InputError as error:
-        raise InputError(f"{where}: {error}, which can run code; {advice}") from None
-    except PARSER_ERRORS as error:
-        raise InputError(f"{where}: not a readable pickle: {error}; {advice}") from error
-    except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # The disk or network failed, which may be temporary.
-            raise
-        raise InputError(f"{where}: not a readable pickle: {error}; {advice}") from error
 
 
 class _Dtype:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets import PARSER_ERRORS, cifar
+from eclipse_ray.datasets import cifar, damage_named
 from eclipse_ray.datasets.arrays import ADVICE, ArrayFile, Layout, are_labels, check_sides, layout_of, to_labels
 from eclipse_ray.datasets.pickles import Tensor, Values, read_file, text_of, values_of
 from eclipse_ray.errors import InputError
@@ -67,10 +67,8 @@ def rows_of(where: str, values: Values, file: BinaryIO, start: int, stop: int) -
 
 def whole_of(where: str, tensor: Tensor, file: BinaryIO) -> NDArray[Any]:
     """Return the values of a tensor in `file`. Raises InputError for damage."""
-    try:
+    with damage_named(f"{where}: the file is damaged", "copy it again"):
         return tensor.read(file)
-    except PARSER_ERRORS as error:
-        raise InputError(f"{where}: the file is damaged: {error}; copy it again") from error
 
 
 # A pickle has to be read as a whole for each shard of it; the last one is kept.

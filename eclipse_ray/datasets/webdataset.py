@@ -69,26 +69,18 @@ _TEXT = frozenset(
 _ESCAPED = re.compile(r"[%.\\\x00-\x20\x7f]|^/|(?<=/)/|/\Z")
 
 Sample = dict[str, Member]
-
-
-class _Index(NamedTuple):
-    """The samples of one tar: keys, offset of each sample and of the end of the last one, all extensions."""
-
-    keys: list[str]
-    begins: list[int]
-    extensions: list[str]
+# Of one tar: keys, the offsets of each sample and of the end of the last one, and all extensions.
+_Index = tuple[list[str], list[int], list[str]]
 
 
 class _Look(NamedTuple):
-    """Result of planning one tar: its keys, a key with a label, a key without, whether any label is unknown.
+    """What planning sees of one tar: its keys, and the labels that are names of classes.
 
-    `names` are the labels that are names of classes.
+    `examples` holds a key of a sample with (True) and without (False) a label, or of which it is unknown (None).
     """
 
     keys: list[str]
-    labelled: str | None
-    unlabelled: str | None
-    unknown: bool
+    examples: dict[bool | None, str]
     names: set[str]
 
 
@@ -113,11 +105,17 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     classes = noted_classes(store)
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         looks = list(pool.map(lambda entry: _look(store, entry, config, classes), entries))
-    if config.labels is None:
-        _refuse_half_labelled(store, looks)
+    examples: dict[bool | None, str] = {}
+    for look in reversed(looks):
+        examples |= look.examples
+    if config.labels is None and {True, False} <= examples.keys():
+        raise InputError(
+            f"{store.url}: sample {examples[True]!r} has a label and {examples[False]!r} has none; label both or "
+            "neither"
+        )
     names = set[str]().union(*(look.names for look in looks))
     classes = folder.ordered_classes(names) if classes is None and names else classes
-    if config.label_column != _DEFAULT_LABEL_COLUMN and not any(look.labelled or look.unknown for look in looks):
+    if config.label_column != _DEFAULT_LABEL_COLUMN and examples.keys() <= {False}:
         raise InputError(
             f"{store.url}: no sample has a member {config.label_column!r}, and no .json member has such a field; "
             "name one that is there with --set data.label_column=NAME"
@@ -137,10 +135,10 @@ def read_rows(
     """
     where = f"{store.url}/{key}"
     entry = store.entry(key)
-    index = _index(store.url, key, entry.size, entry.version, config.image_column)
-    if stop > len(index.keys):
+    keys, begins, extensions = _index(store.url, key, entry.size, entry.version, config.image_column)
+    if stop > len(keys):
         raise InputError(f"{where}: has no {stop} samples; it changed since it was listed, start again from there")
-    begin, end = index.begins[start], index.begins[stop]
+    begin, end = begins[start], begins[stop]
     with _reader(store, key) as read:
         data = read(begin, end)
 
@@ -148,12 +146,12 @@ def read_rows(
         return data[first - begin : last - begin]
 
     samples = list(group_members(where, members(where, cut, begin, end), config.image_column))
-    if [name for name, _ in samples] != index.keys[start:stop] or len(data) != end - begin:
+    if [name for name, _ in samples] != keys[start:stop] or len(data) != end - begin:
         raise InputError(
             f"{where}: rows {start} to {stop} are not the ones its index or listing names; "
             "delete the .idx beside it if there is one, and start again"
         )
-    return _table(store, key, samples, index.extensions, cut, config, classes)
+    return _table(store, key, samples, extensions, cut, config, classes)
 
 
 def read_labels(
@@ -200,25 +198,19 @@ def _block_reader(store: Store, key: str) -> Read:
 def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str] | None) -> _Look:
     where = f"{store.url}/{entry.key}"
     keys: list[str] = []
-    labelled = unlabelled = image = None
-    unknown = False
+    examples: dict[bool | None, str] = {}
     names: set[str] = set()
     with _reader(store, entry.key) as read:
         found, indexed = _listed(store, entry.key, entry.size, read)
         for key, sample in group_members(where, found, config.image_column):
             keys.append(key)
-            if _image_of(sample, config) is None:
-                continue
-            image = key
-            _refuse_two_classes(where, sample, config)
-            known = _has_label(where, sample, read, config, classes, indexed, names)
-            unknown = unknown or known is None
-            labelled = key if known else labelled
-            unlabelled = key if known is False else unlabelled
-    if keys and image is None:
+            if _image_of(sample, config) is not None:
+                _refuse_two_classes(where, sample, config)
+                examples[_has_label(where, sample, read, config, classes, indexed, names)] = key
+    if keys and not examples:
         kinds = config.image_column if is_image(config.image_column) else ", ".join(SUFFIXES)
         raise InputError(f"{where}: none of its {len(keys)} samples has an image ({kinds}); leave this tar out")
-    return _Look(keys, labelled, unlabelled, unknown, names)
+    return _Look(keys, examples, names)
 
 
 def _has_label(
@@ -240,15 +232,6 @@ def _has_label(
         names.add(name)
         return True
     return _label(where, sample, read, config, classes) is not None
-
-
-def _refuse_half_labelled(store: Store, looks: Sequence[_Look]) -> None:
-    labelled = next((look.labelled for look in looks if look.labelled is not None), None)
-    unlabelled = next((look.unlabelled for look in looks if look.unlabelled is not None), None)
-    if labelled is not None and unlabelled is not None:
-        raise InputError(
-            f"{store.url}: sample {labelled!r} has a label and {unlabelled!r} has none; label both or neither"
-        )
 
 
 def _refuse_repeated_keys(store: Store, entries: Sequence[Entry], looks: Sequence[_Look]) -> None:
@@ -276,7 +259,7 @@ def _index(url: str, key: str, size: int, version: str, image_column: str) -> _I
             begins.append(min(member.begin for member in sample.values()))
             extensions |= dict.fromkeys(sample)
             end = max(member.end for member in sample.values())
-    return _Index(keys, [*begins, end], sorted(extensions))
+    return keys, [*begins, end], sorted(extensions)
 
 
 def _listed(store: Store, key: str, size: int, read: Read) -> tuple[Iterable[Member], bool]:

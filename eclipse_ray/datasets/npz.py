@@ -376,20 +376,17 @@ def read_array(store: Store, key: str) -> tuple[Array, Callable[[int, int], NDAr
 
 def stack_images(url: str, table: pa.Table, config: DataConfig) -> Pixels:
     """Return the images of a canonical table, uint8 (N, H, W, 3). Raises InputError unless they have one size."""
-    stacked: Pixels | None = None
     names = table["id"].to_pylist()
-    for row, (name, data) in enumerate(zip(names, image_bytes(table), strict=True)):
-        pixels = decode_required(f"{url}: image {name}", data, config)
-        if stacked is None:
-            stacked = np.empty((table.num_rows, *pixels.shape), np.uint8)
-        elif pixels.shape != stacked.shape[1:]:
+    images: list[Pixels] = []
+    for name, data in zip(names, image_bytes(table), strict=True):
+        images.append(decode_required(f"{url}: image {name}", data, config))
+        (height, width, _), first = images[-1].shape, images[0].shape
+        if images[-1].shape != first:
             raise InputError(
-                f"{url}: images differ in size: {names[0]} is {stacked.shape[2]}x{stacked.shape[1]} and {name} is "
-                f"{pixels.shape[1]}x{pixels.shape[0]} pixels; bring them to one size with --resize"
+                f"{url}: images differ in size: {names[0]} is {first[1]}x{first[0]} and {name} is "
+                f"{width}x{height} pixels; bring them to one size with --resize"
             )
-        stacked[row] = pixels
-    assert stacked is not None
-    return stacked
+    return np.stack(images)
 
 
 def _text_array(url: str, name: str, values: list[str]) -> NDArray[np.str_]:

@@ -90,8 +90,9 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             _refuse_paths(where, metadata, file, config)
             label = _label_column(where, schema, config)
             labelled[entry.key] = label is not None
-            if layout := _tensor_layout(where, schema.field(config.image_column)):
-                form = Form(layout, "uint8", "without labels" if label is None else "with labels")
+            tensors = tensors_of(where, schema.field(config.image_column))
+            if tensors and (order := order_of_tensors(tensors)):
+                form = Form(Layout(order, 255), "uint8", "without labels" if label is None else "with labels")
                 forms.append((form, metadata.num_rows))
             _warn_of_wide_groups(where, metadata)
             if label is not None:
@@ -115,13 +116,6 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
         for label in labels:
             check_label(f"{store.url}/{part.key}", label, classes)
     return [part for part, *_ in found if part.rows], classes
-
-
-def _tensor_layout(where: str, field: pa.Field) -> Layout | None:
-    """Return the layout of the images of a column of tensors of one shape, None for other columns."""
-    tensors = tensors_of(where, field)
-    order = tensors and order_of_tensors(tensors)
-    return Layout(order, 255) if order else None
 
 
 def _warn_of_wide_groups(where: str, metadata: pq.FileMetaData) -> None:
@@ -246,8 +240,16 @@ def _reading(where: str) -> Iterator[None]:
 
 
 def _metadata(where: str, file: BinaryIO) -> tuple[pq.FileMetaData, pa.Schema]:
+    """Return the footer and its schema; all columns are plain. Raises InputError for an incomplete file."""
     # Only the bytes of the footer are read. Arrow would read 64 KiB from the end, which include image bytes.
-    footer = _footer(where, file)
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 8))
+    tail = file.read(8)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != _MAGIC or length > size - 8:
+        raise InputError(f"{where}: not a whole Parquet file; copy it again or leave it out")
+    file.seek(size - 8 - length)
+    footer = muted(file.read(length))
     with _reading(where):
         metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
         return metadata, metadata.schema.to_arrow_schema()
@@ -257,18 +259,6 @@ def _reader(file: BinaryIO, metadata: pq.FileMetaData, **settings: Any) -> pq.Pa
     return pq.ParquetFile(
         file, metadata=metadata, arrow_extensions_enabled=False, page_checksum_verification=True, **settings
     )
-
-
-def _footer(where: str, file: BinaryIO) -> bytes:
-    """Return the footer, changed so that all columns are plain. Raises InputError for an incomplete file."""
-    size = file.seek(0, 2)
-    file.seek(max(0, size - 8))
-    tail = file.read(8)
-    length = int.from_bytes(tail[:4], "little")
-    if tail[4:] != _MAGIC or length > size - 8:
-        raise InputError(f"{where}: not a whole Parquet file; copy it again or leave it out")
-    file.seek(size - 8 - length)
-    return muted(file.read(length))
 
 
 def _groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
@@ -457,15 +447,6 @@ def _whole_labels(where: str, column: pa.ChunkedArray, classes: Sequence[str] | 
         raise InputError(f"{where}: labels are not whole numbers: {error}; store one integer per image") from error
 
 
-def _own_labels(
-    where: str, column: pa.ChunkedArray, config: DataConfig, classes: Sequence[str] | None
-) -> pa.ChunkedArray | None:
-    # If data.labels says what the labels are, names of classes in the file have no meaning.
-    if classes is None and config.labels is not None and _is_text(column.type):
-        return None
-    return _whole_labels(where, column, classes)
-
-
 def _refuse_paths(where: str, metadata: pq.FileMetaData, file: BinaryIO, config: DataConfig) -> None:
     """Raise InputError if the footer shows rows that hold the path of an image and not its bytes.
 
@@ -568,7 +549,9 @@ def _canonical(
     encoded, paths = _encoded(where, table, start, config)
     try:
         ids = _ids(where, table, key, start)
-        labels = None if label is None else _own_labels(where, table[label], config, classes)
+        # If data.labels says what the labels are, names of classes in the file have no meaning.
+        named = label is not None and classes is None and config.labels is not None and _is_text(table[label].type)
+        labels = None if label is None or named else _whole_labels(where, table[label], classes)
         _check_labels(where, ids, labels, classes)
     except pa.ArrowInvalid as error:
         raise InputError(f"{where}: ids or labels cannot be read: {error}; mend the source") from error

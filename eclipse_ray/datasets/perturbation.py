@@ -161,16 +161,12 @@ def _check_choices(half: str, rounding: str, unit: str) -> None:
 # ---- Reading
 
 
-def _file(url: str) -> tuple[Store, str]:
+def _load(url: str) -> _Delta:
     store = Store(url)
     if not store.is_file():
         raise InputError(f"{url}: there is no such file; name one perturbation file (.pt, .pth, .pkl or .npy)")
     base, _, key = store.url.rpartition("/")
-    return Store(base or "/"), key
-
-
-def _load(url: str) -> _Delta:
-    store, key = _file(url)
+    store = Store(base or "/")
     where = f"{store.url}/{key}"
     if key.lower().endswith(".npy"):
         array, rows = npz.read_array(store, key)

@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import pickletools
+import re
 import struct
 import sys
 import zipfile
@@ -179,14 +180,6 @@ def _encode(text: object, encoding: object = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
-def _empty_bytes() -> bytes:
-    return b""
-
-
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
 def _dict(*items: object) -> _Dict:
     if items:
         raise ValueError("a dict is described wrongly")
@@ -212,10 +205,6 @@ def _tensor(storage: object, offset: object, shape: object, strides: object, *_:
     return Tensor(storage, offset, shape, strides)
 
 
-def _parameter(data: object, *_: object) -> object:
-    return data
-
-
 def _storage_from_bytes(data: object) -> object:
     # A pickle of a tensor, unlike a file of torch.save, carries its values as a legacy file in bytes.
     if not isinstance(data, bytes):
@@ -225,35 +214,37 @@ def _storage_from_bytes(data: object) -> object:
 
 _ALLOWED: dict[tuple[str, str], Callable[..., object]] = {
     ("_codecs", "encode"): _encode,
-    ("__builtin__", "bytes"): _empty_bytes,
-    ("builtins", "bytes"): _empty_bytes,
+    ("__builtin__", "bytes"): lambda: b"",
+    ("builtins", "bytes"): lambda: b"",
     ("collections", "OrderedDict"): _dict,
     ("numpy", "dtype"): _Dtype,
     # Occurs only as an argument of _reconstruct, which ignores it.
-    ("numpy", "ndarray"): _reconstruct,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): lambda *_: _Array(),
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
     ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
-    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
     ("torch.storage", "_load_from_bytes"): _storage_from_bytes,
 }
+
+
+# Makes a storage of its dtype, whether it holds bfloat16, its key and its number of values.
+_Storages = Callable[[np.dtype[Any], bool, str, int], _Storage]
 
 
 class _Unpickler(pickle.Unpickler):
     """Resolves only the names in `_ALLOWED` and the storages of torch, to replacements in this module."""
 
-    storages: Callable[[np.dtype[Any], bool, str, int], _Storage] | None = None
+    storages: _Storages | None = None
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the replacement of `module.name`. Raises InputError for any other name."""
         if module == "torch" and name in _STORAGES:
             return name
-        stand_in = _ALLOWED.get((module, name))
+        # NumPy 2 calls its package numpy._core.
+        stand_in = _ALLOWED.get((re.sub(r"^numpy\._core\.", "numpy.core.", module), name))
         if stand_in is None:
             raise InputError(f"the pickle asks for {module}.{name}")
         # A new function each time, because a pickle may set attributes on the object that it gets.
@@ -269,7 +260,7 @@ class _Unpickler(pickle.Unpickler):
         return self.storages(np.dtype(_STORAGES[name]), name == "BFloat16Storage", text_of(key), numel)
 
 
-def _unpickle(data: bytes, storages: Callable[[np.dtype[Any], bool, str, int], _Storage] | None = None) -> Any:
+def _unpickle(data: bytes, storages: _Storages | None = None) -> Any:
     _check_sizes(data)
     unpickler = _Unpickler(io.BytesIO(data), encoding="bytes")
     unpickler.storages = storages
@@ -332,9 +323,7 @@ def _load_legacy(file: BinaryIO, data: bytes | None) -> Any:
     return result
 
 
-def _next_pickle(
-    file: BinaryIO, storages: Callable[[np.dtype[Any], bool, str, int], _Storage] | None = None
-) -> Any:
+def _next_pickle(file: BinaryIO, storages: _Storages | None = None) -> Any:
     start = file.tell()
     for _ in pickletools.genops(file):
         pass

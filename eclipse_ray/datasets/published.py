@@ -136,19 +136,15 @@ def _from_dict(where: str, content: dict[Any, Any], read: Reader) -> tuple[Value
 
 
 def _stack(where: str, items: Sequence[object], read: Reader) -> NDArray[Any]:
-    stacked: NDArray[Any] | None = None
-    for row, item in enumerate(items):
-        pixels = _image(where, row, item, read)
-        if stacked is None:
-            stacked = np.empty((len(items), *pixels.shape), pixels.dtype)
-        if pixels.shape != stacked.shape[1:] or pixels.dtype != stacked.dtype:
+    images = [_image(where, row, item, read) for row, item in enumerate(items)]
+    first = images[0]
+    for row, image in enumerate(images):
+        if (image.shape, image.dtype) != (first.shape, first.dtype):
             raise InputError(
-                f"{where}: images differ: number 0 is {stacked.dtype} {stacked.shape[1:]} and number {row} is "
-                f"{pixels.dtype} {pixels.shape}; bring them to one form"
+                f"{where}: images differ: number 0 is {first.dtype} {first.shape} and number {row} is "
+                f"{image.dtype} {image.shape}; bring them to one form"
             )
-        stacked[row] = pixels
-    assert stacked is not None
-    return stacked
+    return np.stack(images)
 
 
 def _image(where: str, row: int, item: object, read: Reader) -> NDArray[Any]:

@@ -102,7 +102,9 @@ def next_member(where: str, read: Read, begin: int, end: int) -> Member:
         body = place + BLOCK
         if header.kind not in _EXTENSIONS:
             break
-        note |= _note(where, header, read(body, body + _note_size(where, header)))
+        if header.size > _LONGEST_NOTE:
+            raise InputError(f"{where}: a name of {header.size} bytes is no name; write the archive anew")
+        note |= _note(where, header, read(body, body + header.size))
         place = _padded(body + header.size)
     name = note.get("path", header.name)
     _check_kind(where, header, name, note)
@@ -156,12 +158,6 @@ def _number(field: bytes) -> int:
     if digits and not digits.isdigit():
         raise ValueError(f"{digits!r} is no octal number")
     return int(digits or b"0", 8)
-
-
-def _note_size(where: str, header: _Header) -> int:
-    if header.size > _LONGEST_NOTE:
-        raise InputError(f"{where}: a name of {header.size} bytes is no name; write the archive anew")
-    return header.size
 
 
 def _note(where: str, header: _Header, data: bytes) -> dict[str, str]:

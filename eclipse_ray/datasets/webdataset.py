@@ -442,27 +442,22 @@ def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | Non
             if name in seen:
                 raise InputError(f"{store.url}: id {name} occurs more than once; give every image its own id")
             seen.add(name)
-            index.append(_append(tar, escape_key(name), own))
+            words: list[str] = []
+            for extension, data in own.items():
+                member = f"{escape_key(name)}.{extension}"
+                tar.write(header_block(member, len(data)))
+                words += [extension, str(tar.tell()), str(len(data)), member]
+                tar.write(data + padding(len(data)))
+            index.append(" ".join(words))
         tar.write(bytes(1024))
         store.write(f"part-{number:05d}.tar", tar.getvalue())
         store.write(f"part-{number:05d}.idx", ("\n".join(index) + "\n").encode())
     return len(seen)
 
 
-def _append(tar: io.BytesIO, key: str, members: dict[str, bytes]) -> str:
-    # Returns the line of the index for this sample: extension, offset, size and name of each member.
-    words: list[str] = []
-    for extension, data in members.items():
-        name = f"{key}.{extension}"
-        tar.write(header_block(name, len(data)))
-        words += [extension, str(tar.tell()), str(len(data)), name]
-        tar.write(data + padding(len(data)))
-    return " ".join(words)
-
-
 def _members(store: Store, table: pa.Table) -> Iterator[dict[str, bytes]]:
     labels = all_labels(store.url, table)
-    extras = {name: column.to_pylist() for name, column in _extras(table).items()}
+    extras = extra_columns(table).to_pydict()
     for row, data in enumerate(image_bytes(table)):
         members = {(suffix_of(data) or ".png").removeprefix("."): data}
         if labels is not None:
@@ -474,14 +469,9 @@ def _members(store: Store, table: pa.Table) -> Iterator[dict[str, bytes]]:
         yield members
 
 
-def _extras(table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    extras = extra_columns(table)
-    return dict(zip(extras.column_names, extras.columns, strict=True))
-
-
 def _check_columns(store: Store, table: pa.Table) -> None:
-    for name, column in _extras(table).items():
-        kind = column.type
+    for field in extra_columns(table).schema:
+        name, kind = field.name, field.type
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         bytes_ = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
         fits = (text and is_text(name)) or (bytes_ and not is_text(name) and not is_image(name))

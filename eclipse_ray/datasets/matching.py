@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -130,13 +131,9 @@ def match(
     `images` and `clean` are float32 (N, 192) and (M, 192); distances are squared.
     """
     count = min(_NEAREST, len(clean))
-    nearest = np.empty(len(images), np.int64)
-    margins = np.empty(len(images))
-    unique = np.empty(len(images), np.bool_)
-    copies = np.empty(len(images), np.int64)
     squares = (clean**2).sum(axis=1)
-    for start in range(0, len(images), _CHUNK):
-        some = images[start : start + _CHUNK]
+
+    def look(some: NDArray[np.float32]) -> tuple[NDArray[Any], ...]:
         rough = squares - 2 * some @ clean.T
         near = np.argpartition(rough, count - 1, axis=1)[:, :count]
         distances = ((clean[near].astype(np.float64) - some[:, None]) ** 2).sum(axis=2)
@@ -145,10 +142,11 @@ def match(
         apart = ((clean[near].astype(np.float64) - clean[near[:, :1]]) ** 2).sum(axis=2)
         same = (apart <= _COPY) & (labels[near] == labels[near[:, :1]])
         second = np.where(same, np.inf, distances).min(axis=1)
-        stop = start + len(some)
-        nearest[start:stop], copies[start:stop] = near[:, 0], same.sum(axis=1)
-        margins[start:stop] = second - distances[:, 0]
-        unique[start:stop] = second > _MARGIN * distances[:, 0]
+        least = distances[:, 0]
+        return near[:, 0], second - least, second > _MARGIN * least, same.sum(axis=1)
+
+    chunks = [look(images[start : start + _CHUNK]) for start in range(0, len(images), _CHUNK)]
+    nearest, margins, unique, copies = (np.concatenate(each) for each in zip(*chunks, strict=True))
     claims = np.bincount(nearest[unique], minlength=len(clean))[nearest]
     return nearest, margins, unique & (claims <= copies)
 

@@ -261,17 +261,12 @@ def _reader(file: BinaryIO, metadata: pq.FileMetaData, **settings: Any) -> pq.Pa
     )
 
 
-def _groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[list[int], int]:
+def _groups(metadata: pq.FileMetaData, start: int, stop: int) -> tuple[range, int]:
     # Returns the row groups that overlap the range, and the number of rows before the first of them.
-    groups: list[int] = []
-    first = skipped = 0
-    for index in range(metadata.num_row_groups):
-        last = first + metadata.row_group(index).num_rows
-        if first < stop and start < last:
-            skipped = skipped if groups else first
-            groups.append(index)
-        first = last
-    return groups, skipped
+    count = metadata.num_row_groups
+    ends = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(count))])
+    first = int(np.searchsorted(ends, start, "right")) - 1
+    return range(first, min(count, int(np.searchsorted(ends, stop)))), int(ends[first])
 
 
 def _is_long(metadata: pq.FileMetaData, groups: Sequence[int], rows: int) -> bool:
@@ -299,16 +294,15 @@ class _Stream:
     def take(self, start: int, stop: int) -> pa.Table:
         """Return rows `start` to `stop` of the file, or fewer if it ends before; earlier ones are skipped."""
         found: list[pa.RecordBatch] = []
-        while self.place < stop or not found:
+        while self.place < stop:
             self.held = self.held if self.held is not None and self.held.num_rows else next(self.batches, None)
             if self.held is None:
                 break
-            skipped = min(max(0, start - self.place), self.held.num_rows)
-            taken = self.held.slice(skipped, max(0, stop - self.place - skipped))
-            if skipped < self.held.num_rows:
-                found.append(taken)
-            self.held = self.held.slice(skipped + taken.num_rows)
-            self.place += skipped + taken.num_rows
+            taken, skipped = self.held.slice(0, stop - self.place), max(0, start - self.place)
+            self.held = self.held.slice(taken.num_rows)
+            self.place += taken.num_rows
+            if skipped < taken.num_rows:
+                found.append(taken.slice(skipped))
         if not found:
             raise pa.ArrowInvalid(f"it ends before row {start}")
         return pa.Table.from_batches(found)

@@ -392,7 +392,12 @@ def _stored_label(where: str, sample: Sample, read: Read, config: DataConfig) ->
     if name is not None:
         value: object = _short(where, sample[name], read, _LONGEST_LABEL).strip()
     elif "json" in sample:
-        value = _field(where, sample["json"], read, config.label_column)
+        member = sample["json"]
+        try:
+            tree = json.loads(_short(where, member, read, _LONGEST_JSON))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: member {member.name} is not readable JSON: {error}; mend it") from None
+        value = tree.get(config.label_column) if isinstance(tree, dict) else None
     else:
         return None
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value, re.ASCII):
@@ -410,14 +415,6 @@ def _class_member(sample: Sample, config: DataConfig) -> str | None:
         return config.label_column if config.label_column in sample else None
     found = [name for name in sample if name.rpartition(".")[2] == "cls"]
     return "cls" if "cls" in sample else found[0] if len(found) == 1 else None
-
-
-def _field(where: str, member: Member, read: Read, name: str) -> object:
-    try:
-        tree = json.loads(_short(where, member, read, _LONGEST_JSON))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: member {member.name} is not readable JSON: {error}; mend it") from None
-    return tree.get(name) if isinstance(tree, dict) else None
 
 
 def _short(where: str, member: Member, read: Read, limit: int) -> str:

@@ -104,8 +104,8 @@ def apply(
     noise = _load(delta)
     unit = _unit(noise, unit)
     kind, place = _placing(noise, source, data_config, index)
-    # Perturbations in the order of the images are read with them, others are held in memory.
-    whole = None if (index, kind, noise.draws) == ("order", "sample-wise", 1) else noise.whole()
+    in_order = (index, kind, noise.draws) == ("order", "sample-wise", 1)
+    choose = _chooser(noise, None if in_order else place, seed)
     first = order_of(noise.shape, np.dtype(np.float32)) == "CHW"
     say(
         f"{delta}: read as a {kind} perturbation {noise.dtype} {noise.shape} in units of {unit}, {half}, "
@@ -129,15 +129,9 @@ def apply(
     def tables() -> Iterator[pa.Table]:
         start = 0
         for table in read_tables(source, data_config):
-            names, stop = table["id"].to_pylist(), start + table.num_rows
-            if whole is None:
-                values: Iterable[NDArray[Any] | None] = noise.rows(start, stop)
-            else:
-                draws = [_draw(noise.draws, seed, name) for name in names]
-                rows = zip(draws, place(start, table), strict=True)
-                values = [None if row is None else whole[draw, row] for draw, row in rows]
-            yield with_images(table, list(map(perturbed, names, image_bytes(table), values)))
-            start = stop
+            rows = zip(table["id"].to_pylist(), image_bytes(table), choose(start, table), strict=True)
+            yield with_images(table, [perturbed(*row) for row in rows])
+            start += table.num_rows
 
     images = write_dataset(output, tables(), classes=source.classes, source=clean, passed_over=source.passed_over)
     l2 /= max(1, changed)
@@ -286,6 +280,21 @@ def _placing(noise: _Delta, source: Source, data_config: DataConfig, index: str)
             "name the files that belong together"
         )
     return f"{kind}{some}", lambda start, table: [row_of.get(start + row) for row in range(table.num_rows)]
+
+
+def _chooser(
+    noise: _Delta, place: Place | None, seed: int
+) -> Callable[[int, pa.Table], Iterable[NDArray[Any] | None]]:
+    """Return the function that gives the perturbations of a table; without `place` they are in its order."""
+    if place is None:
+        return lambda start, table: noise.rows(start, start + table.num_rows)
+    whole = noise.whole()
+
+    def choose(start: int, table: pa.Table) -> list[NDArray[Any] | None]:
+        rows = zip(table["id"].to_pylist(), place(start, table), strict=True)
+        return [None if row is None else whole[_draw(noise.draws, seed, name), row] for name, row in rows]
+
+    return choose
 
 
 def _draw(draws: int, seed: int, name: str) -> int:

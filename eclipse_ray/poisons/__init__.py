@@ -18,7 +18,7 @@ from torch import Tensor
 from eclipse_ray.config import PoisonConfig, validated
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.adp import Adp, fit_adp, perturb_adp
-from eclipse_ray.poisons.ar import Ar, ar_perturbation, published_ar_perturbation
+from eclipse_ray.poisons.ar import Ar, ar_perturbation
 from eclipse_ray.poisons.cuda import Cuda, cuda_perturbation
 from eclipse_ray.poisons.efp import Efp, fit_efp, perturb_efp
 from eclipse_ray.poisons.em import Em, minimise_error, perturb_em
@@ -51,7 +51,7 @@ SINGLE: dict[str, ClosedForm] = {
     "urp": ClosedForm(Urp, urp_perturbation),
     "lsp": ClosedForm(Lsp, lsp_perturbation),
     "ar": ClosedForm(Ar, ar_perturbation),
-    "ar-published": ClosedForm(Ar, published_ar_perturbation),
+    "ar-published": ClosedForm(Ar, partial(ar_perturbation, published=True)),
     "cuda": ClosedForm(Cuda, cuda_perturbation),
     "shift": ClosedForm(Shift, shift_perturbation),
 }
@@ -160,10 +160,12 @@ def perturb(
     order or batch. `labels` are integers (B,) in 0..num_classes - 1. Raises InputError for an inconsistent batch,
     ConfigError for an optimised poison and for settings that cannot work at this image size.
     """
-    _named(config.name)
+    settings = settings_of(config)
     if config.name not in POISONS:
         raise ConfigError(f"poison {config.name} depends on all images at once: fit_poison comes first")
-    return POISONS[config.name].perturb(images, labels, ids, settings_of(config), seed, num_classes)
+    data = LabelledImages(images, labels, ids, num_classes)
+    check_inputs(data)
+    return POISONS[config.name].perturb(data, settings, seed) if len(ids) else torch.zeros(images.shape)
 
 
 def poison_images(
@@ -182,7 +184,7 @@ def fit_poison(data: LabelledImages, config: PoisonConfig, seed: int, session: S
 
     Raises ConfigError for a closed-form poison and as `settings_of` does, InputError for an inconsistent dataset.
     """
-    check_inputs(data.images, data.labels, data.ids, data.num_classes)
+    check_inputs(data)
     return optimised(config).fit(data, settings_of(config), seed, session)
 
 
@@ -190,7 +192,7 @@ def poison_fitted(
     data: LabelledImages, state: State, config: PoisonConfig, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Return any part of a fitted dataset poisoned, uint8 (B, H, W, 3), its norm checked after 8-bit storage."""
-    check_inputs(data.images, data.labels, data.ids, data.num_classes)
+    check_inputs(data)
     if not len(data.ids):
         return data.images.clone()
     method, settings = optimised(config), settings_of(config)

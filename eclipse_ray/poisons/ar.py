@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from importlib.resources import files
 from itertools import chain
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.interface import AR_T, PoisonSettings, check_inputs, draw_ids, scale_to_l2
+from eclipse_ray.poisons.interface import AR_T, LabelledImages, PoisonSettings, draw_ids, scale_to_l2
 
 Floats = NDArray[np.float64]
 
@@ -55,53 +55,24 @@ class Ar(PoisonSettings):
         return "l2", self.eps_255 / 255
 
 
-def ar_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Ar, seed: int, num_classes: int
-) -> Tensor:
-    """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
+def ar_perturbation(data: LabelledImages, settings: Ar, seed: int, published: bool = False) -> Tensor:
+    """Return the perturbation of each image; see `ClosedForm`.
 
     Each class and channel has its own linear process, which writes every pixel from the eight before it in
     its 3x3 window; each image (scope "class": each class) has its own Gaussian start. The result is
-    scaled to the L2 bound over all channels. Raises InputError for an inconsistent batch, ConfigError when
-    there are more classes than processes to be found.
+    scaled to the L2 bound over all channels. `published` takes the processes of the authors: class k the k-th of
+    the set for 10 or 100 classes. Raises ConfigError when there are more classes than processes.
     """
-
-    def find() -> Floats:
-        return processes(seed, num_classes, int(images.shape[1]), int(images.shape[2]))
-
-    return _perturbation(images, labels, ids, settings, seed, num_classes, find)
-
-
-def published_ar_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Ar, seed: int, num_classes: int
-) -> Tensor:
-    """Return what `ar_perturbation` does, by the processes that the authors published for 10 or 100 classes.
-
-    Class k takes the k-th of them; up to ten classes take those for 10. Raises as `ar_perturbation` does.
-    """
-    find = partial(published_processes, num_classes)
-    return _perturbation(images, labels, ids, settings, seed, num_classes, find)
-
-
-def _perturbation(
-    images: Tensor,
-    labels: Tensor,
-    ids: Sequence[str],
-    settings: Ar,
-    seed: int,
-    num_classes: int,
-    find: Callable[[], Floats],
-) -> Tensor:
-    values = check_inputs(images, labels, ids, num_classes)
-    shape = tuple(images.shape[1:])
-    height, width = shape[0], shape[1]
-    if not values:
-        return torch.zeros(images.shape)
-    keys = draw_ids(values, ids, settings.scope)
+    height, width = data.images.shape[1:3]
+    labels = data.labels.tolist()
+    keys = draw_ids(labels, data.ids, settings.scope)
     start = noise(seed, keys, START_T, (height + MARGIN, width + MARGIN, 3)).numpy().astype(np.float64)
-    coefficients = find()[values]
-    signal = generate(coefficients, start)[:, MARGIN:, MARGIN:]
-    return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), settings.budget(shape)[1])
+    if published:
+        found = published_processes(data.num_classes)
+    else:
+        found = processes(seed, data.num_classes, height, width)
+    signal = generate(found[labels], start)[:, MARGIN:, MARGIN:]
+    return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), settings.budget(data.images.shape[1:])[1])
 
 
 @lru_cache(maxsize=2)

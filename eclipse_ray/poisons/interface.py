@@ -63,14 +63,12 @@ class LinfSettings(PoisonSettings):
         return "linf", self.eps_255 / 255
 
 
-def check_inputs(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes: int) -> list[int]:
-    """Return `labels` as a list; raise InputError unless images, labels and ids form one labelled batch."""
-    check_labelled(images, labels, ids)
-    values = [int(label) for label in labels]
-    wrong = [label for label in values if not 0 <= label < num_classes]
-    if wrong:
-        raise InputError(f"label {wrong[0]} lies outside 0..{num_classes - 1}; relabel from 0")
-    return values
+def check_inputs(data: LabelledImages) -> None:
+    """Raise InputError unless images, labels and ids form one labelled batch."""
+    check_labelled(data.images, data.labels, data.ids)
+    wrong = data.labels[(data.labels < 0) | (data.labels >= data.num_classes)]
+    if len(wrong):
+        raise InputError(f"label {int(wrong[0])} lies outside 0..{data.num_classes - 1}; relabel from 0")
 
 
 def class_id(label: int) -> str:
@@ -150,10 +148,13 @@ Perturb = Callable[[LabelledImages, State, Any, int, torch.device], Tensor]
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """A poison that perturbs any batch at once; see `perturb` for the arguments."""
+    """A poison that perturbs any batch at once.
+
+    `perturb` takes (checked images, at least one; settings; seed) and returns float32 (B, H, W, 3) on [0, 1].
+    """
 
     settings: type[PoisonSettings]
-    perturb: Callable[[Tensor, Tensor, Sequence[str], Any, int, int], Tensor]
+    perturb: Callable[[LabelledImages, Any, int], Tensor]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ whole dataset; the state this gives then perturbs any part of it. A poison is on
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eclipse_ray.config import PoisonConfig, validated
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.adp import Adp, fit_adp, perturb_adp
+from eclipse_ray.poisons.adp import Adp, fit_adp
 from eclipse_ray.poisons.ar import Ar, ar_perturbation
 from eclipse_ray.poisons.cuda import Cuda, cuda_perturbation
 from eclipse_ray.poisons.efp import Efp, fit_efp, perturb_efp
@@ -36,15 +36,7 @@ from eclipse_ray.poisons.lsp import Lsp, lsp_perturbation
 from eclipse_ray.poisons.mixture import Mixture, mixed_perturbation
 from eclipse_ray.poisons.rem import Rem, fit_rem, perturb_rem
 from eclipse_ray.poisons.sep import Sep, fit_sep, perturb_sep
-from eclipse_ray.poisons.simple import (
-    Ops,
-    Shift,
-    Urp,
-    fit_ops,
-    perturb_ops,
-    shift_perturbation,
-    urp_perturbation,
-)
+from eclipse_ray.poisons.simple import Ops, Shift, Urp, fit_ops, perturb_ops, shift_perturbation, urp_perturbation
 from eclipse_ray.poisons.tap import Tap, fit_tap, perturb_tap
 
 SINGLE: dict[str, ClosedForm] = {
@@ -67,7 +59,7 @@ OPTIMISED: dict[str, Optimised] = {
     "rem": Optimised(Rem, fit_rem, perturb_rem),
     "sep": Optimised(Sep, fit_sep, perturb_sep),
     "efp": Optimised(Efp, fit_efp, perturb_efp),
-    "adp": Optimised(Adp, fit_adp, perturb_adp),
+    "adp": Optimised(Adp, fit_adp, perturb_em),
 }
 """Optimised poisons by the name of `poison.name`."""
 
@@ -85,11 +77,7 @@ def settings_of(config: PoisonConfig) -> PoisonSettings:
     """
     model = _named(config.name)
     chosen = config.own()
-    for key in chosen:
-        if key not in model.model_fields:
-            known = [*model.model_fields, *PoisonConfig.model_fields]
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"poison.{key}: {config.name} has no such setting; did you mean poison.{close}?")
+    _refuse_unknown(chosen, model.model_fields, f"{config.name} has no such setting")
     return validated(model, {**_numbers(model, config.cost, chosen), **chosen}, "poison")
 
 
@@ -108,11 +96,15 @@ def check_poison(config: PoisonConfig) -> None:
     if chosen.keys() <= named.keys():
         settings_of(config)
         return
-    known = {key for model in poison_settings().values() for key in model.model_fields}
+    known = dict.fromkeys(key for model in poison_settings().values() for key in model.model_fields)
+    _refuse_unknown(chosen, known, "no poison has such a setting")
+
+
+def _refuse_unknown(chosen: Collection[str], known: Collection[str], sentence: str) -> None:
     for key in chosen:
         if key not in known:
             close = difflib.get_close_matches(key, [*known, *PoisonConfig.model_fields], n=1, cutoff=0.0)[0]
-            raise ConfigError(f"poison.{key}: no poison has such a setting; did you mean poison.{close}?")
+            raise ConfigError(f"poison.{key}: {sentence}; did you mean poison.{close}?")
 
 
 def cost_of(config: PoisonConfig) -> str:

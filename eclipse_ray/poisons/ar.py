@@ -64,15 +64,14 @@ def ar_perturbation(data: LabelledImages, settings: Ar, seed: int, published: bo
     the set for 10 or 100 classes. Raises ConfigError when there are more classes than processes.
     """
     height, width = data.images.shape[1:3]
-    labels = data.labels.tolist()
-    keys = draw_ids(labels, data.ids, settings.scope)
+    keys = draw_ids(data, settings.scope)
     start = noise(seed, keys, START_T, (height + MARGIN, width + MARGIN, 3)).numpy().astype(np.float64)
     if published:
         found = published_processes(data.num_classes)
     else:
         found = processes(seed, data.num_classes, height, width)
-    signal = generate(found[labels], start)[:, MARGIN:, MARGIN:]
-    return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), settings.budget(data.images.shape[1:])[1])
+    signal = generate(found[data.labels.numpy()], start)[:, MARGIN:, MARGIN:]
+    return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), settings)
 
 
 @lru_cache(maxsize=2)
@@ -143,8 +142,7 @@ def _bounded(seed: int, chunk: int) -> Iterator[tuple[Floats, Floats]]:
     corners = [(0, size) for size in TRIAL_CORNERS]
     for index, size in [*corners, *((index, TRIAL_SIZE) for index in range(TRIAL_STARTS))]:
         start = noise(seed, [f"ar-start-{index}"], TRIAL_T, (TRIAL_SIZE + MARGIN, TRIAL_SIZE + MARGIN, 3))
-        signals = _trial(draws, start[:, : size + MARGIN, : size + MARGIN])
-        norms = _norms(signals)
+        signals, norms = _trial(draws, start[:, : size + MARGIN, : size + MARGIN])
         # Not a number, where a signal overflowed, is not bounded either.
         kept = norms <= TRIAL_NORM
         draws, signals, norms = draws[kept], signals[kept], norms[kept]
@@ -153,17 +151,13 @@ def _bounded(seed: int, chunk: int) -> Iterator[tuple[Floats, Floats]]:
         yield taps, windows.reshape(-1, 3, 9)
 
 
-def _trial(coefficients: Floats, start: Tensor) -> Floats:
-    """Return the signals, float64 (B, H, W, 3), of all candidates from one start (1, H + 4, W + 4, 3)."""
+def _trial(coefficients: Floats, start: Tensor) -> tuple[Floats, Floats]:
+    """Return the signals (B, H, W, 3) of all candidates from one start (1, H + 4, W + 4, 3), and their norms."""
     starts = start.numpy().astype(np.float64).repeat(len(coefficients), axis=0)
     # An unbounded process overflows, which is what the trial is to find out.
     with np.errstate(over="ignore", invalid="ignore"):
-        return generate(coefficients, starts)[:, MARGIN:, MARGIN:]
-
-
-def _norms(signals: Floats) -> Floats:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(np.sqrt(np.square(signals).sum(axis=(1, 2, 3))))
+        signals = generate(coefficients, starts)[:, MARGIN:, MARGIN:]
+        return signals, np.asarray(np.sqrt(np.square(signals).sum(axis=(1, 2, 3))))
 
 
 def _bounded_at(seed: int, taps: Floats, height: int, width: int) -> bool:
@@ -171,7 +165,8 @@ def _bounded_at(seed: int, taps: Floats, height: int, width: int) -> bool:
         return True
     start = noise(seed, ["ar-start-large"], TRIAL_T, (height + MARGIN, width + MARGIN, 3))
     limit = TRIAL_NORM * math.sqrt(height * width) / TRIAL_SIZE
-    return bool(_norms(_trial(taps[None], start))[0] <= limit)
+    _, norms = _trial(taps[None], start)
+    return bool(norms[0] <= limit)
 
 
 def _responds(chosen: list[Floats], windows: Floats, threshold: float) -> bool:

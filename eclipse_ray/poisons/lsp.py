@@ -55,7 +55,7 @@ def lsp_perturbation(data: LabelledImages, settings: Lsp, seed: int) -> Tensor:
     rows, columns = -(-height // patch), -(-width // patch)
     grid = _colours(data, settings.scope, seed, rows * columns * 3).reshape(-1, rows, columns, 3)
     full = grid.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)
-    return scale_to_l2(full[:, :height, :width], settings.budget(data.images.shape[1:])[1])
+    return scale_to_l2(full[:, :height, :width], settings)
 
 
 def default_patch(height: int, width: int) -> int:

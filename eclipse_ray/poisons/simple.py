@@ -45,7 +45,7 @@ def urp_perturbation(data: LabelledImages, settings: Urp, seed: int) -> Tensor:
     """
     shape = tuple(data.images.shape[1:])
     bound = settings.budget(shape)[1]
-    keys = draw_ids(data.labels.tolist(), data.ids, settings.scope)
+    keys = draw_ids(data, settings.scope)
     distinct = list(dict.fromkeys(keys))
     if settings.distribution == "uniform":
         drawn = (2 * uniform(seed, distinct, URP_T, shape) - 1) * bound

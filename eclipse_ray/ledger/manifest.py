@@ -102,22 +102,6 @@ def manifest_table(manifest: Manifest) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def manifest_problem(store: Store, manifest: Manifest) -> str | None:
-    """Return one sentence on how the stored manifest differs from `manifest`, or None if it does not."""
-    path = store.path(layout.MANIFEST)
-    data = layout.read_optional(store, layout.MANIFEST)
-    if data is None:
-        return f"{path}: missing; run the same command again to finish the run"
-    try:
-        table = layout.read_table(data, SCHEMA)
-    except layout.DAMAGE as error:
-        return f"{path}: damaged ({error}); run the same command again to rewrite it"
-    stored = (table.schema.metadata or {}).get(_FINGERPRINT)
-    if stored != manifest.fingerprint.encode() or not table.equals(manifest_table(manifest)):
-        return f"{path}: does not agree with the statuses; run the same command again to rewrite it"
-    return None
-
-
 def _require_complete(store: Store, shards: Sequence[Shard], statuses: Mapping[str, Status]) -> None:
     missing = pending(shards, statuses)
     if missing:
@@ -172,8 +156,7 @@ def verify(store: Store) -> VerifyResult:
     problems += _check_folder(store, shards, statuses)
     if fingerprint and not pending(shards, statuses):
         manifest = Manifest(fingerprint, tuple(statuses[shard.name] for shard in shards))
-        problem = manifest_problem(store, manifest)
-        problems += [problem] if problem else []
+        problems += _check_manifest(store, manifest)
     planned = sum(shard.rows for shard in shards)
     return VerifyResult(not problems, planned, images, failed, problems)
 
@@ -253,6 +236,21 @@ def _check_ids(path: str, ids: Sequence[object], seen: set[bytes], problems: lis
         problems.append(f"{path}: {nulls} images have no id")
     if doubled:
         problems.append(f"{path}: {len(doubled)} ids occur elsewhere in the output too, such as {doubled[0]!r}")
+
+
+def _check_manifest(store: Store, manifest: Manifest) -> list[str]:
+    path = store.path(layout.MANIFEST)
+    data = layout.read_optional(store, layout.MANIFEST)
+    if data is None:
+        return [f"{path}: missing; run the same command again to finish the run"]
+    try:
+        table = layout.read_table(data, SCHEMA)
+    except layout.DAMAGE as error:
+        return [f"{path}: damaged ({error}); run the same command again to rewrite it"]
+    stored = (table.schema.metadata or {}).get(_FINGERPRINT)
+    if stored != manifest.fingerprint.encode() or not table.equals(manifest_table(manifest)):
+        return [f"{path}: does not agree with the statuses; run the same command again to rewrite it"]
+    return []
 
 
 def _check_folder(store: Store, shards: Sequence[Shard], statuses: Mapping[str, Status]) -> list[str]:

@@ -122,9 +122,7 @@ def help_of(declaration: Parameter, default: Any) -> str:
 def _run(name: str, verb: Verb, values: dict[str, Any], more: list[str]) -> None:
     as_json, no_report = values.pop("json"), values.pop("no_report", False)
     function = PLANS[verb.function] if values.pop("dry_run", False) else verb.function
-    for key, (_, declaration) in declared(verb.function).items():
-        if declaration.pair:
-            values[key] = dict(map(declaration.pair, values[key] or []))
+    values |= _pairs(verb, values)
     if name == "submit":
         values |= _order(values["verb"], more, values["again"])
     config = None
@@ -138,6 +136,12 @@ def _run(name: str, verb: Verb, values: dict[str, Any], more: list[str]) -> None
     if folder:
         conclude(folder, no_report or not verb.report)
     raise typer.Exit(exit_code(result, config))
+
+
+def _pairs(verb: Verb, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the options of a verb that are given as NAME=VALUE, as mappings."""
+    pairs = {key: one.pair for key, (_, one) in declared(verb.function).items() if one.pair}
+    return {key: dict(map(pair, values[key] or [])) for key, pair in pairs.items()}
 
 
 @contextmanager
@@ -188,10 +192,7 @@ def translated(verb: str, words: list[str]) -> tuple[list[str], dict[str, Any]]:
     for parameter in command.params:
         if parameter.name not in ("config", "settings", "json", "help"):
             arguments += _spelled(verb, parameter, given.get(str(parameter.name)))
-    for key, (_, declaration) in declared(VERBS[verb].function).items():
-        if declaration.pair:
-            given[key] = dict(map(declaration.pair, given[key] or []))
-    return arguments, given
+    return arguments, given | _pairs(VERBS[verb], given)
 
 
 def _spelled(verb: str, parameter: Any, value: Any) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from threading import Thread, Timer
 from typing import TypeVar
@@ -32,31 +32,27 @@ def first_contact(what: str, call: Callable[[], T]) -> T:
 
 def bounded(call: Callable[[], T], seconds: float) -> T:
     """Return `call()`, run on a thread that is left behind after `seconds`. Raises NoAnswerError then."""
-    done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    answer: Future[T] = Future()
 
     def work() -> None:
         try:
-            done.put((call(), None))
+            answer.set_result(call())
         except BaseException as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
-            done.put((None, error))
+            answer.set_exception(error)
 
     Thread(target=work, daemon=True).start()
-    try:
-        result, error = done.get(timeout=max(seconds, 0.0))
-    except queue.Empty:
-        raise NoAnswerError(f"nothing answered within {seconds:.0f} s") from None
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]
+    if not wait([answer], timeout=max(seconds, 0.0)).done:
+        raise NoAnswerError(f"nothing answered within {seconds:.0f} s")
+    return answer.result()
 
 
 @contextmanager
-def telling(what: str) -> Iterator[Timer]:
-    """Say that `what` is waited for when the block takes longer than TELL_SECONDS; the timer can be cancelled."""
+def telling(what: str) -> Iterator[None]:
+    """Say that `what` is waited for when the block takes longer than TELL_SECONDS."""
     timer = Timer(TELL_SECONDS, say, [f"waiting for {what}; given up after {CONTACT_SECONDS:.0f} s"])
     timer.daemon = True
     timer.start()
     try:
-        yield timer
+        yield
     finally:
         timer.cancel()

@@ -173,27 +173,24 @@ class Described:
 def describe(key: str) -> Described:
     """Return the setting "section.key" in words. Raises KeyError if there is none."""
     section, _, name = key.partition(".")
-    return _described(key, section_fields(section)[name])
-
-
-def describe_section(section: str) -> list[Described]:
-    """Return all settings of a section in words, in order."""
-    return [_described(f"{section}.{name}", field) for name, field in section_fields(section).items()]
-
-
-def section_fields(section: str) -> dict[str, FieldInfo]:
-    """Return the fields of a section of the configuration by name."""
-    model: Any = Config.model_fields[section].annotation
-    return dict(model.model_fields)
-
-
-def _described(key: str, field: FieldInfo) -> Described:
+    field = section_fields(section)[name]
     default = field.get_default(call_default_factory=True)
     plain = list(default) if isinstance(default, tuple) else default
     shown = default if isinstance(default, str) else yaml.safe_dump(plain, default_flow_style=True)
     return Described(
         key, _kind(field.annotation), _bounds(field), shown.removesuffix("...\n").strip(), field.description or ""
     )
+
+
+def describe_section(section: str) -> list[Described]:
+    """Return all settings of a section in words, in order."""
+    return [describe(f"{section}.{name}") for name in section_fields(section)]
+
+
+def section_fields(section: str) -> dict[str, FieldInfo]:
+    """Return the fields of a section of the configuration by name."""
+    model: Any = Config.model_fields[section].annotation
+    return dict(model.model_fields)
 
 
 def _kind(annotation: Any) -> str:

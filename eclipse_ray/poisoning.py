@@ -64,6 +64,8 @@ PERTURBATION = "perturbation"
 
 Report = Callable[[int, int, str], None]
 Arrays = dict[str, NDArray[Any]]
+Chunks = Sequence[Sequence[Span]]
+"""The spans of each chunk, in order."""
 
 
 @dataclass(frozen=True)
@@ -261,8 +263,8 @@ def poison(config: Config, *, show_classes: bool = True) -> DatasetResult:
     )
     if not job.optimised:
         refuse_existing(Store(output))
-        spans = _spans(source, CHUNK_IMAGES)
-        return _write(config, job, spans, _spread_or_not(config, job, len(spans)))
+        chunks = _chunks(source, CHUNK_IMAGES)
+        return _write(config, job, chunks, _spread_or_not(config, job, chunks))
     return _optimised(config, job, source)
 
 
@@ -276,32 +278,28 @@ def _optimised(config: Config, job: PoisonJob, source: Source) -> DatasetResult:
         say(f"{job.output}: already poisoned with these settings and images")
         return DatasetResult(**json.loads(store.read(RESULT_KEY)))
     store.write(UNFINISHED, b"")
-    spans = _spans(source, config.poison.chunk_images)
+    chunks = _chunks(source, config.poison.chunk_images)
     every = config.run.progress_seconds
     with ProgressLine(f"fit {job.poison.name}", "steps", 0, every, phase=reaching(config)) as line:
         resources = connect(config)
         line.phase = "first step"
         state = _fit(config, job, resources, line)
-    result = _write(config, job, spans, _spread(config, job, resources, state), resume=True)
+    result = _write(config, job, chunks, _spread(config, job, chunks, resources, state), resume=True)
     store.write(RESULT_KEY, json.dumps(vars(result)).encode())
-    for key in (FIT_KEY, *(chunk_key(number) for number in range(len(spans)))):
+    for key in (FIT_KEY, *(chunk_key(number) for number in range(len(chunks)))):
         store.delete(key)
     return result
 
 
-Tables = Callable[[Sequence[Sequence[Span]]], Iterator[pa.Table]]
-"""Spans of all chunks to their poisoned tables, in order."""
-
-
 def _write(
-    config: Config, job: PoisonJob, spans: Sequence[Sequence[Span]], tables: Tables, *, resume: bool = False
+    config: Config, job: PoisonJob, chunks: Chunks, tables: Iterator[pa.Table], *, resume: bool = False
 ) -> DatasetResult:
     norms: list[dict[str, Any]] = []
-    total = sum(stop - start for chunk in spans for _, start, stop in chunk)
+    total = sum(stop - start for chunk in chunks for _, start, stop in chunk)
     line = ProgressLine(f"poison {job.poison.name}", "images", total, config.run.progress_seconds)
 
     def watched() -> Iterator[pa.Table]:
-        for table in tables(spans):
+        for table in tables:
             norms.append(largest_norm(table))
             line.advance(table.num_rows)
             yield with_classes(table, job.classes)
@@ -326,27 +324,25 @@ def _details(job: PoisonJob, norms: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _spread_or_not(config: Config, job: PoisonJob, chunks: int) -> Tables:
+def _spread_or_not(config: Config, job: PoisonJob, chunks: Chunks) -> Iterator[pa.Table]:
     local = Store(job.source).in_this_process_only or Store(job.output).in_this_process_only
-    if local or chunks < SPREAD_CHUNKS:
-        return lambda spans: (poison_chunk(job, number, chunk, None) for number, chunk in enumerate(spans))
-    return _spread(config, job, connect(config), None)
+    if local or len(chunks) < SPREAD_CHUNKS:
+        return (poison_chunk(job, number, chunk, None) for number, chunk in enumerate(chunks))
+    return _spread(config, job, chunks, connect(config), None)
 
 
-def _spread(config: Config, job: PoisonJob, resources: Resources, state: Any) -> Tables:
-    """Return what poisons chunks on all GPUs, or on all cores for poisons that need no network."""
+def _spread(
+    config: Config, job: PoisonJob, chunks: Chunks, resources: Resources, state: Any
+) -> Iterator[pa.Table]:
+    """Yield chunks, poisoned on all GPUs, or on all cores by poisons that need no network, in order."""
     gpus = resources.gpus if job.optimised else 0
     workers = gpus or max(1, resources.cpus // resources.cpus_per_core)
     # Two per worker: one to compute, one to wait; more would only fill memory.
     tasks = Tasks(_chunk_task, 2 * workers, resources.cpus_per_core, 1 if gpus else 0)
     shared = ray.put(job)
-
-    def tables(spans: Sequence[Sequence[Span]]) -> Iterator[pa.Table]:
-        watch = Watch(f"poison {job.poison.name}", "chunk", config.run.watchdog_seconds)
-        arguments = ((shared, number, chunk, state) for number, chunk in enumerate(spans))
-        return (done.value() for done in run_tasks(tasks, arguments, watch, in_order=True))
-
-    return tables
+    watch = Watch(f"poison {job.poison.name}", "chunk", config.run.watchdog_seconds)
+    arguments = ((shared, number, chunk, state) for number, chunk in enumerate(chunks))
+    return (done.value() for done in run_tasks(tasks, arguments, watch, in_order=True))
 
 
 def _fit(config: Config, job: PoisonJob, resources: Resources, line: ProgressLine) -> Any:
@@ -395,7 +391,7 @@ def _chunk_task(job: PoisonJob, number: int, spans: Sequence[Span], state: Array
     return poison_chunk(job, number, spans, state)
 
 
-def _spans(source: Source, images: int) -> list[list[Span]]:
+def _chunks(source: Source, images: int) -> Chunks:
     return list(chunk_spans(source.parts, images, CHUNK_BYTES))
 
 

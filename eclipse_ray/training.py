@@ -175,7 +175,8 @@ def _run_training(
     curves = open_curves(config.run.loggers, store.url, fingerprint)
     with ProgressLine("train", "iterations", 1, config.run.progress_seconds, phase=reaching(config)):
         resources = connect(config)
-        workers, use_gpu = _workers(config, resources)
+        workers, use_gpu = _workers(config.denoiser, resources)
+        trainer = _Trainer(config, store, resources, workers, use_gpu)
         require_cpus(resources, workers, f"training with denoiser.num_workers={workers}")
         require_gpus(resources, workers * use_gpu, f"denoiser.use_gpu with denoiser.num_workers={workers}")
         require_place(resources, 1, float(use_gpu), "a worker of the training")
@@ -185,7 +186,7 @@ def _run_training(
         name, record = "train, part 3 of 3: denoiser", suspicious.record()
         filters = _find_filters(config, store, images, suspicious)
         suspicious = _without_filters(suspicious, filters)
-        _fit_surrogates(config, store, suspicious, resources, fingerprint)
+        _fit_surrogates(trainer, suspicious, fingerprint)
     line = ProgressLine(
         name, "iterations", config.denoiser.iterations, config.run.progress_seconds, phase=starting
     )
@@ -200,7 +201,6 @@ def _run_training(
         "num_classes": suspicious.num_classes if suspicious else 0,
     }
     callbacks: list[UserCallback] = [TrainLogger(curves)] if config.run.loggers else []
-    trainer = _Trainer(config, store, resources, workers, use_gpu)
     watch = Watch("training", "iteration", config.run.watchdog_seconds)
     checkpoint = trainer.fit(
         _train_worker, settings, fingerprint, lambda entry: _show(line, entry), line, watch, callbacks
@@ -331,11 +331,10 @@ def _surrogate_key(number: int) -> str:
     return f"_eclipse/surrogates/{number}.safetensors"
 
 
-def _fit_surrogates(
-    config: Config, store: Store, suspicious: Suspicious, resources: Resources, fingerprint: str
-) -> None:
+def _fit_surrogates(trainer: _Trainer, suspicious: Suspicious, fingerprint: str) -> None:
     """Fit the surrogates that the output folder does not hold yet; each worker of Ray Train fits whole ones."""
-    left = [number for number in range(SURROGATES) if not store.exists(_surrogate_key(number))]
+    config = trainer.config
+    left = [number for number in range(SURROGATES) if not trainer.store.exists(_surrogate_key(number))]
     if not left:
         return
     squares, iterations = suspicious.squares, config.denoiser.iterations
@@ -349,8 +348,7 @@ def _fit_surrogates(
         "ids": squares.ids,
         "num_classes": suspicious.num_classes,
     }
-    workers, use_gpu = _workers(config, resources)
-    trainer = _Trainer(config, store, resources, min(workers, len(left)), use_gpu)
+    trainer = replace(trainer, workers=min(trainer.workers, len(left)))
     watch = Watch("training of the surrogates", "epoch", config.run.watchdog_seconds)
     done: dict[int, int] = {}
 
@@ -394,9 +392,8 @@ class TrainLogger(UserCallback):
         self.curves.log(values, int(metrics[0]["iteration"]))
 
 
-def _workers(config: Config, resources: Resources) -> tuple[int, bool]:
+def _workers(denoiser: DenoiserConfig, resources: Resources) -> tuple[int, bool]:
     """Return how many workers train and whether each has a GPU; the batch is divided among them."""
-    denoiser = config.denoiser
     use_gpu = resources.gpus >= (denoiser.num_workers or 1) if denoiser.use_gpu is None else denoiser.use_gpu
     automatic = min(resources.gpus if use_gpu else resources.cores, denoiser.batch_size)
     return denoiser.num_workers or max(1, automatic), use_gpu

@@ -42,12 +42,6 @@ def count(name: str, value: float, run: str, kind: str | None = None) -> None:
         _counter(name).inc(value, {"run": run, **({"kind": kind} if kind else {})})
 
 
-def count_failures(kinds: Sequence[str], run: str) -> None:
-    """Count failed images by their kinds."""
-    for kind in set(kinds):
-        count("failures", kinds.count(kind), run, kind)
-
-
 def observe(values: Mapping[str, float], run: str) -> None:
     """Record one value for each named histogram; nothing off a cluster."""
     if ray.is_initialized():

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -137,24 +138,21 @@ def on_threads(works: Sequence[Callable[[], T]], limit: int, watch: Watch | str)
 
 
 def _threaded(works: Sequence[Callable[[], T]], limit: int) -> Iterator[tuple[int, T]]:
-    done: queue.SimpleQueue[tuple[int, T | None, Exception | None]] = queue.SimpleQueue()
-    numbers = iter(range(len(works)))
+    results: dict[Future[T], int] = {Future(): number for number in range(len(works))}
+    left = iter(results.items())
 
     def work() -> None:
-        for number in numbers:
+        for result, number in left:
             try:
-                done.put((number, works[number](), None))
+                result.set_result(works[number]())
             except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
-                done.put((number, None, error))
+                result.set_exception(error)
                 return
 
     for _ in range(min(limit, len(works))):
         threading.Thread(target=work, daemon=True).start()
-    for _ in works:
-        number, result, error = done.get()
-        if error is not None:
-            raise error
-        yield number, result  # type: ignore[misc]
+    for result in as_completed(results):
+        yield results[result], result.result()
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,11 @@ def _overridden(tree: dict[str, Any], overrides: sections.Settings) -> Config:
 def _without_groups(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return `tree` without the values that its preset and recipe give anyway: others can take their place."""
     found = dict(tree)
-    for section, keys in _grouped().items():
-        chosen = found.get(section)
-        if isinstance(chosen, Mapping):
+    for section, chosen in tree.items():
+        if section in _defaults() and isinstance(chosen, Mapping):
             given = _given(tree, section, chosen)
-            kept = {key: value for key, value in chosen.items() if key not in keys or value != given[key]}
-            found[section] = kept
+            # A value that no group gives is dropped too where it is the default, which then stands in its place.
+            found[section] = {key: val for key, val in chosen.items() if key not in given or val != given[key]}
     return found
 
 
@@ -120,8 +119,7 @@ def _given(tree: Mapping[str, Any], section: str, chosen: Mapping[str, Any]) -> 
     """Return what a section holds under the preset and recipe of `tree` where nothing else is chosen."""
     group = sections.PRESETS.get(_preset(tree), {}).get(section, {})
     if section == "victim":
-        recipes = {str(name): values for name, values in sections.RECIPES.items()}
-        group = recipes.get(str(chosen.get("recipe", "quick")), {})
+        group = sections.RECIPES.get(str(chosen.get("recipe", "quick")), {})
     given = {**_defaults()[section], **group}
     if section == "denoiser" and "t_max" not in group:
         t_star, levels = ({**given, **chosen}[key] for key in ("t_star", "num_train_timesteps"))
@@ -133,18 +131,6 @@ def _given(tree: Mapping[str, Any], section: str, chosen: Mapping[str, Any]) -> 
 @lru_cache(maxsize=1)
 def _defaults() -> dict[str, Any]:
     return Config().model_dump(mode="json")
-
-
-def _grouped() -> dict[str, set[str]]:
-    """Return the keys of each section that some preset or recipe sets, and t_max, which follows t_star."""
-    keys: dict[str, set[str]] = {
-        "denoiser": {"t_max"},
-        "victim": {key for one in sections.RECIPES.values() for key in one},
-    }
-    for preset in sections.PRESETS.values():
-        for section, values in preset.items():
-            keys.setdefault(section, set()).update(values)
-    return keys
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -279,27 +265,18 @@ def holds_secret(text: str) -> bool:
         links = [urlsplit(link) for link in text.split("::")]
     except ValueError:
         return True
-    for link in links:
-        login, at, _ = link.netloc.rpartition("@")
-        if at and ":" in login:
-            return True
-        if any(is_secret_name(name) for name, _ in parse_qsl(f"{link.query}&{link.fragment}")):
-            return True
-    return False
+    names = [name for link in links for name, _ in parse_qsl(f"{link.query}&{link.fragment}")]
+    return any(":" in link.netloc.rpartition("@")[0] for link in links) or any(map(is_secret_name, names))
 
 
-def refuse_secrets(tree: Mapping[str, Any], prefix: str = "") -> None:
+def refuse_secrets(value: Any, path: str = "") -> None:
     """Raise ConfigError, naming the key and never the value, if any text of the settings holds a secret."""
-    for key, value in tree.items():
-        _refuse(f"{prefix}{key}", value)
-
-
-def _refuse(path: str, value: Any) -> None:
     if isinstance(value, Mapping):
-        refuse_secrets(value, f"{path}.")
+        for key, item in value.items():
+            refuse_secrets(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
         for item in value:
-            _refuse(path, item)
+            refuse_secrets(item, path)
     elif isinstance(value, str) and holds_secret(value):
         raise ConfigError(
             f"{path}: the URL holds a password, token or signature, and settings are recorded; leave it out and "

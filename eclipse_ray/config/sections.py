@@ -86,7 +86,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 # What the name in `victim.recipe` stands for (docs/victims.md). `paper` is the published setting, which decays
 # neither the learning rate nor the weights. `modern` scales the usual CIFAR setting, a peak of 0.1 for a batch of
 # 128 and weight decay 5e-4, to a batch of 256.
-RECIPES: dict[Recipe, dict[str, Any]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "quick": {},
     "paper": {
         "epochs": 80,
@@ -417,9 +417,9 @@ class VictimConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _by_recipe(cls, values: Any) -> Any:
-        recipe = values.get("recipe", "quick") if isinstance(values, dict) else None
-        known = [name for name in RECIPES if name == recipe]
-        return {**RECIPES[known[0]], **values} if known else values
+        if not isinstance(values, dict):
+            return values
+        return {**RECIPES.get(str(values.get("recipe", "quick")), {}), **values}
 
 
 class PrivacyConfig(Section):

@@ -16,7 +16,6 @@ from eclipse_ray.ledger.manifest import finalise as finalise
 from eclipse_ray.ledger.manifest import verify as verify
 from eclipse_ray.ledger.plan import Fingerprint as Fingerprint
 from eclipse_ray.ledger.plan import Plan as Plan
-from eclipse_ray.ledger.plan import Run as Run
 from eclipse_ray.ledger.plan import Shard as Shard
 from eclipse_ray.ledger.plan import Span as Span
 from eclipse_ray.ledger.plan import claim as claim

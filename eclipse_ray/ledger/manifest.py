@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.ledger import layout
-from eclipse_ray.ledger.plan import Plan, Shard, plan_digest, read_fingerprint, read_plan
+from eclipse_ray.ledger.plan import Shard, plan_digest, read_fingerprint, read_plan
 from eclipse_ray.ledger.status import Status, newest_generations, pending, read_statuses, scan_statuses
 from eclipse_ray.results import VerifyResult
-from eclipse_ray.storage.store import Entry, Store
+from eclipse_ray.storage.store import Store
 
 # `seconds` is left out, so that two runs that did the same work write the same manifest.
 SCHEMA = pa.schema(
@@ -88,11 +88,11 @@ def collect(store: Store, idle: bool = False) -> int:
     # The listing comes before the statuses, so that an object named by a newer status is not taken for a leftover.
     entries = [*store.list(layout.DATA, hidden=True), *store.list(layout.PRIVATE, hidden=True)]
     statuses = read_statuses(store)
-    removed = 0
-    for key in _orphans(entries, statuses, idle):
+    named = {key for status in statuses.values() for key in (status.object, status.errors_object)}
+    orphans = [e.key for e in entries if e.key not in named and _is_leftover(e.key, statuses, idle)]
+    for key in orphans:
         store.delete(key)
-        removed += 1
-    return removed
+    return len(orphans)
 
 
 def manifest_table(manifest: Manifest) -> pa.Table:
@@ -100,22 +100,6 @@ def manifest_table(manifest: Manifest) -> pa.Table:
     rows = [status.model_dump(include=set(SCHEMA.names)) for status in manifest.statuses]
     schema = SCHEMA.with_metadata({_FINGERPRINT: manifest.fingerprint.encode()})
     return pa.Table.from_pylist(rows, schema=schema)
-
-
-def manifest_problem(store: Store, manifest: Manifest) -> str | None:
-    """Return one sentence on how the stored manifest differs from `manifest`, or None if it does not."""
-    path = store.path(layout.MANIFEST)
-    data = layout.read_optional(store, layout.MANIFEST)
-    if data is None:
-        return f"{path}: missing; run the same command again to finish the run"
-    try:
-        table = layout.read_table(data, SCHEMA)
-    except layout.DAMAGE as error:
-        return f"{path}: damaged ({error}); run the same command again to rewrite it"
-    stored = (table.schema.metadata or {}).get(_FINGERPRINT)
-    if stored != manifest.fingerprint.encode() or not table.equals(manifest_table(manifest)):
-        return f"{path}: does not agree with the statuses; run the same command again to rewrite it"
-    return None
 
 
 def _require_complete(store: Store, shards: Sequence[Shard], statuses: Mapping[str, Status]) -> None:
@@ -135,11 +119,6 @@ def _miscounted(store: Store, shard: Shard, status: Status) -> list[str]:
     path = store.path(layout.status_key(shard.name, status.generation))
     counts = f"{status.ok} ok + {status.failed} failed, the plan {shard.rows}"
     return [f"{path}: counts {counts}; delete it and run the same command again"]
-
-
-def _orphans(entries: Sequence[Entry], statuses: Mapping[str, Status], idle: bool) -> list[str]:
-    named = {key for status in statuses.values() for key in (status.object, status.errors_object)}
-    return [entry.key for entry in entries if entry.key not in named and _is_leftover(entry.key, statuses, idle)]
 
 
 def _is_leftover(key: str, statuses: Mapping[str, Status], idle: bool) -> bool:
@@ -168,20 +147,22 @@ def verify(store: Store) -> VerifyResult:
     seen: set[bytes] = set()
     images = failed = 0
     for shard in shards:
-        if shard.name in statuses:
-            good, bad = _check_shard(store, shard, statuses[shard.name], seen, problems)
-            images, failed = images + good, failed + bad
+        if (status := statuses.get(shard.name)) is not None:
+            problems += _miscounted(store, shard, status)
+            images += _check_object(store, status.object, status.sha256, status.ok, seen, problems)
+            failed += _check_object(
+                store, status.errors_object, status.errors_sha256, status.failed, seen, problems
+            )
     problems += _check_folder(store, shards, statuses)
     if fingerprint and not pending(shards, statuses):
         manifest = Manifest(fingerprint, tuple(statuses[shard.name] for shard in shards))
-        problem = manifest_problem(store, manifest)
-        problems += [problem] if problem else []
+        problems += _check_manifest(store, manifest)
     planned = sum(shard.rows for shard in shards)
     return VerifyResult(not problems, planned, images, failed, problems)
 
 
 def _read_claim(store: Store) -> tuple[list[Shard], str | None, list[str]]:
-    plan: Plan | None = None
+    plan, fingerprint = None, None
     problems: list[str] = []
     try:
         plan = read_plan(store)
@@ -190,20 +171,11 @@ def _read_claim(store: Store) -> tuple[list[Shard], str | None, list[str]]:
     try:
         fingerprint = read_fingerprint(store)
     except InputError as error:
-        return plan.shards if plan else [], None, [*problems, str(error)]
-    if plan and fingerprint.input != plan_digest(plan.base):
+        problems.append(str(error))
+    if plan and fingerprint and fingerprint.input != plan_digest(plan.base):
         path = store.path(layout.PLAN)
         problems.append(f"{path}: not the plan that the fingerprint names; delete it and run again")
-    return plan.shards if plan else [], fingerprint.value, problems
-
-
-def _check_shard(
-    store: Store, shard: Shard, status: Status, seen: set[bytes], problems: list[str]
-) -> tuple[int, int]:
-    problems += _miscounted(store, shard, status)
-    good = _check_object(store, status.object, status.sha256, status.ok, seen, problems)
-    bad = _check_object(store, status.errors_object, status.errors_sha256, status.failed, seen, problems)
-    return good, bad
+    return plan.shards if plan else [], fingerprint.value if fingerprint else None, problems
 
 
 def _check_object(
@@ -217,40 +189,36 @@ def _check_object(
     """Check one object, append its problems to `problems`, and return its number of images."""
     if key is None:
         return 0
+    try:
+        ids = _read_ids(store, key, sha256)
+    except StorageError as error:
+        problems.append(str(error))
+        return 0
     path = store.path(key)
-    try:
-        data = store.read(key)
-    except FileNotFoundError:
-        problems.append(f"{path}: missing; {_redo(key)}")
-        return 0
-    except (OSError, StorageError) as error:
-        problems.append(f"{path}: cannot be read: {error}")
-        return 0
-    if layout.hash_of(data) != sha256:
-        problems.append(f"{path}: its bytes have changed since it was written; {_redo(key)}")
-        return 0
-    try:
-        ids = _read_ids(data)
-    except layout.DAMAGE as error:
-        problems.append(f"{path}: not a readable table with an `id` column ({error}); {_redo(key)}")
-        return 0
     if len(ids) != rows:
         problems.append(f"{path}: holds {len(ids)} images, its status says {rows}")
     _check_ids(path, ids, seen, problems)
     return len(ids)
 
 
-def _redo(key: str) -> str:
-    shard = key.rpartition("/")[2].partition("-")[0]
-    return f"delete {layout.STATUS}/{shard} and run the same command again to redo the shard"
-
-
-def _read_ids(data: bytes) -> list[object]:
-    ids: list[object] = []
-    # All columns are read, so that the checksum of every page is verified.
-    for batch in layout.open_parquet(data).iter_batches(batch_size=_BATCH):
-        ids += batch.column("id").to_pylist()
-    return ids
+def _read_ids(store: Store, key: str, sha256: str | None) -> list[object]:
+    """Return the ids in an object. Raises StorageError if it is missing, damaged or cannot be read."""
+    path, shard = store.path(key), key.rpartition("/")[2].partition("-")[0]
+    redo = f"delete {layout.STATUS}/{shard} and run the same command again to redo the shard"
+    try:
+        data = store.read(key)
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: missing; {redo}") from error
+    except (OSError, StorageError) as error:
+        raise StorageError(f"{path}: cannot be read: {error}") from error
+    if layout.hash_of(data) != sha256:
+        raise StorageError(f"{path}: its bytes have changed since it was written; {redo}")
+    try:
+        # All columns are read, so that the checksum of every page is verified.
+        batches = layout.open_parquet(data).iter_batches(batch_size=_BATCH)
+        return [value for batch in batches for value in batch.column("id").to_pylist()]
+    except layout.DAMAGE as error:
+        raise StorageError(f"{path}: not a readable table with an `id` column ({error}); {redo}") from error
 
 
 def _check_ids(path: str, ids: Sequence[object], seen: set[bytes], problems: list[str]) -> None:
@@ -268,6 +236,21 @@ def _check_ids(path: str, ids: Sequence[object], seen: set[bytes], problems: lis
         problems.append(f"{path}: {nulls} images have no id")
     if doubled:
         problems.append(f"{path}: {len(doubled)} ids occur elsewhere in the output too, such as {doubled[0]!r}")
+
+
+def _check_manifest(store: Store, manifest: Manifest) -> list[str]:
+    path = store.path(layout.MANIFEST)
+    data = layout.read_optional(store, layout.MANIFEST)
+    if data is None:
+        return [f"{path}: missing; run the same command again to finish the run"]
+    try:
+        table = layout.read_table(data, SCHEMA)
+    except layout.DAMAGE as error:
+        return [f"{path}: damaged ({error}); run the same command again to rewrite it"]
+    stored = (table.schema.metadata or {}).get(_FINGERPRINT)
+    if stored != manifest.fingerprint.encode() or not table.equals(manifest_table(manifest)):
+        return [f"{path}: does not agree with the statuses; run the same command again to rewrite it"]
+    return []
 
 
 def _check_folder(store: Store, shards: Sequence[Shard], statuses: Mapping[str, Status]) -> list[str]:

@@ -132,9 +132,8 @@ def plan_bytes(shards: Sequence[Shard], shard_images: int, classes: Sequence[str
     """Return the plan as Parquet, one row per span; everything else is metadata."""
     rows = [(shard.name, *span.row()) for shard in shards for span in shard.spans]
     columns = zip(*rows, strict=True) if rows else ([] for _ in SCHEMA.names)
-    made = {"shard_images": shard_images, "classes": classes and list(classes), "made_by": __version__}
-    note = json.dumps(made)
-    schema = SCHEMA.with_metadata({_NOTE: note.encode()})
+    note = {"shard_images": shard_images, "classes": classes and list(classes), "made_by": __version__}
+    schema = SCHEMA.with_metadata({_NOTE: json.dumps(note).encode()})
     return layout.table_bytes(
         pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=schema)
     )
@@ -268,24 +267,14 @@ class Fingerprint:
         return loaded
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run that owns its output folder; `fingerprint` is the one that the first driver wrote."""
-
-    store: Store
-    plan: Plan
-    fingerprint: Fingerprint
-    resumed: bool
-
-
-def open_run(store: Store, plan: Plan, fingerprint: Fingerprint, config_yaml: str) -> Run:
-    """Claim the output folder for a plan, or resume the run that owns it. Raises what `claim` raises.
+def open_run(store: Store, plan: Plan, fingerprint: Fingerprint, config_yaml: str) -> tuple[Fingerprint, bool]:
+    """Claim the output folder for a plan, or resume the run that owns it. Returns and raises what `claim` does.
 
     Also raises ResumeError if an extension of the stored plan differs from that of `plan`.
     """
     if fingerprint.input != plan_digest(plan.base):
         raise ValueError("fingerprint.input must be plan_digest(plan.base)")
-    claimed, resumed = claim(store, fingerprint, config_yaml, plan.shards)
+    claimed = claim(store, fingerprint, config_yaml, plan.shards)
     if not store.exists(layout.PLAN):
         store.create(layout.PLAN, plan_bytes(plan.base, plan.shard_images, plan.classes))
     for number, piece in enumerate(plan.later, 1):
@@ -299,7 +288,7 @@ def open_run(store: Store, plan: Plan, fingerprint: Fingerprint, config_yaml: st
             f"{store.url}: the source no longer holds what was planned; undo the changes below to resume it, or "
             "choose another output:\n" + "\n".join(f"  {line}" for line in _input_changes(store, plan.shards))
         )
-    return Run(store, plan, claimed, resumed)
+    return claimed
 
 
 def claim(

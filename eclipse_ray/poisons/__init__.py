@@ -8,7 +8,7 @@ whole dataset; the state this gives then perturbs any part of it. A poison is on
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from eclipse_ray.config import PoisonConfig, validated
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.adp import Adp, fit_adp, perturb_adp
-from eclipse_ray.poisons.ar import Ar, ar_perturbation, published_ar_perturbation
+from eclipse_ray.poisons.adp import Adp, fit_adp
+from eclipse_ray.poisons.ar import Ar, ar_perturbation
 from eclipse_ray.poisons.cuda import Cuda, cuda_perturbation
 from eclipse_ray.poisons.efp import Efp, fit_efp, perturb_efp
 from eclipse_ray.poisons.em import Em, minimise_error, perturb_em
@@ -36,22 +36,14 @@ from eclipse_ray.poisons.lsp import Lsp, lsp_perturbation
 from eclipse_ray.poisons.mixture import Mixture, mixed_perturbation
 from eclipse_ray.poisons.rem import Rem, fit_rem, perturb_rem
 from eclipse_ray.poisons.sep import Sep, fit_sep, perturb_sep
-from eclipse_ray.poisons.simple import (
-    Ops,
-    Shift,
-    Urp,
-    fit_ops,
-    perturb_ops,
-    shift_perturbation,
-    urp_perturbation,
-)
+from eclipse_ray.poisons.simple import Ops, Shift, Urp, fit_ops, perturb_ops, shift_perturbation, urp_perturbation
 from eclipse_ray.poisons.tap import Tap, fit_tap, perturb_tap
 
 SINGLE: dict[str, ClosedForm] = {
     "urp": ClosedForm(Urp, urp_perturbation),
     "lsp": ClosedForm(Lsp, lsp_perturbation),
     "ar": ClosedForm(Ar, ar_perturbation),
-    "ar-published": ClosedForm(Ar, published_ar_perturbation),
+    "ar-published": ClosedForm(Ar, partial(ar_perturbation, published=True)),
     "cuda": ClosedForm(Cuda, cuda_perturbation),
     "shift": ClosedForm(Shift, shift_perturbation),
 }
@@ -67,7 +59,7 @@ OPTIMISED: dict[str, Optimised] = {
     "rem": Optimised(Rem, fit_rem, perturb_rem),
     "sep": Optimised(Sep, fit_sep, perturb_sep),
     "efp": Optimised(Efp, fit_efp, perturb_efp),
-    "adp": Optimised(Adp, fit_adp, perturb_adp),
+    "adp": Optimised(Adp, fit_adp, perturb_em),
 }
 """Optimised poisons by the name of `poison.name`."""
 
@@ -85,11 +77,7 @@ def settings_of(config: PoisonConfig) -> PoisonSettings:
     """
     model = _named(config.name)
     chosen = config.own()
-    for key in chosen:
-        if key not in model.model_fields:
-            known = [*model.model_fields, *PoisonConfig.model_fields]
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"poison.{key}: {config.name} has no such setting; did you mean poison.{close}?")
+    _refuse_unknown(chosen, model.model_fields, f"{config.name} has no such setting")
     return validated(model, {**_numbers(model, config.cost, chosen), **chosen}, "poison")
 
 
@@ -108,11 +96,15 @@ def check_poison(config: PoisonConfig) -> None:
     if chosen.keys() <= named.keys():
         settings_of(config)
         return
-    known = {key for model in poison_settings().values() for key in model.model_fields}
+    known = dict.fromkeys(key for model in poison_settings().values() for key in model.model_fields)
+    _refuse_unknown(chosen, known, "no poison has such a setting")
+
+
+def _refuse_unknown(chosen: Collection[str], known: Collection[str], sentence: str) -> None:
     for key in chosen:
         if key not in known:
             close = difflib.get_close_matches(key, [*known, *PoisonConfig.model_fields], n=1, cutoff=0.0)[0]
-            raise ConfigError(f"poison.{key}: no poison has such a setting; did you mean poison.{close}?")
+            raise ConfigError(f"poison.{key}: {sentence}; did you mean poison.{close}?")
 
 
 def cost_of(config: PoisonConfig) -> str:
@@ -160,10 +152,12 @@ def perturb(
     order or batch. `labels` are integers (B,) in 0..num_classes - 1. Raises InputError for an inconsistent batch,
     ConfigError for an optimised poison and for settings that cannot work at this image size.
     """
-    _named(config.name)
+    settings = settings_of(config)
     if config.name not in POISONS:
         raise ConfigError(f"poison {config.name} depends on all images at once: fit_poison comes first")
-    return POISONS[config.name].perturb(images, labels, ids, settings_of(config), seed, num_classes)
+    data = LabelledImages(images, labels, ids, num_classes)
+    check_inputs(data)
+    return POISONS[config.name].perturb(data, settings, seed) if len(ids) else torch.zeros(images.shape)
 
 
 def poison_images(
@@ -182,7 +176,7 @@ def fit_poison(data: LabelledImages, config: PoisonConfig, seed: int, session: S
 
     Raises ConfigError for a closed-form poison and as `settings_of` does, InputError for an inconsistent dataset.
     """
-    check_inputs(data.images, data.labels, data.ids, data.num_classes)
+    check_inputs(data)
     return optimised(config).fit(data, settings_of(config), seed, session)
 
 
@@ -190,7 +184,7 @@ def poison_fitted(
     data: LabelledImages, state: State, config: PoisonConfig, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Return any part of a fitted dataset poisoned, uint8 (B, H, W, 3), its norm checked after 8-bit storage."""
-    check_inputs(data.images, data.labels, data.ids, data.num_classes)
+    check_inputs(data)
     if not len(data.ids):
         return data.images.clone()
     method, settings = optimised(config), settings_of(config)

@@ -24,7 +24,7 @@ from eclipse_ray.diffusion.network import Denoiser, build_unet
 from eclipse_ray.diffusion.sampling import absorb, eliminate
 from eclipse_ray.diffusion.tiling import tiled
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.em import Em, See, minimise_error, perturb_em
+from eclipse_ray.poisons.em import Em, See, minimise_error
 from eclipse_ray.poisons.interface import LabelledImages, Session, State
 from eclipse_ray.poisons.surrogate import new_surrogate
 from eclipse_ray.victims.training import placed
@@ -55,10 +55,6 @@ class Adp(Em):
     compensation_p: float = Field(0.4, ge=0, le=1, description="Probability of grayscale.")
     compensation_sigma: float = Field(0.05, ge=0, description="Deviation of fine noise, on [0, 1].")
     compensation_coarse_sigma: float = Field(0.0, ge=0, description="Deviation of coarse noise, on [0, 1].")
-
-
-perturb_adp = perturb_em
-"""The fitted noise of each image, looked up by its id."""
 
 
 def fit_adp(data: LabelledImages, settings: Adp, seed: int, session: Session) -> State:

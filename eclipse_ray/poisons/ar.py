@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from importlib.resources import files
 from itertools import chain
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from eclipse_ray.diffusion.noise import noise
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.interface import AR_T, PoisonSettings, check_inputs, draw_ids, scale_to_l2
+from eclipse_ray.poisons.interface import AR_T, LabelledImages, PoisonSettings, draw_ids, scale_to_l2
 
 Floats = NDArray[np.float64]
 
@@ -55,53 +55,23 @@ class Ar(PoisonSettings):
         return "l2", self.eps_255 / 255
 
 
-def ar_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Ar, seed: int, num_classes: int
-) -> Tensor:
-    """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
+def ar_perturbation(data: LabelledImages, settings: Ar, seed: int, published: bool = False) -> Tensor:
+    """Return the perturbation of each image; see `ClosedForm`.
 
     Each class and channel has its own linear process, which writes every pixel from the eight before it in
     its 3x3 window; each image (scope "class": each class) has its own Gaussian start. The result is
-    scaled to the L2 bound over all channels. Raises InputError for an inconsistent batch, ConfigError when
-    there are more classes than processes to be found.
+    scaled to the L2 bound over all channels. `published` takes the processes of the authors: class k the k-th of
+    the set for 10 or 100 classes. Raises ConfigError when there are more classes than processes.
     """
-
-    def find() -> Floats:
-        return processes(seed, num_classes, int(images.shape[1]), int(images.shape[2]))
-
-    return _perturbation(images, labels, ids, settings, seed, num_classes, find)
-
-
-def published_ar_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Ar, seed: int, num_classes: int
-) -> Tensor:
-    """Return what `ar_perturbation` does, by the processes that the authors published for 10 or 100 classes.
-
-    Class k takes the k-th of them; up to ten classes take those for 10. Raises as `ar_perturbation` does.
-    """
-    find = partial(published_processes, num_classes)
-    return _perturbation(images, labels, ids, settings, seed, num_classes, find)
-
-
-def _perturbation(
-    images: Tensor,
-    labels: Tensor,
-    ids: Sequence[str],
-    settings: Ar,
-    seed: int,
-    num_classes: int,
-    find: Callable[[], Floats],
-) -> Tensor:
-    values = check_inputs(images, labels, ids, num_classes)
-    shape = tuple(images.shape[1:])
-    height, width = shape[0], shape[1]
-    if not values:
-        return torch.zeros(images.shape)
-    keys = draw_ids(values, ids, settings.scope)
+    height, width = data.images.shape[1:3]
+    keys = draw_ids(data, settings.scope)
     start = noise(seed, keys, START_T, (height + MARGIN, width + MARGIN, 3)).numpy().astype(np.float64)
-    coefficients = find()[values]
-    signal = generate(coefficients, start)[:, MARGIN:, MARGIN:]
-    return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), settings.budget(shape)[1])
+    if published:
+        found = published_processes(data.num_classes)
+    else:
+        found = processes(seed, data.num_classes, height, width)
+    signal = generate(found[data.labels.numpy()], start)[:, MARGIN:, MARGIN:]
+    return scale_to_l2(torch.from_numpy(np.ascontiguousarray(signal)), settings)
 
 
 @lru_cache(maxsize=2)
@@ -172,8 +142,7 @@ def _bounded(seed: int, chunk: int) -> Iterator[tuple[Floats, Floats]]:
     corners = [(0, size) for size in TRIAL_CORNERS]
     for index, size in [*corners, *((index, TRIAL_SIZE) for index in range(TRIAL_STARTS))]:
         start = noise(seed, [f"ar-start-{index}"], TRIAL_T, (TRIAL_SIZE + MARGIN, TRIAL_SIZE + MARGIN, 3))
-        signals = _trial(draws, start[:, : size + MARGIN, : size + MARGIN])
-        norms = _norms(signals)
+        signals, norms = _trial(draws, start[:, : size + MARGIN, : size + MARGIN])
         # Not a number, where a signal overflowed, is not bounded either.
         kept = norms <= TRIAL_NORM
         draws, signals, norms = draws[kept], signals[kept], norms[kept]
@@ -182,17 +151,13 @@ def _bounded(seed: int, chunk: int) -> Iterator[tuple[Floats, Floats]]:
         yield taps, windows.reshape(-1, 3, 9)
 
 
-def _trial(coefficients: Floats, start: Tensor) -> Floats:
-    """Return the signals, float64 (B, H, W, 3), of all candidates from one start (1, H + 4, W + 4, 3)."""
+def _trial(coefficients: Floats, start: Tensor) -> tuple[Floats, Floats]:
+    """Return the signals (B, H, W, 3) of all candidates from one start (1, H + 4, W + 4, 3), and their norms."""
     starts = start.numpy().astype(np.float64).repeat(len(coefficients), axis=0)
     # An unbounded process overflows, which is what the trial is to find out.
     with np.errstate(over="ignore", invalid="ignore"):
-        return generate(coefficients, starts)[:, MARGIN:, MARGIN:]
-
-
-def _norms(signals: Floats) -> Floats:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(np.sqrt(np.square(signals).sum(axis=(1, 2, 3))))
+        signals = generate(coefficients, starts)[:, MARGIN:, MARGIN:]
+        return signals, np.asarray(np.sqrt(np.square(signals).sum(axis=(1, 2, 3))))
 
 
 def _bounded_at(seed: int, taps: Floats, height: int, width: int) -> bool:
@@ -200,7 +165,8 @@ def _bounded_at(seed: int, taps: Floats, height: int, width: int) -> bool:
         return True
     start = noise(seed, ["ar-start-large"], TRIAL_T, (height + MARGIN, width + MARGIN, 3))
     limit = TRIAL_NORM * math.sqrt(height * width) / TRIAL_SIZE
-    return bool(_norms(_trial(taps[None], start))[0] <= limit)
+    _, norms = _trial(taps[None], start)
+    return bool(norms[0] <= limit)
 
 
 def _responds(chosen: list[Floats], windows: Floats, threshold: float) -> bool:

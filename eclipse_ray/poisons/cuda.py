@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from eclipse_ray.diffusion.noise import uniform
-from eclipse_ray.poisons.interface import CUDA_T, PoisonSettings, check_inputs, class_id
+from eclipse_ray.poisons.interface import CUDA_T, LabelledImages, PoisonSettings, class_id
 
 BLUR = 0.3
 """Largest tap of a filter beside the one that is 1."""
@@ -25,19 +25,15 @@ class Cuda(PoisonSettings):
     scope: Literal["class"] = Field("class", description="One filter per class.")
 
 
-def cuda_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], _settings: Cuda, seed: int, num_classes: int
-) -> Tensor:
-    """Return how uint8 `images` (B, H, W, 3) change, float32 on [0, 1], exact in 1/255: there is no norm bound.
+def cuda_perturbation(data: LabelledImages, _settings: Cuda, seed: int) -> Tensor:
+    """Return the perturbation of each image, exact in 1/255; see `ClosedForm`. There is no norm bound.
 
     Each class has one 3x3 filter, the same for red, green and blue: taps U(0, 0.3), a random one 1. An image is
     convolved with its class's filter (zeros beyond the border), divided by its largest value and rounded to 8
-    bits; a black image stays black. Raises InputError for an inconsistent batch.
+    bits; a black image stays black.
     """
-    values = check_inputs(images, labels, ids, num_classes)
-    if not values:
-        return torch.zeros(images.shape)
-    blurred = convolve(images.permute(0, 3, 1, 2).double() / 255, class_filters(seed, values))
+    images = data.images
+    blurred = convolve(images.permute(0, 3, 1, 2).double() / 255, class_filters(seed, data.labels.tolist()))
     largest = blurred.amax(dim=(1, 2, 3), keepdim=True)
     stored = (blurred / torch.where(largest > 0, largest, 1) * 255).round()
     return ((stored.permute(0, 2, 3, 1) - images) / 255).float()

@@ -88,8 +88,7 @@ def perturb_efp(data: LabelledImages, state: State, settings: Efp, seed: int, de
     made = []
     for part in in_batches(data, settings.perturb_batch_size):
         images = to_float(part.images, device)
-        shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-        start = (noise(seed, part.ids, EFP_T, shape, device) * bound).clamp(-bound, bound)
+        start = (noise(seed, part.ids, EFP_T, tuple(images.shape[1:]), device) * bound).clamp(-bound, bound)
         objective = _cropped_loss(model, part.labels.to(device), centroids, settings, seed, part.ids)
         step_size = settings.step_size_255 / 255
         made.append(to_images(pgd(images, objective, bound, step_size, settings.steps, start=start)))

@@ -12,17 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from eclipse_ray.attacks import frozen, pgd
-from eclipse_ray.poisons.interface import (
-    LabelledImages,
-    Scope,
-    Session,
-    State,
-    by_id,
-    id_keys,
-    rows_of,
-    to_float,
-    to_levels,
-)
+from eclipse_ray.poisons.interface import LabelledImages, Scope, Session, State, by_id, id_keys, rows_of, to_float
 from eclipse_ray.poisons.surrogate import (
     SMALL,
     SurrogateSettings,
@@ -78,7 +68,13 @@ def minimise_error(
     The state holds "ids" and "perturbation", int8 levels (N, H, W, 3) in the order of `by_id` or (classes, H, W,
     3), network 0 and its last training "error".
     """
-    rounds = _start(by_id(data), settings, seed, session, build, see, draws)
+    data, device = by_id(data), session.device
+    training = start_training(build(settings, data.num_classes, seed, device), settings)
+    noises = data.num_classes if settings.scope == "class" else len(data.ids)
+    noise = torch.zeros(noises, *data.images.shape[1:])
+    rounds = _Rounds(data, settings, seed, device, see, draws, training, noise)
+    if (saved := session.load()) is not None:
+        rounds.restore(saved)
     last, stop = settings.rounds, settings.stop_error
     while rounds.done < last and rounds.error > stop:
         loss = rounds.train()
@@ -88,8 +84,9 @@ def minimise_error(
         session.save(rounds.state())
         session.report(rounds.done, last, f"training error {100 * rounds.error:.1f} %, loss {loss:.3f}")
     return {
-        "ids": id_keys(rounds.data.ids),
-        "perturbation": to_levels(rounds.noise),
+        "ids": id_keys(data.ids),
+        # What 8-bit storage keeps of it.
+        "perturbation": (rounds.noise * 255).round().clamp(-127, 127).to(torch.int8),
         "error": torch.tensor(rounds.error, dtype=torch.float64),
         **surrogate_state(rounds.training.model, 0),
     }
@@ -196,15 +193,3 @@ class _Rounds:
 
     def _chunks(self, rows: Tensor) -> list[Tensor]:
         return list(torch.split(rows, self.settings.perturb_batch_size))
-
-
-def _start(
-    data: LabelledImages, settings: Em, seed: int, session: Session, build: Build, see: See | None, draws: int
-) -> _Rounds:
-    training = start_training(build(settings, data.num_classes, seed, session.device), settings)
-    count = data.num_classes if settings.scope == "class" else len(data.ids)
-    noise = torch.zeros(count, *data.images.shape[1:])
-    rounds = _Rounds(data, settings, seed, session.device, see, draws, training, noise)
-    if (saved := session.load()) is not None:
-        rounds.restore(saved)
-    return rounds

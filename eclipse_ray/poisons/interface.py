@@ -63,14 +63,12 @@ class LinfSettings(PoisonSettings):
         return "linf", self.eps_255 / 255
 
 
-def check_inputs(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes: int) -> list[int]:
-    """Return `labels` as a list; raise InputError unless images, labels and ids form one labelled batch."""
-    check_labelled(images, labels, ids)
-    values = [int(label) for label in labels]
-    wrong = [label for label in values if not 0 <= label < num_classes]
-    if wrong:
-        raise InputError(f"label {wrong[0]} lies outside 0..{num_classes - 1}; relabel from 0")
-    return values
+def check_inputs(data: LabelledImages) -> None:
+    """Raise InputError unless images, labels and ids form one labelled batch."""
+    check_labelled(data.images, data.labels, data.ids)
+    wrong = data.labels[(data.labels < 0) | (data.labels >= data.num_classes)]
+    if len(wrong):
+        raise InputError(f"label {int(wrong[0])} lies outside 0..{data.num_classes - 1}; relabel from 0")
 
 
 def class_id(label: int) -> str:
@@ -78,13 +76,14 @@ def class_id(label: int) -> str:
     return f"class-{label}"
 
 
-def draw_ids(labels: Sequence[int], ids: Sequence[str], scope: str) -> list[str]:
+def draw_ids(data: LabelledImages, scope: str) -> list[str]:
     """Return the key of each image's draw: its own id for scope "sample", its class for "class"."""
-    return list(ids) if scope == "sample" else [class_id(label) for label in labels]
+    return list(data.ids) if scope == "sample" else [class_id(label) for label in data.labels.tolist()]
 
 
-def scale_to_l2(values: Tensor, bound: float) -> Tensor:
-    """Return float64 `values` (B, H, W, 3) scaled to L2 norm `bound` each, as float32."""
+def scale_to_l2(values: Tensor, settings: PoisonSettings) -> Tensor:
+    """Return float64 `values` (B, H, W, 3), each scaled to the L2 bound of the settings, as float32."""
+    bound = settings.budget(values.shape[1:])[1]
     # One image at a time and in numpy: torch may sum in another order for another batch or thread count.
     norms = [math.sqrt(float(np.square(row).sum())) for row in values.flatten(1).numpy()]
     factors = [bound / norm if norm > 0 else 0.0 for norm in norms]
@@ -142,27 +141,28 @@ class Session:
     denoiser: Denoiser | None = None
 
 
-Fit = Callable[[LabelledImages, Any, int, Session], State]
-"""(all images, settings of this poison, seed, session) to the state that every part of the dataset needs."""
-Perturb = Callable[[LabelledImages, State, Any, int, torch.device], Tensor]
-"""(any images of the fit, state, settings, seed, device) to float32 (B, H, W, 3) on [0, 1], on the CPU."""
-
-
 @dataclass(frozen=True)
 class ClosedForm:
-    """A poison that perturbs any batch at once; see `perturb` for the arguments."""
+    """A poison that perturbs any batch at once.
+
+    `perturb` takes (checked images, at least one; settings; seed) and returns float32 (B, H, W, 3) on [0, 1].
+    """
 
     settings: type[PoisonSettings]
-    perturb: Callable[[Tensor, Tensor, Sequence[str], Any, int, int], Tensor]
+    perturb: Callable[[LabelledImages, Any, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Optimised:
-    """A poison that is fitted to the whole dataset, and then perturbs any part of it."""
+    """A poison that is fitted to the whole dataset, and then perturbs any part of it.
+
+    `fit` takes (all images, settings, seed, session) and returns the state that every part needs. `perturb` takes
+    (any images of the fit, state, settings, seed, device) and returns float32 (B, H, W, 3) on [0, 1], on the CPU.
+    """
 
     settings: type[PoisonSettings]
-    fit: Fit
-    perturb: Perturb
+    fit: Callable[[LabelledImages, Any, int, Session], State]
+    perturb: Callable[[LabelledImages, State, Any, int, torch.device], Tensor]
 
 
 def quiet_session(device: torch.device | str = "cpu") -> Session:
@@ -209,8 +209,3 @@ def to_float(images: Tensor, device: torch.device) -> Tensor:
 def to_images(values: Tensor) -> Tensor:
     """Return float (B, 3, H, W) as contiguous float32 (B, H, W, 3) on the CPU."""
     return values.detach().permute(0, 2, 3, 1).float().cpu().contiguous()
-
-
-def to_levels(values: Tensor) -> Tensor:
-    """Return perturbations on [0, 1] rounded to int8 levels of 1/255, which is what storage keeps of them."""
-    return (values * 255).round().clamp(-127, 127).to(torch.int8)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eclipse_ray.diffusion.noise import noise, uniform
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.interface import LSP_T, PoisonSettings, check_inputs, class_id, draw_ids, scale_to_l2
+from eclipse_ray.poisons.interface import LSP_T, LabelledImages, PoisonSettings, class_id, scale_to_l2
 
 RMS = 6 / 255
 """Published root mean square on [0, 1], so L2 1.304 at 32 px."""
@@ -42,27 +42,20 @@ class Lsp(PoisonSettings):
         return "l2", RMS * math.sqrt(math.prod(shape)) if self.eps_255 is None else self.eps_255 / 255
 
 
-def lsp_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Lsp, seed: int, num_classes: int
-) -> Tensor:
-    """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
+def lsp_perturbation(data: LabelledImages, settings: Lsp, seed: int) -> Tensor:
+    """Return the perturbation of each image; see `ClosedForm`.
 
     Each class is a Gaussian cluster with its own random covariance about a vertex of a hypercube, in the
     space of patch colours; an image takes a draw of its class's cluster (scope "class": the vertex),
-    repeated over each patch and scaled to the L2 bound. Raises InputError for an inconsistent batch,
-    ConfigError when there are too few patches to tell the classes apart.
+    repeated over each patch and scaled to the L2 bound. Raises ConfigError when there are too few patches to tell
+    the classes apart.
     """
-    values = check_inputs(images, labels, ids, num_classes)
-    shape = tuple(images.shape[1:])
-    height, width = shape[0], shape[1]
+    height, width = data.images.shape[1:3]
     patch = settings.patch or default_patch(height, width)
     rows, columns = -(-height // patch), -(-width // patch)
-    if not values:
-        return torch.zeros(images.shape)
-    colours = _colours(values, ids, settings.scope, seed, num_classes, rows * columns * 3)
-    grid = colours.reshape(-1, rows, columns, 3)
+    grid = _colours(data, settings.scope, seed, rows * columns * 3).reshape(-1, rows, columns, 3)
     full = grid.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)
-    return scale_to_l2(full[:, :height, :width], settings.budget(shape)[1])
+    return scale_to_l2(full[:, :height, :width], settings)
 
 
 def default_patch(height: int, width: int) -> int:
@@ -70,13 +63,13 @@ def default_patch(height: int, width: int) -> int:
     return 32 if min(height, width) >= 224 else 8
 
 
-def _colours(labels: list[int], ids: Sequence[str], scope: str, seed: int, num_classes: int, size: int) -> Tensor:
-    centres = _centres(seed, num_classes, size)[labels]
+def _colours(data: LabelledImages, scope: str, seed: int, size: int) -> Tensor:
+    centres = _centres(seed, data.num_classes, size)[data.labels]
     if scope == "class":
         return centres
-    drawn = noise(seed, draw_ids(labels, ids, scope), SAMPLE_T, (size,)).double()
+    drawn = noise(seed, data.ids, SAMPLE_T, (size,)).double()
     # One vector-matrix product an image: a batched product may round differently in another batch.
-    mixed = [row @ _mixing(seed, label, size) for row, label in zip(drawn, labels, strict=True)]
+    mixed = [row @ _mixing(seed, label, size) for row, label in zip(drawn, data.labels.tolist(), strict=True)]
     return centres + torch.stack(mixed)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from pydantic import Field
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.poisons.interface import MIXTURE_T, ClosedForm, PoisonSettings, check_inputs, store
+from eclipse_ray.poisons.interface import MIXTURE_T, ClosedForm, LabelledImages, PoisonSettings, store
 
 
 class Mixture(PoisonSettings):
@@ -22,31 +22,24 @@ class Mixture(PoisonSettings):
 
 
 def mixed_perturbation(
-    forms: Mapping[str, ClosedForm],
-    images: Tensor,
-    labels: Tensor,
-    ids: Sequence[str],
-    settings: Mixture,
-    seed: int,
-    num_classes: int,
+    forms: Mapping[str, ClosedForm], data: LabelledImages, settings: Mixture, seed: int
 ) -> Tensor:
-    """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
+    """Return the perturbation of each image; see `ClosedForm`.
 
     Each image gets one of `settings.parts`, drawn by (seed, id), exactly as that poison of `forms` alone would
-    store it. Raises ConfigError for a part that is no closed-form poison, InputError for an inconsistent batch.
+    store it. Raises ConfigError for a part that is no closed-form poison.
     """
     for name in settings.parts:
         if name not in forms:
             raise ConfigError(f"poison.parts: {name} is no closed-form poison; choose from {', '.join(forms)}")
-    check_inputs(images, labels, ids, num_classes)
-    change = torch.zeros(images.shape)
-    if not ids:
-        return change
-    drawn = (uniform(seed, ids, MIXTURE_T, (1,))[:, 0] * len(settings.parts)).long()
+    change = torch.zeros(data.images.shape)
+    drawn = (uniform(seed, data.ids, MIXTURE_T, (1,))[:, 0] * len(settings.parts)).long()
     for index, name in enumerate(settings.parts):
         rows = torch.nonzero(drawn == index).flatten()
-        part, own = images[rows], forms[name].settings()
-        names = [ids[row] for row in rows.tolist()]
-        made = forms[name].perturb(part, labels[rows], names, own, seed, num_classes)
-        change[rows] = (store(part, made, own).float() - part) / 255
+        if len(rows):
+            ids = [data.ids[row] for row in rows.tolist()]
+            part = LabelledImages(data.images[rows], data.labels[rows], ids, data.num_classes)
+            own = forms[name].settings()
+            stored = store(part.images, forms[name].perturb(part, own, seed), own)
+            change[rows] = (stored.float() - part.images) / 255
     return change

@@ -81,7 +81,8 @@ def fit_rem(data: LabelledImages, settings: Rem, seed: int, session: Session) ->
     losses: list[Tensor] = []
     for step in range(first, steps):
         rows = batch_at(seed, step, len(data.ids), settings.surrogate_batch_size)
-        losses.append(_train_step(training, data, rows, settings, seed, step, session.device))
+        images, labels = to_float(data.images[rows], session.device), data.labels[rows].to(session.device)
+        losses.append(_train_step(training, images, labels, settings, seed, step))
         if (step + 1) % ROUND == 0 or step + 1 == steps:
             session.save({**training.state(), "training.step": torch.tensor(step + 1)})
             session.report(step + 1, steps, f"loss under attack {float(torch.stack(losses).mean()):.3f}")
@@ -128,22 +129,13 @@ def min_max_noise(
     return delta
 
 
-def _train_step(
-    training: Training,
-    data: LabelledImages,
-    rows: Tensor,
-    settings: Rem,
-    seed: int,
-    step: int,
-    device: torch.device,
-) -> Tensor:
-    images, labels = to_float(data.images[rows], device), data.labels[rows].to(device)
+def _train_step(training: Training, images: Tensor, labels: Tensor, settings: Rem, seed: int, step: int) -> Tensor:
     draws, padding = settings.steps * settings.eot_draws, settings.crop_padding
     generator = keyed_generator(seed, "rem crops", step)
-    crops = [draw_crops(len(rows), padding, generator) for _ in range(draws + 1)]
+    crops = [draw_crops(len(images), padding, generator) for _ in range(draws + 1)]
 
     def unit(slot: int) -> Tensor:
-        return torch.rand(images.shape, generator=keyed_generator(seed, "rem", step, slot)).to(device)
+        return torch.rand(images.shape, generator=keyed_generator(seed, "rem", step, slot)).to(images.device)
 
     with frozen(training.model):
         noise = min_max_noise(training.model, images, labels, settings, crops[:draws], unit)
@@ -155,5 +147,4 @@ def _train_step(
 
 
 def _keyed_unit(seed: int, ids: Sequence[str], images: Tensor) -> Unit:
-    shape = (int(images.shape[1]), int(images.shape[2]), int(images.shape[3]))
-    return lambda slot: uniform(seed, ids, REM_T + 1 + slot, shape, images.device).float()
+    return lambda slot: uniform(seed, ids, REM_T + 1 + slot, tuple(images.shape[1:]), images.device).float()

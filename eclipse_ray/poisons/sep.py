@@ -17,14 +17,7 @@ from torch import Tensor, nn
 
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.efp import class_means
-from eclipse_ray.poisons.interface import (
-    LabelledImages,
-    Session,
-    State,
-    in_batches,
-    to_float,
-    to_images,
-)
+from eclipse_ray.poisons.interface import LabelledImages, Session, State, in_batches, to_float, to_images
 from eclipse_ray.poisons.surrogate import (
     SMALL,
     TrainedSettings,

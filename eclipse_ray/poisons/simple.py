@@ -7,7 +7,6 @@ by any amount.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,7 +23,6 @@ from eclipse_ray.poisons.interface import (
     Scope,
     Session,
     State,
-    check_inputs,
     draw_ids,
 )
 
@@ -39,21 +37,16 @@ class Urp(LinfSettings):
     distribution: Literal["uniform", "gaussian"] = Field("uniform", description="How the draws are distributed.")
 
 
-def urp_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Urp, seed: int, num_classes: int
-) -> Tensor:
-    """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
+def urp_perturbation(data: LabelledImages, settings: Urp, seed: int) -> Tensor:
+    """Return the perturbation of each image; see `ClosedForm`.
 
     One draw per class (default) or per image: uniform(-eps, eps) as in the public code, or N(0, eps) clipped
-    to the bound as in the text of arXiv 2406.15093. Raises InputError for an inconsistent batch.
+    to the bound as in the text of arXiv 2406.15093.
     """
-    values = check_inputs(images, labels, ids, num_classes)
-    shape = tuple(images.shape[1:])
+    shape = tuple(data.images.shape[1:])
     bound = settings.budget(shape)[1]
-    keys = draw_ids(values, ids, settings.scope)
+    keys = draw_ids(data, settings.scope)
     distinct = list(dict.fromkeys(keys))
-    if not distinct:
-        return torch.zeros(images.shape)
     if settings.distribution == "uniform":
         drawn = (2 * uniform(seed, distinct, URP_T, shape) - 1) * bound
     else:
@@ -71,19 +64,16 @@ class Shift(LinfSettings):
     scope: Literal["class"] = Field("class", description="One shift per class.")
 
 
-def shift_perturbation(
-    images: Tensor, labels: Tensor, ids: Sequence[str], settings: Shift, seed: int, num_classes: int
-) -> Tensor:
-    """Return the perturbation, float32 (B, H, W, 3) on [0, 1], of uint8 `images` (B, H, W, 3).
+def shift_perturbation(data: LabelledImages, settings: Shift, seed: int) -> Tensor:
+    """Return the perturbation of each image; see `ClosedForm`.
 
     Each channel of an image moves by +eps or -eps. The eight combinations of signs are shuffled by the seed and
-    dealt to the classes in turn, so that two of the first eight classes never share one. Raises InputError for an
-    inconsistent batch.
+    dealt to the classes in turn, so that two of the first eight classes never share one.
     """
-    values = check_inputs(images, labels, ids, num_classes)
+    shape = data.images.shape
     order = uniform(seed, ["signs"], SHIFT_T, (len(SIGNS),))[0].argsort(stable=True)
-    dealt = SIGNS[order][torch.tensor(values, dtype=torch.int64) % len(SIGNS)]
-    return (dealt * settings.budget(images.shape[1:])[1])[:, None, None].expand(images.shape).contiguous()
+    dealt = SIGNS[order][data.labels % len(SIGNS)]
+    return (dealt * settings.budget(shape[1:])[1])[:, None, None].expand(shape).contiguous()
 
 
 COLOURS = tuple(itertools.product((0, 1), repeat=3))

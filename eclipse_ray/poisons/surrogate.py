@@ -7,7 +7,7 @@ of a generator has to be saved and every device draws the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,9 +32,6 @@ from eclipse_ray.victims.training import classify, placed
 MOMENTUM = 0.9
 """Of every surrogate's SGD, as published by all."""
 EVALUATION_BATCH = 500
-
-Forward = Callable[[nn.Module, Tensor], Tensor]
-"""(network, images (B, 3, H, W) in [0, 1]) to logits (B, K)."""
 
 
 class SurrogateSettings(LinfSettings):
@@ -150,14 +147,12 @@ class Training:
                 buffer = torch.empty_like(parameter).copy_(momentum[name])
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
 
-    def step(
-        self, images: Tensor, labels: Tensor, rate: float, max_grad_norm: float, forward: Forward = classify
-    ) -> Tensor:
+    def step(self, images: Tensor, labels: Tensor, rate: float, max_grad_norm: float) -> Tensor:
         """Take one SGD step on images (B, 3, H, W) in [0, 1] and return the mean cross-entropy before it."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = F.cross_entropy(forward(self.model, images), labels)
+        loss = F.cross_entropy(classify(self.model, images), labels)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if max_grad_norm:
@@ -289,11 +284,11 @@ def attack_from(
 
 
 @torch.no_grad()
-def error_rate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], forward: Forward = classify) -> float:
+def error_rate(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
     """Return the part in [0, 1] of images that `model`, in evaluation mode, gets wrong."""
     model.eval()
     wrong = seen = 0
     for images, labels in batches:
-        wrong += int((forward(model, images).argmax(1) != labels).sum())
+        wrong += int((classify(model, images).argmax(1) != labels).sum())
         seen += len(labels)
     return wrong / seen

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +114,11 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
     Raises ConfigError or InputError for unusable input, ResumeError if the output's plan lacks objects that the
     source has, unless `extend`.
     """
-    source, output, denoiser_url = _locations(config)
+    source, output, denoiser_url = config.data.source, config.data.output, config.purify.denoiser
+    if not (source and output and denoiser_url):
+        named = {"data.source": source, "data.output": output, "purify.denoiser": denoiser_url}
+        name = next(name for name, value in named.items() if not value)
+        raise ConfigError(f"{name} is not set; usage: eclipse-ray purify SRC DST --denoiser DIR")
     check_encoding(config.data.encoding, config.data.allow_lossy)
     folder = local_denoiser(denoiser_url)
     denoiser, card = load_denoiser(folder), read_card(folder)
@@ -150,18 +157,6 @@ def _resolved(config: Config, denoiser: Denoiser) -> Config:
         "sampler": config.purify.sampler or denoiser.sampler,
     }
     return config.model_copy(update={"purify": config.purify.model_copy(update=chosen)}, deep=True)
-
-
-def _locations(config: Config) -> tuple[str, str, str]:
-    data, purify_config = config.data, config.purify
-    for name, value in (
-        ("data.source", data.source),
-        ("data.output", data.output),
-        ("purify.denoiser", purify_config.denoiser),
-    ):
-        if not value:
-            raise ConfigError(f"{name} is not set; usage: eclipse-ray purify SRC DST --denoiser DIR")
-    return str(data.source), str(data.output), str(purify_config.denoiser)
 
 
 def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
@@ -276,59 +271,45 @@ TIMED_SIDE = 256
 TIMED = 64
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """Sums over the images looked at, and the middles of some; `pixels` counts the overlaps of tiles twice."""
-
-    images: int
-    pixels: int
-    encoded_bytes: int
-    cpu_seconds: float
-    middles: list[Pixels]
-
-
 def estimate(config: Config, *, extend: bool = False) -> DryRunResult:
     """Return shards, bytes and times of what `purify` would do now; nothing is written. Raises what it raises."""
     prepared = prepare(config, extend=extend)
     shards = prepared.plan.shards
     statuses = ledger.read_statuses(prepared.store) if prepared.store.exists() else {}
     left = ledger.pending(shards, statuses)
-    images = sum(shard.rows for shard in left)
-    sampled = _sample(prepared)
-    share = images / max(1, sampled.images)
+    images_left = sum(shard.rows for shard in left)
+    images = pixels = size = 0
+    middles: list[Pixels] = []
+    started = time.process_time()
+    for image in _first_images(prepared):
+        images += 1
+        pixels += _network_pixels(prepared, image)
+        size += len(encode_image(image, config.data.encoding))
+        if len(middles) < TIMED:
+            middles.append(centre_crop(image, TIMED_SIDE))
+    cpu_seconds = time.process_time() - started
+    share = images_left / max(1, images)
     return DryRunResult(
         planned=sum(shard.rows for shard in shards),
-        images_left=images,
+        images_left=images_left,
         shards=len(shards),
         shards_left=len(left),
         input_bytes=sum(part.size for part in prepared.source.parts),
-        output_bytes=round(share * sampled.encoded_bytes),
-        cpu_hours=share * sampled.cpu_seconds / 3600,
-        device_hours=share * sampled.pixels * _seconds_a_pixel(prepared, sampled.middles) / 3600,
+        output_bytes=round(share * size),
+        cpu_hours=share * cpu_seconds / 3600,
+        device_hours=share * pixels * _seconds_a_pixel(prepared, middles) / 3600,
         device=default_device().type,
         output=prepared.store.url,
     )
 
 
-def _sample(prepared: Prepared) -> Sampled:
-    """Decode and encode the first images, one at a time."""
-    config = prepared.config
-    started = time.process_time()
-    images = pixels = size = 0
-    middles: list[Pixels] = []
-    for table in read_tables(prepared.source, config.data, max_images=ENCODED):
+def _first_images(prepared: Prepared) -> Iterator[Pixels]:
+    """Yield those of the first ENCODED images that can be decoded, one at a time."""
+    data_config = prepared.config.data
+    for table in itertools.islice(read_tables(prepared.source, data_config, max_images=ENCODED), 1):
         for data in image_bytes(table):
-            try:
-                image = resize_image(decode_stored(data, config.data), config.data.resize)
-            except ImageError:
-                continue
-            images += 1
-            pixels += _network_pixels(prepared, image)
-            size += len(encode_image(image, config.data.encoding))
-            if len(middles) < TIMED:
-                middles.append(centre_crop(image, TIMED_SIDE))
-        break
-    return Sampled(images, pixels, size, time.process_time() - started, middles)
+            with suppress(ImageError):
+                yield resize_image(decode_stored(data, data_config), data_config.resize)
 
 
 def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:

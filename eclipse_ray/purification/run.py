@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -52,9 +52,8 @@ def purify(config: Config, *, retry_failed: bool = False, extend: bool = False) 
         crops = [sample.crop for sample in prepared.samples]
         warn_if_unsuitable(prepared.denoiser, crops, prepared.heldout_psnr, prepared.job.purify.t_star)
         rate = _run(prepared, tasks)
-    ledger.finalise(store)
-    summary = ledger.summarise(store)
-    return PurifyResult(summary.planned, summary.ok, summary.failed, float(f"{rate:.4g}"), store.url)
+    done = ledger.finalise(store)
+    return PurifyResult(done.ok + done.failed, done.ok, done.failed, float(f"{rate:.4g}"), store.url)
 
 
 def _run(prepared: Prepared, tasks: list[Task]) -> float:
@@ -82,19 +81,9 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
         )
         shown = _Shown(line, "GPUs" if gpus else "actors", actors)
         with BoardWatcher(board, shown.under_way, watch):
-            for shard in watched(_stream(job, tasks, actors, gpus), watch):
-                shown.committed(shard)
+            for row in watched(_stream(job, tasks, actors, gpus), watch):
+                shown.committed(row)
         return line.rate
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A shard that is committed: images done and failed, and the seconds that an actor spent on it."""
-
-    name: str
-    ok: int
-    failed: int
-    busy_seconds: float = 0.0
 
 
 class _Shown:
@@ -113,18 +102,18 @@ class _Shown:
                 self.open[entry["shard"]] = entry["images"]
             self._show()
 
-    def committed(self, shard: Committed) -> None:
-        """Count a shard that is committed."""
+    def committed(self, row: dict[str, Any]) -> None:
+        """Count a shard that is committed; see `encode_and_commit` for the row."""
         now = time.monotonic()
-        self.start = self.start or now - shard.busy_seconds
-        self.busy += shard.busy_seconds
+        self.start = self.start or now - row[BUSY_COLUMN]
+        self.busy += row[BUSY_COLUMN]
         share = min(100, 100 * self.busy / max(1e-9, self.actors * (now - self.start)))
         self.line.note = f"{self.what} busy {share:.0f} %"
-        self.line.failed += shard.failed
-        self.done += shard.ok + shard.failed
+        self.line.failed += row["failed"]
+        self.done += row["ok"] + row["failed"]
         with self.lock:
-            self.closed.add(shard.name)
-            self.open.pop(shard.name, None)
+            self.closed.add(row["shard"])
+            self.open.pop(row["shard"], None)
             self._show()
 
     def _show(self) -> None:
@@ -171,8 +160,8 @@ def on_actors(dataset: Dataset, actor: Callable[[Any], Any], job: Any, actors: i
     )
 
 
-def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[Committed]:
-    """Yield each shard as it is committed."""
+def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[dict[str, Any]]:
+    """Yield the row of each shard as it is committed."""
     dataset = dataset_of(task_rows(tasks)).map_batches(
         read_and_decode, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )
@@ -190,4 +179,4 @@ def _stream(job: Job, tasks: list[Task], actors: int, gpus: float) -> Iterator[C
             if row["fatal"]:
                 raise error_of_note(row["fatal"])
             log.event("shard", shard=row["shard"], ok=row["ok"], failed=row["failed"])
-            yield Committed(row["shard"], row["ok"], row["failed"], row[BUSY_COLUMN])
+            yield row

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +23,7 @@ from eclipse_ray.cluster import metrics
 from eclipse_ray.cluster.connect import open_denoiser
 from eclipse_ray.config import PurifyConfig, content_hash
 from eclipse_ray.datasets.formats import read_parts
-from eclipse_ray.datasets.images import (
-    ImageError,
-    LargeImageError,
-    decode_stored,
-    encode_image,
-    resize_image,
-)
+from eclipse_ray.datasets.images import ImageError, LargeImageError, decode_stored, encode_image, resize_image
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.errors import EclipseError, InputError, StorageError, note_of_error
 from eclipse_ray.purification.shard import (
@@ -74,10 +69,9 @@ def read_and_decode(batch: pa.Table, job: Job) -> pa.Table:
             packed = _read_and_decode(task, job, attempt)
     except EclipseError as error:
         packed = _nothing(fatal=note_of_error(error))
-    columns = {"task": batch["task"], "seconds": pa.array([time.monotonic() - started])}
-    for column, value in columns.items():
-        packed = packed.append_column(column, value)
-    return packed
+    packed = packed.append_column("task", batch["task"])
+    packed = packed.append_column("seconds", pa.array([time.monotonic() - started]))
+    return packed.append_column(BUSY_COLUMN, pa.array([0.0]))
 
 
 def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
@@ -148,21 +142,26 @@ def _unread(job: Job, span: ledger.Span, failure: Failure) -> list[FailureRow]:
 
 
 def _decoded(job: Job, task: Task, attempt: int, encoded: Sequence[bytes]) -> Iterator[Outcome]:
-    """Yield each image, or why it cannot be had; those that kill their worker are found by earlier attempts."""
-    store, name, stage = job.store(), task.shard.name, job.stage("decode")
-    blamed, care = ledger.try_alone(
-        store, name, task.generation, stage, attempt, len(encoded), lambda row: _decode(job, encoded[row])
-    )
+    """Yield each image, or why it cannot be had."""
+    killers, _ = _killers(job, task, "decode", attempt, len(encoded), lambda row: _decode(job, encoded[row]))
     for row, data in enumerate(encoded):
-        if row in blamed:
-            yield Failure("decoding this image kills the worker, also when tried alone", "killed")
-        elif care is ledger.Care.GIVE_UP:
-            reason = (
-                "decoding its shard kills the worker, though no image does so alone; lower purify.shard_images"
-            )
-            yield Failure(reason, "killed")
-        else:
-            yield _decode(job, data)
+        yield killers[row] if row in killers else _decode(job, data)
+
+
+def _killers(
+    job: Job, task: Task, stage: str, attempt: int, images: int, alone: Callable[[int], object]
+) -> tuple[dict[int, Outcome], ledger.Care]:
+    """Return the failures of images that killed the worker of earlier attempts, and how to process the others."""
+    blamed, care = ledger.try_alone(
+        job.store(), task.shard.name, task.generation, job.stage(stage), attempt, images, alone
+    )
+    doing, hint = {"decode": ("decoding", "; lower purify.shard_images"), "purify": ("purifying", "")}[stage]
+    found: dict[int, Outcome] = {}
+    if care is ledger.Care.GIVE_UP:
+        reason = f"{doing} its shard kills the worker, though no image does so alone{hint}"
+        found = dict.fromkeys(range(images), Failure(reason, "killed"))
+    killer = Failure(f"{doing} this image kills the worker, also when tried alone", "killed")
+    return found | dict.fromkeys(blamed, killer), care
 
 
 def _decode(job: Job, data: bytes) -> Outcome:
@@ -310,22 +309,17 @@ class Purifier:
 
     def _outcomes(self, task: Task, images: Sequence[Pixels], ids: Sequence[str]) -> dict[int, Outcome]:
         """Return what became of every image; those that kill this actor are found by its earlier lives."""
-        store, shard, settings = self.job.store(), task.shard.name, self.job.purify
-        stage = self.job.stage("purify")
+        job, shard = self.job, task.shard.name
 
         def alone(place: int) -> object:
             return self._batch([place], images, ids)
 
-        attempt = ledger.begin(store, shard, task.generation, stage)
-        blamed, care = ledger.try_alone(store, shard, task.generation, stage, attempt, len(images), alone)
-        if care is ledger.Care.GIVE_UP:
-            together = Failure("purifying its shard kills the worker, though no image does so alone", "killed")
-            return dict.fromkeys(range(len(images)), together)
-        killer = Failure("purifying this image kills the worker, also when tried alone", "killed")
-        outcomes: dict[int, Outcome] = dict.fromkeys(blamed, killer)
-        size = settings.batch_size if care is ledger.Care.USUAL else 1
-        for places in same_size_batches(images, size, settings.batch_pixels):
-            outcomes |= self._batch([place for place in places if place not in blamed], images, ids)
+        attempt = ledger.begin(job.store(), shard, task.generation, job.stage("purify"))
+        killers, care = _killers(job, task, "purify", attempt, len(images), alone)
+        outcomes = dict(killers)
+        size = job.purify.batch_size if care is ledger.Care.USUAL else 1
+        for places in same_size_batches(images, size, job.purify.batch_pixels):
+            outcomes |= self._batch([place for place in places if place not in killers], images, ids)
             self._tell(shard, len(outcomes))
         return outcomes
 
@@ -385,7 +379,7 @@ def encode_and_commit(batch: pa.Table, job: Job) -> pa.Table:
         "shard": task.shard.name,
         "ok": ok,
         "failed": failed,
-        BUSY_COLUMN: batch[BUSY_COLUMN][0].as_py() if BUSY_COLUMN in batch.column_names else 0.0,
+        BUSY_COLUMN: batch[BUSY_COLUMN][0].as_py(),
         "fatal": fatal,
         "note": batch["note"][0].as_py(),
     }
@@ -414,19 +408,17 @@ def _encode_and_commit(batch: pa.Table, task: Task, job: Job) -> ledger.Status:
     metrics.count("shards", 1, job.run)
     metrics.count("images", table.num_rows, job.run)
     metrics.count("written_bytes", len(data or b""), job.run)
-    metrics.count_failures([failure["kind"] for failure in failures], job.run)
+    for kind, number in Counter(failure["kind"] for failure in failures).items():
+        metrics.count("failures", number, job.run, kind)
     return status
 
 
 def _changes_of(table: pa.Table, failures: Sequence[FailureRow]) -> pa.Table:
     """Return one row per image that this generation did, with how far it was changed, and one per failure."""
-    found: dict[str, list[Any]] = {"id": [], "label": [], "key": [], "row": [], "psnr": [], "ssim": []}
-    if table.num_rows:
-        found = {"id": table["id"].to_pylist(), "label": _labels(table)}
-        found |= {name: table[f".{name}"].to_pylist() for name in ("key", "row", *CHANGE_COLUMNS)}
-    rows = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
-    rows += [{name: failure[name] for name in ("id", "label", "key")} for failure in failures]
-    return pa.Table.from_pylist(rows, ledger.CHANGES_SCHEMA)
+    columns = ("id", "label", KEY_COLUMN, ROW_COLUMN, *(f".{name}" for name in CHANGE_COLUMNS))
+    done = table.select([name for name in columns if name in table.column_names])
+    rows = done.rename_columns([name.removeprefix(".") for name in done.column_names]).to_pylist()
+    return pa.Table.from_pylist([*rows, *failures], ledger.CHANGES_SCHEMA)
 
 
 def _labels(table: pa.Table) -> list[int | None]:

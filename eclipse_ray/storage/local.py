@@ -74,18 +74,16 @@ class LocalFolder:
         except OSError as error:
             raise _explained(self.path(key), "remove", error) from error
 
-    def abort_uploads(self, prefix: str) -> int:
-        return 0
-
     def _place(self, key: str, data: bytes, move: Callable[[str, str], None]) -> None:
         path = self.path(key)
+        folder = os.path.dirname(path)
         # Another run that has just finished may delete our temporary file as a leftover.
         for _ in range(_TRIES):
-            temporary = ""
+            temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
             try:
-                temporary = self._write_temporary(path, data)
+                _write_temporary(temporary, data)
                 move(temporary, path)
-                _sync_folder(os.path.dirname(path))
+                _sync_folder(folder)
                 return
             except FileNotFoundError:
                 continue
@@ -94,27 +92,21 @@ class LocalFolder:
             except OSError as error:
                 raise _explained(path, "write", error) from error
             finally:
-                with suppress(FileNotFoundError):
+                with suppress(OSError):
                     os.unlink(temporary)
         raise StorageError(f"{path}: temporary files vanish while they are written; try again")
 
-    def _write_temporary(self, path: str, data: bytes) -> str:
-        folder = os.path.dirname(path)
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except FileExistsError as error:
-            raise NotADirectoryError(errno.ENOTDIR, "is a file where a folder should be", folder) from error
-        temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
-        return temporary
+
+def _write_temporary(path: str, data: bytes) -> None:
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "is a file where a folder should be", folder) from error
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _link(temporary: str, path: str) -> None:
@@ -144,11 +136,10 @@ def _walk(folder: str, prefix: str, hidden: bool, above: tuple[str, ...]) -> Ite
 
 
 def _info(path: str) -> os.stat_result | None:
-    with suppress(FileNotFoundError):
-        return os.stat(path)
     # A link to a missing file is listed too, so that it becomes an error instead of vanishing.
-    with suppress(FileNotFoundError):
-        return os.lstat(path)
+    for look in (os.stat, os.lstat):
+        with suppress(FileNotFoundError):
+            return look(path)
     return None
 
 

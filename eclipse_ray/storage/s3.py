@@ -80,12 +80,11 @@ class S3Folder:
         """Return bytes `start` to `stop`. Raises StorageError if the object changed since `entry` was listed."""
         condition = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": f'"{entry.version}"'}
         try:
-            data = self._get(entry.key, condition, stop - start)
+            return self._get(entry.key, condition, stop - start)
         except FileExistsError as error:
             raise StorageError(
                 f"{self._where(entry.key)}: changed while it was read; start again once nobody writes to it"
             ) from error
-        return data
 
     def entry(self, key: str) -> Entry:
         head = self._head(key)
@@ -153,10 +152,13 @@ class S3Folder:
 
     def _store(self, key: str, data: bytes, condition: Parameters) -> bool:
         writer = uuid.uuid4().hex
-        upload = self._put if len(data) <= PART_BYTES else self._put_parts
+        target = {"Key": join(self.prefix, key), "Metadata": {_WRITER: writer}}
         for _ in range(_UPLOAD_TRIES):
             try:
-                upload(key, data, {"Key": join(self.prefix, key), "Metadata": {_WRITER: writer}}, condition)
+                if len(data) <= PART_BYTES:
+                    self._request(WRITE, "put_object", key, {**target, "Body": data, **condition})
+                else:
+                    self._put_parts(key, data, target, condition)
                 return True
             except (FileExistsError, FileNotFoundError) as error:
                 # Either another writer was first, or our write succeeded and its answer was lost.
@@ -169,9 +171,6 @@ class S3Folder:
             f"{self._where(key)}: {_UPLOAD_TRIES} uploads vanished before they were complete; "
             "see who aborts uploads there, then run the same command again"
         )
-
-    def _put(self, key: str, data: bytes, target: Parameters, condition: Parameters) -> None:
-        self._request(WRITE, "put_object", key, {**target, "Body": data, **condition})
 
     def _put_parts(self, key: str, data: bytes, target: Parameters, condition: Parameters) -> None:
         upload = self._request(WRITE, "create_multipart_upload", key, target)["UploadId"]
@@ -245,11 +244,10 @@ class S3Folder:
             parameters.update(marks)
 
     def _request(self, action: Action, method: str, key: str, parameters: Parameters) -> Mapping[str, Any]:
-        return self._retried(
-            action,
-            key,
-            lambda: cast(Mapping[str, Any], self.fs.call_s3(method, parameters, Bucket=self.bucket)),
-        )
+        def call() -> Mapping[str, Any]:
+            return cast(Mapping[str, Any], self.fs.call_s3(method, parameters, Bucket=self.bucket))
+
+        return self._retried(action, key, call)
 
     def _retried(self, action: Action, key: str, call: Callable[[], T]) -> T:
         used: list[Any] = [None]

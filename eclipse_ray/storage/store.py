@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -28,22 +28,6 @@ __all__ = ["Entry", "Store"]
 _MEMORY_LOCK = threading.Lock()
 # Most HTTP connections per process.
 _CONNECTIONS = 32
-
-
-class Backend(Protocol):
-    """The operations of each kind of store. `Store` documents the methods of the same names."""
-
-    def exists(self, key: str) -> bool: ...
-    def is_file(self) -> bool: ...
-    def read(self, key: str) -> bytes: ...
-    def read_range(self, key: str, start: int, stop: int) -> bytes: ...
-    def open(self, key: str) -> BinaryIO: ...
-    def entry(self, key: str) -> Entry: ...
-    def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]: ...
-    def write(self, key: str, data: bytes) -> None: ...
-    def create(self, key: str, data: bytes) -> bool: ...
-    def delete(self, key: str) -> None: ...
-    def abort_uploads(self, prefix: str) -> int: ...
 
 
 class Store:
@@ -139,7 +123,7 @@ class Store:
         Unfinished uploads are invisible but cost storage. A live run starts an aborted upload again. Stores
         without unfinished uploads return 0.
         """
-        return self.backend.abort_uploads(prefix)
+        return self.backend.abort_uploads(prefix) if isinstance(self.backend, S3Folder) else 0
 
     def seconds_ahead(self) -> float | None:
         """Return by how many seconds this machine's clock is ahead of that of S3; None for other stores."""
@@ -236,9 +220,6 @@ class AnyFolder:
         with suppress(FileNotFoundError):
             retried(DELETE, self.where(key), lambda: self.fs.rm_file(self.path(key)))
 
-    def abort_uploads(self, prefix: str) -> int:
-        return 0
-
     def _info(self, key: str) -> dict[str, Any]:
         return retried(READ, self.where(key), lambda: cast(dict[str, Any], self.fs.info(self.path(key))))
 
@@ -283,7 +264,7 @@ def _connect_s3(settings: tuple[tuple[str, str], ...], process: int) -> Any:
     return fs
 
 
-def _backend(fs: Any, root: str) -> Backend:
+def _backend(fs: Any, root: str) -> LocalFolder | S3Folder | AnyFolder:
     if isinstance(fs, LocalFileSystem):
         return LocalFolder(root)
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol

@@ -19,6 +19,7 @@ from eclipse_ray.diffusion.filters import (
     undo_known,
 )
 from eclipse_ray.poisons.cuda import Cuda, class_filters, cuda_perturbation
+from eclipse_ray.poisons.interface import LabelledImages
 from eclipse_ray.quality import psnr
 
 
@@ -32,8 +33,8 @@ def photographs(shared_data) -> torch.Tensor:
 
 def blurred(images: torch.Tensor, label: int) -> torch.Tensor:
     """Return the images as CUDA stores those of class `label`."""
-    labels = torch.full((len(images),), label)
-    delta = cuda_perturbation(images, labels, [str(i) for i in range(len(images))], Cuda(), 0, 10)
+    ids = [str(i) for i in range(len(images))]
+    delta = cuda_perturbation(LabelledImages(images, torch.full((len(images),), label), ids, 10), Cuda(), 0)
     return ((images / 255 + delta) * 255).round().to(torch.uint8)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from eclipse_ray.progress import ProgressLine
-from eclipse_ray.purification.run import Committed, _Shown
+from eclipse_ray.purification.run import _Shown
 from eclipse_ray.purification.shard import task_rows
 from eclipse_ray.purification.stages import Purifier, read_and_decode
 from tests.purification.test_faults import shard_of_sixteen
@@ -30,7 +30,7 @@ def test_images_of_shards_under_way_count_until_their_shard_is_committed():
         shown.under_way({"shard": "a", "images": 16})
         shown.under_way({"shard": "b", "images": 8})
         assert line.done == 124
-        shown.committed(Committed("a", 18, 2, 1.0))
+        shown.committed({"shard": "a", "ok": 18, "failed": 2, "busy_seconds": 1.0})
         assert (line.done, line.failed, line.note) == (128, 2, "actors busy 50 %")
         # An entry that comes late, and an actor that begins its shard again.
         shown.under_way({"shard": "a", "images": 20})

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from eclipse_ray.errors import StorageError
-from eclipse_ray.storage.local import LocalFolder
+from eclipse_ray.storage import local
 from eclipse_ray.storage.store import Store
 
 
@@ -41,16 +41,15 @@ def test_put_if_absent_between_processes_has_one_winner(tmp_path):
 def test_write_survives_another_runs_clean_up(tmp_path, operation, monkeypatch):
     """The clean-up of another run deletes the first temporary file."""
     swept = []
-    original = LocalFolder._write_temporary
+    original = local._write_temporary
 
-    def write_temporary(self, path, data):
-        temporary = original(self, path, data)
+    def write_temporary(path, data):
+        original(path, data)
         if not swept:
-            swept.append(temporary)
-            os.unlink(temporary)
-        return temporary
+            swept.append(path)
+            os.unlink(path)
 
-    monkeypatch.setattr(LocalFolder, "_write_temporary", write_temporary)
+    monkeypatch.setattr(local, "_write_temporary", write_temporary)
     store = Store(str(tmp_path))
     getattr(store, operation)("data/x", b"1")
     assert len(swept) == 1

@@ -1,7 +1,5 @@
 """What several tests share: a small world of datasets and a denoiser, and the command line run in a process."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -66,6 +64,11 @@ def make_world(root: Path) -> World:
 def dotted(settings: dict[str, object]) -> dict[str, object]:
     """Return settings that were given as keywords, such as purify__t_star, under their own names."""
     return {key.replace("__", "."): value for key, value in settings.items()}
+
+
+def change_json(file: Path, **values: object) -> None:
+    """Set some keys of a JSON object in a file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def kept_by_experiment(output: Path) -> dict[str, int]:
@@ -140,6 +143,22 @@ def untrained_denoiser(**settings: object) -> Denoiser:
                 if not bool(parameter.any()):
                     parameter.normal_(std=0.1)
     return build_denoiser(network, config).eval()
+
+
+def kill_and_go_on(arguments: list[str], output: Path, least: int, cells: int) -> dict[str, object]:
+    """Kill an experiment of `cells` once `least` have a result, run it again; return the object it prints."""
+    results, log = output / "results", output.parent / "log"
+    kill_when(arguments, lambda: results.exists() and len(list(results.glob("*.json"))) >= least, log)
+    # The victim in training at the kill may still have been committed by its own process.
+    time.sleep(3)
+    before = kept_by_experiment(output)
+    kept = len([name for name in before if name.startswith("results/")])
+    assert least <= kept < cells
+    assert run_cli(*arguments, "--dry-run")["done"] == kept
+    result = run_cli(*arguments)
+    assert kept_by_experiment(output).items() >= before.items()
+    assert json.loads(next(results.iterdir()).read_text())["test_accuracy"]
+    return result
 
 
 def kill_when(arguments: list[str], ready: Callable[[], bool], log: Path, seconds: float = 200) -> None:

@@ -12,8 +12,17 @@ from eclipse_ray.poisons import fit_poison
 from eclipse_ray.poisons.adp import UNetClassifier, defender, new_unet, purified
 from eclipse_ray.poisons.interface import quiet_session
 from eclipse_ray.poisons.surrogate import keyed_generator, load_surrogate, under
-from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
-from tests.poisons.helpers import CLASSES, CPU, Memory, tiny_config, tiny_images
+from tests.poisons.helpers import (
+    CLASSES,
+    CPU,
+    Memory,
+    as_floats,
+    check_resume,
+    check_storage,
+    losses,
+    tiny_config,
+    tiny_images,
+)
 from tests.support import DEBUG, untrained_denoiser
 from tests.support import UNET as UNET2D
 

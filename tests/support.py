@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +19,14 @@ import pytest
 import torch
 
 from eclipse_ray import cli, verbs
-from eclipse_ray.config import load_config
+from eclipse_ray.config import DataConfig, DenoiserConfig, load_config
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
 from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet
 from eclipse_ray.diffusion.training import run_fit, start_fit
+from eclipse_ray.results import MatrixPlan, MatrixResult, SweepPlan, SweepResult
 
 DEBUG = {"denoiser.preset": "debug"}
 # The same size of a network of diffusers.
@@ -41,6 +43,21 @@ class World:
     poisoned: str
     test: str
     denoiser: str
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """A grid or a sweep that was run once: its settings, what was planned, and what came out."""
+
+    settings: dict[str, object]
+    plan: MatrixPlan | SweepPlan
+    result: MatrixResult | SweepResult
+    output: Path
+
+
+def board_of(tell: Callable[[dict[str, object]], object]) -> SimpleNamespace:
+    """Return a board of progress in this process, every entry of which is told to a function."""
+    return SimpleNamespace(post=SimpleNamespace(remote=tell))
 
 
 def make_world(root: Path) -> World:
@@ -79,16 +96,15 @@ def kept_by_experiment(output: Path) -> dict[str, int]:
 
 def train_denoiser(clean: str, output: str, **settings: object) -> None:
     """Fit a debug denoiser in this process, without Ray."""
-    config = load_config(None, {**DEBUG, **{f"denoiser.{key}": value for key, value in settings.items()}})
-    images = load_images(clean, config.data)
+    config, images = debug_config(**settings), load_images(clean, DataConfig())
     pixels = torch.from_numpy(images.images)
-    fit = start_fit(config.denoiser, 0, torch.device("cpu"))
+    fit = start_fit(config, 0, torch.device("cpu"))
     run_fit(fit, pixels[4:], pixels[:4], 0, lambda _: None, lambda _: None)
     last = fit.history[-1]
     card = Card(
-        t_max=config.denoiser.t_max or 0,
-        t_star=config.denoiser.t_star,
-        num_inference_steps=config.denoiser.num_inference_steps,
+        t_max=config.t_max or 0,
+        t_star=config.t_star,
+        num_inference_steps=config.num_inference_steps,
         iterations=fit.iteration,
         denoise_psnr=last["denoise_psnr"],
         noisy_psnr=last["noisy_psnr"],
@@ -131,9 +147,14 @@ def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
     return int(caught.value.code or 0), *capfd.readouterr()
 
 
+def debug_config(**settings: object) -> DenoiserConfig:
+    """Return the debug preset with some settings of the denoiser changed."""
+    return load_config(None, {**DEBUG, **{f"denoiser.{key}": value for key, value in settings.items()}}).denoiser
+
+
 def untrained_denoiser(**settings: object) -> Denoiser:
     """Return a debug denoiser with drawn weights: what it does to an image is arbitrary, and repeatable."""
-    config = load_config(None, {**DEBUG, **settings}).denoiser
+    config = debug_config(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build_unet(config)

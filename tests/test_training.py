@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from eclipse_ray.errors import ConfigError, InputError, ResumeError
 from eclipse_ray.inversion import METHOD, SURROGATES
 from eclipse_ray.parameters import resolve
 from eclipse_ray.training import _fingerprint, deciding_settings
-from tests.support import DEBUG, kill_when
+from tests.support import DEBUG, board_of, kill_when
 
 SHORT = {**DEBUG, "denoiser.iterations": 20, "denoiser.checkpoint_every": 10, "denoiser.num_workers": 2}
 
@@ -133,14 +132,13 @@ class OneProcess:
             raise KeyboardInterrupt
 
     def fit(self, trainer, worker, settings, _name, show, line, _watch, _callbacks) -> Checkpoint | None:
-        post = SimpleNamespace(remote=show)
         common = {"config": trainer.config.model_dump(mode="json"), "output": trainer.store.url, "threads": 0}
         surrogates = worker is training._surrogate_worker
         self.world = self.ranks if surrogates else 1
         with line:
             for rank in range(self.world):
                 self.rank = rank
-                worker({**common, "board": SimpleNamespace(post=post), **settings})
+                worker({**common, "board": board_of(show), **settings})
         return None if surrogates else self.get_checkpoint()
 
 

@@ -13,6 +13,7 @@ from tests.support import untrained_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = DefenseConfig(draws=2, cutout_size=6, avatar_steps=2, op_epochs=2, at_steps=2, aa_draws=2)
+VICTIM = VictimConfig(epochs=1, batch_size=8, crop_padding=2)
 SOURCE = material(8, denoiser=untrained_denoiser())
 
 
@@ -133,12 +134,9 @@ def test_settings_that_no_defense_has_are_refused(settings, message):
         resolved_defense(DefenseConfig(**settings))
 
 
-VICTIM = VictimConfig(epochs=1, batch_size=8, crop_padding=2)
-
-
 def trained(name, seed=0):
     defense = combine(name)
-    source = material(24, denoiser=untrained_denoiser(**{"denoiser.t_max": 20}))
+    source = material(24, denoiser=untrained_denoiser(t_max=20))
     stored = defense.transform(source, CONFIG) if defense.transform else source.images
     return train_victim(
         stored,

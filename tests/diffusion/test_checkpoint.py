@@ -28,7 +28,6 @@ from tests.support import change_json, untrained_denoiser
 @pytest.fixture(params=[("shuffled", [8]), ("unet2d", [8, 8])], ids=["shuffled", "unet2d"])
 def folder(request, tmp_path):
     network, channels = request.param
-    settings = {"denoiser.network": network, "denoiser.block_out_channels": channels}
     card = Card(
         t_max=5,
         t_star=4,
@@ -41,7 +40,7 @@ def folder(request, tmp_path):
         fingerprint="f",
         settings={},
     )
-    save_denoiser(tmp_path, untrained_denoiser(**settings), card)
+    save_denoiser(tmp_path, untrained_denoiser(network=network, block_out_channels=channels), card)
     return tmp_path
 
 

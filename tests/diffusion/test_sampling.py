@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from eclipse_ray.config import load_config
 from eclipse_ray.diffusion import sampling as room
 from eclipse_ray.diffusion.network import build_denoiser, build_unet, fast_precision
 from eclipse_ray.diffusion.noise import noise
@@ -33,7 +32,12 @@ from eclipse_ray.diffusion.sampling import (
     to_uint8,
 )
 from eclipse_ray.errors import ConfigError, InputError
-from tests.support import untrained_denoiser
+from tests.support import debug_config, untrained_denoiser
+
+T, T_STAR = 4000, 100
+SCHEDULE = cosine_alphas_cumprod(T)
+DEVIATION = 0.2
+IDS = ["a", "b"]
 
 
 @pytest.mark.parametrize("timesteps", [20, 1000, 4000])
@@ -76,16 +80,10 @@ def test_impossible_respacing_is_refused(t_star, steps):
         respaced_timesteps(t_star, steps)
 
 
-T, T_STAR = 4000, 100
-SCHEDULE = cosine_alphas_cumprod(T)
-IDS = ["a", "b"]
-
-
 def random_denoiser():
     """An untrained network of the debug size with 6 channels, otherwise as in preset `paper`."""
     settings = {"variance_type": "learned_range", "rescale_timesteps": True, "num_train_timesteps": T}
-    settings |= {"preset": "debug", "t_star": T_STAR, "t_max": T, "num_inference_steps": T_STAR}
-    config = load_config(None, {f"denoiser.{key}": value for key, value in settings.items()}).denoiser
+    config = debug_config(**settings, t_star=T_STAR, t_max=T, num_inference_steps=T_STAR)
     torch.manual_seed(4)
     unet = build_unet(config)
     with torch.no_grad():
@@ -180,9 +178,6 @@ def test_a_ddim_step_equals_diffusers(t):
     ours = ddim_step(x_t, predict_x0(x_t, eps_pred, abar), abar, before)
     # Again the float32 schedule of diffusers.
     assert torch.allclose(ours, theirs, atol=3e-4)
-
-
-DEVIATION = 0.2
 
 
 def gaussian_network(schedule):

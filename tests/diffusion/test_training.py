@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from eclipse_ray.config import PRESETS, load_config
+from eclipse_ray.config import PRESETS
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.network import build_denoiser
 from eclipse_ray.diffusion.process import add_noise, cosine_alphas_cumprod
@@ -28,6 +28,7 @@ from eclipse_ray.diffusion.training import (
     worker_slice,
 )
 from tests.support import UNET
+from tests.support import debug_config as debug
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -51,12 +52,6 @@ def smooth_images(count: int) -> torch.Tensor:
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     images = torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
     return (images * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def debug(**settings):
-    return load_config(
-        None, {"denoiser.preset": "debug", **{f"denoiser.{k}": v for k, v in settings.items()}}
-    ).denoiser
 
 
 def go_on(fit, count=8, reports=None, keep=lambda _: None, **options):

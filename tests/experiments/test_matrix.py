@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
@@ -24,8 +24,7 @@ from eclipse_ray.experiments.experiment import Experiment, open_matrix
 from eclipse_ray.experiments.run import groups, share
 from eclipse_ray.poisoning import fits_at_once
 from eclipse_ray.poisons import cost_of
-from eclipse_ray.results import MatrixPlan, MatrixResult
-from tests.support import DEBUG, dotted, kept_by_experiment, kill_and_go_on
+from tests.support import DEBUG, OneRun, dotted, kept_by_experiment, kill_and_go_on
 
 SETTINGS = {
     **DEBUG,
@@ -39,16 +38,6 @@ SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """A matrix that was measured once: what was planned, what came out, and when its cells were written."""
-
-    settings: dict[str, object]
-    plan: MatrixPlan
-    result: MatrixResult
-    output: Path
-
-
 def settings_for(world, output: Path, **changes: object) -> dict[str, object]:
     places = {"data.source": world.rest, "data.test": world.test, "data.clean": world.clean}
     own = {"data.output": str(output), "purify.denoiser": world.denoiser}
@@ -56,11 +45,11 @@ def settings_for(world, output: Path, **changes: object) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def measured(world, tmp_path_factory) -> Run:
+def measured(world, tmp_path_factory) -> OneRun:
     output = tmp_path_factory.mktemp("matrix") / "out"
     settings = settings_for(world, output)
     plan = verbs.evaluate_plan(settings=settings)
-    return Run(settings, plan, verbs.evaluate(settings=settings), output)
+    return OneRun(settings, plan, verbs.evaluate(settings=settings), output)
 
 
 def test_the_plan_names_what_is_missing_and_writes_nothing(measured, world, tmp_path):

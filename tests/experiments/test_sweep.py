@@ -1,9 +1,8 @@
 """A real sweep at debug size: what it measures, shares, resumes and refuses."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,8 +27,7 @@ from eclipse_ray.experiments.experiment import (
 from eclipse_ray.experiments.recipe import Measured
 from eclipse_ray.experiments.run import Bench, defend, measure
 from eclipse_ray.experiments.search import Trial
-from eclipse_ray.results import SweepPlan, SweepResult
-from tests.support import DEBUG, dotted, kept_by_experiment, kill_and_go_on, train_denoiser
+from tests.support import DEBUG, OneRun, board_of, dotted, kept_by_experiment, kill_and_go_on, train_denoiser
 
 SETTINGS = {
     **DEBUG,
@@ -38,16 +36,6 @@ SETTINGS = {
     "sweep.images": 40,
     "sweep.space": {"purify.t_star": [2, 4], "compensation.sigma": [0.0, 0.05]},
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """A sweep that was run once."""
-
-    settings: dict[str, object]
-    plan: SweepPlan
-    result: SweepResult
-    output: Path
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +64,19 @@ def sets_of(world, denoiser: str | None = None, **changes: object) -> Sets:
 
 def measured_here(sweep: Experiment, trial: Trial) -> Measured:
     """What the first victim of a trial gives, in this process."""
-    board = SimpleNamespace(post=SimpleNamespace(remote=lambda entry: None))
     bench = Bench(sweep.sets, sweep.cache, 1, 0.1)
     for need in trial.recipes[0].needs:
         defend(need, bench, None)
-    return measure(trial.recipes[0], bench, None, board)
+    return measure(trial.recipes[0], bench, None, board_of(lambda entry: None))
 
 
 @pytest.fixture(scope="module")
-def swept(world, half, tmp_path_factory) -> Run:
+def swept(world, half, tmp_path_factory) -> OneRun:
     output = tmp_path_factory.mktemp("sweep") / "out"
     settings = settings_for(world, output, half)
     plan = verbs.sweep_plan(settings=settings)
     assert not output.exists()
-    return Run(settings, plan, verbs.sweep(settings=settings), output)
+    return OneRun(settings, plan, verbs.sweep(settings=settings), output)
 
 
 def test_trials_find_what_was_named_by_relative_paths(world, half, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from eclipse_ray.purification.run import Committed, _Shown
 from eclipse_ray.purification.shard import Failure, Job, Task, task_rows, unpack
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
 from tests.ledger.helpers import make_fingerprint, plan_of
-from tests.support import DEBUG, World, dotted
+from tests.support import DEBUG, World, board_of, dotted
 
 
 def first_shard(world: World, output: object, source: object = None, **settings: object) -> tuple[Job, Task]:
@@ -182,8 +181,7 @@ def test_the_workers_of_the_other_stages_start_without_torch():
 def test_an_actor_tells_that_it_has_its_denoiser_and_of_every_batch(world, tmp_path):
     job, task = first_shard(world, tmp_path / "out")
     told = []
-    board = SimpleNamespace(post=SimpleNamespace(remote=told.append))
-    Purifier(replace(job, board=board))(decode(job, task))
+    Purifier(replace(job, board=board_of(told.append)))(decode(job, task))
     assert [(entry["shard"], entry["images"]) for entry in told] == [
         ("", 0),
         (task.shard.name, 8),

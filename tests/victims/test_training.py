@@ -15,6 +15,14 @@ from eclipse_ray.victims import VICTIMS, training
 from eclipse_ray.victims.training import Bfloat16, classify, draw_batch, learning_rate_at, train_victim
 from tests.victims.images import coloured, numbered, striped
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK = VictimConfig(epochs=4, batch_size=32, learning_rate=0.05, crop_padding=2)
+STILL = VictimConfig(epochs=6, batch_size=8, learning_rate=0.01, crop_padding=0, flip=False)
+
+
+def run(train, test, config=QUICK, compensation=None, seed=0, **more):
+    return train_victim(*train, *test, config, compensation, seed, "cpu", **more)
+
 
 def test_paper_is_the_published_training():
     victim = load_config(None, {"victim.recipe": "paper"}).victim
@@ -38,15 +46,6 @@ def test_another_recipe_takes_the_values_of_the_first_along():
     modern = with_overrides(paper, {"victim.recipe": "modern"}).victim
     assert modern == VictimConfig(recipe="modern", flip=False)
     assert with_overrides(paper, {"victim.recipe": "quick"}).victim == VictimConfig(flip=False)
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = VictimConfig(epochs=4, batch_size=32, learning_rate=0.05, crop_padding=2)
-STILL = VictimConfig(epochs=6, batch_size=8, learning_rate=0.01, crop_padding=0, flip=False)
-
-
-def run(train, test, config=QUICK, compensation=None, seed=0, **more):
-    return train_victim(*train, *test, config, compensation, seed, "cpu", **more)
 
 
 def test_learns_a_separable_set_and_reports_every_epoch():

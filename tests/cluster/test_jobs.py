@@ -69,7 +69,7 @@ def wait_until(condition, what: str, seconds: float = 300) -> None:
 def source(world, tmp_path_factory):
     """Return a folder of the poisoned images and a last one that cannot be decoded."""
     folder = tmp_path_factory.mktemp("source")
-    table = pa.concat_tables(pq.read_table(file) for file in sorted(Path(world.poisoned).glob("data/*.parquet")))
+    table = read_output(world.poisoned)
     rows = table.to_pylist()
     rows.append({**rows[-1], "id": "broken", "image": {"bytes": b"no image", "path": "broken.png"}})
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / "images.parquet")

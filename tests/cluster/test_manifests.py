@@ -19,6 +19,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
+KUBERAY = ROOT / "cluster" / "kuberay"
+VERBS = ("train", "purify", "sweep", "evaluate", "audit")
+LAUNCHERS = ("aws.yaml", "gcp.yaml")
 
 
 def lint(path: Path) -> subprocess.CompletedProcess[str]:
@@ -60,11 +63,6 @@ def test_no_secret_can_enter_the_build():
     sources = [word for line in copied for word in line.split()]
     assert sorted(sources) == sorted(kept)
     assert not any(fnmatch.fnmatch(name, pattern) for name in (".env", ".git", "runs") for pattern in kept)
-
-
-KUBERAY = ROOT / "cluster" / "kuberay"
-VERBS = ("train", "purify", "sweep", "evaluate", "audit")
-LAUNCHERS = ("aws.yaml", "gcp.yaml")
 
 
 def load(path: Path) -> dict[str, Any]:

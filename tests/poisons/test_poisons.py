@@ -88,22 +88,23 @@ def test_seed_label_and_scope_decide(name, scope):
     assert torch.equal(first, perturb(images, labels, ids, config, 0, CLASSES + 2))
 
 
+def predicted(taps, signal):
+    """Return what the recursion makes of the eight pixels before each pixel, (N, H - 2, W - 2, 3)."""
+    height, width = signal.shape[1] - 2, signal.shape[2] - 2
+    return sum(
+        taps[:, None, None, :, index] * signal[:, down : down + height, right : right + width]
+        for index, (down, right) in enumerate(TAPS)
+    )
+
+
 def test_ar_satisfies_its_recursion():
     images, labels, ids = batch()
     taps = processes(0, CLASSES, 32, 32)[labels.numpy()]
     signal = generate(taps, np.random.default_rng(0).standard_normal((8, 36, 36, 3)))
-    predicted = sum(
-        taps[:, None, None, :, index] * signal[:, down : down + 34, right : right + 34]
-        for index, (down, right) in enumerate(TAPS)
-    )
-    np.testing.assert_allclose(predicted, signal[:, 2:, 2:], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(predicted(taps, signal), signal[:, 2:, 2:], rtol=0, atol=1e-10)
     np.testing.assert_allclose(taps.sum(axis=-1), 1, atol=1e-9)
     stored = perturb(images, labels, ids, PoisonConfig(name="ar"), 0, CLASSES).double().numpy()
-    inside = sum(
-        taps[:, None, None, :, index] * stored[:, down : down + 30, right : right + 30]
-        for index, (down, right) in enumerate(TAPS)
-    )
-    assert np.abs(inside - stored[:, 2:, 2:]).max() < 1e-6 * max(1, np.abs(taps).max())
+    assert np.abs(predicted(taps, stored) - stored[:, 2:, 2:]).max() < 1e-6 * max(1, np.abs(taps).max())
     assert np.linalg.norm(stored.reshape(8, -1), axis=1) == pytest.approx(1.0, abs=1e-5)
 
 
@@ -134,12 +135,7 @@ def test_published_ar_is_its_authors_and_writes_each_pixel_from_eight():
     assert taps[9, 2].tolist() == [0.2461, 0.1217, 0.1879, -0.0165, 0.1160, 0.1356, 0.1772, 0.0321]
     images, labels, ids = batch()
     change = perturb(images, labels, ids, PoisonConfig(name="ar-published"), 0, CLASSES).double().numpy()
-    mine = taps[labels.numpy()]
-    written = sum(
-        mine[:, None, None, :, index] * change[:, down : down + 30, right : right + 30]
-        for index, (down, right) in enumerate(TAPS)
-    )
-    assert np.abs(written - change[:, 2:, 2:]).max() < 1e-6
+    assert np.abs(predicted(taps[labels.numpy()], change) - change[:, 2:, 2:]).max() < 1e-6
     assert np.linalg.norm(change.reshape(8, -1), axis=1) == pytest.approx(1.0, abs=1e-5)
     # Its 100 processes serve from 11 classes on, and no more than 100.
     assert published_processes(11).shape == (100, 3, 8)

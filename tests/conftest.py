@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.memory import load_images
 from tests.support import World, make_world
 
 
@@ -23,6 +26,15 @@ def shared_data() -> Path:
 def world(tmp_path_factory) -> World:
     """Poisoned, clean and test sets of 16 px images and a debug denoiser, below one folder."""
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def unlabelled(world, tmp_path_factory) -> str:
+    """Folder of the images of `world.clean` without their labels."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    for index, image in enumerate(load_images(world.clean, DataConfig()).images):
+        (folder / f"{index}.png").write_bytes(encode_image(image, "png"))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """What several tests share: a small world of datasets and a denoiser, and the command line run in a process."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -12,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +19,14 @@ import pytest
 import torch
 
 from eclipse_ray import cli, verbs
-from eclipse_ray.config import load_config
+from eclipse_ray.config import DataConfig, DenoiserConfig, load_config
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
 from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet
 from eclipse_ray.diffusion.training import run_fit, start_fit
+from eclipse_ray.results import MatrixPlan, MatrixResult, SweepPlan, SweepResult
 
 DEBUG = {"denoiser.preset": "debug"}
 # The same size of a network of diffusers.
@@ -43,6 +43,21 @@ class World:
     poisoned: str
     test: str
     denoiser: str
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """A grid or a sweep that was run once: its settings, what was planned, and what came out."""
+
+    settings: dict[str, object]
+    plan: MatrixPlan | SweepPlan
+    result: MatrixResult | SweepResult
+    output: Path
+
+
+def board_of(tell: Callable[[dict[str, object]], object]) -> SimpleNamespace:
+    """Return a board of progress in this process, every entry of which is told to a function."""
+    return SimpleNamespace(post=SimpleNamespace(remote=tell))
 
 
 def make_world(root: Path) -> World:
@@ -68,6 +83,11 @@ def dotted(settings: dict[str, object]) -> dict[str, object]:
     return {key.replace("__", "."): value for key, value in settings.items()}
 
 
+def change_json(file: Path, **values: object) -> None:
+    """Set some keys of a JSON object in a file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def kept_by_experiment(output: Path) -> dict[str, int]:
     """Return when each result and each set of an experiment was written, in ns."""
     files = [*output.glob("results/*.json"), *output.glob("cache/*/*.json"), *output.glob("cache/defended/*.npy")]
@@ -76,16 +96,15 @@ def kept_by_experiment(output: Path) -> dict[str, int]:
 
 def train_denoiser(clean: str, output: str, **settings: object) -> None:
     """Fit a debug denoiser in this process, without Ray."""
-    config = load_config(None, {**DEBUG, **{f"denoiser.{key}": value for key, value in settings.items()}})
-    images = load_images(clean, config.data)
+    config, images = debug_config(**settings), load_images(clean, DataConfig())
     pixels = torch.from_numpy(images.images)
-    fit = start_fit(config.denoiser, 0, torch.device("cpu"))
+    fit = start_fit(config, 0, torch.device("cpu"))
     run_fit(fit, pixels[4:], pixels[:4], 0, lambda _: None, lambda _: None)
     last = fit.history[-1]
     card = Card(
-        t_max=config.denoiser.t_max or 0,
-        t_star=config.denoiser.t_star,
-        num_inference_steps=config.denoiser.num_inference_steps,
+        t_max=config.t_max or 0,
+        t_star=config.t_star,
+        num_inference_steps=config.num_inference_steps,
         iterations=fit.iteration,
         denoise_psnr=last["denoise_psnr"],
         noisy_psnr=last["noisy_psnr"],
@@ -128,9 +147,14 @@ def call(monkeypatch, capfd, *arguments: str) -> tuple[int, str, str]:
     return int(caught.value.code or 0), *capfd.readouterr()
 
 
+def debug_config(**settings: object) -> DenoiserConfig:
+    """Return the debug preset with some settings of the denoiser changed."""
+    return load_config(None, {**DEBUG, **{f"denoiser.{key}": value for key, value in settings.items()}}).denoiser
+
+
 def untrained_denoiser(**settings: object) -> Denoiser:
     """Return a debug denoiser with drawn weights: what it does to an image is arbitrary, and repeatable."""
-    config = load_config(None, {**DEBUG, **settings}).denoiser
+    config = debug_config(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build_unet(config)
@@ -140,6 +164,22 @@ def untrained_denoiser(**settings: object) -> Denoiser:
                 if not bool(parameter.any()):
                     parameter.normal_(std=0.1)
     return build_denoiser(network, config).eval()
+
+
+def kill_and_go_on(arguments: list[str], output: Path, least: int, cells: int) -> dict[str, object]:
+    """Kill an experiment of `cells` once `least` have a result, run it again; return the object it prints."""
+    results, log = output / "results", output.parent / "log"
+    kill_when(arguments, lambda: results.exists() and len(list(results.glob("*.json"))) >= least, log)
+    # The victim in training at the kill may still have been committed by its own process.
+    time.sleep(3)
+    before = kept_by_experiment(output)
+    kept = len([name for name in before if name.startswith("results/")])
+    assert least <= kept < cells
+    assert run_cli(*arguments, "--dry-run")["done"] == kept
+    result = run_cli(*arguments)
+    assert kept_by_experiment(output).items() >= before.items()
+    assert json.loads(next(results.iterdir()).read_text())["test_accuracy"]
+    return result
 
 
 def kill_when(arguments: list[str], ready: Callable[[], bool], log: Path, seconds: float = 200) -> None:

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one clear sentence for a mistake, one JSON object for machines."""
+"""The command line: exit codes, one clear sentence for a mistake, one JSON object for machines, status --watch."""
 
 import json
 import os
@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from eclipse_ray import ledger, verbs
 from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.results import StatusResult
+from eclipse_ray.storage.store import Store
 from eclipse_ray.verbs import VERBS
 from tests.diffusion.original_unet import Original, original_unet
 from tests.support import call, run_cli
@@ -20,38 +23,29 @@ ROOT = Path(__file__).resolve().parents[1]
 PRESET = ["--set", "denoiser.preset=debug"]
 
 
-def folder_of_images(folder, size: int, count: int = 3, labelled: bool = True) -> str:
+def folder_of_images(folder, size: int, count: int = 3) -> str:
     rng = np.random.default_rng(0)
     for index in range(count):
         image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        target = folder / "ab"[index % 2] if labelled else folder
+        target = folder / "ab"[index % 2]
         target.mkdir(parents=True, exist_ok=True)
         (target / f"{index}.png").write_bytes(encode_image(image, "png"))
     return str(folder)
 
 
-def bad_inputs(world, tmp_path, finished) -> dict[str, tuple[list[str], str]]:
-    """Return, for each mistake, the words typed and what the sentence must say."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "no_denoiser").mkdir()
-    odd = folder_of_images(tmp_path / "odd", 15)
-    unlabelled = folder_of_images(tmp_path / "unlabelled", 16, labelled=False)
-    out, den = str(tmp_path / "out"), ["--denoiser", world.denoiser]
-    return {
-        "missing source": (["purify", "/no/such/place", out, *den], "/no/such/place"),
-        "empty source": (["purify", str(tmp_path / "empty"), out, *den], "empty"),
-        "no denoiser": (
-            ["purify", world.poisoned, out, "--denoiser", str(tmp_path / "no_denoiser")],
-            "eclipse.json",
-        ),
-        "image size": (["purify", odd, out, *den], "images are 15x15 pixels"),
-        "t_star": (["purify", world.poisoned, out, *den, "--set", "purify.t_star=6"], "outside 1..5"),
-        "no labels": (["evaluate", unlabelled, "--test", world.test], "label"),
-        "other config": (["purify", world.poisoned, finished, *den, "--set", "run.seed=9"], "run.seed: 0 -> 9"),
-        "unknown setting": (["purify", world.poisoned, out, *den, "--set", "purify.tstar=6"], "purify.t_star"),
-        "no source": (["purify"], "data.source is not set"),
-        "status of nothing": (["status", str(tmp_path / "empty")], "no purified dataset here"),
-    }
+# What is typed, and what the sentence must say.
+MISTAKES = [
+    ("purify /no/such/place {out} --denoiser {denoiser}", "/no/such/place"),
+    ("purify {empty} {out} --denoiser {denoiser}", "empty"),
+    ("purify {poisoned} {out} --denoiser {empty}", "eclipse.json"),
+    ("purify {odd} {out} --denoiser {denoiser}", "images are 15x15 pixels"),
+    ("purify {poisoned} {out} --denoiser {denoiser} --set purify.t_star=6", "outside 1..5"),
+    ("purify {poisoned} {out} --denoiser {denoiser} --set purify.tstar=6", "purify.t_star"),
+    ("purify {poisoned} {finished} --denoiser {denoiser} --set run.seed=9", "run.seed: 0 -> 9"),
+    ("purify", "data.source is not set"),
+    ("evaluate {unlabelled} --test {test}", "has no labels"),
+    ("status {empty}", "no purified dataset here"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +56,15 @@ def finished(world, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        "missing source",
-        "empty source",
-        "no denoiser",
-        "image size",
-        "t_star",
-        "no labels",
-        "other config",
-        "unknown setting",
-        "no source",
-        "status of nothing",
-    ],
-)
-def test_mistakes_end_in_one_sentence_and_exit_2(monkeypatch, capfd, world, tmp_path, finished, mistake):
-    arguments, words = bad_inputs(world, tmp_path, finished)[mistake]
-    code, out, err = call(monkeypatch, capfd, *arguments)
+@pytest.mark.parametrize(("typed", "words"), MISTAKES)
+def test_mistakes_end_in_one_sentence_and_exit_2(
+    monkeypatch, capfd, world, unlabelled, tmp_path, finished, typed, words
+):
+    (tmp_path / "empty").mkdir()
+    own = {name: tmp_path / name for name in ("out", "empty", "odd")} | {"finished": finished}
+    folder_of_images(own["odd"], 15)
+    places = {**vars(world), **own, "unlabelled": unlabelled}
+    code, out, err = call(monkeypatch, capfd, *(word.format(**places) for word in typed.split()))
     assert code == 2, err
     assert words in err
     assert err.startswith("error: ")
@@ -90,13 +75,8 @@ def test_mistakes_end_in_one_sentence_and_exit_2(monkeypatch, capfd, world, tmp_
 
 def test_status_and_verify_as_json(monkeypatch, finished):
     assert run_cli("status", finished) == {"planned": 240, "ok": 240, "failed": 0, "shards": 1, "shards_done": 1}
-    assert run_cli("verify", finished) == {
-        "ok": True,
-        "planned": 240,
-        "images": 240,
-        "failed": 0,
-        "mismatched": [],
-    }
+    counted = {"planned": 240, "images": 240, "failed": 0}
+    assert run_cli("verify", finished) == {"ok": True, **counted, "mismatched": []}
 
 
 def test_a_dry_run_and_a_clean_up_say_what_they_found(monkeypatch, capfd, world, finished, tmp_path):
@@ -167,9 +147,8 @@ def test_import_checkpoint(monkeypatch, capfd, tmp_path):
     code, text, err = call(monkeypatch, capfd, "import-checkpoint", str(file), "--out", out, "--heads", "3")
     assert (code, text) == (2, "")
     assert err.startswith("error: --heads 3")
-    assert run_cli(
-        "import-checkpoint", str(file), "--out", out, "--timesteps", "1000", "--schedule", "linear"
-    ) == {
+    options = ["--timesteps", "1000", "--schedule", "linear"]
+    assert run_cli("import-checkpoint", str(file), "--out", out, *options) == {
         "denoiser": out,
         "parameters": sum(value.numel() for value in network.parameters()),
         "block_out_channels": [32, 64],
@@ -195,3 +174,45 @@ def test_importing_the_package_imports_neither_ray_nor_arrow(world):
     done = subprocess.run([sys.executable, "-c", program, world.denoiser], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+def looks(monkeypatch, *done: int) -> list[int]:
+    """Let verbs.status see so many of four shards done, look by look; return the list of what is left to see."""
+    left = list(done)
+
+    def summarise(store: Store) -> StatusResult:
+        shards = left.pop(0)
+        return StatusResult(40, 10 * shards - bool(shards), int(bool(shards)), 4, shards)
+
+    monkeypatch.setattr(ledger, "summarise", summarise)
+    monkeypatch.setattr(verbs.time, "sleep", lambda seconds: None)
+    return left
+
+
+def test_it_looks_until_all_shards_are_done(monkeypatch, capfd):
+    left = looks(monkeypatch, 1, 1, 3, 4)
+    code, _, err = call(monkeypatch, capfd, "status", "somewhere", "--watch", "--every", "0.1")
+    assert code == 0
+    assert left == []
+    assert "status: 40/40 images" in err
+    assert "1 failed" in err
+
+
+def test_without_watch_it_looks_once(monkeypatch, capfd):
+    left = looks(monkeypatch, 1, 2)
+    code, _, err = call(monkeypatch, capfd, "status", "somewhere")
+    assert (code, err) == (0, "")
+    assert left == [2]
+
+
+def test_whoever_has_seen_enough_leaves_with_the_last_look(monkeypatch):
+    looks(monkeypatch, 1, 2)
+    calls = []
+
+    def sleep(seconds: float) -> None:
+        calls.append(seconds)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs.time, "sleep", sleep)
+    assert verbs.status("somewhere", watch=True, every=0.1).shards_done == 2

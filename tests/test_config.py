@@ -1,4 +1,4 @@
-"""Settings: presets, overrides, round trips and errors that name the nearest right spelling."""
+"""Settings: presets, overrides, round trips, errors that name the nearest right spelling; never a secret."""
 
 import re
 from pathlib import Path
@@ -9,19 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from eclipse_ray import verbs
 from eclipse_ray.config import (
     PRESETS,
     RECIPES,
     Config,
     difference,
     digest,
+    holds_secret,
     load_config,
     parse_assignment,
     recorded_config,
     to_yaml,
     with_overrides,
 )
+from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.errors import ConfigError
+from eclipse_ray.parameters import resolve
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SHORT = [
@@ -71,11 +75,8 @@ def test_paper_preset_is_the_published_setting():
     assert denoiser.t_max == denoiser.num_train_timesteps == 4000
     assert (denoiser.t_star, denoiser.num_inference_steps, denoiser.replication) == (100, 100, 4)
     assert (denoiser.iterations, denoiser.ema_decay, denoiser.ema_warmup) == (250_000, 0.9999, False)
-    assert (denoiser.variance_type, denoiser.vlb_weight, denoiser.rescale_timesteps) == (
-        "learned_range",
-        1e-3,
-        True,
-    )
+    assert (denoiser.variance_type, denoiser.vlb_weight) == ("learned_range", 1e-3)
+    assert denoiser.rescale_timesteps
     assert (denoiser.learning_rate, denoiser.lr_decay, denoiser.warmup_iterations) == (1e-4, "none", 0)
     assert denoiser.max_grad_norm is None
     compensation = load_config(None, {"denoiser.preset": "paper"}).compensation
@@ -124,17 +125,11 @@ def test_mistakes_are_explained_in_one_line(settings, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["- a\n- b\n", "purify: 3\n", "a: [1\n", "x: !!python/object/apply:os.system [ls]\n"]
-)
-def test_files_that_are_no_settings_are_refused(tmp_path, text):
-    file = tmp_path / "bad.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError):
-        load_config(str(file))
-
-
-def test_a_missing_file_is_named():
+def test_files_that_are_no_settings_or_missing_are_refused(tmp_path):
+    for text in "- a\n- b\n", "purify: 3\n", "a: [1\n", "x: !!python/object/apply:os.system [ls]\n":
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError):
+            load_config(str(tmp_path / "bad.yaml"))
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_config("nowhere.yaml")
 
@@ -175,3 +170,54 @@ def test_what_an_earlier_version_recorded_is_read_less_the_settings_that_are_gon
     assert found == load_config(None, {"purify.t_star": 7, "poison.name": "tap", "poison.steps": 3})
     with pytest.raises(ValidationError, match="t_star"):
         recorded_config({"purify": {"t_star": "deep"}})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:hunter2@bucket/data",
+        "https://host/data?token=hunter2",
+        "https://host/data?X-Amz-Credential=a&X-Amz-Signature=hunter2",
+        "https://account.blob.core.windows.net/c?sv=2024&sig=hunter2",
+        "zip://a.zip::https://user:hunter2@host/a.zip",
+        "https://host/data#access_token=hunter2",
+        "https://[broken/hunter2",
+    ],
+)
+def test_a_url_with_a_secret_is_refused_without_showing_it(url):
+    assert holds_secret(url)
+    for use in (
+        lambda: load_config(None, {"data.source": url}),
+        lambda: resolve(Config(), {"data.output": url}, {}),
+        lambda: load_config(None, {"matrix.poisons": [{"name": "ar", "data.source": url}]}),
+    ):
+        with pytest.raises(ConfigError, match="holds a password, token or signature") as caught:
+            use()
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/a@b:c/data", "/local/a:b@c?token=1", "gs://me@bucket/x", "https://host/x?revision=main"]
+)
+def test_other_locations_are_taken(url):
+    assert load_config(None, {"data.source": url}).data.source == url
+
+
+def test_a_refused_call_writes_nothing(tmp_path):
+    write_synthetic(str(tmp_path / "src"), 4, 16, 0)
+    with pytest.raises(ConfigError):
+        verbs.convert(
+            str(tmp_path / "src"), str(tmp_path / "dst"), settings={"data.test": "https://x/y?token=hunter2"}
+        )
+    assert not (tmp_path / "dst").exists()
+
+
+def test_a_config_file_may_lie_at_any_url(tmp_path):
+    (tmp_path / "run.yaml").write_text("purify: {t_star: 7}\nrun: {seed: 3}\n")
+    config = resolve(f"file://{tmp_path}/run.yaml", {"run.seed": 4}, {})
+    assert (config.purify.t_star, config.run.seed) == (7, 4)
+    with pytest.raises(ConfigError, match="there is no such file"):
+        resolve(f"file://{tmp_path}/none.yaml", None, {})
+    with pytest.raises(ConfigError) as caught:
+        resolve("https://me:hunter2@host/run.yaml", None, {})
+    assert "hunter2" not in str(caught.value)

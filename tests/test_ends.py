@@ -11,8 +11,6 @@ import pytest
 
 from eclipse_ray.errors import EXIT_RUN_AGAIN, STOPPED, _descendants
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-
 SLOW_IMPORT = """
 class Slow:
     def find_spec(self, name, *_):
@@ -63,19 +61,15 @@ def stopped(work: str, number: int) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@SIGNALS
-@pytest.mark.parametrize("work", [SLOW_IMPORT, DEAF], ids=["while it imports", "in work that hears nothing"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("work", [SLOW_IMPORT, DEAF, IN_RAYS_HANDS], ids=["while it imports", "deaf", "of Ray"])
 def test_a_signal_ends_the_process_with_75_and_one_sentence(work, number):
     assert stopped(work, number) == (75, "", f"error: {STOPPED}\n")
 
 
-@SIGNALS
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_result_changes_no_exit_code(number):
     assert stopped(DONE, number) == (3, "", "")
-
-
-def test_a_signal_that_ray_has_taken_over_ends_the_process_with_75_too():
-    assert stopped(IN_RAYS_HANDS, signal.SIGTERM) == (75, "", f"error: {STOPPED}\n")
 
 
 def test_what_is_due_at_the_end_is_done_and_threads_are_not_waited_for():

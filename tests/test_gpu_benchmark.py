@@ -1,7 +1,5 @@
 """The list of measurements for a GPU runs to its end on a few images, as it must in the minutes of a lent GPU."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

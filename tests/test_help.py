@@ -52,7 +52,8 @@ def test_every_command_has_two_examples_that_its_own_parser_takes(name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_is_explained_and_stands_in_a_group(name):
+def test_every_option_is_explained_and_stands_in_a_group_and_a_config_is_one_of_them(name):
+    assert name == "submit" or {"config", "settings"} <= {one.name for one in COMMANDS[name].params}
     for one in COMMANDS[name].params:
         if one.name == "help":
             continue
@@ -104,15 +105,8 @@ def test_a_parameter_of_a_verb_is_on_the_command_line_or_known_to_be_for_python_
 
 
 def test_an_argument_overrides_the_setting_that_it_names():
-    given = {
-        "clean": "c",
-        "against": None,
-        "out": "o",
-        "resize": 48,
-        "strict": True,
-        "config": None,
-        "settings": {"data.clean": "other"},
-    }
+    given = {"clean": "c", "against": None, "out": "o", "resize": 48, "strict": True}
+    given |= {"config": None, "settings": {"data.clean": "other"}}
     config = resolved(verbs.train, given)
     assert (config.data.clean, config.denoiser.output, config.data.resize) == ("c", "o", 48)
     kept = resolved(verbs.train, {**given, "clean": None})
@@ -176,6 +170,11 @@ def test_every_result_of_a_verb_has_words():
         (["poison", "llsp", "a", "b"], "did you mean lsp?"),
         (["train", "--set", "denoiser.preset=papr"], "did you mean paper?"),
         (["train", "--set", "denoiser.iteration=3"], "unknown setting; did you mean denoiser.iterations?"),
+        # Also where a command only looks.
+        *(
+            ([verb, "x", "--set", "run.sed=1"], "did you mean run.seed?")
+            for verb in ("status", "verify", "gc", "report")
+        ),
     ],
 )
 def test_a_slip_of_the_pen_is_one_sentence_and_exit_2(monkeypatch, capfd, words, sentence):
@@ -215,20 +214,6 @@ def test_a_path_with_a_slip_gets_the_nearest(monkeypatch, tmp_path):
     assert did_you_mean("s3://bucket/photographs") == ""
 
 
-def test_a_cluster_that_does_not_start_is_one_sentence(monkeypatch):
-    from eclipse_ray.cluster import connect as cluster
-    from eclipse_ray.errors import EclipseError
-
-    def broken(**options: object) -> None:
-        raise Exception("a stack\nThe current node timed out during startup.")
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", broken)
-    with pytest.raises(EclipseError, match=r"could not be started here \(The current node timed out"):
-        cluster.connect(load_config())
-
-
 def test_no_thread_of_a_stopped_run_joins_a_cluster_by_itself():
     words = ("import eclipse_ray.cluster.connect", "import ray._private.auto_init_hook as hook")
     program = "; ".join([*words, "print(hook.enable_auto_connect)"])
@@ -247,18 +232,6 @@ def test_no_subpackage_hides_the_verb_of_its_name():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
-
-
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"submit"}))
-def test_every_command_takes_a_config_and_settings(name):
-    assert {"config", "settings"} <= {one.name for one in COMMANDS[name].params}
-
-
-@pytest.mark.parametrize("words", [["status", "x"], ["verify", "x"], ["gc", "x"], ["report", "x"]])
-def test_a_wrong_setting_is_refused_by_commands_that_only_look(monkeypatch, capfd, words):
-    code, _, err = call(monkeypatch, capfd, *words, "--set", "run.sed=1")
-    assert code == 2
-    assert "did you mean run.seed?" in err
 
 
 @pytest.mark.parametrize(

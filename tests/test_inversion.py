@@ -16,8 +16,9 @@ from eclipse_ray.inversion import (
 )
 from eclipse_ray.poisons.interface import LabelledImages, quiet_session, to_float
 from eclipse_ray.victims.training import classify
-from tests.diffusion.test_training import CPU, debug, smooth_images
+from tests.diffusion.test_training import CPU, smooth_images
 from tests.support import UNET
+from tests.support import debug_config as debug
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

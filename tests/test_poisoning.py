@@ -1,20 +1,136 @@
-"""`poison` end to end on Ray: an optimised poison, SIGKILL and the same command again, refusals, spread chunks."""
+"""`poison`: its worker without Ray (state in the output, exact resume, chunks), and end to end on Ray."""
 
 import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from eclipse_ray import poisoning as room
 from eclipse_ray import verbs
-from eclipse_ray.config import load_config
+from eclipse_ray.config import DataConfig, load_config
+from eclipse_ray.datasets.formats import chunk_spans, open_source
+from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.synthetic import CLASSES, write_synthetic
 from eclipse_ray.errors import InputError, ResumeError
-from eclipse_ray.poisoning import FIT_KEY, STATE_KEY
+from eclipse_ray.poisoning import FIT_KEY, STATE_KEY, PoisonJob, chunk_key, fit_stored, largest_norm, poison_chunk
 from eclipse_ray.storage.store import Store
+from tests.poisons.helpers import CPU, Killed, tiny_config
 from tests.support import kill_when, read_output, run_cli
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DATA = DataConfig()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("poison") / "source"
+    write_synthetic(str(folder), 40, 16, 0)
+    return str(folder)
+
+
+def job(source, output, **settings):
+    found = open_source(source, DATA)
+    poison = tiny_config(**{"name": "em", "save_seconds": 0, **settings})
+    listed = (source, found.url, found.format, found.classes, len(CLASSES))
+    return PoisonJob(*listed, DATA, str(output), poison, seed=0)
+
+
+def quiet(_done, _total, _note):
+    return None
+
+
+def killing(after):
+    def report(done, _total, _note):
+        if done == after:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("name", ["em", "tap"])
+def test_a_killed_fit_goes_on_from_the_output_to_the_same_state(source, tmp_path, name):
+    whole = fit_stored(job(source, tmp_path / "whole", name=name), quiet, CPU)
+    killed = job(source, tmp_path / "killed", name=name)
+    store = Store(killed.output)
+    with pytest.raises(Killed):
+        fit_stored(killed, killing(2), CPU)
+    assert store.exists(FIT_KEY)
+    assert not store.exists(STATE_KEY)
+    steps = []
+    resumed = fit_stored(killed, lambda done, _total, _note: steps.append(done), CPU)
+    assert steps == [3]
+    assert all(np.array_equal(resumed[key], value) for key, value in whole.items())
+    assert store.read(STATE_KEY) == Store(str(tmp_path / "whole")).read(STATE_KEY)
+    assert not store.exists(FIT_KEY)
+    again = fit_stored(killed, killing(1), CPU)
+    assert again.keys() == whole.keys(), "a finished fit is not fitted again"
+
+
+def test_states_are_saved_at_most_so_often(source, tmp_path):
+    patient = job(source, tmp_path / "out", save_seconds=3600)
+    with pytest.raises(Killed):
+        fit_stored(patient, killing(2), CPU)
+    assert not Store(patient.output).exists(FIT_KEY)
+
+
+def test_chunks_are_the_whole_and_are_kept(source, tmp_path, monkeypatch):
+    done = job(source, tmp_path / "out", store_perturbation=True)
+    state = fit_stored(done, quiet, CPU)
+    spans = list(chunk_spans(open_source(source, DATA).parts, 16, 2**30))
+    tables = [poison_chunk(done, number, chunk, state) for number, chunk in enumerate(spans)]
+    assert [table.num_rows for table in tables] == [16, 16, 8]
+    clean = load_images(source, DATA)
+    ids = [name for table in tables for name in table["id"].to_pylist()]
+    labels = [label for table in tables for label in table["label"].to_pylist()]
+    assert ids == clean.ids
+    assert labels == clean.labels.tolist()
+    rows = [row for table in tables for row in table.to_pylist()]
+    images = np.stack([decode_image(row["image"]["bytes"], 10**6) for row in rows])
+    stored = np.stack([np.frombuffer(row["perturbation"], "<i2").reshape(16, 16, 3) for row in rows])
+    assert np.array_equal(stored, images.astype(np.int16) - clean.images)
+    worst = max(largest_norm(table)["largest_norm_255"] for table in tables)
+    assert worst == np.abs(stored).max()
+    assert 4 <= worst <= 8
+    assert largest_norm(tables[0])["norm"] == "linf"
+    assert largest_norm(tables[0])["eps_255"] == 8
+    # A chunk that is there is read, not made.
+    monkeypatch.setattr(room, "read_parts", None)
+    assert poison_chunk(done, 1, spans[1], state).equals(tables[1])
+    assert Store(done.output).exists(chunk_key(2))
+
+
+def test_a_taken_column_name_is_named(source, tmp_path):
+    first = job(source, tmp_path / "first", name="urp", store_perturbation=True)
+    spans = list(chunk_spans(open_source(source, DATA).parts, 64, 2**30))
+    table = poison_chunk(first, 0, spans[0], None)
+    assert table["perturbation"].null_count == 0
+    with pytest.raises(InputError, match="leave it out"):
+        room._with_perturbations(first, table.select(["perturbation"]), [], [])
+
+
+def test_l2_norms_are_measured_in_their_own_norm(source, tmp_path):
+    spans = list(chunk_spans(open_source(source, DATA).parts, 64, 2**30))
+    norm = largest_norm(poison_chunk(job(source, tmp_path / "ar", name="ar"), 0, spans[0], None))
+    assert norm["norm"] == "l2"
+    assert norm["eps_255"] == 255
+    assert 0.8 * 255 < norm["largest_norm_255"] < 255 + np.sqrt(16 * 16 * 3) / 2
+    free = largest_norm(poison_chunk(job(source, tmp_path / "cuda", name="cuda"), 0, spans[0], None))
+    assert (free["norm"], free["eps_255"]) == ("none", None)
+    assert free["largest_norm_255"] > 8
+
+
+def test_images_of_two_sizes_cannot_be_fitted(source, tmp_path):
+    write_synthetic(str(tmp_path / "other"), 8, 20, 1)
+    (tmp_path / "mixed").mkdir()
+    for name, folder in (("a", source), ("b", str(tmp_path / "other"))):
+        Store(str(tmp_path / "mixed")).write(f"{name}.parquet", Store(folder).read("data/part-00000.parquet"))
+    with pytest.raises(InputError, match="differ in size"):
+        fit_stored(job(str(tmp_path / "mixed"), tmp_path / "out"), quiet, CPU)
+    assert torch.get_num_threads() == 1
+
 
 TINY = {
     "poison.cost": "reduced",
@@ -26,13 +142,6 @@ TINY = {
     "poison.save_seconds": 0,
     "poison.chunk_images": 16,
 }
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("poison") / "source"
-    write_synthetic(str(folder), 40, 16, 0)
-    return str(folder)
 
 
 def words(source, output, **settings) -> list[str]:

@@ -1,13 +1,16 @@
-"""Progress: honest figures, a sign of life while nothing moves, and the screen given back."""
+"""Progress and messages: honest figures, a sign of life while nothing moves, the screen given back, JSON lines."""
 
 import io
+import json
+import logging
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
-from eclipse_ray import progress
+from eclipse_ray import log, progress
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine, close_all, duration, last_words, pace, volume
 
@@ -126,19 +129,18 @@ def test_two_bars_at_once_and_words_between_them(monkeypatch):
     assert "5/5 epochs" in shown
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0s"), (59, "59s"), (185, "3m05s"), (7800, "2h10m"), (4 * 86400 + 21600, "4d06h")]
-)
-def test_durations_in_words(seconds, words):
-    assert duration(seconds) == words
+# A rate below one per second is told per minute or per hour.
+WORDS = {
+    duration: {0.4: "0s", 59: "59s", 185: "3m05s", 7800: "2h10m", 4 * 86400 + 21600: "4d06h"},
+    volume: {0: "0.0 KiB", 400: "0.4 KiB", 3 * 2**20: "3.0 MiB", 2**30 - 1: "1,024.0 MiB", 2**41: "2,048.0 GiB"},
+    partial(pace, unit="images"): {1234.56: "1,234.6 images/s", 1.0: "1.0 images/s", 0.98: "58.8 images/min"}
+    | {1 / 60: "1.0 images/min", 0.004: "14.4 images/h", 0: "0.0 images/h"},
+}
 
 
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [(0, "0.0 KiB"), (400, "0.4 KiB"), (3 * 2**20, "3.0 MiB"), (2**30 - 1, "1,024.0 MiB"), (2**41, "2,048.0 GiB")],
-)
-def test_volumes_in_words(count, words):
-    assert volume(count) == words
+def test_durations_volumes_and_rates_in_words():
+    for function, known in WORDS.items():
+        assert {number: function(number) for number in known} == known
 
 
 def test_a_line_says_what_it_waits_for_until_something_is_done(clock):
@@ -175,21 +177,6 @@ def test_what_never_got_beyond_its_first_phase_leaves_nothing_behind(clock, caps
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("per_second", "words"),
-    [
-        (1234.56, "1,234.6 images/s"),
-        (1.0, "1.0 images/s"),
-        (0.98, "58.8 images/min"),
-        (1 / 60, "1.0 images/min"),
-        (0.004, "14.4 images/h"),
-        (0, "0.0 images/h"),
-    ],
-)
-def test_a_rate_below_one_per_second_is_told_per_minute_or_per_hour(per_second, words):
-    assert pace(per_second, "images") == words
-
-
 def test_nothing_is_said_after_the_last_words(capsys):
     line = ProgressLine("train", "iterations", 30, 0)
     line.advance(3)
@@ -201,3 +188,43 @@ def test_nothing_is_said_after_the_last_words(capsys):
         assert capsys.readouterr().err.splitlines()[-1] == "error: stopped"
         assert other.is_alive()
     other.join(10)
+
+
+@pytest.fixture(autouse=True)
+def _text_again():
+    yield
+    log.set_format("text")
+    log.set_run("", "")
+
+
+def test_text_is_the_sentence_alone(capsys):
+    log.say("hello", shard="1")
+    log.event("shard", shard="1")
+    assert capsys.readouterr().err == "hello\n"
+
+
+def test_json_lines_name_run_and_shard(capsys):
+    log.set_format("json")
+    log.set_run("purify", "abc")
+    log.event("shard", shard="0001", ok=3)
+    ProgressLine("purify", "images", 4, 10).advance(4, 1)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert lines[0]["shard"] == "0001"
+    assert lines[0]["run"] == "abc"
+    assert lines[0]["verb"] == "purify"
+    assert (lines[1]["done"], lines[1]["failed"], lines[1]["event"]) == (4, 1, "progress")
+
+
+def test_of_a_library_people_see_errors_alone_and_a_log_gets_everything(capsys):
+    library = logging.getLogger("a library")
+    library.setLevel(logging.INFO)
+    log.listen("a library")
+    log.listen("a library")
+    library.warning("nobody needs this")
+    library.error("a machine is lost")
+    library.error("said elsewhere", extra={"hide": True})
+    assert capsys.readouterr().err == "a machine is lost\n"
+    log.set_format("json")
+    library.info("started in %d s", 3)
+    line = json.loads(capsys.readouterr().err)
+    assert (line["level"], line["logger"], line["message"]) == ("info", "a library", "started in 3 s")

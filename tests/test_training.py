@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from eclipse_ray.errors import ConfigError, InputError, ResumeError
 from eclipse_ray.inversion import METHOD, SURROGATES
 from eclipse_ray.parameters import resolve
 from eclipse_ray.training import _fingerprint, deciding_settings
-from tests.support import DEBUG, kill_when
+from tests.support import DEBUG, board_of, kill_when
 
 SHORT = {**DEBUG, "denoiser.iterations": 20, "denoiser.checkpoint_every": 10, "denoiser.num_workers": 2}
 
@@ -54,14 +53,6 @@ def test_running_again_returns_at_once(world, trained):
     before = (output / "eclipse.json").stat().st_mtime_ns
     assert train(world, output) == first
     assert (output / "eclipse.json").stat().st_mtime_ns == before
-
-
-def test_a_denoiser_of_a_timestep_sampler_that_is_gone_still_opens(world, tmp_path):
-    shutil.copytree(world.denoiser, tmp_path / "old")
-    card = json.loads((tmp_path / "old/eclipse.json").read_text())
-    card["settings"]["timestep_sampler"] = "loss_second_moment"
-    (tmp_path / "old/eclipse.json").write_text(json.dumps(card))
-    assert load_denoiser(tmp_path / "old").t_star == load_denoiser(world.denoiser).t_star
 
 
 def test_a_training_begun_when_there_were_two_timestep_samplers_is_the_same_run():
@@ -141,14 +132,13 @@ class OneProcess:
             raise KeyboardInterrupt
 
     def fit(self, trainer, worker, settings, _name, show, line, _watch, _callbacks) -> Checkpoint | None:
-        post = SimpleNamespace(remote=show)
         common = {"config": trainer.config.model_dump(mode="json"), "output": trainer.store.url, "threads": 0}
         surrogates = worker is training._surrogate_worker
         self.world = self.ranks if surrogates else 1
         with line:
             for rank in range(self.world):
                 self.rank = rank
-                worker({**common, "board": SimpleNamespace(post=post), **settings})
+                worker({**common, "board": board_of(show), **settings})
         return None if surrogates else self.get_checkpoint()
 
 
@@ -169,15 +159,6 @@ def here(monkeypatch, tmp_path):
         return one
 
     return put
-
-
-@pytest.fixture(scope="module")
-def unlabelled(world, tmp_path_factory) -> str:
-    """Return the trusted images without their labels."""
-    folder = tmp_path_factory.mktemp("trusted")
-    for index, image in enumerate(load_images(world.clean, load_config(None, DEBUG).data).images):
-        (folder / f"{index}.png").write_bytes(encode_image(image, "png"))
-    return str(folder)
 
 
 def train_against(world, clean, output, **settings):
@@ -301,14 +282,11 @@ def test_another_suspicious_set_is_another_training(world, tmp_path, monkeypatch
         verbs.train(clean=world.clean, out=str(tmp_path / "out"), settings=AGAINST)
 
 
-def test_a_suspicious_set_that_holds_trusted_images_is_refused(world, tmp_path):
-    with pytest.raises(InputError, match=r"share 20 images \(by content\); they must be disjoint"):
-        verbs.train(clean=world.clean, against=world.clean, out=str(tmp_path / "out"), settings=SHORT)
-
-
-def test_a_suspicious_set_without_labels_or_with_one_alone_is_refused(world, unlabelled, tmp_path):
-    with pytest.raises(InputError, match="has no labels"):
-        verbs.train(clean=world.clean, against=unlabelled, out=str(tmp_path / "out"), settings=SHORT)
+def test_a_suspicious_set_that_is_trusted_or_without_labels_or_of_one_is_refused(world, unlabelled, tmp_path):
+    shared = r"share 20 images \(by content\); they must be disjoint"
+    for against, words in (world.clean, shared), (unlabelled, "has no labels"):
+        with pytest.raises(InputError, match=words):
+            verbs.train(clean=world.clean, against=against, out=str(tmp_path / "out"), settings=SHORT)
     for label, count in (("a", 20), ("b", 1)):
         (tmp_path / "one" / label).mkdir(parents=True)
         for index in range(count):
@@ -338,6 +316,7 @@ def test_images_of_several_sizes_are_trained_on_by_crops(tmp_path):
         ({"denoiser.image_size": 32}, InputError, "is 16x16 pixels, the denoiser trains on 32x32"),
         ({"denoiser.num_workers": 17}, ConfigError, "num_workers 17 exceeds batch_size 16"),
         ({"denoiser.num_workers": 500, "denoiser.batch_size": 500}, ConfigError, "needs 500 CPUs"),
+        ({"denoiser.use_gpu": True}, ConfigError, "needs 2 GPUs, the Ray cluster has 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(world, tmp_path, settings, error, words):
@@ -351,8 +330,3 @@ def test_curves_go_to_the_loggers_asked_for(world, tmp_path):
     train(world, output, **{"denoiser.num_workers": 1, "run.loggers": ["tensorboard"]})
     (events,) = output.glob("_eclipse/tensorboard/*/events.*")
     assert b"denoise_psnr" in events.read_bytes()
-
-
-def test_gpus_that_are_not_there_are_refused(world, tmp_path):
-    with pytest.raises(ConfigError, match="needs 1 GPUs, the Ray cluster has 0"):
-        train(world, tmp_path / "out", **{"denoiser.use_gpu": True, "denoiser.num_workers": 1})

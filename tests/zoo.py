@@ -1,7 +1,5 @@
 """Unusual images, each with its expected outcome; docs/formats.md has one row per name."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

@@ -1,7 +1,5 @@
 """A real Ray head with token authentication, ports and folder of its own; only its own processes are ended."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -24,6 +22,9 @@ CLUSTER_VARIABLES = (
     "RAY_AUTH_TOKEN",
     "RAY_AUTH_TOKEN_PATH",
 )
+
+
+AGENT_PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,10 @@ def running_head(cpus: int, auth: bool = True, worker_cpus: int = 0) -> Iterator
     """
     # Paths of Ray's sockets must be short.
     with tempfile.TemporaryDirectory(prefix="er-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        names = ["port", "dashboard-port", "metrics-export-port", "dashboard-agent-listen-port"]
-        names += [
-            "dashboard-agent-grpc-port",
-            "runtime-env-agent-port",
-            "node-manager-port",
-            "object-manager-port",
-        ]
+        names = ["port", "dashboard-port", "metrics-export-port", *AGENT_PORTS, "runtime-env-agent-port"]
+        names += ["node-manager-port", "object-manager-port"]
         ports = dict(zip(names, free_ports(len(names)), strict=True))
-        # Without what nobody here looks at: a busy machine may not start everything within Ray's 30 s.
-        command = ["ray", "start", "--head", "--block", "--no-monitor", "--include-log-monitor=False"]
-        command += [f"--num-cpus={cpus}", f"--temp-dir={folder}"]
-        command += ["--dashboard-host=127.0.0.1", "--object-store-memory=200000000", "--disable-usage-stats"]
-        command += [f"--{name}={port}" for name, port in ports.items()]
+        options = ["--head", "--no-monitor", f"--temp-dir={folder}", "--dashboard-host=127.0.0.1"]
         env = environment(TOKEN if auth else None)
         # What a job imports must be what was sent, not the checkout that runs the tests.
         env.pop("PYTHONPATH", None)
@@ -85,13 +77,15 @@ def running_head(cpus: int, auth: bool = True, worker_cpus: int = 0) -> Iterator
             env["RAY_AUTH_MODE"] = "disabled"
         log = Path(folder) / "head.log"
         address = f"http://127.0.0.1:{ports['dashboard-port']}"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
+        process = _start(log, env, cpus, ports, *options)
         nodes = [process]
         try:
             _wait(address, process, log)
             if worker_cpus:
-                nodes.append(_join(f"127.0.0.1:{ports['port']}", worker_cpus, env, Path(folder)))
+                own = dict(zip(["metrics-export-port", *AGENT_PORTS], free_ports(3), strict=True))
+                joining = Path(folder) / "worker.log"
+                nodes.append(_start(joining, env, worker_cpus, own, f"--address=127.0.0.1:{ports['port']}"))
+                _wait_for_words(nodes[-1], joining, time.monotonic() + 120)
             yield Head(address, f"http://127.0.0.1:{ports['metrics-export-port']}/metrics", log, Path(folder))
         finally:
             for node in reversed(nodes):
@@ -104,24 +98,15 @@ def running_head(cpus: int, auth: bool = True, worker_cpus: int = 0) -> Iterator
                 os.kill(pid, signal.SIGKILL)
 
 
-def _join(address: str, cpus: int, env: dict[str, str], folder: Path) -> subprocess.Popen[bytes]:
-    """Start a second node and wait until it is there."""
-    agent, other, metrics = free_ports(3)
-    command = [
-        "ray",
-        "start",
-        f"--address={address}",
-        "--block",
-        f"--num-cpus={cpus}",
-        "--include-log-monitor=False",
-    ]
-    command += ["--object-store-memory=200000000", "--disable-usage-stats", f"--metrics-export-port={metrics}"]
-    command += [f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={other}"]
-    log = folder / "worker.log"
+def _start(
+    log: Path, env: dict[str, str], cpus: int, ports: dict[str, int], *options: str
+) -> subprocess.Popen[bytes]:
+    # Without what nobody here looks at: a busy machine may not start everything within Ray's 30 s.
+    command = ["ray", "start", "--block", "--include-log-monitor=False", "--disable-usage-stats", *options]
+    command += [f"--num-cpus={cpus}", "--object-store-memory=200000000"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
-    _wait_for_words(process, log, time.monotonic() + 120)
-    return process
+        return subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
 
 
 def _wait(address: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -1,7 +1,5 @@
 """The rule of repetition: 1, 75 and death by a signal are tried again, everything else is final."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys
@@ -22,30 +20,20 @@ def again(tmp_path: Path, program: str, *options: str) -> tuple[int, int]:
     return done.returncode, log.stat().st_size
 
 
-@pytest.mark.parametrize("code", [0, 2, 3])
-def test_a_final_exit_is_not_repeated(tmp_path, code):
-    assert again(tmp_path, f"sys.exit({code})") == (code, 1)
-
-
-@pytest.mark.parametrize("code", [1, 75])
-def test_what_can_be_resumed_is_repeated_until_it_is_done(tmp_path, code):
-    assert again(tmp_path, f"sys.exit({code} if n < 3 else 0)") == (0, 3)
-
-
-def test_a_final_exit_after_a_repetition_ends_it(tmp_path):
-    assert again(tmp_path, "sys.exit(75 if n < 2 else 3)") == (3, 2)
-
-
-def test_a_killed_process_is_repeated(tmp_path):
-    assert again(tmp_path, "n < 2 and os.kill(os.getpid(), 9)") == (0, 2)
-
-
-def test_tries_run_out(tmp_path):
-    assert again(tmp_path, "sys.exit(75)", "--tries", "3") == (75, 3)
-
-
-def test_progress_counts_anew(tmp_path):
-    assert again(tmp_path, "sys.exit(75 if n < 6 else 0)", "--tries", "3", "--progress", "0") == (0, 6)
+@pytest.mark.parametrize(
+    ("program", "options", "expected"),
+    [
+        *((f"sys.exit({code})", "", (code, 1)) for code in (0, 2, 3)),
+        *((f"sys.exit({code} if n < 3 else 0)", "", (0, 3)) for code in (1, 75)),
+        ("sys.exit(75 if n < 2 else 3)", "", (3, 2)),
+        ("n < 2 and os.kill(os.getpid(), 9)", "", (0, 2)),
+        ("sys.exit(75)", "--tries 3", (75, 3)),
+        # Progress counts the tries anew.
+        ("sys.exit(75 if n < 6 else 0)", "--tries 3 --progress 0", (0, 6)),
+    ],
+)
+def test_what_can_be_resumed_is_repeated_until_it_is_done_or_tries_run_out(tmp_path, program, options, expected):
+    assert again(tmp_path, program, *options.split()) == expected
 
 
 def test_sigterm_is_passed_on_and_ends_it(tmp_path):

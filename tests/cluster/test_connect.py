@@ -1,7 +1,5 @@
 """What a run counts on: the nodes there are, or those that an autoscaler may add."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess
@@ -33,16 +31,11 @@ def test_a_cluster_that_starts_from_nothing_gets_a_pool_of_what_it_may_grow_to()
     assert pool(config, resources, shards=3) == (3, 1.0)
 
 
-def test_without_limits_an_empty_cluster_is_refused_instead_of_a_hang():
-    config = load_config(None, {})
-    with pytest.raises(ConfigError, match="add nodes"):
-        pool(config, _counted(EMPTY, (), config, cores=2, local=False), shards=10)
-
-
-def test_more_than_the_limit_is_refused():
-    config = load_config(None, {**LIMITS, "purify.num_gpus": 9})
-    with pytest.raises(ConfigError, match="num_gpus"):
-        pool(config, _counted(EMPTY, (), config, cores=2, local=False), shards=10)
+def test_an_empty_cluster_without_limits_or_with_lower_ones_is_refused_instead_of_a_hang():
+    for settings, words in ({}, "add nodes"), ({**LIMITS, "purify.num_gpus": 9}, "num_gpus"):
+        config = load_config(None, settings)
+        with pytest.raises(ConfigError, match=words):
+            pool(config, _counted(EMPTY, (), config, cores=2, local=False), shards=10)
 
 
 def test_a_larger_cluster_counts_and_a_local_one_cannot_grow():
@@ -52,17 +45,29 @@ def test_a_larger_cluster_counts_and_a_local_one_cannot_grow():
     assert (local.cpus, local.gpus) == (4, 0)
 
 
-def test_threads_that_connect_together_start_one_cluster(monkeypatch):
+@pytest.fixture
+def fake_ray(monkeypatch):
+    """Return what puts a function in the place of `ray.init`, on a machine of 4 CPUs without a cluster."""
+
+    def put(init):
+        monkeypatch.setattr(ray, "init", init)
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+        monkeypatch.setattr(ray, "nodes", list)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    return put
+
+
+def test_threads_that_connect_together_start_one_cluster(fake_ray, monkeypatch):
     started = []
 
     def slow_init(**_):
         time.sleep(0.2)
         started.append(1)
 
-    monkeypatch.setattr(ray, "init", slow_init)
+    fake_ray(slow_init)
     monkeypatch.setattr(ray, "is_initialized", lambda: bool(started))
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(ray, "nodes", list)
     with ThreadPoolExecutor(3) as threads:
         found = list(threads.map(connect, [load_config(None, {})] * 3))
     assert (started, [each.cpus for each in found]) == ([1], [4, 4, 4])
@@ -102,7 +107,7 @@ SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 )
 @pytest.mark.parametrize("variable", [False, True])
 def test_a_cluster_that_stays_silent_is_given_up_with_its_name_and_its_source(
-    monkeypatch, answer, reason, asked, variable
+    fake_ray, monkeypatch, answer, reason, asked, variable
 ):
     left, tried = threading.Event(), []
 
@@ -112,8 +117,7 @@ def test_a_cluster_that_stays_silent_is_given_up_with_its_name_and_its_source(
             raise ConnectionError(f"Failed to connect to Ray cluster at {options['address']}. Check the token.")
         left.wait(30)
 
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    fake_ray(init)
     monkeypatch.setattr(contact, "CONTACT_SECONDS", 0.4)
     monkeypatch.setattr(room, "ANSWER_SECONDS", 0.2)
     with server(answer) as address:
@@ -128,9 +132,8 @@ def test_a_cluster_that_stays_silent_is_given_up_with_its_name_and_its_source(
     left.set()
 
 
-def test_the_last_cluster_of_this_machine_is_knocked_at_before_ray_waits_for_it(monkeypatch):
-    monkeypatch.setattr(ray, "init", lambda **_options: pytest.fail("Ray would wait for minutes"))
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+def test_the_last_cluster_of_this_machine_is_knocked_at_before_ray_waits_for_it(fake_ray, monkeypatch):
+    fake_ray(lambda **_options: pytest.fail("Ray would wait for minutes"))
     monkeypatch.setattr(room, "canonicalize_bootstrap_address", lambda _: "127.0.0.1:9")
     with pytest.raises(InterruptedRunError, match=r"run\.address=auto: no Ray cluster answers there .*refused"):
         connect(load_config(None, {"run.address": "auto"}))
@@ -139,12 +142,12 @@ def test_the_last_cluster_of_this_machine_is_knocked_at_before_ray_waits_for_it(
 @pytest.mark.parametrize(
     ("message", "failures", "tries"),
     [
-        ("The current node timed out during startup. This", 2, 3),
+        ("a stack\nThe current node timed out during startup. This", 2, 3),
         ("timed out during startup", 9, 3),
         ("full", 9, 1),
     ],
 )
-def test_a_cluster_that_starts_too_slowly_is_started_again(monkeypatch, capsys, message, failures, tries):
+def test_a_cluster_that_starts_too_slowly_is_started_again(fake_ray, capsys, message, failures, tries):
     tried = []
 
     def init(**_options):
@@ -152,11 +155,7 @@ def test_a_cluster_that_starts_too_slowly_is_started_again(monkeypatch, capsys, 
         if len(tried) <= failures:
             raise RuntimeError(message)
 
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(ray, "nodes", list)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    fake_ray(init)
     with nullcontext() if failures < tries else pytest.raises(EclipseError, match="could not be started here"):
         connect(load_config(None, {}))
     assert len(tried) == tries
@@ -194,15 +193,13 @@ def test_nothing_is_left_of_a_cluster_that_started_too_slowly():
 
 
 @pytest.mark.parametrize(("load", "words"), [(0.5, ""), (9.75, ", with a load of 9.8 on 2 cores")])
-def test_a_cluster_that_starts_too_slowly_says_how_busy_the_machine_is(monkeypatch, capsys, load, words):
+def test_a_cluster_that_starts_too_slowly_says_how_busy_the_machine_is(fake_ray, monkeypatch, capsys, load, words):
     def init(**_options):
-        raise RuntimeError("The current node timed out during startup. This")
+        raise RuntimeError("a stack\nThe current node timed out during startup. This")
 
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    fake_ray(init)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(EclipseError, match=rf"\(The current node timed out during startup{words}\)"):
         connect(load_config(None, {}))
     said = capsys.readouterr().err
@@ -210,13 +207,9 @@ def test_a_cluster_that_starts_too_slowly_says_how_busy_the_machine_is(monkeypat
 
 
 @pytest.mark.parametrize("variable", [NICENESS, PREEMPTION])
-def test_our_own_cluster_gives_workers_the_priority_of_the_command_and_no_watcher(monkeypatch, variable):
+def test_our_own_cluster_gives_workers_the_priority_of_the_command_and_no_watcher(fake_ray, monkeypatch, variable):
     found = []
-    monkeypatch.setattr(ray, "init", lambda **_: found.append(os.environ[variable]))
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(ray, "nodes", list)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    fake_ray(lambda **_: found.append(os.environ[variable]))
     monkeypatch.delenv(variable, raising=False)
     connect(load_config(None, {}))
     monkeypatch.setenv(variable, "7")

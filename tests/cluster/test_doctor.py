@@ -2,6 +2,7 @@
 
 import json
 import re
+from shutil import _ntuple_diskusage
 
 import pytest
 
@@ -23,6 +24,10 @@ def nothing_set(monkeypatch, tmp_path):
 def checks(name: str, **settings: object) -> list[Check]:
     config = load_config(None, dotted(settings))
     return [check for check in room.doctor(config).checks if check.name.startswith(name)]
+
+
+def verdicts(name: str, **settings: object) -> list[str]:
+    return [check.verdict for check in checks(name, **settings)]
 
 
 def test_this_machine_is_fit_and_says_so(monkeypatch, capfd, tmp_path):
@@ -69,13 +74,13 @@ def test_a_cluster_without_a_token_is_open_to_everybody(monkeypatch, mode, token
 
 def test_unsafe_variables_fail(monkeypatch):
     monkeypatch.setenv(room.UNSAFE_VARIABLES[0], "1")
-    assert [check.verdict for check in checks(room.UNSAFE_VARIABLES[0])] == ["failed"]
+    assert verdicts(room.UNSAFE_VARIABLES[0]) == ["failed"]
 
 
 def test_a_machine_that_other_programs_keep_busy_is_named(monkeypatch):
     monkeypatch.setattr(room.os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(room.os, "getloadavg", lambda: (1.9, 9.0, 9.0))
-    assert checks("cpu")[0].verdict == "ok"
+    assert verdicts("cpu") == ["ok"]
     monkeypatch.setattr(room.os, "getloadavg", lambda: (9.5, 0.0, 0.0))
     (found,) = checks("cpu")
     assert found.verdict == "warning"
@@ -84,22 +89,17 @@ def test_a_machine_that_other_programs_keep_busy_is_named(monkeypatch):
 
 
 def test_full_disks_and_small_shared_memory_are_named(monkeypatch):
-    from shutil import _ntuple_diskusage
-
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: _ntuple_diskusage(100 * 2**30, 98 * 2**30, 2 * 2**30))
-    assert [check.verdict for check in checks("disk")] == ["failed"]
+    assert verdicts("disk") == ["failed"]
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: _ntuple_diskusage(2**26, 0, 2**26))
-    assert [check.verdict for check in checks("shared memory")] == ["warning"]
+    assert verdicts("shared memory") == ["warning"]
 
 
 def test_shared_memory_must_hold_the_shards_in_flight(monkeypatch):
-    from shutil import _ntuple_diskusage
-
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: _ntuple_diskusage(2**33, 0, 2 * 2**30))
     # Three shards of 128 MiB per actor, in half of the store: 1.5 GiB for 2 actors, 3 GiB for 4.
-    settings = {"purify__shard_bytes": 2**27}
-    assert [check.verdict for check in checks("shared memory", purify__actors=2, **settings)] == ["ok"]
-    found = checks("shared memory", purify__actors=4, **settings)[0]
+    assert verdicts("shared memory", purify__actors=2, purify__shard_bytes=2**27) == ["ok"]
+    found = checks("shared memory", purify__actors=4, purify__shard_bytes=2**27)[0]
     assert found.verdict == "warning"
     assert "need up to 3.00 GiB" in found.found
     assert "--shm-size=3g" in found.fix
@@ -125,7 +125,7 @@ def test_a_full_temporary_folder_fails(monkeypatch):
 
 def test_a_home_that_does_not_exist_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "gone"))
-    assert [check.verdict for check in checks("home")] == ["warning"]
+    assert verdicts("home") == ["warning"]
     monkeypatch.setenv("HOME", "/proc/gone")
     monkeypatch.setattr(room.os, "access", lambda folder, _: str(folder) != "/proc")
     found = checks("home")[0]

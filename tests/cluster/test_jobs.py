@@ -20,7 +20,6 @@ from tests.cluster.head import TOKEN, environment, running_head
 from tests.support import DEBUG, read_output, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNNER = [sys.executable, "-m", "eclipse_ray", "submit"]
 SHARD = {"purify.shard_images": 40, "purify.actors": 1}
 # One image a pass and every timestep: slow enough to be stopped in the middle.
 SLOW = {"purify.shard_images": 4, "purify.batch_size": 1, "purify.num_inference_steps": 4, "purify.actors": 1}
@@ -41,10 +40,14 @@ def words(world, output, settings, source=None) -> list[str]:
     return arguments
 
 
-def submit(head, *arguments, token=TOKEN, **options) -> subprocess.CompletedProcess:
-    command = [*RUNNER, *arguments, "--address", head.address, "--image-has-deps"]
-    env = environment(token) | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, **options)
+def submission(head, *arguments, token=TOKEN) -> dict:
+    """Return the command of a submission and its environment, as `subprocess` takes them."""
+    command = [sys.executable, "-m", "eclipse_ray", "submit", *arguments, "--address", head.address]
+    return {"args": [*command, "--image-has-deps"], "env": environment(token) | {"PYTHONPATH": str(ROOT)}}
+
+
+def submit(head, *arguments, token=TOKEN) -> subprocess.CompletedProcess:
+    return subprocess.run(**submission(head, *arguments, token=token), capture_output=True, text=True, timeout=600)
 
 
 def client(head) -> JobSubmissionClient:
@@ -66,7 +69,7 @@ def wait_until(condition, what: str, seconds: float = 300) -> None:
 def source(world, tmp_path_factory):
     """Return a folder of the poisoned images and a last one that cannot be decoded."""
     folder = tmp_path_factory.mktemp("source")
-    table = pa.concat_tables(pq.read_table(file) for file in sorted(Path(world.poisoned).glob("data/*.parquet")))
+    table = read_output(world.poisoned)
     rows = table.to_pylist()
     rows.append({**rows[-1], "id": "broken", "image": {"bytes": b"no image", "path": "broken.png"}})
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), folder / "images.parquet")
@@ -191,10 +194,9 @@ def test_exit_codes_are_those_of_the_job(head, world, tmp_path):
 def test_a_stopped_run_is_resumed_by_the_same_command(head, world, tmp_path):
     output, log = tmp_path / "out", tmp_path / "first.log"
     arguments = words(world, output, SLOW)
-    command = [*RUNNER, *arguments, "--address", head.address, "--image-has-deps"]
-    env = environment(TOKEN) | {"PYTHONPATH": str(ROOT)}
     with log.open("wb") as stream:
-        first = subprocess.Popen(command, stdout=stream, stderr=stream, env=env, start_new_session=True)
+        options = {"stdout": stream, "stderr": stream, "start_new_session": True}
+        first = subprocess.Popen(**submission(head, *arguments), **options)
     wait_until(lambda: done(output) >= 2, "two shards")
     # Off a terminal Ctrl-C leaves the job alone and says how to stop it.
     os.kill(first.pid, signal.SIGINT)

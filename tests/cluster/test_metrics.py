@@ -44,18 +44,20 @@ def test_one_that_cannot_be_opened_is_given_up_too(tmp_path, monkeypatch, capsys
     assert "note: wandb gets no more curves" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["mlflow", "wandb"])
-def test_a_logger_that_is_not_installed_is_refused(name, monkeypatch):
-    monkeypatch.setitem(metrics.MODULES, name, "no_such_module")
-    with pytest.raises(ConfigError, match=f"{name} needs no_such_module, which is not installed"):
-        open_curves([name], "out")
-
-
-def test_tensorboard_needs_a_folder():
-    with pytest.raises(ConfigError, match="tensorboard writes to a folder, and memory://somewhere is none"):
-        open_curves(["tensorboard"], "memory://somewhere")
-    with pytest.raises(ConfigError, match="give one with --out"):
-        open_curves(["tensorboard"], None)
+@pytest.mark.parametrize(
+    ("name", "folder", "words"),
+    [
+        ("mlflow", "out", "mlflow needs no_such_module, which is not installed"),
+        ("wandb", "out", "wandb needs no_such_module, which is not installed"),
+        ("tensorboard", "memory://somewhere", "tensorboard writes to a folder, and memory://somewhere is none"),
+        ("tensorboard", None, "give one with --out"),
+    ],
+)
+def test_a_logger_that_is_not_installed_or_has_no_folder_is_refused(monkeypatch, name, folder, words):
+    for absent in "mlflow", "wandb":
+        monkeypatch.setitem(metrics.MODULES, absent, "no_such_module")
+    with pytest.raises(ConfigError, match=words):
+        open_curves([name], folder)
 
 
 @pytest.mark.parametrize("clean", [False, True], ids=["evaluate", "matrix"])

@@ -168,32 +168,22 @@ def test_a_refused_submission_is_told_from_one_that_came_second_by_the_list_of_j
 
 
 def test_ctrl_c_asks_and_nothing_else_and_the_job_is_left_alone_unless_told(monkeypatch):
-    def run(answer, stop=KeyboardInterrupt):
-        cluster = Cluster()
-        monkeypatch.setattr(room, "open_cluster", lambda *_: cluster)
-        shown: list[str] = []
+    cluster, shown = Cluster(), []
+    monkeypatch.setattr(room, "open_cluster", lambda *_: cluster)
 
+    def submit(answer, stop):
         def interrupt(text):
             shown.append(text)
             raise stop
 
-        def go():
-            return room.submit(order(image_has_deps=True), stop_on_interrupt=answer, show=interrupt)
+        return room.submit(order(image_has_deps=True), stop_on_interrupt=answer, show=interrupt)
 
-        return cluster, shown, go
-
-    cluster, shown, go = run(None)
-    with pytest.raises(
-        InterruptedRunError, match=r"goes on without this terminal.*ray job stop eclipse-ray-purify"
-    ):
-        go()
-    assert (cluster.stopped, shown) == ([], ["one\n"])
-    cluster, shown, go = run(lambda name: True, InterruptedRunError("stopped"))
-    with pytest.raises(InterruptedRunError, match="goes on without this terminal"):
-        go()
-    assert cluster.stopped == []
-    cluster, _, go = run(lambda name: True)
-    assert go().exit_code == 75
+    goes_on = r"goes on without this terminal.*ray job stop eclipse-ray-purify"
+    for answer, stop in (None, KeyboardInterrupt), (lambda _name: True, InterruptedRunError("stopped")):
+        with pytest.raises(InterruptedRunError, match=goes_on):
+            submit(answer, stop)
+    assert (cluster.stopped, shown) == ([], ["one\n", "one\n"])
+    assert submit(lambda _name: True, KeyboardInterrupt).exit_code == 75
     assert cluster.stopped == [order().identity]
 
 

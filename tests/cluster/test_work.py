@@ -1,7 +1,5 @@
 """Work on Ray: time-outs, errors that keep their class, results in order, progress. The tasks are real ones."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator
@@ -40,19 +38,20 @@ from eclipse_ray.errors import (
 )
 
 
-def hanging() -> Iterator[tuple[int, int]]:
-    yield 1, 0
-    time.sleep(60)
-
-
-def failing(error: Exception) -> Iterator[tuple[int, int]]:
-    yield 1, 0
-    raise error
+def stream(*steps: tuple[int, int] | float | Exception) -> Iterator[tuple[int, int]]:
+    """Yield results, sleep for as many seconds as a number says, raise an error."""
+    for step in steps:
+        if isinstance(step, Exception):
+            raise step
+        if isinstance(step, tuple):
+            yield step
+        else:
+            time.sleep(step)
 
 
 def test_a_stream_that_stands_still_is_given_up():
     told: list[int] = []
-    results = watched(hanging(), Watch("purify", "shard", 0.2, lambda: told.append(1)))
+    results = watched(stream((1, 0), 60.0), Watch("purify", "shard", 0.2, lambda: told.append(1)))
     assert next(results) == (1, 0)
     with pytest.raises(InterruptedRunError, match=r"no shard was finished for .* run the same command again"):
         next(results)
@@ -60,15 +59,8 @@ def test_a_stream_that_stands_still_is_given_up():
     assert InterruptedRunError.exit_code == 75
 
 
-def slow_to_start() -> Iterator[tuple[int, int]]:
-    time.sleep(0.5)
-    yield 1, 0
-    yield 1, 0
-    time.sleep(60)
-
-
 def test_waiting_for_the_first_shard_does_not_make_the_watchdog_more_patient():
-    results = watched(slow_to_start(), Watch("purify", "shard", 1.0))
+    results = watched(stream(0.5, (1, 0), (1, 0), 60.0), Watch("purify", "shard", 1.0))
     assert [next(results), next(results)] == [(1, 0), (1, 0)]
     # Ten times the half second of the start would be five.
     with pytest.raises(InterruptedRunError, match="no shard was finished for 1 s"):
@@ -77,9 +69,9 @@ def test_waiting_for_the_first_shard_does_not_make_the_watchdog_more_patient():
 
 def test_a_stream_that_breaks_says_why_and_a_users_mistake_stays_one():
     with pytest.raises(InterruptedRunError, match="the last line; run the same command again"):
-        list(watched(failing(OSError("a traceback\nthe last line")), Watch("purify", "shard", 5)))
+        list(watched(stream((1, 0), OSError("a traceback\nthe last line")), Watch("purify", "shard", 5)))
     with pytest.raises(InputError, match="as it was"):
-        list(watched(failing(InputError("as it was")), Watch("purify", "shard", 5)))
+        list(watched(stream((1, 0), InputError("as it was")), Watch("purify", "shard", 5)))
     assert list(watched(iter([(1, 0), (2, 1)]), Watch("purify", "shard", 5))) == [(1, 0), (2, 1)]
 
 
@@ -104,13 +96,9 @@ def test_works_run_on_at_most_the_given_number_of_threads_and_return_in_order():
 
 def test_what_stops_on_a_thread_is_said_on_the_one_that_waits():
     with pytest.raises(ConfigError, match="as it is"):
-        on_threads([partial(_raise, ConfigError("as it is"))], 1, "work")
+        on_threads([partial(next, stream(ConfigError("as it is")))], 1, "work")
     with pytest.raises(EclipseError, match=r"work stopped: by zero; run the same command again"):
-        on_threads([partial(_raise, ZeroDivisionError("by zero")), lambda: None], 2, "work")
-
-
-def _raise(error: Exception) -> None:
-    raise error
+        on_threads([partial(next, stream(ZeroDivisionError("by zero"))), lambda: None], 2, "work")
 
 
 def test_a_call_that_hangs_is_given_up():

@@ -1,7 +1,5 @@
 """What the tests of defenses share: small labelled material, a generator, a fixed linear victim."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -107,7 +107,7 @@ def test_avatars_depth_is_found_in_the_schedule():
 def test_avatar_noises_deeply_and_refuses_a_shallow_denoiser():
     with pytest.raises(ConfigError, match=r"t_star \d+.*below 5"):
         DEFENSES["avatar"].transform(SOURCE, DefenseConfig(avatar_noise_255=100))
-    deep = untrained_denoiser(**{"denoiser.t_max": 20})
+    deep = untrained_denoiser(t_max=20)
     source = replace(SOURCE, denoiser=deep)
     found = DEFENSES["avatar"].transform(source, DefenseConfig(avatar_steps=2))
     t_star = depth_of(43.0, deep.alphas_cumprod)

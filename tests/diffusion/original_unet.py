@@ -1,7 +1,5 @@
 """The published U-Net in plain torch, under its published tensor names: the oracle of the import tests."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -68,7 +66,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
-    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(2)
         batch, channels, length = flat.shape
         # Heads outermost; each head's rows are its queries, then its keys, then its values.
@@ -83,7 +81,7 @@ class Down(nn.Module):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
 
 
@@ -92,13 +90,8 @@ class Up(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(resampled(x, "up"))
-
-
-class Stem(nn.Conv2d):
-    def forward(self, x: Tensor, _: Tensor) -> Tensor:
-        return super().forward(x)
 
 
 class OriginalUNet(nn.Module):
@@ -109,7 +102,7 @@ class OriginalUNet(nn.Module):
         self.size = size
         width, factor, skips = size.channels, 1, [size.channels]
         self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
-        self.input_blocks = nn.ModuleList([nn.ModuleList([Stem(3, width, 3, padding=1)])])
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(3, width, 3, padding=1)])])
         for level, multiplier in enumerate(size.multipliers):
             for _ in range(size.blocks):
                 self.input_blocks.append(self._stage(width, multiplier * size.channels, factor))
@@ -158,7 +151,7 @@ class OriginalUNet(nn.Module):
 
 def run(stage: nn.ModuleList, x: Tensor, embedding: Tensor) -> Tensor:
     for layer in stage:
-        x = layer(x, embedding)
+        x = layer(x, embedding) if isinstance(layer, Residual) else layer(x)
     return x
 
 

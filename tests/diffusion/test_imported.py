@@ -1,6 +1,7 @@
 """Imported weights compute what the original computes, and what cannot be imported is refused in one sentence."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_c
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import ConfigError, InputError
 from tests.diffusion.original_unet import Original, original_unet
+from tests.support import change_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,18 +29,29 @@ SMALL = Original(image_size=16, multipliers=(1, 2), blocks=1, attention_pixels=(
 UNEVEN = Original(image_size=16, multipliers=(1, 2), blocks=1, attention_pixels=(16, 8))
 
 
-def saved(folder, size: Original, name: str = "ema_0.9999_000120.pt"):
+FILE = "ema_0.9999_000120.pt"
+
+
+def saved(folder, size: Original):
     """Save random weights as the published code does; return the network and the file."""
     network = original_unet(size)
-    torch.save(network.state_dict(), folder / name)
-    return network, folder / name
+    torch.save(network.state_dict(), folder / FILE)
+    return network, folder / FILE
 
 
-def largest_difference(network, denoiser, pixels: int, scale: float = 0.25) -> float:
-    x = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
-    t = torch.tensor([0, 3]) if denoiser.num_train_timesteps < 100 else torch.tensor([3, 99])
+def imported(folder, size: Original, **options):
+    """Save random weights and import them; return the network, what the import said, and the denoiser."""
+    network, file = saved(folder, size)
+    result = import_checkpoint(file, out=folder / "out", **options)
+    return network, result, load_denoiser(folder / "out")
+
+
+def largest_difference(network, denoiser) -> float:
+    pixels = network.size.image_size
+    x, t = torch.randn(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 99])
     with torch.inference_mode():
-        expected = network(x, t * scale)
+        # The network is shown a thousandth part of T = 4000.
+        expected = network(x, t * 0.25)
         assert expected.std() > 0.1
         return float((denoiser(x, t) - expected).abs().max())
 
@@ -47,44 +60,34 @@ def largest_difference(network, denoiser, pixels: int, scale: float = 0.25) -> f
 @pytest.mark.parametrize("scale_shift", [True, False])
 @pytest.mark.parametrize("pixels", [32, 64])
 def test_forward_passes_agree(tmp_path, pixels, scale_shift, learned_sigma):
-    size = Original(
-        image_size=pixels, multipliers=MULTIPLIERS[pixels], scale_shift=scale_shift, learned_sigma=learned_sigma
-    )
-    network, file = saved(tmp_path, size)
-    result = import_checkpoint(file, out=tmp_path / "out")
-    denoiser = load_denoiser(tmp_path / "out")
-    assert largest_difference(network, denoiser, pixels) < 1e-4
-    assert (result.parameters, result.learned_range) == (
-        sum(value.numel() for value in network.parameters()),
-        learned_sigma,
-    )
+    options = {"scale_shift": scale_shift, "learned_sigma": learned_sigma}
+    size = Original(image_size=pixels, multipliers=MULTIPLIERS[pixels], **options)
+    network, result, denoiser = imported(tmp_path, size)
+    assert largest_difference(network, denoiser) < 1e-4
+    assert result.parameters == sum(value.numel() for value in network.parameters())
+    assert result.learned_range == learned_sigma
     assert result.attention_levels == {32: [1, 2], 64: [2, 3]}[pixels]
     assert isinstance(denoiser.unet, FixedHeadsUNet2DModel) == (pixels == 64)
 
 
 def test_forward_passes_agree_at_full_width(tmp_path):
-    network, file = saved(tmp_path, Original(channels=128))
-    result = import_checkpoint(file, out=tmp_path / "out")
+    network, result, denoiser = imported(tmp_path, Original(channels=128))
     assert 52e6 < result.parameters < 53e6
-    assert largest_difference(network, load_denoiser(tmp_path / "out"), 32) < 1e-4
+    assert largest_difference(network, denoiser) < 1e-4
 
 
 @pytest.mark.parametrize("size", [SMALL, UNEVEN])
 def test_residual_resampling(tmp_path, size):
-    size = Original(**{**vars(size), "resblock_updown": True})
-    network, file = saved(tmp_path, size)
-    import_checkpoint(file, out=tmp_path / "out")
-    assert largest_difference(network, load_denoiser(tmp_path / "out"), 16) < 1e-4
+    network, _, denoiser = imported(tmp_path, replace(size, resblock_updown=True))
+    assert largest_difference(network, denoiser) < 1e-4
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_the_number_of_heads_is_the_one_that_was_said(tmp_path, heads):
-    size = Original(**{**vars(UNEVEN), "heads": heads})
-    network, file = saved(tmp_path, size)
-    import_checkpoint(file, out=tmp_path / "out", heads=heads)
-    import_checkpoint(file, out=tmp_path / "four")
-    assert largest_difference(network, load_denoiser(tmp_path / "out"), 16) < 1e-4
-    assert largest_difference(network, load_denoiser(tmp_path / "four"), 16) > 1e-2
+    network, _, denoiser = imported(tmp_path, replace(UNEVEN, heads=heads), heads=heads)
+    assert largest_difference(network, denoiser) < 1e-4
+    import_checkpoint(tmp_path / FILE, out=tmp_path / "four")
+    assert largest_difference(network, load_denoiser(tmp_path / "four")) > 1e-2
 
 
 def test_plain_diffusers_opens_equal_heads_and_refuses_the_others(tmp_path, caplog):
@@ -103,10 +106,8 @@ def test_plain_diffusers_opens_equal_heads_and_refuses_the_others(tmp_path, capl
 
 
 def test_an_unknown_class_is_refused(tmp_path):
-    _, file = saved(tmp_path, UNEVEN)
-    import_checkpoint(file, out=tmp_path / "out")
-    config = tmp_path / "out/config.json"
-    config.write_text(config.read_text().replace("FixedHeadsUNet2DModel", "SomeoneElsesModel"))
+    imported(tmp_path, UNEVEN)
+    change_json(tmp_path / "out/config.json", _class_name="SomeoneElsesModel")
     with pytest.raises(InputError, match="SomeoneElsesModel"):
         load_denoiser(tmp_path / "out")
 
@@ -114,11 +115,9 @@ def test_an_unknown_class_is_refused(tmp_path):
 def test_opening_the_folder_is_silent(tmp_path, caplog):
     from diffusers.utils import logging
 
-    _, file = saved(tmp_path, UNEVEN)
-    import_checkpoint(file, out=tmp_path / "out")
     logging.enable_propagation()
     try:
-        load_denoiser(tmp_path / "out")
+        imported(tmp_path, UNEVEN)
     finally:
         logging.disable_propagation()
     assert caplog.text == ""
@@ -126,9 +125,7 @@ def test_opening_the_folder_is_silent(tmp_path, caplog):
 
 @pytest.mark.parametrize("size", [SMALL, UNEVEN])
 def test_an_imported_denoiser_purifies(tmp_path, size):
-    _, file = saved(tmp_path, size)
-    import_checkpoint(file, out=tmp_path / "out", timesteps=1000, schedule="linear")
-    denoiser = load_denoiser(tmp_path / "out")
+    _, _, denoiser = imported(tmp_path, size, timesteps=1000, schedule="linear")
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     purified = purify_images(images, denoiser, num_inference_steps=2, ids=["a", "b"])
     assert purified.shape == images.shape
@@ -138,17 +135,16 @@ def test_an_imported_denoiser_purifies(tmp_path, size):
 
 
 def test_the_card(tmp_path):
-    _, file = saved(tmp_path, SMALL)
-    first = import_checkpoint(file, out=tmp_path / "out")
+    _, first, _ = imported(tmp_path, SMALL)
     card = read_card(tmp_path / "out")
     assert (card.t_max, card.t_star, card.num_inference_steps, card.sampler) == (4000, 100, 100, "ddpm")
     assert (card.timestep_scale, card.iterations, card.denoise_psnr, card.sparse_hashes) == (0.25, 120, None, [])
     assert card.settings["attention_heads"] == 4
     before = (tmp_path / "out/eclipse.json").stat().st_mtime_ns
-    assert import_checkpoint(file, out=tmp_path / "out") == first
+    assert imported(tmp_path, SMALL)[1] == first
     assert (tmp_path / "out/eclipse.json").stat().st_mtime_ns == before
     with pytest.raises(ConfigError, match="other options"):
-        import_checkpoint(file, out=tmp_path / "out", heads=2)
+        imported(tmp_path, SMALL, heads=2)
 
 
 @pytest.mark.parametrize(
@@ -203,12 +199,10 @@ def test_what_cannot_be_imported(tmp_path, mistake):
 
 def test_damaged_and_missing_files(tmp_path):
     _, file = saved(tmp_path, SMALL)
-    file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(InputError, match="damaged"):
-        import_checkpoint(file, out=tmp_path / "out")
-    file.write_bytes(b"")
-    with pytest.raises(InputError, match="damaged"):
-        import_checkpoint(file, out=tmp_path / "out")
+    for damaged in (file.read_bytes()[:5000], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged"):
+            import_checkpoint(file, out=tmp_path / "out")
     with pytest.raises(InputError, match="No such file"):
         import_checkpoint(tmp_path / "none.pt", out=tmp_path / "out")
 
@@ -233,4 +227,4 @@ def test_half_precision_is_widened(tmp_path):
     network, file = saved(tmp_path, SMALL)
     torch.save(network.half().state_dict(), file)
     import_checkpoint(file, out=tmp_path / "out")
-    assert largest_difference(network.float(), load_denoiser(tmp_path / "out"), 16) < 1e-4
+    assert largest_difference(network.float(), load_denoiser(tmp_path / "out")) < 1e-4

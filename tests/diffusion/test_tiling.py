@@ -121,7 +121,7 @@ def test_an_image_of_one_tile_reaches_the_network_itself():
     assert seen[0] is x_t
 
 
-@pytest.mark.parametrize("size", [(16, 16), (16, 301), (17, 23), (150, 131)])
+@pytest.mark.parametrize("size", [(16, 16), (16, 17), (16, 301), (17, 23), (131, 16), (150, 131)])
 def test_any_size_is_purified_at_its_own(denoiser, size):
     images = torch.randint(0, 256, (2, *size, 3), dtype=torch.uint8)
     result = purify_images(images, denoiser, ids=["a", "b"], num_inference_steps=2)

@@ -1,11 +1,11 @@
-"""Fitting on the debug preset: it learns, resumes exactly, and does not depend on the number of workers."""
+"""Fitting on the debug preset: it learns, resumes exactly, does not depend on the number of workers; crops."""
 
 import io
 
 import pytest
 import torch
 
-from eclipse_ray.config import PRESETS, load_config
+from eclipse_ray.config import PRESETS
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.network import build_denoiser
 from eclipse_ray.diffusion.process import add_noise, cosine_alphas_cumprod
@@ -14,8 +14,11 @@ from eclipse_ray.diffusion.training import (
     TYPICAL_INVERSION,
     TYPICAL_SPOTS,
     _draw_batch,
+    centre_crops,
+    crops,
     draw_spots,
     enlarged_batch,
+    image_buffer,
     learning_rate_at,
     loss_hybrid,
     run_fit,
@@ -25,9 +28,9 @@ from eclipse_ray.diffusion.training import (
     worker_slice,
 )
 from tests.support import UNET
+from tests.support import debug_config as debug
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 # What preset `paper` changes in the method of training, without its sizes.
 PAPER = UNET | {
@@ -51,29 +54,22 @@ def smooth_images(count: int) -> torch.Tensor:
     return (images * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def debug(**settings):
-    return load_config(
-        None, {"denoiser.preset": "debug", **{f"denoiser.{k}": v for k, v in settings.items()}}
-    ).denoiser
+def go_on(fit, count=8, reports=None, keep=lambda _: None, **options):
+    """Run a fit to its end on `count` images, of which the first four are held out."""
+    images = smooth_images(count)
+    run_fit(fit, images[4:], images[:4], 0, [].append if reports is None else reports.append, keep, **options)
+    return fit
 
 
 def fit_all(config, perturb=None):
-    images = smooth_images(40)
-    fit = start_fit(config, 0, CPU)
     reports, states = [], []
 
-    def keep(state):
-        states.append({"state": torch.load(_saved(state.state()), weights_only=True)})
+    def keep(fit):
+        stream = io.BytesIO()
+        torch.save(fit.state(), stream)
+        states.append(torch.load(io.BytesIO(stream.getvalue()), weights_only=True))
 
-    run_fit(fit, images[4:], images[:4], 0, reports.append, keep, perturb=perturb)
-    return fit, reports, states
-
-
-def _saved(state):
-    stream = io.BytesIO()
-    torch.save(state, stream)
-    stream.seek(0)
-    return stream
+    return go_on(start_fit(config, 0, CPU), 40, reports, keep, perturb=perturb), reports, states
 
 
 def test_denoising_beats_doing_nothing():
@@ -100,29 +96,32 @@ def test_resumed_training_equals_an_uninterrupted_one(options, perturb):
     # Perturbations are made ahead, and the checkpoint lies among those of one call.
     assert 20 % max(1, training.AHEAD // config.batch_size)
     whole, _, states = fit_all(config, perturb)
-    images = smooth_images(40)
     resumed = start_fit(config, 5, CPU)
-    resumed.restore(states[0]["state"])
+    resumed.restore(states[0])
     assert resumed.iteration == 20
-    run_fit(resumed, images[4:], images[:4], 0, lambda _: None, lambda _: None, perturb=perturb)
+    go_on(resumed, 40, perturb=perturb)
     for name, value in whole.average.items():
         assert torch.equal(value, resumed.average[name]), name
     assert resumed.history == whole.history
 
 
-def test_training_shows_the_network_what_sampling_shows_it():
-    config = debug(**PAPER, iterations=1)
-    fit, seen = start_fit(config, 0, CPU), []
+def watching(shown):
+    """Return a wrapper of networks that keeps what they are given."""
 
     def wrap(network):
-        network.unet.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[1]))
+        network.unet.register_forward_pre_hook(lambda _module, inputs: shown.append(inputs))
         return network
 
-    images = smooth_images(8)
-    run_fit(fit, images[4:], images[:4], 0, lambda _: None, lambda _: None, wrap=wrap)
-    t = _draw_batch(config, images[4:], 0, 0, 0, 1)[2]
+    return wrap
+
+
+def test_training_shows_the_network_what_sampling_shows_it():
+    config = debug(**PAPER, iterations=1)
+    shown = []
+    go_on(start_fit(config, 0, CPU), wrap=watching(shown))
+    t = _draw_batch(config, smooth_images(8)[4:], 0, 0, 0, 1)[2]
     # T is 20 here, so that every timestep is shown as 50.
-    assert torch.equal(seen[0], t * 50.0)
+    assert torch.equal(shown[0][1], t * 50.0)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -178,18 +177,13 @@ def test_spots_leave_all_other_draws_as_they_were():
 @pytest.mark.parametrize("moved", [0.0, 0.1])
 def test_training_shows_spots_and_asks_for_the_image_without_them(moved):
     """Whether victims are better for it takes larger networks and longer training: docs/results.md."""
-    config, images, seen, reports = debug(iterations=1, spots=1.0), smooth_images(8), [], []
-    fit, copy = start_fit(config, 0, CPU), build_denoiser(start_fit(config, 0, CPU).unet, config)
-
-    def wrap(network):
-        network.unet.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
-        return network
-
+    config, shown, reports = debug(iterations=1, spots=1.0), [], []
+    copy = build_denoiser(start_fit(config, 0, CPU).unet, config)
     perturb = (lambda batches, _first: [torch.full_like(x0, moved) for x0 in batches]) if moved else None
-    run_fit(fit, images[4:], images[:4], 0, reports.append, lambda _: None, wrap=wrap, perturb=perturb)
-    x0, epsilon, t, delta = _draw_batch(config, images[4:], 0, 0, 0, 1)
+    go_on(start_fit(config, 0, CPU), 8, reports, wrap=watching(shown), perturb=perturb)
+    x0, epsilon, t, delta = _draw_batch(config, smooth_images(8)[4:], 0, 0, 0, 1)
     assert bool((delta != 0).any())
-    assert torch.equal(seen[0], add_noise(x0 + (delta + moved), epsilon, t, copy.alphas_cumprod))
+    assert torch.equal(shown[0][0], add_noise(x0 + (delta + moved), epsilon, t, copy.alphas_cumprod))
     typical = TYPICAL_INVERSION if moved else TYPICAL_SPOTS
     loss = loss_hybrid(copy, x0, epsilon, t, copy.alphas_cumprod, config.vlb_weight, delta + moved, typical).mean()
     assert reports[0].loss == pytest.approx(loss.item(), rel=1e-5)
@@ -214,14 +208,13 @@ def test_perturbations_are_asked_for_several_iterations_at_once(workers, togethe
 )
 def test_training_takes_the_fast_precision_unless_one_is_set(monkeypatch, set_to, fast, precision):
     monkeypatch.setattr(training, "fast_precision", lambda _device: fast)
-    seen, images = [], smooth_images(8)
+    seen = []
 
     def wrap(network):
         seen.append(network.precision)
         return network
 
-    fit = start_fit(debug(iterations=1, precision=set_to), 0, CPU)
-    run_fit(fit, images[4:], images[:4], 0, lambda _: None, lambda _: None, wrap=wrap)
+    go_on(start_fit(debug(iterations=1, precision=set_to), 0, CPU), wrap=wrap)
     assert seen == [precision]
 
 
@@ -265,8 +258,7 @@ def test_gradients_are_cut_only_if_asked():
         fit = start_fit(config, 0, CPU)
         fit.optimizer = torch.optim.SGD(fit.unet.parameters())
         before = torch.cat([value.flatten().clone() for value in fit.unet.state_dict().values()])
-        images = smooth_images(8)
-        run_fit(fit, images[4:], images[:4], 0, lambda _: None, lambda _: None)
+        go_on(fit)
         after = torch.cat([value.flatten() for value in fit.unet.state_dict().values()])
         moved[limit] = float((after - before).norm())
     assert moved[1e-3] == pytest.approx(1e-3, rel=0.05)
@@ -290,3 +282,52 @@ def test_average_follows_the_weights():
     update_ema(average, module, decay=0.9999, iteration=0, warmup=False)
     for name, value in average.items():
         assert torch.allclose(value, torch.lerp(start[name], module.state_dict()[name], 1e-4), atol=1e-9)
+
+
+def numbered(*sizes):
+    """Images whose red is the row, green the column and blue the image's number."""
+    images = []
+    for number, (height, width) in enumerate(sizes):
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        images.append(torch.stack([rows, columns, torch.full_like(rows, number)], dim=-1).to(torch.uint8))
+    return image_buffer(torch.cat([image.flatten() for image in images]), torch.tensor(sizes))
+
+
+def test_a_crop_is_a_piece_of_its_image():
+    images = numbered((16, 16), (20, 40), (90, 17))
+    indices = torch.tensor([2, 0, 1, 1])
+    cut = crops(images, indices, torch.rand(4, 2, dtype=torch.float64), 16)
+    for crop, index in zip(cut, indices.tolist(), strict=True):
+        assert (crop[..., 2] == index).all()
+        assert (crop[:, 0, 0] == crop[0, 0, 0] + torch.arange(16)).all()
+        assert (crop[0, :, 1] == crop[0, 0, 1] + torch.arange(16)).all()
+
+
+def test_every_position_is_equally_likely():
+    places = torch.rand(6000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cut = crops(numbered((18, 17)), torch.zeros(6000, dtype=torch.int64), places, 16)
+    down, across = torch.bincount(cut[:, 0, 0, 0]), torch.bincount(cut[:, 0, 0, 1])
+    assert len(down) == 3
+    assert len(across) == 2
+    # Four standard deviations of a binomial count.
+    assert (down - 2000).abs().max() < 150
+    assert (across - 3000).abs().max() < 160
+
+
+def test_an_image_of_the_training_size_is_taken_whole():
+    images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    indices = torch.tensor([4, 0, 4])
+    assert torch.equal(crops(images, indices, torch.rand(3, 2), 16), images[indices])
+
+
+def test_the_centre_crop_is_the_middle():
+    cut = centre_crops(numbered((20, 16), (16, 33)), 16)
+    assert cut[:, 0, 0].tolist() == [[2, 0, 0], [0, 9, 1]]
+
+
+def test_two_workers_cut_the_crops_of_one():
+    config, images = debug(batch_size=8), numbered((40, 30), (16, 90), (17, 17))
+    whole = _draw_batch(config, images, 3, 0, 0, 1)[0]
+    halves = [_draw_batch(config, images, 3, 0, rank, 2)[0] for rank in range(2)]
+    assert torch.equal(whole, torch.cat(halves))
+    assert not torch.equal(whole, _draw_batch(config, images, 4, 0, 0, 1)[0])

@@ -1,7 +1,5 @@
 """Victims on Ray: seeds, compensation read from the source, and honest splits."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -13,7 +11,7 @@ from eclipse_ray.errors import InputError
 from eclipse_ray.experiments import run
 from eclipse_ray.experiments.experiment import evaluated_compensation, open_evaluation, open_matrix
 from eclipse_ray.storage.store import Store
-from tests.support import DEBUG, dotted
+from tests.support import DEBUG, board_of, dotted
 
 QUICK = {**DEBUG, "victim.epochs": 2, "evaluate.seeds": 2, "victim.batch_size": 32}
 
@@ -70,8 +68,8 @@ def test_a_victim_of_a_baked_set_sees_its_images_as_they_are_stored(world, tmp_p
     baked = {**DEBUG, "compensation.mode": "baked"}
     verbs.purify(world.poisoned, output, denoiser=world.denoiser, settings=baked)
     opened = open_evaluation(load_config(None, {"data.source": output, "data.test": world.test}))
-    board = SimpleNamespace(post=SimpleNamespace(remote=lambda entry: None))
-    run.measure(opened.grid.recipes[0], run.Bench(opened.sets, opened.cache, 1, 0.1), None, board)
+    bench, board = run.Bench(opened.sets, opened.cache, 1, 0.1), board_of(lambda entry: None)
+    run.measure(opened.grid.recipes[0], bench, None, board)
     ((images, mode),) = seen
     assert mode == "baked"
     assert np.array_equal(images, load_images(output, load_config().data).images)
@@ -111,13 +109,7 @@ def test_a_test_set_that_lacks_a_class_is_refused(tmp_path):
             file.write_bytes(encode_image(pixels, "png"))
     with pytest.raises(InputError, match=r"train has the classes a, b, c and .*test has b, c"):
         verbs.evaluate(str(tmp_path / "train"), test=str(tmp_path / "test"), settings=QUICK)
-    config = load_config(
-        overrides={
-            "data.source": str(tmp_path / "train"),
-            "data.test": str(tmp_path / "test"),
-            "data.output": str(tmp_path / "out"),
-            "matrix.defenses": ["none"],
-        }
-    )
+    places = {f"data.{key}": str(tmp_path / key) for key in ("test", "output")}
+    config = load_config(None, {**places, "data.source": str(tmp_path / "train"), "matrix.defenses": ["none"]})
     with pytest.raises(InputError, match=r"train has the classes a, b, c and .*test has b, c"):
         open_matrix(config)

@@ -1,10 +1,11 @@
-"""The space of a sweep: its points, their keys, and what cannot be searched."""
+"""The space of a sweep: its points, their keys, what cannot be searched; the front of its results."""
 
 import pytest
 
 from eclipse_ray.config import Config, load_config
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments.recipe import Facts, Recommended
+from eclipse_ray.experiments.rows import pareto_front
 from eclipse_ray.experiments.search import (
     choose_trials,
     deepest_points,
@@ -33,6 +34,11 @@ def trials(space: dict[str, object], **settings: object):
     return choose_trials(config, space_of(config, CARD), GIVEN)
 
 
+def keys(space: dict[str, object], **settings: object) -> list[str]:
+    """Return the key of the first victim of each trial."""
+    return [trial.recipes[0].key for trial in trials(space, **settings)]
+
+
 def test_a_grid_has_every_point_once():
     found = trials({"purify.t_star": [50, 100], "compensation.p": {"low": 0.2, "high": 0.6, "step": 0.2}})
     assert [tuple(trial.point.values()) for trial in found] == [
@@ -56,50 +62,37 @@ def test_points_that_come_to_the_same_are_tried_once():
 
 
 def test_a_recommended_value_and_the_same_value_are_one():
-    assert (
-        trials({"purify.t_star": [100]})[0].recipes[0].key
-        == trials({"purify.num_inference_steps": [1]})[0].recipes[0].key
-    )
+    assert keys({"purify.t_star": [100]}) == keys({"purify.num_inference_steps": [1]})
 
 
 def test_what_is_no_part_of_a_result_is_no_part_of_its_key():
     space = {"purify.t_star": [50]}
-    key = trials(space)[0].recipes[0].key
-    assert trials(space, search="random")[0].recipes[0].key == key
-    assert trials(space, max_concurrent=1, fidelity_weight=3)[0].recipes[0].key == key
+    (key,) = keys(space)
+    assert keys(space, search="random") == keys(space, max_concurrent=1, fidelity_weight=3) == [key]
     first, second = trials(space, seeds=2)[0].recipes
     assert first.key == key != second.key
-    assert trials(space, victim__epochs=3)[0].recipes[0].key != key
-    assert trials(space, asha=True)[0].recipes[0].key != key
+    assert key not in (*keys(space, victim__epochs=3), *keys(space, asha=True))
 
 
 def test_more_steps_than_timesteps_are_left_out():
     found = trials({"purify.t_star": [2, 100], "purify.num_inference_steps": [1, 4]})
     assert [tuple(trial.point.values()) for trial in found] == [(2, 1), (100, 1), (100, 4)]
-    with pytest.raises(ConfigError, match="every point"):
-        trials({"purify.t_star": [2], "purify.num_inference_steps": [4]})
-
-
-def test_a_depth_beyond_the_training_is_refused_before_anything_runs():
-    with pytest.raises(ConfigError, match=r"t_star 150 is outside 1\.\.125"):
-        trials({"purify.t_star": [50, 150]})
 
 
 def test_trials_bound_a_grid_and_a_random_search():
     grid = {"compensation.p": [0.1, 0.2, 0.3, 0.4], "compensation.sigma": [0.01, 0.02, 0.03]}
-    some = trials(grid, trials=5)
-    assert len({trial.recipes[0].key for trial in some}) == 5
-    assert [trial.recipes[0].key for trial in some] == [trial.recipes[0].key for trial in trials(grid, trials=5)]
+    some = keys(grid, trials=5)
+    assert len(set(some)) == 5
+    assert some == keys(grid, trials=5)
     ranges = {
         "compensation.p": {"low": 0.2, "high": 0.6},
         "compensation.sigma": {"low": 0.01, "high": 1, "log": True},
     }
-    drawn = trials(ranges, search="random", trials=20)
+    drawn = [trial.row.config.compensation for trial in trials(ranges, search="random", trials=20)]
     assert len(drawn) == 20
-    assert all(0.2 <= trial.row.config.compensation.p <= 0.6 for trial in drawn)
-    assert all(0.01 <= trial.row.config.compensation.sigma <= 1 for trial in drawn)
+    assert all(0.2 <= one.p <= 0.6 and 0.01 <= one.sigma <= 1 for one in drawn)
     # Half of a logarithmic range lies below its geometric mean.
-    assert 4 < sum(trial.row.config.compensation.sigma < 0.1 for trial in drawn) < 16
+    assert 4 < sum(one.sigma < 0.1 for one in drawn) < 16
     depths = trials({"purify.t_star": {"low": 10, "high": 12}}, search="random", trials=9)
     assert sorted(trial.point["purify.t_star"] for trial in depths) == [10, 11, 12]
 
@@ -116,6 +109,8 @@ def test_trials_bound_a_grid_and_a_random_search():
         ({"compensation.p": []}, {}, "no value"),
         ({"compensation.p": {"low": 1, "high": 0}}, {}, "must lie below"),
         ({}, {"asha": True, "seeds": 2}, "asha"),
+        ({"purify.t_star": [2], "purify.num_inference_steps": [4]}, {}, "every point"),
+        ({"purify.t_star": [50, 150]}, {}, r"t_star 150 is outside 1\.\.125"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(space, settings, words):
@@ -157,3 +152,9 @@ def test_the_default_space_suits_the_denoiser():
     axes = default_space(config, CARD)
     assert max(axes["purify.t_star"]) <= CARD.t_max
     assert len(choose_trials(config, axes, GIVEN)) == config.sweep.trials
+
+
+def test_the_front_is_what_no_other_point_beats():
+    assert pareto_front([1, 2, 3, 2], [9, 8, 1, 7]) == [True, True, True, False]
+    assert pareto_front([1, 1], [2, 2]) == [True, True]
+    assert pareto_front([], []) == []

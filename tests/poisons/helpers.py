@@ -1,12 +1,22 @@
-"""What tests of optimised poisons share: a tiny learnable dataset, tiny numbers, a session that can be killed."""
+"""What tests of optimised poisons share: a tiny learnable dataset, tiny numbers, kills, checks of all of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 from eclipse_ray.config import PoisonConfig
-from eclipse_ray.poisons import PoisonSettings, poison_settings, resolved_poison, settings_of
+from eclipse_ray.poisons import (
+    PoisonSettings,
+    fit_poison,
+    poison_fitted,
+    poison_settings,
+    resolved_poison,
+    settings_of,
+)
 from eclipse_ray.poisons.interface import LabelledImages, Session, State
+from eclipse_ray.victims.training import classify
 
 CLASSES = 4
 CPU = torch.device("cpu")
@@ -72,3 +82,40 @@ class Memory:
         self.saved.append({key: value.clone() for key, value in state.items()})
         if len(self.saved) == self.kill_at:
             raise Killed
+
+
+def check_resume(data, config, kill_at=1, denoiser=None):
+    """Kill a fit right after save number `kill_at`, go on, compare with an undisturbed one; return its state."""
+    memory, undisturbed = Memory(kill_at=kill_at), Memory()
+    with pytest.raises(Killed):
+        fit_poison(data, config, 3, replace(memory.session(), denoiser=denoiser))
+    resumed = fit_poison(data, config, 3, replace(memory.session(), denoiser=denoiser))
+    state = fit_poison(data, config, 3, replace(undisturbed.session(), denoiser=denoiser))
+    assert kill_at < len(memory.saved) == len(undisturbed.saved), "nothing was left, or everything done again"
+    assert state.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[key]) for key, value in state.items())
+    return state
+
+
+def check_storage(data, state, config, least=8, differing=0.01):
+    """Check that the stored bound holds and is used, that order and chunks do not matter; return the images."""
+    whole = poison_fitted(data, state, config, 3)
+    assert whole.dtype == torch.uint8
+    assert least <= int((whole.int() - data.images.int()).abs().max()) <= 8
+    rows = torch.randperm(len(data.ids), generator=torch.Generator().manual_seed(1)).tolist()
+    for some in (rows[:5], rows[5:]):
+        again = poison_fitted(part(data, some), state, config, 3)
+        # Sums in another order may turn the sign of a gradient that is almost nothing.
+        assert float((again != whole[some]).float().mean()) <= differing
+    return whole
+
+
+def as_floats(images):
+    """Return uint8 (B, H, W, 3) as float (B, 3, H, W) in [0, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def losses(model, images, labels):
+    """Return the cross-entropy of each of `images` (B, 3, H, W) in [0, 1]."""
+    return F.cross_entropy(classify(model, images), labels, reduction="none")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eclipse_ray.compensation import bake, compensate
-from eclipse_ray.config import CompensationConfig, load_config
+from eclipse_ray.config import CompensationConfig
 from eclipse_ray.diffusion.network import build_unet
 from eclipse_ray.diffusion.sampling import purify
 from eclipse_ray.errors import ConfigError
@@ -12,10 +12,19 @@ from eclipse_ray.poisons import fit_poison
 from eclipse_ray.poisons.adp import UNetClassifier, defender, new_unet, purified
 from eclipse_ray.poisons.interface import quiet_session
 from eclipse_ray.poisons.surrogate import keyed_generator, load_surrogate, under
-from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
-from tests.poisons.helpers import CLASSES, CPU, Memory, tiny_config, tiny_images
-from tests.support import DEBUG, untrained_denoiser
+from tests.poisons.helpers import (
+    CLASSES,
+    CPU,
+    Memory,
+    as_floats,
+    check_resume,
+    check_storage,
+    losses,
+    tiny_config,
+    tiny_images,
+)
 from tests.support import UNET as UNET2D
+from tests.support import debug_config, untrained_denoiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = ["a", "b"]
@@ -37,10 +46,7 @@ def picture(size=16):
 def test_the_classifier_is_a_denoisers_network_with_another_end():
     model = UNetClassifier((8, 8), 7)
     assert model(picture()).shape == (2, 7)
-    debug_unet = load_config(
-        None, {**DEBUG, **{f"denoiser.{key}": value for key, value in UNET2D.items()}}
-    ).denoiser
-    other = {name for name, _ in build_unet(debug_unet).named_parameters()}
+    other = {name for name, _ in build_unet(debug_config(**UNET2D)).named_parameters()}
     assert {name.removeprefix("unet.") for name, _ in model.named_parameters()} == other
 
 

@@ -83,12 +83,8 @@ def test_a_number_that_was_chosen_wins_and_null_is_that_of_the_cost():
 
 
 def test_what_a_poison_comes_in_is_named():
-    assert [variant_of(PoisonConfig(name=name)) for name in ("ar", "em", "sep", "efp")] == [
-        "",
-        "sample",
-        "plain",
-        "push",
-    ]
+    defaults = {"ar": "", "em": "sample", "sep": "plain", "efp": "push"}
+    assert {name: variant_of(PoisonConfig(name=name)) for name in defaults} == defaults
     assert variant_of(PoisonConfig(name="em", scope="class")) == "class"
 
 

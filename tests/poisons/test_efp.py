@@ -5,8 +5,18 @@ from torch import nn
 from eclipse_ray.poisons.efp import class_means, pull_loss, push_loss
 from eclipse_ray.poisons.interface import quiet_session
 from eclipse_ray.poisons.surrogate import attack, features, keyed_generator, load_surrogate, train_surrogate
-from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
-from tests.poisons.helpers import CLASSES, CPU, part, tiny_config, tiny_images, tiny_settings
+from tests.poisons.helpers import (
+    CLASSES,
+    CPU,
+    as_floats,
+    check_resume,
+    check_storage,
+    losses,
+    part,
+    tiny_config,
+    tiny_images,
+    tiny_settings,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CENTROIDS = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 10.0]])

@@ -1,3 +1,5 @@
+"""Closed-form poisons: norms after storage, keyed noise, and the form of each of them."""
+
 import math
 
 import numpy as np
@@ -8,11 +10,12 @@ from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.poisons import POISONS, ar, budget, perturb, poison_images, settings_of
 from eclipse_ray.poisons.ar import MARGIN, TAPS, generate, processes, published_processes
+from eclipse_ray.poisons.cuda import class_filters, convolve
 from eclipse_ray.poisons.interface import store
 from eclipse_ray.poisons.lsp import default_patch
+from tests.poisons.helpers import CLASSES, tiny_images
 
-CLASSES = 4
-# cuda has a file of its own: one scope, and no norm.
+# Those of one scope have tests of their own below.
 VARIANTS = [(name, scope) for name in ("urp", "lsp", "ar", "ar-published") for scope in ("sample", "class")]
 
 
@@ -59,15 +62,16 @@ def test_published_budgets():
     assert [default_patch(side, side) for side in (32, 64, 224)] == [8, 8, 32]
 
 
-@pytest.mark.parametrize(("name", "scope"), VARIANTS)
-def test_order_and_batch_do_not_matter(name, scope):
+@pytest.mark.parametrize(("name", "scope"), [*VARIANTS, ("shift", None), ("mixture", None), ("cuda", None)])
+def test_order_and_batch_do_not_matter_and_the_seed_does(name, scope):
     config = PoisonConfig(name=name, scope=scope)
     images, labels, ids = batch(count=13)
     whole = perturb(images, labels, ids, config, 5, CLASSES)
     order = torch.randperm(13, generator=torch.Generator().manual_seed(1))
-    for part in order.split(5):
-        again = perturb(images[part], labels[part], [ids[i] for i in part], config, 5, CLASSES)
-        assert torch.equal(again, whole[part])
+    for rows in order.split(5):
+        again = perturb(images[rows], labels[rows], [ids[i] for i in rows], config, 5, CLASSES)
+        assert torch.equal(again, whole[rows])
+    assert any(not torch.equal(perturb(images, labels, ids, config, seed, CLASSES), whole) for seed in range(4))
 
 
 @pytest.mark.parametrize(("name", "scope"), VARIANTS)
@@ -84,22 +88,23 @@ def test_seed_label_and_scope_decide(name, scope):
     assert torch.equal(first, perturb(images, labels, ids, config, 0, CLASSES + 2))
 
 
+def predicted(taps, signal):
+    """Return what the recursion makes of the eight pixels before each pixel, (N, H - 2, W - 2, 3)."""
+    height, width = signal.shape[1] - 2, signal.shape[2] - 2
+    return sum(
+        taps[:, None, None, :, index] * signal[:, down : down + height, right : right + width]
+        for index, (down, right) in enumerate(TAPS)
+    )
+
+
 def test_ar_satisfies_its_recursion():
     images, labels, ids = batch()
     taps = processes(0, CLASSES, 32, 32)[labels.numpy()]
     signal = generate(taps, np.random.default_rng(0).standard_normal((8, 36, 36, 3)))
-    predicted = sum(
-        taps[:, None, None, :, index] * signal[:, down : down + 34, right : right + 34]
-        for index, (down, right) in enumerate(TAPS)
-    )
-    np.testing.assert_allclose(predicted, signal[:, 2:, 2:], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(predicted(taps, signal), signal[:, 2:, 2:], rtol=0, atol=1e-10)
     np.testing.assert_allclose(taps.sum(axis=-1), 1, atol=1e-9)
     stored = perturb(images, labels, ids, PoisonConfig(name="ar"), 0, CLASSES).double().numpy()
-    inside = sum(
-        taps[:, None, None, :, index] * stored[:, down : down + 30, right : right + 30]
-        for index, (down, right) in enumerate(TAPS)
-    )
-    assert np.abs(inside - stored[:, 2:, 2:]).max() < 1e-6 * max(1, np.abs(taps).max())
+    assert np.abs(predicted(taps, stored) - stored[:, 2:, 2:]).max() < 1e-6 * max(1, np.abs(taps).max())
     assert np.linalg.norm(stored.reshape(8, -1), axis=1) == pytest.approx(1.0, abs=1e-5)
 
 
@@ -130,12 +135,7 @@ def test_published_ar_is_its_authors_and_writes_each_pixel_from_eight():
     assert taps[9, 2].tolist() == [0.2461, 0.1217, 0.1879, -0.0165, 0.1160, 0.1356, 0.1772, 0.0321]
     images, labels, ids = batch()
     change = perturb(images, labels, ids, PoisonConfig(name="ar-published"), 0, CLASSES).double().numpy()
-    mine = taps[labels.numpy()]
-    written = sum(
-        mine[:, None, None, :, index] * change[:, down : down + 30, right : right + 30]
-        for index, (down, right) in enumerate(TAPS)
-    )
-    assert np.abs(written - change[:, 2:, 2:]).max() < 1e-6
+    assert np.abs(predicted(taps[labels.numpy()], change) - change[:, 2:, 2:]).max() < 1e-6
     assert np.linalg.norm(change.reshape(8, -1), axis=1) == pytest.approx(1.0, abs=1e-5)
     # Its 100 processes serve from 11 classes on, and no more than 100.
     assert published_processes(11).shape == (100, 3, 8)
@@ -212,3 +212,86 @@ def test_bad_batches_are_refused():
         perturb(images, labels, ids[:-1], config, 0, CLASSES)
     with pytest.raises(InputError, match="uint8"):
         perturb(images.float(), labels, ids, config, 0, CLASSES)
+
+
+def poisoned(data, **settings):
+    config = PoisonConfig.model_validate(settings)
+    return poison_images(data.images, data.labels, data.ids, config, 0, data.num_classes)
+
+
+def test_a_shift_moves_each_channel_of_a_class_by_the_bound_and_no_two_of_eight_classes_alike():
+    images = torch.full((8, 5, 5, 3), 100, dtype=torch.uint8)
+    config = PoisonConfig(name="shift")
+    change = perturb(images, torch.arange(8), [f"{index}" for index in range(8)], config, 0, 8) * 255
+    assert torch.equal(change, change[:, :1, :1].expand_as(change))
+    torch.testing.assert_close(change.abs(), torch.full_like(change, 8.0))
+    assert len({tuple(one.sign().tolist()) for one in change[:, 0, 0]}) == 8
+
+
+def test_images_of_a_class_are_shifted_alike_whatever_their_ids():
+    data = tiny_images(CLASSES * 2)
+    first = poisoned(data, name="shift").int() - data.images.int()
+    assert torch.equal(first[:CLASSES], first[CLASSES:])
+
+
+def test_each_image_of_a_mixture_is_what_one_of_its_parts_alone_stores():
+    data = tiny_images(64)
+    parts = ("ar", "lsp", "urp", "shift", "cuda")
+    mixed = poisoned(data, name="mixture", parts=parts)
+    alone = torch.stack([poisoned(data, name=name) for name in parts])
+    same = (alone == mixed).flatten(2).all(dim=2)
+    assert (same.sum(dim=0) == 1).all()
+    assert (same.sum(dim=1) >= 4).all(), "each part of five is drawn for some of 64 images"
+
+
+@pytest.mark.parametrize("name", ["em", "mixture", "ops", "nothing"])
+def test_a_part_that_is_no_closed_form_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=rf"poison.parts: {name} is no closed-form poison; choose from urp"):
+        poisoned(tiny_images(4), name="mixture", parts=("ar", name))
+
+
+def test_each_class_has_one_filter_with_one_whole_tap():
+    filters = class_filters(0, list(range(50)))
+    assert ((filters == 1).flatten(1).sum(1) == 1).all()
+    rest = filters[filters != 1]
+    assert rest.min() > 0
+    assert rest.max() < 0.3
+    assert torch.equal(class_filters(0, [7, 7])[0], filters[7])
+    assert len({int(one.flatten().argmax()) for one in filters}) == 9
+
+
+def test_the_filter_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(2, 4, 3, 8, 8, generator=generator, dtype=torch.float64)
+    filters = class_filters(0, [0, 1, 2, 3])
+    together = convolve(2 * first + second, filters)
+    torch.testing.assert_close(together, 2 * convolve(first, filters) + convolve(second, filters))
+    grouped = torch.nn.functional.conv2d(first[:1], filters[:1, None].expand(3, 1, 3, 3), padding=1, groups=3)
+    torch.testing.assert_close(convolve(first[:1], filters[:1]), grouped)
+
+
+def test_a_stored_image_is_its_convolution_divided_by_its_maximum():
+    data = tiny_images(8)
+    blurred = convolve(data.images.permute(0, 3, 1, 2).double() / 255, class_filters(0, data.labels.tolist()))
+    expected = blurred / blurred.amax(dim=(1, 2, 3), keepdim=True)
+    stored = poisoned(data, name="cuda")
+    found = stored.permute(0, 3, 1, 2).double() / 255
+    assert (found - expected).abs().max() <= 0.5 / 255 + 1e-9
+    assert (found.amax(dim=(1, 2, 3)) == 1).all()
+    assert (stored.int() - data.images.int()).abs().max() > 30, "no norm bounds it"
+
+
+def test_black_stays_black_and_extreme_images_are_exact():
+    data = tiny_images(3)
+    data.images[0] = 0
+    data.images[1] = 255
+    stored = poisoned(data, name="cuda")
+    assert int(stored[0].max()) == 0
+    change = perturb(data.images, data.labels, data.ids, PoisonConfig(name="cuda"), 0, CLASSES) * 255
+    assert torch.equal((data.images + change.double()).round().to(torch.uint8), stored)
+
+
+def test_it_has_no_budget_and_takes_none():
+    assert budget(PoisonConfig(name="cuda"), (16, 16, 3)) == ("none", float("inf"))
+    with pytest.raises(ConfigError, match="eps_255: cuda has no such setting"):
+        poisoned(tiny_images(2), name="cuda", eps_255=8)

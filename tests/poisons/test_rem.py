@@ -4,8 +4,16 @@ import torch
 from eclipse_ray.attacks import crop_flip, keyed_crops
 from eclipse_ray.poisons.rem import min_max_noise
 from eclipse_ray.poisons.surrogate import attack_from, load_surrogate
-from tests.poisons.fitting import as_floats, check_resume, check_storage, losses
-from tests.poisons.helpers import CLASSES, CPU, tiny_config, tiny_images
+from tests.poisons.helpers import (
+    CLASSES,
+    CPU,
+    as_floats,
+    check_resume,
+    check_storage,
+    losses,
+    tiny_config,
+    tiny_images,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {

@@ -7,8 +7,17 @@ from eclipse_ray.poisons.interface import quiet_session
 from eclipse_ray.poisons.sep import ensemble_noise, mean_gradient, targets, variance_reduced_noise, visits
 from eclipse_ray.poisons.surrogate import features, load_surrogate
 from eclipse_ray.victims.training import classify
-from tests.poisons.fitting import as_floats, check_resume, check_storage
-from tests.poisons.helpers import CLASSES, CPU, part, tiny_config, tiny_images, tiny_settings
+from tests.poisons.helpers import (
+    CLASSES,
+    CPU,
+    as_floats,
+    check_resume,
+    check_storage,
+    part,
+    tiny_config,
+    tiny_images,
+    tiny_settings,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = {"surrogate_batch_size": 8, "surrogate_epochs": 9, "checkpoints": 3, "steps": 10}

@@ -1,52 +1,52 @@
-"""What a worker and the driver do when something fails under them, without Ray."""
-
-from __future__ import annotations
+"""What a worker and the driver do when something fails under them, and how far they say they are, without Ray."""
 
 import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from eclipse_ray.config import Config, load_config
-from eclipse_ray.datasets.formats import Source, open_source
+from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import ImageError, encode_image
 from eclipse_ray.diffusion import sampling
 from eclipse_ray.errors import StorageError, error_of_note
 from eclipse_ray.ledger import open_run, plan_shards, read_statuses, session
 from eclipse_ray.parameters import resolve
+from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification import stages
+from eclipse_ray.purification.run import _Shown
 from eclipse_ray.purification.shard import Failure, Job, Task, task_rows, unpack
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
 from tests.ledger.helpers import make_fingerprint, plan_of
-from tests.support import DEBUG, World
+from tests.support import DEBUG, World, board_of, dotted
 
 
-def make_job(source: Source, config: Config, world: World, output: str) -> Job:
-    """Return the job of a purification of `source` that resumes nothing and knows no sparse set."""
-    return Job(
-        source=source.url,
-        format=source.format,
+def first_shard(world: World, output: object, source: object = None, **settings: object) -> tuple[Job, Task]:
+    """Return a job that resumes nothing and knows no sparse set, and the first 16 images of its source."""
+    config = resolve(None, {**DEBUG, "purify.batch_size": 8, **dotted(settings)}, {})
+    opened = open_source(str(source or world.poisoned), config.data)
+    job = Job(
+        source=opened.url,
+        format=opened.format,
         classes=None,
         data=config.data,
-        output=output,
+        output=str(output),
         denoiser=world.denoiser,
         purify=config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1}),
         seed=0,
         compensation=config.compensation,
         sparse_hashes=frozenset(),
     )
-
-
-def shard_of_sixteen(world, output) -> tuple[Job, Task]:
-    config = resolve(None, DEBUG, {"purify.batch_size": 8})
-    source = open_source(world.poisoned, config.data)
-    shards = plan_shards(source.parts, 16)[:1]
-    job = make_job(source, config, world, str(output))
+    shards = plan_shards(opened.parts, 16)[:1]
     open_run(job.store(), plan_of(shards), make_fingerprint(shards), "")
     return job, Task(shards[0])
+
+
+def decode(job: Job, task: Task) -> pa.Table:
+    return read_and_decode(task_rows([task])[0], job)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def shard_of_sixteen(world, output) -> tuple[Job, Task]:
     ],
 )
 def test_a_batch_without_memory_is_halved_until_it_fits(world, tmp_path, monkeypatch, error):
-    job, task = shard_of_sixteen(world, tmp_path / "out")
-    decoded = read_and_decode(task_rows([task])[0], job)
+    job, task = first_shard(world, tmp_path / "out")
+    decoded = decode(job, task)
     _, whole, _ = unpack(Purifier(job)(decoded))
     genuine, fired = sampling.purify_images, []
 
@@ -82,8 +82,8 @@ def test_a_batch_without_memory_is_halved_until_it_fits(world, tmp_path, monkeyp
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator gives nothing")])
 def test_an_image_without_memory_alone_becomes_an_error_row(world, tmp_path, monkeypatch, error):
-    job, task = shard_of_sixteen(world, tmp_path / "out")
-    decoded = read_and_decode(task_rows([task])[0], job)
+    job, task = first_shard(world, tmp_path / "out")
+    decoded = decode(job, task)
     genuine, victim = sampling.purify_images, unpack(decoded)[0]["id"][5].as_py()
 
     def short_of_memory(images, *arguments, ids, **named):
@@ -100,8 +100,8 @@ def test_an_image_without_memory_alone_becomes_an_error_row(world, tmp_path, mon
 
 
 def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(world, tmp_path, monkeypatch):
-    job, task = shard_of_sixteen(world, tmp_path / "out")
-    decoded = read_and_decode(task_rows([task])[0], job)
+    job, task = first_shard(world, tmp_path / "out")
+    decoded = decode(job, task)
 
     def broken(*arguments, **named):
         raise RuntimeError("shapes do not match")
@@ -113,7 +113,7 @@ def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(world, tmp
 
 @pytest.mark.parametrize("where", ["decoding", "purifying"])
 def test_a_shard_of_which_nothing_is_left_is_committed_with_its_errors(world, tmp_path, monkeypatch, where):
-    job, task = shard_of_sixteen(world, tmp_path / "out")
+    job, task = first_shard(world, tmp_path / "out")
     if where == "decoding":
 
         def refuse(*_):
@@ -126,15 +126,15 @@ def test_a_shard_of_which_nothing_is_left_is_committed_with_its_errors(world, tm
             "_outcomes",
             lambda self, _, images, ids: dict.fromkeys(range(len(ids)), Failure("too small", "small")),
         )
-    found = encode_and_commit(Purifier(job)(read_and_decode(task_rows([task])[0], job)), job)
+    found = encode_and_commit(Purifier(job)(decode(job, task)), job)
     assert found.select(["ok", "failed", "fatal"]).to_pylist() == [{"ok": 0, "failed": 16, "fatal": ""}]
     status = read_statuses(job.store())[task.shard.name]
     assert (status.object, status.ok, status.failed) == (None, 0, 16)
 
 
 def test_a_store_that_fails_under_the_actor_is_reported_as_itself(world, tmp_path, monkeypatch):
-    job, task = shard_of_sixteen(world, tmp_path / "out")
-    decoded = read_and_decode(task_rows([task])[0], job)
+    job, task = first_shard(world, tmp_path / "out")
+    decoded = decode(job, task)
 
     def away(*_):
         raise StorageError("the store stays away")
@@ -146,19 +146,19 @@ def test_a_store_that_fails_under_the_actor_is_reported_as_itself(world, tmp_pat
 
 
 def test_drivers_that_die_again_and_again_blame_no_image(world, tmp_path):
-    job, task = shard_of_sixteen(world, tmp_path / "out")
-    whole = Purifier(job)(read_and_decode(task_rows([task])[0], job))
+    job, task = first_shard(world, tmp_path / "out")
+    whole = Purifier(job)(decode(job, task))
     for _ in range(12):
         mine = replace(job, session=session(job.store()))
         # Each driver dies after this: nothing is committed.
-        found = Purifier(mine)(read_and_decode(task_rows([task])[0], mine))
+        found = Purifier(mine)(decode(mine, task))
         assert unpack(found)[2] == []
         assert found["pixels"] == whole["pixels"], "images were done one by one"
 
 
 @pytest.mark.parametrize(
     ("side", "settings", "kind"),
-    [(40, {"data.max_pixels": 1000}, "large"), (12, {}, "small"), (None, {}, "undecodable")],
+    [(40, {"data__max_pixels": 1000}, "large"), (12, {}, "small"), (None, {}, "undecodable")],
 )
 def test_a_failure_has_its_kind_whatever_its_words(world, tmp_path, side, settings, kind):
     folder = tmp_path / "source"
@@ -167,12 +167,8 @@ def test_a_failure_has_its_kind_whatever_its_words(world, tmp_path, side, settin
     # A name that tells of another kind.
     (folder / "too little memory kills.png").write_bytes(image if side else image[:40])
     (folder / "whole.png").write_bytes(encode_image(np.zeros((16, 16, 3), np.uint8), "png"))
-    job, _ = shard_of_sixteen(world, tmp_path / "out")
-    config = load_config(None, {**DEBUG, **settings})
-    source = open_source(str(folder), config.data)
-    mine = replace(job, source=source.url, format=source.format, data=config.data)
-    decoded = read_and_decode(task_rows([Task(plan_shards(source.parts, 16)[0])])[0], mine)
-    _, images, failures = unpack(Purifier(mine)(decoded))
+    job, task = first_shard(world, tmp_path / "out", folder, **settings)
+    _, images, failures = unpack(Purifier(job)(decode(job, task)))
     assert len(images) == 1
     assert [(failure["id"], failure["kind"]) for failure in failures] == [("too little memory kills.png", kind)]
 
@@ -180,3 +176,32 @@ def test_a_failure_has_its_kind_whatever_its_words(world, tmp_path, side, settin
 def test_the_workers_of_the_other_stages_start_without_torch():
     program = "import sys, eclipse_ray.purification.stages; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_an_actor_tells_that_it_has_its_denoiser_and_of_every_batch(world, tmp_path):
+    job, task = first_shard(world, tmp_path / "out")
+    told = []
+    Purifier(replace(job, board=board_of(told.append)))(decode(job, task))
+    assert [(entry["shard"], entry["images"]) for entry in told] == [
+        ("", 0),
+        (task.shard.name, 8),
+        (task.shard.name, 16),
+    ]
+
+
+def test_images_of_shards_under_way_count_until_their_shard_is_committed():
+    with ProgressLine("purify", "images", 200, 1e9, done=100, phase="loading") as line:
+        shown = _Shown(line, "actors", 2)
+        shown.under_way({"shard": "", "images": 0})
+        assert (line.phase, line.done) == ("first shard", 100)
+        shown.under_way({"shard": "a", "images": 16})
+        shown.under_way({"shard": "b", "images": 8})
+        assert line.done == 124
+        shown.committed({"shard": "a", "ok": 18, "failed": 2, "busy_seconds": 1.0})
+        assert (line.done, line.failed, line.note) == (128, 2, "actors busy 50 %")
+        # An entry that comes late, and an actor that begins its shard again.
+        shown.under_way({"shard": "a", "images": 20})
+        shown.under_way({"shard": "b", "images": 4})
+        assert line.done == 128
+        shown.under_way({"shard": "b", "images": 20})
+        assert line.done == 140

@@ -12,6 +12,7 @@ import torch
 
 from eclipse_ray import verbs
 from eclipse_ray.cluster.connect import open_denoiser
+from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.memory import load_images
@@ -19,18 +20,18 @@ from eclipse_ray.datasets.table import canonical_table, table_to_parquet
 from eclipse_ray.diffusion import network
 from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.errors import ConfigError, InputError, ResumeError, error_of_note
-from eclipse_ray.ledger import plan_shards, read_statuses
+from eclipse_ray.ledger import read_statuses
 from eclipse_ray.parameters import resolve
 from eclipse_ray.purification import plan as prepare
 from eclipse_ray.purification import shard as rows
-from eclipse_ray.purification import stages
 from eclipse_ray.purification.stages import Purifier
 from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
-from tests.purification.test_faults import make_job
-from tests.support import DEBUG, World, pixels_of, read_output, train_denoiser, untrained_denoiser
+from tests.purification.test_faults import decode, first_shard
+from tests.support import DEBUG, World, dotted, pixels_of, read_output, train_denoiser, untrained_denoiser
 
 SHARDS = {**DEBUG, "purify.shard_images": 32, "purify.actors": 2}
+DATA = DataConfig()
 
 
 def purify(world: World, output, **settings):
@@ -51,9 +52,7 @@ def object_names(output):
 def test_every_image_arrives_once_with_its_label(world, purified):
     output, result = purified
     assert (result.planned, result.ok, result.failed) == (240, 240, 0)
-    source = pa.concat_tables(pq.read_table(f) for f in sorted((world.root / "poisoned/data").glob("*.parquet")))
-    table = read_output(output)
-    source = source.sort_by("id")
+    source, table = read_output(world.poisoned), read_output(output)
     assert table["id"].to_pylist() == source["id"].to_pylist()
     assert table["label"].to_pylist() == source["label"].to_pylist()
     changed = pixels_of(table).astype(int) - pixels_of(source).astype(int)
@@ -64,7 +63,7 @@ def test_every_image_arrives_once_with_its_label(world, purified):
 
 def test_order_within_a_shard_is_the_sources(world, purified):
     output, _ = purified
-    ids = load_images(world.poisoned, resolve(None, None, {}).data).ids
+    ids = load_images(world.poisoned, DATA).ids
     for status in read_statuses(Store(str(output))).values():
         shard_ids = pq.read_table(output / status.object)["id"].to_pylist()
         first = ids.index(shard_ids[0])
@@ -114,7 +113,7 @@ def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
     (output / "_eclipse/status/000003/0.json").unlink()
     (output / "_eclipse/manifest.parquet").unlink()
     with pytest.raises(InputError, match="not finished"):
-        open_source(str(output), resolve(None, None, {}).data)
+        open_source(str(output), DATA)
     purify(world, output)
     assert lost.read_bytes() == content
     assert verbs.verify(str(output)).ok
@@ -189,36 +188,33 @@ def test_batches_hold_fewer_of_the_larger_images():
     assert rows.same_size_batches(images, 64, 2000) == [[0, 2, 4], [1, 3], [5]]
 
 
+def samples_of(folder, **settings):
+    config = resolve(None, dotted(settings), {})
+    return prepare.read_samples(open_source(str(folder), config.data), config, 64)
+
+
 def test_samples_of_large_images_are_their_middles(world, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.png").write_bytes(encode_image(np.zeros((400, 90, 3), np.uint8), "png"))
-    config = resolve(None, None, {})
-    sample = prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)[0]
+    (sample,) = samples_of(tmp_path)
     assert (sample.height, sample.width, sample.crop.shape) == (400, 90, (64, 64, 3))
-    config.data.resize = 32
-    assert prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)[0].height == 32
+    assert samples_of(tmp_path, data__resize=32)[0].height == 32
 
 
 def test_leakage_is_found_whatever_the_size_worked_at(world, tmp_path):
-    config = resolve(None, {**SHARDS, "data.resize": 24}, {})
-    source = open_source(world.clean, config.data)
-    batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
-    job = make_job(source, config, world, str(tmp_path / "out"))
-    _, images, _ = rows.unpack(stages.read_and_decode(batch, job))
+    job, task = first_shard(world, tmp_path / "out", world.clean, data__resize=24)
+    _, images, _ = rows.unpack(decode(job, task))
     assert {image.shape for image in images} == {(24, 24, 3)}
-    stored = load_images(world.clean, resolve(None, None, {}).data).hashes()
-    fatal = stages.read_and_decode(batch, replace(job, sparse_hashes=frozenset(stored)))["fatal"][0].as_py()
+    stored = load_images(world.clean, DATA).hashes()
+    fatal = decode(replace(job, sparse_hashes=frozenset(stored)), task)["fatal"][0].as_py()
     assert "is in the sparse clean set" in fatal
 
 
 def test_no_column_between_stages_is_a_python_object(world, tmp_path):
-    config = resolve(None, SHARDS, {})
-    source = open_source(world.poisoned, config.data)
-    job = make_job(source, config, world, str(tmp_path / "out"))
-    batch = rows.task_rows([rows.Task(plan_shards(source.parts, 16)[0])])[0]
-    decoded = stages.read_and_decode(batch, job)
+    job, task = first_shard(world, tmp_path / "out")
+    decoded = decode(job, task)
     purified = Purifier(job)(decoded)
-    for table in (batch, decoded, purified):
+    for table in (*rows.task_rows([task]), decoded, purified):
         assert isinstance(table, pa.Table)
         for field in table.schema:
             assert not isinstance(field.type, pa.BaseExtensionType), field
@@ -231,7 +227,7 @@ def test_the_wrong_denoiser_is_noticed(world, tmp_path, capsys):
     from eclipse_ray.diffusion.checkpoint import load_denoiser
 
     write_synthetic(str(tmp_path / "src"), 8, 16, 3)
-    images = load_images(str(tmp_path / "src"), resolve(None, None, {}).data)
+    images = load_images(str(tmp_path / "src"), DATA)
     denoiser = load_denoiser(world.denoiser)
     prepare.warn_if_unsuitable(denoiser, list(images.images), 15.0, denoiser.t_star)
     assert "warning" not in capsys.readouterr().err
@@ -319,11 +315,8 @@ def test_samples_are_spread_over_the_source(tmp_path):
         for index in range(60):
             image = np.full((side, side, 3), index, np.uint8)
             (tmp_path / label / f"{index:02d}.png").write_bytes(encode_image(image, "png"))
-    config = resolve(None, None, {})
-    samples = prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)
-    heights = [sample.height for sample in samples]
-    assert len(samples) == 60
-    assert heights.count(20) == heights.count(40) == 30
+    heights = [sample.height for sample in samples_of(tmp_path)]
+    assert (len(heights), heights.count(20), heights.count(40)) == (60, 30, 30)
 
 
 def parquet_files(folder, count):
@@ -337,10 +330,9 @@ def parquet_files(folder, count):
 
 def test_few_objects_of_many_images_are_opened_for_samples(tmp_path, monkeypatch):
     parquet_files(tmp_path, 20)
-    config = resolve(None, None, {})
     opened, read = [], prepare.read_parts
     monkeypatch.setattr(prepare, "read_parts", lambda *given: opened.append(given[3][0]) or read(*given))
-    assert len(prepare.read_samples(open_source(str(tmp_path), config.data), config, 64)) == 64
+    assert len(samples_of(tmp_path)) == 64
     assert [key for key, _, _ in opened] == [f"{number:02d}.parquet" for number in range(0, 20, 3)]
     assert max(stop for _, _, stop in opened) == 10
 
@@ -348,7 +340,7 @@ def test_few_objects_of_many_images_are_opened_for_samples(tmp_path, monkeypatch
 def test_an_object_that_cannot_be_read_does_not_end_the_sampling(tmp_path, monkeypatch):
     """Its images become error rows, wherever it lies; what nothing can be read of is refused at once."""
     parquet_files(tmp_path, 4)
-    config, read, damaged = resolve(None, None, {}), prepare.read_parts, {"00.parquet", "02.parquet"}
+    read, damaged = prepare.read_parts, {"00.parquet", "02.parquet"}
 
     def read_some(*given):
         if given[3][0][0] in damaged:
@@ -356,14 +348,12 @@ def test_an_object_that_cannot_be_read_does_not_end_the_sampling(tmp_path, monke
         return read(*given)
 
     monkeypatch.setattr(prepare, "read_parts", read_some)
-    source = open_source(str(tmp_path), config.data)
-    assert len(prepare.read_samples(source, config, 64)) == 20
-    strict = resolve(None, {"data.on_error": "stop"}, {})
+    assert len(samples_of(tmp_path)) == 20
     with pytest.raises(InputError, match=r"00\.parquet: damaged"):
-        prepare.read_samples(source, strict, 64)
+        samples_of(tmp_path, data__on_error="stop")
     damaged |= {"01.parquet", "03.parquet"}
     with pytest.raises(InputError, match=r"00\.parquet: damaged"):
-        prepare.read_samples(source, config, 64)
+        samples_of(tmp_path)
 
 
 @pytest.mark.parametrize(("tile", "overlap", "pixels"), [(64, 0, 60 * 40), (32, 0, 60 * 40), (32, 8, 6 * 26 * 24)])
@@ -428,11 +418,7 @@ def test_two_images_of_one_id_are_refused(world, tmp_path):
     table = pq.read_table(sorted((world.root / "poisoned/data").glob("*.parquet"))[0]).slice(0, 4)
     ids = pa.array(["a", "b", "b", "c"])
     pq.write_table(table.set_column(table.column_names.index("id"), "id", ids), tmp_path / "source/x.parquet")
-    config = resolve(None, SHARDS, {})
-    source = open_source(str(tmp_path / "source"), config.data)
-    task = rows.Task(plan_shards(source.parts, 16)[0])
-    job = make_job(source, config, world, str(tmp_path / "out"))
-    fatal = stages.read_and_decode(rows.task_rows([task])[0], job)["fatal"][0].as_py()
+    fatal = decode(*first_shard(world, tmp_path / "out", tmp_path / "source"))["fatal"][0].as_py()
     error = error_of_note(fatal)
     assert isinstance(error, InputError)
     assert "two images have the id b" in str(error)
@@ -440,20 +426,15 @@ def test_two_images_of_one_id_are_refused(world, tmp_path):
 
 def test_what_cannot_be_read_becomes_error_rows_of_its_own(world, tmp_path):
     verbs.convert(world.test, str(tmp_path / "source"), layout="folder", settings=DEBUG)
-    config = resolve(None, SHARDS, {})
-    source = open_source(str(tmp_path / "source"), config.data)
-    task = rows.Task(plan_shards(source.parts, 16)[0])
+    job, task = first_shard(world, tmp_path / "out", tmp_path / "source")
     gone = [span.key for span in task.shard.spans][3]
     (tmp_path / "source" / gone).unlink()
-    job = make_job(source, config, world, str(tmp_path / "out"))
-    decoded = stages.read_and_decode(rows.task_rows([task])[0], job)
+    decoded = decode(job, task)
     table, images, failures = rows.unpack(decoded)
     assert (table.num_rows, len(images)) == (15, 15)
     assert [(row["id"], row["key"]) for row in failures] == [(gone, gone)]
     assert "is a link to a missing file, or was deleted after the source was listed" in failures[0]["error"]
     assert decoded["fatal"][0].as_py() == ""
     strict = replace(job, data=job.data.model_copy(update={"on_error": "stop"}))
-    stopped = stages.read_and_decode(rows.task_rows([task])[0], strict)
-    assert "is a link to a missing file, or was deleted after the source was listed" in str(
-        error_of_note(stopped["fatal"][0].as_py())
-    )
+    stopped = str(error_of_note(decode(strict, task)["fatal"][0].as_py()))
+    assert "is a link to a missing file, or was deleted after the source was listed" in stopped

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from eclipse_ray.config import Config, flatten
 from eclipse_ray.errors import InputError
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Section, Table, Text, value_words
-from eclipse_ray.reports.charts import MARKERS, WIDE, Theme, draw, legible, lines
+from eclipse_ray.reports.charts import LIGHT, MARKERS, WIDE, draw, legible, lines
 from eclipse_ray.reports.folder import BEST, read_mapping
 from eclipse_ray.reports.tables import CLEAN, RESULTS, columns, read_rows, read_view, tables_of
 from eclipse_ray.results import DEMO_FILE, EVALUATION_FILE, SweepView, sweep_order
@@ -95,7 +95,7 @@ def _best(rows: Sequence[Result]) -> str:
 def _dots(rows: Sequence[Result], victim: str) -> Chart:
     defenses, poisons = _drawn(_unique(rows, "defense")), _unique(rows, "poison")
 
-    def paint(axes: Axes, theme: Theme) -> None:
+    def paint(axes: Axes) -> None:
         for index, name in enumerate(defenses):
             shift = (index - (len(defenses) - 1) / 2) * 0.13
             found = [(place, _accuracies(rows, victim, name, poison)) for place, poison in enumerate(poisons)]
@@ -105,7 +105,7 @@ def _dots(rows: Sequence[Result], victim: str) -> Chart:
                 [statistics.fmean(values) for _, values in found],
                 [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in found],
                 fmt=MARKERS[index],
-                color=theme.series[index],
+                color=LIGHT.series[index],
                 capsize=2,
                 label=legible(name),
             )
@@ -194,7 +194,7 @@ def pareto_chart(view: SweepView) -> Chart:
     front = sorted((row["psnr"], row[OBJECTIVE]) for row in rows if row["pareto"])
     best = best_first(rows)[0]
 
-    def paint(axes: Axes, theme: Theme) -> None:
+    def paint(axes: Axes) -> None:
         dots = axes.scatter(
             [row["psnr"] for row in rows],
             [row[OBJECTIVE] for row in rows],
@@ -202,9 +202,9 @@ def pareto_chart(view: SweepView) -> Chart:
             cmap="viridis",
             zorder=2,
         )
-        axes.plot(*zip(*front, strict=True), color=theme.muted, linewidth=1, zorder=1, label="Pareto front")
+        axes.plot(*zip(*front, strict=True), color=LIGHT.muted, linewidth=1, zorder=1, label="Pareto front")
         place = [best["psnr"]], [best[OBJECTIVE]]
-        axes.scatter(*place, s=140, facecolors="none", edgecolors=theme.series[1], label="best")
+        axes.scatter(*place, s=140, facecolors="none", edgecolors=LIGHT.series[1], label="best")
         axes.set(xlabel="fidelity: PSNR of purified clean images, dB", ylabel=f"defense: {WORDS}")
         axes.legend()
         axes.figure.colorbar(dots, ax=axes, label="t_star")
@@ -224,7 +224,7 @@ def heat_map(view: SweepView) -> Chart:
     found = [[cells.get((x, y)[: len(names)], [math.nan]) for x in across] for y in down]
     means = [[statistics.fmean(cell) for cell in line] for line in found]
 
-    def paint(axes: Axes, theme: Theme) -> None:
+    def paint(axes: Axes) -> None:
         shown = axes.imshow(means, cmap="viridis", aspect="auto")
         axes.grid(visible=False)
         # Not quite white: that is the page, which turns dark, and the cells do not.

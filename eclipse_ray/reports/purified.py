@@ -29,7 +29,7 @@ from eclipse_ray.reports.blocks import (
     Table,
     Text,
 )
-from eclipse_ray.reports.charts import AMPLIFY, DASHES, Theme, amplified, draw, image_grid, lines
+from eclipse_ray.reports.charts import AMPLIFY, DASHES, LIGHT, amplified, draw, image_grid, lines
 from eclipse_ray.reports.folder import Floats, Noise, Purification, Sample, spread
 
 COLUMNS = 8
@@ -181,9 +181,9 @@ def _compared(sample: Sample, run: Purification) -> Specimen:
 
 
 def _histogram(name: str, values: Floats, words: str, of: str) -> Chart:
-    def paint(axes: Axes, theme: Theme) -> None:
-        axes.hist(values, bins=min(40, 4 + len(values) // 4), color=theme.series[0])
-        axes.axvline(float(np.median(values)), color=theme.series[1], linestyle=DASHES[1], label="median")
+    def paint(axes: Axes) -> None:
+        axes.hist(values, bins=min(40, 4 + len(values) // 4), color=LIGHT.series[0])
+        axes.axvline(float(np.median(values)), color=LIGHT.series[1], linestyle=DASHES[1], label="median")
         axes.set(xlabel=f"{words}, after against before", ylabel="images")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()

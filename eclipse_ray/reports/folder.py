@@ -131,15 +131,6 @@ def read_card(store: Store) -> Card:
         raise InputError(f"{store.path(CARD_FILE)}: damaged; train the denoiser again") from error
 
 
-def read_schedule(store: Store) -> Floats | None:
-    """Return alphas_cumprod of the denoiser in `store`, float64 (T,), or None if it has none."""
-    data = layout.read_optional(store, SCHEDULER_FILE)
-    if data is None:
-        return None
-    alphas: Floats = parse_schedule(store.path(SCHEDULER_FILE), data).numpy()
-    return alphas
-
-
 def record_command(url: str, command: str) -> None:
     """Write down in a finished output folder its command, the versions, and when it ended (UTC)."""
     note = {"command": without_credentials(command), "finished": now(), **software()}
@@ -274,7 +265,8 @@ class Purification:
         base = self.plan.base
         chosen = {base[index].name: index for index in spread(len(base), SHARDS)}
         whole = {status.shard for status in self.done if status.object}
-        found = self._read({name: _first_rows(base[i]) for name, i in chosen.items() if name in whole})
+        spans = {name: [span.row()[:3] for span in base[i].spans] for name, i in chosen.items() if name in whole}
+        found = self._read({name: _rows_at(each, 0) for name, each in spans.items()})
         samples = [sample for drawn in found.values() for sample in drawn]
         try:
             origin = origin or _origin(self.config.data.source)
@@ -334,7 +326,8 @@ def _measured(samples: Sequence[Sample]) -> pa.Table:
 
 def _with_clean(drawn: Sequence[Sample], clean: Source, data: DataConfig, offset: int) -> list[Sample]:
     """Return the first images of a shard that begins at row `offset` with the clean images of the same ids."""
-    table = read_parts(clean.url, clean.format, clean.classes, _rows_at(clean, offset, IMAGES_OF_A_SHARD), data)
+    spans = _rows_at([(part.key, 0, part.rows) for part in clean.parts], offset)
+    table = read_parts(clean.url, clean.format, clean.classes, spans, data)
     encoded = dict(zip(table["id"].to_pylist(), image_bytes(table), strict=True))
     found = []
     for sample in drawn:
@@ -363,24 +356,15 @@ def _location(source: str, key: str) -> tuple[str, str]:
     return store.url.rpartition("/")[0] or "/", name
 
 
-def _first_rows(shard: ledger.Shard) -> list[Span]:
-    spans: list[Span] = []
-    left = IMAGES_OF_A_SHARD
-    for span in shard.spans:
-        stop = min(span.stop, span.start + left)
-        spans += [(span.key, span.start, stop)] if left else []
-        left -= stop - span.start
-    return spans
-
-
-def _rows_at(source: Source, offset: int, count: int) -> list[Span]:
-    spans: list[Span] = []
-    for part in source.parts:
-        start, stop = max(offset, 0), min(offset + count, part.rows)
-        if start < stop:
-            spans.append((part.key, start, stop))
-        offset -= part.rows
-    return spans
+def _rows_at(spans: Sequence[Span], offset: int) -> list[Span]:
+    """Return where the IMAGES_OF_A_SHARD rows lie that begin at row `offset` of `spans`."""
+    found: list[Span] = []
+    for key, start, stop in spans:
+        first, last = start + max(offset, 0), min(start + offset + IMAGES_OF_A_SHARD, stop)
+        if first < last:
+            found.append((key, first, last))
+        offset -= stop - start
+    return found
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -393,7 +377,10 @@ def _noise(store: Store, config: Config) -> Noise:
     used: dict[str, Any] = ledger.read_fingerprint(store).config.get("purify", {})
     alphas, note = None, ""
     try:
-        alphas = read_schedule(Store(config.purify.denoiser)) if config.purify.denoiser else None
+        folder = Store(config.purify.denoiser) if config.purify.denoiser else None
+        data = layout.read_optional(folder, SCHEDULER_FILE) if folder else None
+        if folder and data is not None:
+            alphas = parse_schedule(folder.path(SCHEDULER_FILE), data).numpy()
     except (EclipseError, OSError) as error:
         note = f" ({error})"
     if alphas is None:

@@ -286,10 +286,10 @@ def _pixels(image: np.ndarray, words: str, id: str) -> Pixels:
 
 def _of_many_classes(samples: Sequence[Sample], count: int) -> list[Sample]:
     """Return `count` samples of as many different labels as possible, in their order."""
-    first = list({sample.label: index for index, sample in reversed(list(enumerate(samples)))}.values())[::-1]
-    places = sorted(first)[:count]
+    first = {sample.label: index for index, sample in reversed(list(enumerate(samples)))}
+    places = sorted(first.values())[:count]
     others = [index for index in range(len(samples)) if index not in places]
-    places += [others[index] for index in spread(len(others), count - len(places))] if len(places) < count else []
+    places += [others[index] for index in spread(len(others), count - len(places))]
     return [samples[index] for index in sorted(places)]
 
 

@@ -102,7 +102,9 @@ class Experiment:
         return self.cache.store
 
     def done(self) -> set[str]:
-        """Return the keys of all recipes that were ever measured in this folder."""
+        """Return the keys of all recipes that were ever measured in this folder, none without a folder."""
+        if self.output is None:
+            return set()
         names = (entry.key.rpartition("/")[2] for entry in self.store.list("results"))
         return {name.removesuffix(".json") for name in names}
 

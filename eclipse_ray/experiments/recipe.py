@@ -202,7 +202,9 @@ def build_grid(config: Config, facts: Facts) -> Grid:
     """Return the grid of the section `matrix`. Raises ConfigError for unknown names and for two equal labels."""
     matrix = config.matrix
     columns = _columns(config, facts)
-    rows = [_row(config, entry, facts) for entry in _required(matrix.defenses, "defense", DEFENSE_SECTIONS)]
+    rows = [_row(config, entry, facts) for entry in entries(matrix.defenses, DEFENSE_SECTIONS)]
+    if not rows:
+        raise ConfigError("matrix: no defense is listed; name at least one")
     named = entries(matrix.victims or (config.victim.arch,), ("victim",))
     chosen = [with_overrides(config, {"victim.arch": entry.name, **entry.settings}) for entry in named]
     victims = [Victim(entry, own.victim) for entry, own in zip(named, chosen, strict=True)]
@@ -259,13 +261,6 @@ def entries(items: Sequence[MatrixItem], sections: Sequence[str]) -> list[Entry]
             raise ConfigError(
                 f"matrix: two {sections[0]} entries are called {label}; give each a label of its own"
             )
-    return found
-
-
-def _required(items: Sequence[MatrixItem], kind: str, sections: Sequence[str]) -> list[Entry]:
-    found = entries(items, sections)
-    if not found:
-        raise ConfigError(f"matrix: no {kind} is listed; name at least one")
     return found
 
 

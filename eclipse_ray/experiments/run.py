@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -40,7 +41,6 @@ from eclipse_ray.cluster.work import (
 )
 from eclipse_ray.compensation import bake
 from eclipse_ray.config import CompensationConfig, Config, to_yaml
-from eclipse_ray.datasets.memory import ImageSet
 from eclipse_ray.defenses.simple import privacy
 from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.errors import EclipseError, InterruptedRunError
@@ -100,7 +100,19 @@ def matrix(config: Config, write: Callable[[str, MatrixView], object]) -> Matrix
     A cell that fails does not hold up the others and stands in `failures` by its title.
     """
     experiment = open_matrix(config)
-    _measure(experiment, lambda: write(experiment.store.url, rows.matrix_view(experiment)))
+    _start(experiment)
+    try:
+        missing = experiment.missing()
+        if not missing:
+            say(f"matrix: all {len(experiment.grid.recipes)} cells are measured already")
+        else:
+            with _line(experiment, "matrix") as line:
+                runner = _Runner(experiment, experiment.output, line)
+                for group in groups(missing, CELLS_AHEAD * runner.concurrent):
+                    runner.prepare_and_train(group)
+                    write(experiment.store.url, rows.matrix_view(experiment))
+    finally:
+        write(experiment.store.url, rows.matrix_view(experiment))
     return rows.matrix_result(experiment)
 
 
@@ -110,7 +122,20 @@ def sweep(config: Config, write: Callable[[str, SweepView], object]) -> SweepRes
     A trial that fails does not hold up the others and stands in `failures` by its title.
     """
     experiment = open_sweep(config)
-    _search(experiment, lambda: write(experiment.store.url, rows.sweep_view(experiment)))
+    _start(experiment)
+    try:
+        left = experiment.trials_left()
+        if left <= 0:
+            say(f"sweep: all {len(experiment.measured_trials())} trials are measured already")
+        else:
+            with _line(experiment, "sweep") as line:
+                runner = _Runner(experiment, experiment.output, line)
+                for key, chosen in rows.denoisers_to_train(experiment).items():
+                    runner.denoiser(chosen, key)
+                runner.make_sets(experiment.missing(), {})
+                runner.tune(left)
+    finally:
+        write(experiment.store.url, rows.sweep_view(experiment))
     return rows.sweep_result(experiment)
 
 
@@ -124,49 +149,12 @@ def plan_sweep(config: Config) -> SweepPlan:
     return rows.sweep_plan(open_sweep(config))
 
 
-def _measure(experiment: Experiment, publish: Callable[[], object]) -> None:
-    _start(experiment)
-    try:
-        missing = experiment.missing()
-        if not missing:
-            say(f"matrix: all {len(experiment.grid.recipes)} cells are measured already")
-            return
-        with _line(experiment, "matrix") as line:
-            runner = _Runner(experiment, experiment.output, line)
-            for group in groups(missing, CELLS_AHEAD * runner.concurrent):
-                runner.prepare_and_train(group)
-                publish()
-    finally:
-        publish()
-
-
-def _search(experiment: Experiment, publish: Callable[[], object]) -> None:
-    _start(experiment)
-    try:
-        left = experiment.trials_left()
-        if left <= 0:
-            say(f"sweep: all {len(experiment.measured_trials())} trials are measured already")
-            return
-        with _line(experiment, "sweep") as line:
-            runner = _Runner(experiment, experiment.output, line)
-            for key, chosen in rows.denoisers_to_train(experiment).items():
-                runner.denoiser(chosen, key)
-            runner.make_sets(experiment.missing(), {})
-            runner.tune(left)
-    finally:
-        publish()
-
-
 def _line(experiment: Experiment, name: str) -> ProgressLine:
     config = experiment.config
-    epochs = sum(recipe.victim.config.epochs for recipe in _missing(experiment))
+    epochs = sum(recipe.victim.config.epochs for recipe in experiment.missing())
     if experiment.space and experiment.trials is None:
         epochs = experiment.trials_left() * config.sweep.seeds * config.victim.epochs
     return ProgressLine(name, "epochs", epochs, config.run.progress_seconds, phase=reaching(config))
-
-
-def _missing(experiment: Experiment) -> list[Recipe]:
-    return experiment.missing() if experiment.output else experiment.grid.recipes
 
 
 def _start(experiment: Experiment) -> None:
@@ -196,19 +184,8 @@ class Bench:
     fidelity_weight: float
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One epoch of a victim; `score` is its test accuracy plus what its fidelity is worth."""
-
-    key: str
-    title: str
-    epoch: int
-    test_accuracy: float
-    score: float
-    last: bool
-
-
-Told = Callable[[Measured], None]
+Told = Callable[[Recipe, Measured, float], None]
+"""Is given a recipe after an epoch, what is known of it, and its score."""
 
 
 class _Runner:
@@ -227,10 +204,8 @@ class _Runner:
         self.bench = ray.put(Bench(replace(sets, sparse=None), experiment.cache, self.threads, weight))
         self.board = start_board()
         self.total, self.seen = len(experiment.grid.recipes), set[tuple[str, int]]()
-        self.copies: dict[str, int] = {}
-        for recipe in experiment.grid.recipes:
-            self.copies[recipe.key] = self.copies.get(recipe.key, 0) + 1
-        self.finished = self.total - sum(self.copies[recipe.key] for recipe in _missing(experiment))
+        self.copies = Counter(recipe.key for recipe in experiment.grid.recipes)
+        self.finished = self.total - sum(self.copies[recipe.key] for recipe in experiment.missing())
         trials = experiment.measured_trials() if experiment.space else []
         scores = [(rows.trial_score(experiment, trial), trial.title) for trial in trials]
         self.best: tuple[float, str] | None = max(scores, default=None)
@@ -247,14 +222,12 @@ class _Runner:
     def train(self, recipes: list[Recipe], columns: dict[str, Any]) -> None:
         """Train the victims of recipes whose sets are there; `columns` are references to poisoned images."""
         jobs = {one.key: (one, self.bench, columns.get(one.column.key), self.board) for one in recipes}
-        by_key = {recipe.key: recipe for recipe in recipes}
-
         self.line.phase = "first epoch"
         watch = Watch(self.name, "epoch", self.config.run.watchdog_seconds)
         with BoardWatcher(self.board, self._show, watch):
             for key, done in self._each(measure, jobs, watch):
                 if done.error:
-                    self._failed([by_key[key]], done.error)
+                    self._failed([jobs[key][0]], done.error)
                 else:
                     self.experiment.results[key] = done.value()
 
@@ -290,9 +263,7 @@ class _Runner:
             key: (need, self.bench, columns.get(need.column.key) if need.column else None)
             for key, need in wanted.items()
         }
-        line = ProgressLine("transform", "sets", len(jobs), self.config.run.progress_seconds)
-
-        with line:
+        with ProgressLine("transform", "sets", len(jobs), self.config.run.progress_seconds) as line:
             # A set is made in one task that tells nothing on the way: it may take any time.
             for key, done in self._each(defend, jobs, Watch(self.name, "set")):
                 if done.error:
@@ -332,11 +303,11 @@ class _Runner:
         """
         columns = {recipe.column.key: recipe.column for recipe in recipes}
         self.line.phase = "making poisoned sets"
-        works = [partial(self._column, column, recipes) for column in columns.values() if column.poisoned]
+        poisoned = {key: column for key, column in columns.items() if column.poisoned}
+        works = [partial(self._column, column, recipes) for column in poisoned.values()]
         made = on_threads(works, fits_at_once(self.resources), "the making of poisons")
-        poisoned = [key for key, column in columns.items() if column.poisoned]
-        found = {key: ref for key, ref in zip(poisoned, made, strict=True) if ref is not None}
-        return {key: found.get(key) for key, column in columns.items() if not column.poisoned or key in found}
+        found = dict.fromkeys(columns) | dict(zip(poisoned, made, strict=True))
+        return {key: made for key, made in found.items() if made is not None or key not in poisoned}
 
     def _column(self, column: Column, recipes: list[Recipe]) -> Any:
         """Return a reference to the column's images, or None after a failure."""
@@ -387,7 +358,7 @@ class _Runner:
         with BoardWatcher(self.board, self._show, watch):
             failed = run_trials(
                 trial,
-                search.tune_space(None if optuna else points),
+                {} if optuna else {"point": tune.grid_search([json.dumps(point) for point in points])},
                 {"cpu": self.cpus, "gpu": self.gpus},
                 search.tune_config(
                     self.config, experiment.space, scores, left if optuna else None, self.concurrent
@@ -407,16 +378,17 @@ class _Runner:
         return ((keys[done.number], done) for done in run_tasks(tasks, jobs.values(), watch))
 
     def _show(self, entry: dict[str, Any]) -> None:
-        progress = Progress(**entry)
+        """Show one epoch of a victim, as `measure` posts it."""
+        key, title, epoch, accuracy = (entry[name] for name in ("key", "title", "epoch", "test_accuracy"))
         # A victim that Ray had to start again reports its first epochs twice.
-        if (progress.key, progress.epoch) in self.seen:
+        if (key, epoch) in self.seen:
             return
-        self.seen.add((progress.key, progress.epoch))
-        if progress.last:
-            self.finished += self.copies.get(progress.key, 1)
-            self.best = max(self.best or (progress.score, progress.title), (progress.score, progress.title))
-        self.curves.log({progress.title: progress.test_accuracy}, progress.epoch)
-        reached = f"{progress.title}: {progress.test_accuracy:.1f} %"
+        self.seen.add((key, epoch))
+        if entry["last"]:
+            self.finished += self.copies[key] or 1
+            self.best = max(self.best or (entry["score"], title), (entry["score"], title))
+        self.curves.log({title: accuracy}, epoch)
+        reached = f"{title}: {accuracy:.1f} %"
         if self.experiment.space:
             reached = f"best so far {self.best[0]:.1f}: {self.best[1]}" if self.best else ""
         elif self.experiment.output:
@@ -459,7 +431,7 @@ def measure(recipe: Recipe, bench: Bench, images: Pixels | None, board: Any, tol
     """Return what a recipe gives, measured and committed if it was not before.
 
     `images` are those of the recipe's column, or None for images that no poison changed. Every epoch is posted on
-    `board`; `told` is given what is known after every epoch but the last.
+    `board`; `told` is called after every epoch but the last.
     """
     kept = bench.cache.folder
     if kept is not None and kept.exists(f"results/{recipe.key}.json"):
@@ -473,11 +445,13 @@ def measure(recipe: Recipe, bench: Bench, images: Pixels | None, board: Any, tol
         result.test_accuracy.append(accuracy)
         result.train_loss.append(loss)
         score, last = score_of(result, bench.fidelity_weight), epoch == recipe.victim.config.epochs
-        board.post.remote(vars(Progress(recipe.key, recipe.title, epoch, accuracy, score, last)))
+        entry = {"key": recipe.key, "title": recipe.title, "epoch": epoch, "test_accuracy": accuracy}
+        board.post.remote({**entry, "score": score, "last": last})
         if told is not None and not last:
-            told(replace(result, seconds=time.monotonic() - began))
+            told(recipe, replace(result, seconds=time.monotonic() - began), score)
 
     config, defense = recipe.row.config, recipe.row.defense
+    clean = bench.sets.parts[config.matrix.sparse_limit] if defense.dilution else None
     train_victim(
         trained_on,
         labels_of(bench.sets.source),
@@ -490,7 +464,7 @@ def measure(recipe: Recipe, bench: Bench, images: Pixels | None, board: Any, tol
         on_epoch,
         augmentations=[defense.augmentation(config.defense)] if defense.augmentation else [],
         privacy=privacy(config.defense) if defense.privacy else None,
-        extra=_labelled(bench.sets.parts[config.matrix.sparse_limit]) if defense.dilution else None,
+        extra=(clean.images, labels_of(clean)) if clean else None,
     )
     result = replace(result, seconds=time.monotonic() - began)
     if kept is not None:
@@ -532,10 +506,6 @@ def _begin(recipe: Recipe, bench: Bench) -> Measured:
     )
 
 
-def _labelled(images: ImageSet) -> tuple[Pixels, Any]:
-    return images.images, labels_of(images)
-
-
 def try_point(parameters: dict[str, Any], config: Config, facts: Facts, bench: list[Any], board: Any) -> None:
     """Try one point of a sweep inside Ray Tune; `bench` is a reference in a list, which Ray does not resolve."""
     shared: Bench = ray.get(bench[0])
@@ -548,7 +518,8 @@ def try_point(parameters: dict[str, Any], config: Config, facts: Facts, bench: l
         trial = make_trial(config, point, facts)
         for need in trial.recipes[0].needs:
             defend(need, shared, None)
-        results = [measure(one, shared, None, board, _teller(one, shared, config)) for one in trial.recipes]
+        told = _tell_scheduler if config.sweep.asha else None
+        results = [measure(one, shared, None, board, told) for one in trial.recipes]
     except EclipseError as error:
         # Reported and not raised, because another attempt would fail too.
         tune.report({"error": str(error)})
@@ -557,17 +528,10 @@ def try_point(parameters: dict[str, Any], config: Config, facts: Facts, bench: l
     tune.report({"score": score, "epoch": config.victim.epochs})
 
 
-def _teller(recipe: Recipe, bench: Bench, config: Config) -> Told | None:
-    """Return what tells the scheduler about an epoch, if it may stop victims."""
-    if not config.sweep.asha:
-        return None
-
-    def tell(result: Measured) -> None:
-        record = json.dumps({"key": recipe.key, "result": asdict(replace(result, stopped=True))})
-        score = score_of(result, bench.fidelity_weight)
-        tune.report({"score": score, "epoch": len(result.test_accuracy), "record": record})
-
-    return tell
+def _tell_scheduler(recipe: Recipe, result: Measured, score: float) -> None:
+    """Tell the scheduler, which may stop the victim, about an epoch."""
+    record = json.dumps({"key": recipe.key, "result": asdict(replace(result, stopped=True))})
+    tune.report({"score": score, "epoch": len(result.test_accuracy), "record": record})
 
 
 class KeepStopped(tune.Callback):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -90,10 +91,7 @@ def open_folder(url: str) -> Folder:
 
 def kind_of(store: Store) -> str | None:
     """Return the kind of output in `store`, None if it is none."""
-    for kind, marks in MARKS.items():
-        if all(store.exists(mark) for mark in marks):
-            return kind
-    return None
+    return next((kind for kind, marks in MARKS.items() if all(map(store.exists, marks))), None)
 
 
 def read_config(store: Store, key: str = layout.CONFIG) -> Config | None:
@@ -213,11 +211,8 @@ class Purification:
         """Statuses of the planned shards that are committed, in plan order."""
         self.planned = sum(shard.rows for shard in self.plan.shards)
         self.ok, self.failed = sum(status.ok for status in self.done), sum(status.failed for status in self.done)
-        self.failures: list[ledger.ImageFailure] = []
-        for status in self.done:
-            if len(self.failures) < FAILURES_SHOWN:
-                self.failures += ledger.read_failures(store, status)
-        del self.failures[FAILURES_SHOWN:]
+        failures = (failure for status in self.done for failure in ledger.read_failures(store, status))
+        self.failures = list(islice(failures, FAILURES_SHOWN))
         self.notes: list[str] = []
         self.samples = self._sampled(origin)
         self.changes = ledger.read_changes(store, self.done)

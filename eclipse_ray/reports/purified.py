@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from eclipse_ray.datasets.images import centre_crop, encode_image, resize_image
 from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
-from eclipse_ray.progress import duration
+from eclipse_ray.progress import duration, volume
 from eclipse_ray.quality import EQUAL_PSNR
 from eclipse_ray.reports.blocks import (
     Block,
@@ -122,16 +122,8 @@ def _cost(run: Purification) -> list[str]:
     read = {span.key: span.size for shard in committed for span in shard.spans}
     return [
         f"{1000 * seconds / images:,.1f} core-seconds per 1,000 images, {duration(seconds)} in all.",
-        f"{_size(sum(read.values()))} in, {_size(sum(status.bytes for status in run.done))} out.",
+        f"{volume(sum(read.values()))} in, {volume(sum(status.bytes for status in run.done))} out.",
     ]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"
-        count /= 1024
-    return f"{count:,.1f} TiB"
 
 
 def _of(run: Purification) -> str:

@@ -275,25 +275,19 @@ def _refuse_shared(source: str, clean_url: str, crops: Sequence[Crop], others: S
 def _result(
     config: Config, finding: Finding, scores: Sequence[Score], sample: Images, clean: Images | None
 ) -> AuditResult:
-    t_star = None
-    if finding.verdict == "poisoned":
-        folder = config.audit.denoiser
-        t_star = read_card(local_denoiser(folder)).t_star if folder else config.denoiser.t_star
-    poisoned = t_star is not None
-    labels = torch.empty(0) if sample.labels is None else sample.labels
+    folder, compensation = config.audit.denoiser, config.compensation
+    t_star = read_card(local_denoiser(folder)).t_star if folder else config.denoiser.t_star
+    recommended = {"t_star": t_star, "p": compensation.p, "sigma": compensation.sigma}
+    assert sample.labels is not None, "the sample was chosen by its labels"
     return AuditResult(
         verdict=finding.verdict,
         p_value=finding.p_value,
         frequency=finding.frequency,
         scope=finding.scope,
-        recommended={
-            "t_star": t_star,
-            "p": config.compensation.p if poisoned else None,
-            "sigma": config.compensation.sigma if poisoned else None,
-        },
+        recommended={**recommended} if finding.verdict == "poisoned" else dict.fromkeys(recommended),
         words=finding.words,
         images=len(sample.images),
-        classes=len(torch.unique(labels)),
+        classes=len(torch.unique(sample.labels)),
         clean_images=0 if clean is None else len(clean.images),
         evidence=[asdict(score) for score in scores],
         output=config.audit.output,

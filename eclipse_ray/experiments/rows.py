@@ -22,7 +22,7 @@ from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import EclipseError
 from eclipse_ray.experiments import search
 from eclipse_ray.experiments.artifacts import denoiser_folder
-from eclipse_ray.experiments.experiment import Experiment, labels_of, score_of
+from eclipse_ray.experiments.experiment import Experiment, labels_of, open_matrix, open_sweep, score_of
 from eclipse_ray.experiments.recipe import PUBLISHED, Column, Recipe, Row
 from eclipse_ray.experiments.search import COMPENSATION_AXES, Trial
 from eclipse_ray.poisons import budget, cost_of, variant_of
@@ -205,12 +205,13 @@ def matrix_result(experiment: Experiment) -> MatrixResult:
     )
 
 
-def matrix_plan(experiment: Experiment) -> MatrixPlan:
+def matrix_plan(config: Config) -> MatrixPlan:
     """Return which cells a run would measure, and how long it takes where similar work was measured here.
 
     Trainings are estimated from those of the same defense and victim, else of the same victim; poisons and
-    transforms from those of the same name. Everything is scaled by epochs and images.
+    transforms from those of the same name. Everything is scaled by epochs and images. Nothing is written.
     """
+    experiment = open_matrix(config)
     missing, done = experiment.missing(), experiment.done()
     seconds, unknown = 0.0, set()
     for what, count, pace in _to_do(experiment, missing):
@@ -338,8 +339,9 @@ def sweep_result(experiment: Experiment) -> SweepResult:
     )
 
 
-def sweep_plan(experiment: Experiment) -> SweepPlan:
-    """Return which trials a run would do, and about how long it takes, timed here on a few images."""
+def sweep_plan(config: Config) -> SweepPlan:
+    """Return which trials a run would do, and how long it takes, timed on a few images; nothing is written."""
+    experiment = open_sweep(config)
     config, left, listed = experiment.config, experiment.trials_left(), experiment.trials is not None
     missing, limits = experiment.missing(), config.sweep
     _, concurrent, threads = shares(limits.num_gpus, limits.max_concurrent, _this_machine())

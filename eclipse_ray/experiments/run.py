@@ -45,7 +45,7 @@ from eclipse_ray.defenses.simple import privacy
 from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.errors import EclipseError, InterruptedRunError
 from eclipse_ray.experiments import artifacts, rows, search
-from eclipse_ray.experiments.artifacts import Cache, Pixels, keep_quality, make_defended
+from eclipse_ray.experiments.artifacts import Cache, Pixels, make_defended, quality
 from eclipse_ray.experiments.experiment import (
     Experiment,
     Sets,
@@ -63,10 +63,8 @@ from eclipse_ray.poisoning import fits_at_once
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import (
     EvaluateResult,
-    MatrixPlan,
     MatrixResult,
     MatrixView,
-    SweepPlan,
     SweepResult,
     SweepView,
 )
@@ -87,7 +85,7 @@ def evaluate(config: Config) -> EvaluateResult:
     experiment = open_evaluation(config)
     name = f"evaluate {PurePosixPath(str(config.data.source)).name}"
     with _line(experiment, name) as line:
-        _Runner(experiment, config.data.output, line).train(experiment.grid.recipes, {})
+        _Runner(experiment, line).train(experiment.grid.recipes, {})
     if experiment.failures:
         message = next(iter(experiment.failures.values()))
         raise EclipseError(f"training of a victim stopped: {message}; run the same command again to resume")
@@ -107,7 +105,7 @@ def matrix(config: Config, write: Callable[[str, MatrixView], object]) -> Matrix
             say(f"matrix: all {len(experiment.grid.recipes)} cells are measured already")
         else:
             with _line(experiment, "matrix") as line:
-                runner = _Runner(experiment, experiment.output, line)
+                runner = _Runner(experiment, line)
                 for group in groups(missing, CELLS_AHEAD * runner.concurrent):
                     runner.prepare_and_train(group)
                     write(experiment.store.url, rows.matrix_view(experiment))
@@ -129,7 +127,7 @@ def sweep(config: Config, write: Callable[[str, SweepView], object]) -> SweepRes
             say(f"sweep: all {len(experiment.measured_trials())} trials are measured already")
         else:
             with _line(experiment, "sweep") as line:
-                runner = _Runner(experiment, experiment.output, line)
+                runner = _Runner(experiment, line)
                 for key, chosen in rows.denoisers_to_train(experiment).items():
                     runner.denoiser(chosen, key)
                 runner.make_sets(experiment.missing(), {})
@@ -137,16 +135,6 @@ def sweep(config: Config, write: Callable[[str, SweepView], object]) -> SweepRes
     finally:
         write(experiment.store.url, rows.sweep_view(experiment))
     return rows.sweep_result(experiment)
-
-
-def plan_matrix(config: Config) -> MatrixPlan:
-    """Return which cells a run would measure and about how long it would take; nothing is written."""
-    return rows.matrix_plan(open_matrix(config))
-
-
-def plan_sweep(config: Config) -> SweepPlan:
-    """Return which trials a run would do and about how long it would take; nothing is written."""
-    return rows.sweep_plan(open_sweep(config))
 
 
 def _line(experiment: Experiment, name: str) -> ProgressLine:
@@ -191,11 +179,11 @@ Told = Callable[[Recipe, Measured, float], None]
 class _Runner:
     """Makes what recipes need and trains their victims; what fails is written down and left out."""
 
-    def __init__(self, experiment: Experiment, output: str | None, line: ProgressLine) -> None:
+    def __init__(self, experiment: Experiment, line: ProgressLine) -> None:
         self.experiment, self.config, self.line = experiment, experiment.config, line
         self.name = line.what.split()[0]
         # First, so that a logger that is not there is refused before Ray starts.
-        self.curves = open_curves(self.config.run.loggers, output)
+        self.curves = open_curves(self.config.run.loggers, self.config.data.output)
         self.resources = connect(self.config)
         self.gpus, self.concurrent, self.threads = share(self.config, self.name, self.resources)
         self.cpus = self.threads * self.resources.cpus_per_core
@@ -234,42 +222,31 @@ class _Runner:
     def make_sets(self, recipes: list[Recipe], columns: dict[str, Any]) -> set[str]:
         """Make the transformed sets of `recipes`; return the keys of all that are there."""
         needs = {need.key: need for recipe in recipes for need in recipe.needs}
-        cache = self.experiment.cache
-        made = {key for key in needs if cache.note("defended", key) is not None}
-        wanted = {key: need for key, need in needs.items() if key not in made}
+        wanted = {key: need for key, need in needs.items() if self.experiment.cache.note("defended", key) is None}
         failed: dict[str, BaseException] = {}
-        for key, need in list(wanted.items()):
+        jobs = {}
+        for key, need in wanted.items():
             try:
                 if need.row.denoiser:
                     against = need.column if need.row.entry.against else None
                     self.denoiser(need.row.config, need.row.denoiser, against)
+                jobs[key] = (need, self.bench, columns.get(need.column.key) if need.column else None)
             except InterruptedRunError:
                 raise
             except EclipseError as error:
                 failed[key] = error
-                del wanted[key]
-        if wanted:
+        if jobs:
             self.line.phase = "making transformed sets"
-            say(f"{self.name}: {self._so_far()}; {len(wanted)} transformed sets")
-            made |= self._make(wanted, columns, failed)
+            say(f"{self.name}: {self._so_far()}; {len(jobs)} transformed sets")
+            with ProgressLine("transform", "sets", len(jobs), self.config.run.progress_seconds) as line:
+                # A set is made in one task that tells nothing on the way: it may take any time.
+                for key, done in self._each(defend, jobs, Watch(self.name, "set")):
+                    if done.error:
+                        failed[key] = done.error
+                    line.advance(1, failed=int(key in failed))
         for key, cause in failed.items():
             self._failed([one for one in recipes if any(need.key == key for need in one.needs)], cause)
-        return made
-
-    def _make(
-        self, wanted: dict[str, Need], columns: dict[str, Any], failed: dict[str, BaseException]
-    ) -> set[str]:
-        jobs = {
-            key: (need, self.bench, columns.get(need.column.key) if need.column else None)
-            for key, need in wanted.items()
-        }
-        with ProgressLine("transform", "sets", len(jobs), self.config.run.progress_seconds) as line:
-            # A set is made in one task that tells nothing on the way: it may take any time.
-            for key, done in self._each(defend, jobs, Watch(self.name, "set")):
-                if done.error:
-                    failed[key] = done.error
-                line.advance(1, failed=int(key in failed))
-        return wanted.keys() - failed.keys()
+        return needs.keys() - failed.keys()
 
     def denoiser(self, config: Config, key: str, against: Column | None = None) -> str:
         """Return the folder of the denoiser `key`, which a row or a poison needs, fitted if it was not before.
@@ -424,7 +401,8 @@ def defend(need: Need, bench: Bench, images: Pixels | None) -> None:
 
 def likeness(key: str, bench: Bench, images: Pixels) -> None:
     """Measure once what the poison of a column does to the images."""
-    keep_quality(bench.cache, key, images, bench.sets.source.images)
+    if bench.cache.note("quality", key) is None:
+        bench.cache.finish("quality", key, quality(images, bench.sets.source.images))
 
 
 def measure(recipe: Recipe, bench: Bench, images: Pixels | None, board: Any, told: Told | None = None) -> Measured:

@@ -133,10 +133,10 @@ def _save(figure: Figure, kind: str) -> bytes:
     return stream.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'DejaVu Sans'")
 
 
-def amplified(images: Pixels, reference: Pixels, factor: int = AMPLIFY) -> Pixels:
-    """Return (images - reference) * factor around mid-gray, uint8 of the same shape."""
+def amplified(images: Pixels, reference: Pixels) -> Pixels:
+    """Return (images - reference) * AMPLIFY around mid-gray, uint8 of the same shape."""
     change = images.astype(np.int32) - reference.astype(np.int32)
-    return np.clip(128 + factor * change, 0, 255).astype(np.uint8)
+    return np.clip(128 + AMPLIFY * change, 0, 255).astype(np.uint8)
 
 
 def image_grid(rows: Mapping[str, Sequence[Pixels] | Pixels], columns: Sequence[str], title: str) -> bytes:

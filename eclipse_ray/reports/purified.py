@@ -297,9 +297,10 @@ def theory(run: Purification) -> Section:
     """Return the section for researchers: power spectra before and after, an image under noise, and its bound."""
     blocks: list[Block] = [Text(run.noise.note, note=True)] if run.noise.note else []
     changes = _changes(run)
-    deltas = _perturbations(run.paired)[0] if run.paired else []
     charts = [_spectrum(changes)] if changes else []
-    charts.append(_bound_chart(run.noise, [float(np.vdot(delta, delta)) for delta in deltas]))
+    charts.append(
+        _bound_chart(run.noise, [float(np.vdot(delta, delta)) for delta in changes.get("perturbation", [])])
+    )
     at = float(kl_nats(PAPER_SQUARED_NORM, run.noise.alphas_cumprod)[run.noise.t_star - 1])
     bound = (
         "Noise alone hides nothing from an ideal observer. A poisoned image noised to depth t and its clean copy "

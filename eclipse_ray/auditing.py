@@ -13,11 +13,11 @@ import torch
 
 from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, open_denoiser, refuse_process_local
 from eclipse_ray.cluster.work import Watch, reaching, watched
-from eclipse_ray.config import Config, DataConfig, PurifyConfig, content_hash
+from eclipse_ray.config import Config, content_hash
 from eclipse_ray.datasets.formats import Source, open_source, read_parts
 from eclipse_ray.datasets.images import ImageError, centre_crop, decode_stored, resize_image
 from eclipse_ray.datasets.memory import random_chunks, require_classes, rows_in
-from eclipse_ray.datasets.table import image_bytes, labels_or_none
+from eclipse_ray.datasets.table import Span, image_bytes, labels_or_none
 from eclipse_ray.detection.scores import Finding, Score, judge, score_images
 from eclipse_ray.detection.views import GRID, Images
 from eclipse_ray.diffusion.checkpoint import read_card
@@ -34,6 +34,7 @@ from eclipse_ray.storage.store import Store
 
 # Timestep of the draws that choose the sample, far from those of any poison.
 AUDIT_T = 2**30 + 32 * 2**16
+CROPS_SCHEMA = pa.schema([("id", pa.string()), ("label", pa.int64()), ("draw", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,8 @@ class AuditJob:
     source: str
     format: str
     classes: tuple[str, ...] | None
-    data: DataConfig
-    purify: PurifyConfig
-    denoiser: str | None
-    crop: int
     keep: float
-    seed: int
+    config: Config
 
 
 def read_crops(batch: pa.Table, job: AuditJob) -> pa.Table:
@@ -56,50 +53,40 @@ def read_crops(batch: pa.Table, job: AuditJob) -> pa.Table:
     try:
         return _read_crops([tuple(span) for span in json.loads(batch["spans"][0].as_py())], job)
     except EclipseError as error:
-        return pack({"read": [0]}, _rows([], [], []), [], [], note_of_error(error))
+        return _fatal(error)
 
 
-def _read_crops(spans: Sequence[tuple[str, int, int]], job: AuditJob) -> pa.Table:
-    table = read_parts(job.source, job.format, job.classes, spans, job.data)
+def _read_crops(spans: Sequence[Span], job: AuditJob) -> pa.Table:
+    table = read_parts(job.source, job.format, job.classes, spans, job.config.data)
     ids: list[str] = table["id"].to_pylist()
-    draws = uniform(job.seed, ids, AUDIT_T, (1,))[:, 0].tolist()
-    labels, encoded = labels_or_none(table), image_bytes(table)
-    kept: list[int] = []
+    draws = uniform(job.config.run.seed, ids, AUDIT_T, (1,))[:, 0].tolist()
+    kept: list[dict[str, object]] = []
     crops: list[Pixels] = []
     failures: list[FailureRow] = []
-    for row, draw in enumerate(draws):
+    for name, label, draw, encoded in zip(ids, labels_or_none(table), draws, image_bytes(table), strict=True):
         if draw >= job.keep:
             continue
-        crop = _crop(encoded[row], job)
-        if isinstance(crop, str):
-            failures.append({"id": ids[row], "error": crop})
-        else:
-            kept.append(row)
-            crops.append(crop)
-    rows = _rows([ids[row] for row in kept], [labels[row] for row in kept], [draws[row] for row in kept])
-    return pack({"read": [len(ids)]}, rows, crops, failures)
+        try:
+            crops.append(_crop(encoded, job.config))
+            kept.append({"id": name, "label": label, "draw": draw})
+        except ImageError as error:
+            failures.append({"id": name, "error": str(error)})
+    return pack({"read": [len(ids)]}, pa.Table.from_pylist(kept, CROPS_SCHEMA), crops, failures)
 
 
-def _crop(encoded: bytes, job: AuditJob) -> Pixels | str:
-    """Return the middle of an image, square, its side a multiple of GRID; or why it cannot be looked at."""
-    try:
-        image = resize_image(decode_stored(encoded, job.data), job.data.resize)
-    except ImageError as error:
-        return str(error)
-    side = min(job.crop, *image.shape[:2]) // GRID * GRID
+def _crop(encoded: bytes, config: Config) -> Pixels:
+    """Return the middle of an image, square, its side a multiple of GRID. Raises ImageError for a small one."""
+    image = resize_image(decode_stored(encoded, config.data), config.data.resize)
+    side = min(config.audit.crop, *image.shape[:2]) // GRID * GRID
     if side < MIN_SIDE:
-        return f"{image.shape[1]}x{image.shape[0]} pixels are too few to look at, {MIN_SIDE} a side are needed"
-    return np.ascontiguousarray(centre_crop(image, side))
+        raise ImageError(
+            f"{image.shape[1]}x{image.shape[0]} pixels are too few to look at, {MIN_SIDE} a side are needed"
+        )
+    return centre_crop(image, side)
 
 
-def _rows(ids: Sequence[str], labels: Sequence[int], draws: Sequence[float]) -> pa.Table:
-    return pa.table(
-        {
-            "id": pa.array(ids, pa.string()),
-            "label": pa.array(labels, pa.int64()),
-            "draw": pa.array(draws, pa.float64()),
-        }
-    )
+def _fatal(error: EclipseError) -> pa.Table:
+    return pack({"read": [0]}, CROPS_SCHEMA.empty_table(), [], [], note_of_error(error))
 
 
 class Denoised:
@@ -107,9 +94,9 @@ class Denoised:
 
     def __init__(self, job: AuditJob) -> None:
         torch.set_num_threads(1)
-        assert job.denoiser is not None
-        self.job = job
-        self.denoiser = open_denoiser(job.denoiser, job.purify.precision)
+        folder, self.settings, self.seed = job.config.audit.denoiser, job.config.purify, job.config.run.seed
+        assert folder is not None
+        self.denoiser = open_denoiser(folder, self.settings.precision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the row with each crop followed, in a second half of the images, by its denoised form."""
@@ -118,23 +105,22 @@ class Denoised:
         table, crops, failures = unpack(batch)
         ids: list[str] = table["id"].to_pylist()
         denoised: list[Pixels] = list(crops)
-        settings = self.job.purify
         try:
-            for places in same_size_batches(crops, settings.batch_size, settings.batch_pixels):
+            for places in same_size_batches(crops, self.settings.batch_size, self.settings.batch_pixels):
                 images = np.stack([crops[place] for place in places])
                 done = self._symmetric(images, [ids[place] for place in places])
                 for place, image in zip(places, done, strict=True):
                     denoised[place] = image
         except EclipseError as error:
-            return pack({"read": [0]}, _rows([], [], []), [], [], note_of_error(error))
+            return _fatal(error)
         return pack({"read": batch["read"].to_pylist()}, table, [*crops, *denoised], failures)
 
     def _symmetric(self, images: Pixels, ids: Sequence[str]) -> Pixels:
         # The mean over both sides of the mirror, under the same noise, turns with the image: no network does by
         # itself, and the audit's null is about the mirror.
-        straight = purify_batch(self.denoiser, images, ids, self.job.purify, self.job.seed)
+        straight = purify_batch(self.denoiser, images, ids, self.settings, self.seed)
         mirrored = np.ascontiguousarray(images[:, :, ::-1])
-        turned = purify_batch(self.denoiser, mirrored, ids, self.job.purify, self.job.seed).flip(2)
+        turned = purify_batch(self.denoiser, mirrored, ids, self.settings, self.seed).flip(2)
         return ((straight.int() + turned.int() + 1) // 2).to(torch.uint8).numpy()
 
 
@@ -180,7 +166,6 @@ def audit(config: Config) -> Audit:
     others: list[Crop] = []
     if clean_url:
         others = _crops(config, clean_url, open_source(clean_url, config.data))[: config.audit.images]
-    if clean_url:
         _refuse_shared(source, clean_url, crops, others)
         if all(each.label < 0 for each in others):
             say(f"audit: {clean_url} has no labels, so that the sample cannot be compared with it; add them")
@@ -232,17 +217,9 @@ def _crops(config: Config, url: str, source: Source) -> list[Crop]:
     """Return a random part of a dataset, sorted by draw: SPARE times audit.images, or all there are."""
     chosen = random_chunks(source.parts, config.audit.images, config.run.seed)
     found = sum(rows_in(spans) for spans in chosen)
-    job = AuditJob(
-        source=source.url,
-        format=source.format,
-        classes=None if source.classes is None else tuple(source.classes),
-        data=config.data,
-        purify=config.purify,
-        denoiser=config.audit.denoiser,
-        crop=config.audit.crop,
-        keep=min(1.0, SPARE * config.audit.images / found),
-        seed=config.run.seed,
-    )
+    classes = None if source.classes is None else tuple(source.classes)
+    keep = min(1.0, SPARE * config.audit.images / found)
+    job = AuditJob(source.url, source.format, classes, keep, config)
     crops: list[Crop] = []
     failed = 0
     every = config.run.progress_seconds
@@ -250,7 +227,7 @@ def _crops(config: Config, url: str, source: Source) -> list[Crop]:
         resources = connect(config)
         line.phase = "first chunk"
         watch = Watch("audit", "chunk", config.run.watchdog_seconds)
-        for part, failures, read in watched(_stream(job, chosen, config, resources), watch):
+        for part, failures, read in watched(_stream(job, chosen, resources), watch):
             crops += part
             failed += failures
             line.advance(read, failures)
@@ -262,15 +239,15 @@ def _crops(config: Config, url: str, source: Source) -> list[Crop]:
 
 
 def _stream(
-    job: AuditJob, chunks: Sequence[Sequence[tuple[str, int, int]]], config: Config, resources: Resources
+    job: AuditJob, chunks: Sequence[Sequence[Span]], resources: Resources
 ) -> Iterator[tuple[list[Crop], int, int]]:
     """Yield (crops, failures, rows read) of each chunk."""
     rows = [pa.table({"spans": [json.dumps(spans)]}) for spans in chunks]
     dataset = dataset_of(rows).map_batches(
         read_crops, fn_kwargs={"job": job}, batch_size=1, batch_format="pyarrow", num_cpus=IO_CPUS
     )
-    if job.denoiser is not None:
-        actors, gpus = pool(config, resources, len(chunks))
+    if job.config.audit.denoiser is not None:
+        actors, gpus = pool(job.config, resources, len(chunks))
         dataset = on_actors(dataset, Denoised, job, actors, gpus)
     for batch in dataset.iter_batches(batch_size=1, batch_format="pyarrow"):
         if batch["fatal"][0].as_py():
@@ -298,25 +275,19 @@ def _refuse_shared(source: str, clean_url: str, crops: Sequence[Crop], others: S
 def _result(
     config: Config, finding: Finding, scores: Sequence[Score], sample: Images, clean: Images | None
 ) -> AuditResult:
-    t_star = None
-    if finding.verdict == "poisoned":
-        folder = config.audit.denoiser
-        t_star = read_card(local_denoiser(folder)).t_star if folder else config.denoiser.t_star
-    poisoned = t_star is not None
-    labels = torch.empty(0) if sample.labels is None else sample.labels
+    folder, compensation = config.audit.denoiser, config.compensation
+    t_star = read_card(local_denoiser(folder)).t_star if folder else config.denoiser.t_star
+    recommended = {"t_star": t_star, "p": compensation.p, "sigma": compensation.sigma}
+    assert sample.labels is not None, "the sample was chosen by its labels"
     return AuditResult(
         verdict=finding.verdict,
         p_value=finding.p_value,
         frequency=finding.frequency,
         scope=finding.scope,
-        recommended={
-            "t_star": t_star,
-            "p": config.compensation.p if poisoned else None,
-            "sigma": config.compensation.sigma if poisoned else None,
-        },
+        recommended={**recommended} if finding.verdict == "poisoned" else dict.fromkeys(recommended),
         words=finding.words,
         images=len(sample.images),
-        classes=len(torch.unique(labels)),
+        classes=len(torch.unique(sample.labels)),
         clean_images=0 if clean is None else len(clean.images),
         evidence=[asdict(score) for score in scores],
         output=config.audit.output,

@@ -118,10 +118,12 @@ def _accuracy(config: Config, train: str, test: str, clean: str) -> EvaluateResu
 
 
 def _draw(config: Config, sources: dict[str, str], folder: str, path: Path, count: int = 8) -> None:
-    """Write the picture: the same images clean, poisoned, noised and purified, and the poison made visible."""
+    """Write the picture: one image per class clean, poisoned, noised, purified, and the poison made visible."""
     sets = {name: load_images(url, config.data) for name, url in sources.items()}
-    chosen = _one_of_each_class(sets["clean"], count)
-    ids = [sets["clean"].ids[index] for index in chosen]
+    clean = sets["clean"]
+    assert clean.labels is not None, "a victim was trained on them"
+    chosen = sorted(np.unique(clean.labels, return_index=True)[1].tolist())[:count]
+    ids = [clean.ids[index] for index in chosen]
     rows = {name: _by_id(images, ids) for name, images in sets.items()}
     denoiser = load_denoiser(folder)
     x = to_model_range(torch.from_numpy(rows["poisoned"]))
@@ -134,15 +136,8 @@ def _draw(config: Config, sources: dict[str, str], folder: str, path: Path, coun
         "poison x10": amplified(rows["poisoned"], rows["clean"]),
         "left x10": amplified(rows["purified"], rows["clean"]),
     }
-    labels = sets["clean"].labels
-    classes = sets["clean"].classes
-    names = [classes[int(labels[index])] if classes and labels is not None else "" for index in chosen]
+    names = [clean.classes[int(clean.labels[index])] if clean.classes else "" for index in chosen]
     path.write_bytes(image_grid(picture, names, "AR poison, and what purification leaves of it"))
-
-
-def _one_of_each_class(images: ImageSet, count: int) -> list[int]:
-    labels = images.labels if images.labels is not None else np.arange(len(images.ids))
-    return sorted(np.unique(labels, return_index=True)[1].tolist())[:count]
 
 
 def _by_id(images: ImageSet, ids: list[str]) -> np.ndarray:

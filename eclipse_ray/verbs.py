@@ -296,11 +296,11 @@ def evaluate(
 @plan_of(evaluate)
 def evaluate_plan(config: Config, given: dict[str, Any]) -> results.MatrixPlan:
     """Return which cells of a matrix are missing and about how long they will take; nothing is written."""
-    from eclipse_ray.experiments import run
+    from eclipse_ray.experiments import rows
 
     if not config.matrix.on:
         raise ConfigError("only a matrix can be planned; list its columns in matrix.poisons")
-    return run.plan_matrix(config)
+    return rows.matrix_plan(config)
 
 
 def _evaluated(config: Config) -> results.EvaluateResult:
@@ -358,9 +358,9 @@ def sweep(
 @plan_of(sweep)
 def sweep_plan(config: Config, given: dict[str, Any]) -> results.SweepPlan:
     """Return which trials of a sweep are missing and about how long they take; nothing is written."""
-    from eclipse_ray.experiments import run
+    from eclipse_ray.experiments import rows
 
-    return run.plan_sweep(config)
+    return rows.sweep_plan(config)
 
 
 @verb("Judge and tune", "my/purified", "my/purified --audit my/audit-before --audit my/audit-after", here=True)

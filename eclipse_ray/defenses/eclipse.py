@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from eclipse_ray import compensation
-from eclipse_ray.config import CompensationConfig, Config, DefenseConfig, Sampler
+from eclipse_ray.config import CompensationConfig, Config, DefenseConfig
 from eclipse_ray.defenses.interface import DefenseSettings, Material
 from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.diffusion.sampling import purify_images
@@ -24,9 +25,26 @@ from eclipse_ray.errors import ConfigError, InputError
 def purify(material: Material, _config: DefenseConfig) -> Tensor:
     """Return the images, uint8 (N, H, W, 3), purified as the section `purify` says: A, diffusion alone.
 
-    Raises InputError without a denoiser, ConfigError for a depth it was not trained at.
+    Noise is keyed by (seed, id, t). Raises InputError without a denoiser, ConfigError for a depth it was not
+    trained at.
     """
-    return purify_at(material, material.seed)
+    settings, denoiser = material.purify, needed_denoiser(material)
+    pieces = [
+        purify_images(
+            material.images[part],
+            denoiser,
+            t_star=settings.t_star,
+            num_inference_steps=settings.num_inference_steps,
+            sampler=settings.sampler,
+            seed=material.seed,
+            ids=[material.ids[index] for index in part],
+            tile=settings.tile,
+            tile_overlap=settings.tile_overlap,
+            batch_pixels=settings.batch_pixels,
+        )
+        for part in _batches(material)
+    ]
+    return torch.cat(pieces)
 
 
 def purify_and_bake(material: Material, config: DefenseConfig) -> Tensor:
@@ -48,7 +66,7 @@ class Draws(DefenseSettings):
 def purify_draws(material: Material, config: DefenseConfig) -> Tensor:
     """Return `draws` independent purifications of each image, uint8 (draws, N, H, W, 3). Raises as `purify`."""
     draws = range(Draws.of(config).draws)
-    return torch.stack([purify_at(material, draw_seed(material.seed, draw)) for draw in draws])
+    return torch.stack([purify(replace(material, seed=draw_seed(material.seed, draw)), config) for draw in draws])
 
 
 def draw_seed(seed: int, draw: int) -> int:
@@ -57,33 +75,6 @@ def draw_seed(seed: int, draw: int) -> int:
         return seed
     digest = hashlib.blake2b(f"draw {draw} of {seed}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def purify_at(
-    material: Material,
-    seed: int,
-    t_star: int | None = None,
-    num_inference_steps: int | None = None,
-    sampler: Sampler | None = None,
-) -> Tensor:
-    """Return the images purified with noise keyed by (`seed`, id, t); None is what the section `purify` says."""
-    settings, denoiser = material.purify, needed_denoiser(material)
-    pieces = [
-        purify_images(
-            material.images[part],
-            denoiser,
-            t_star=t_star or settings.t_star,
-            num_inference_steps=num_inference_steps or settings.num_inference_steps,
-            sampler=sampler or settings.sampler,
-            seed=seed,
-            ids=[material.ids[index] for index in part],
-            tile=settings.tile,
-            tile_overlap=settings.tile_overlap,
-            batch_pixels=settings.batch_pixels,
-        )
-        for part in _batches(material)
-    ]
-    return torch.cat(pieces)
 
 
 def needed_denoiser(material: Material) -> Denoiser:
@@ -146,7 +137,9 @@ def avatar(material: Material, config: DefenseConfig) -> Tensor:
             f"the defense avatar noises by {own.avatar_noise_255:g} of 255, which is t_star {t_star}; this "
             f"denoiser was trained below {denoiser.t_max}: train one with denoiser.t_max {t_star} or more"
         )
-    return purify_at(material, material.seed, t_star, min(own.avatar_steps, t_star), "ddpm")
+    steps = min(own.avatar_steps, t_star)
+    deep = material.purify.model_copy(update={"t_star": t_star, "num_inference_steps": steps, "sampler": "ddpm"})
+    return purify(replace(material, purify=deep), config)
 
 
 def depth_of(noise_255: float, alphas_cumprod: Tensor) -> int:

@@ -228,11 +228,17 @@ def load_published(
             f"{url}: {len(other):,} images have another label than in {clean}, such as {source.ids[other[0]]}; "
             "give both the same labels"
         )
-    if images.images.shape != source.images.shape:
-        raise InputError(
-            f"{url} has {images.images.shape[1:3]} images, {clean} has {source.images.shape[1:3]}; set data.resize"
-        )
+    require_one_size(url, images, clean, source)
     return replace(images, ids=source.ids, labels=source.labels, classes=source.classes), names
+
+
+def require_one_size(
+    url: str, images: ImageSet, other_url: str, other: ImageSet, advice: str = "; set data.resize"
+) -> None:
+    """Raise InputError, which ends with `advice`, unless the images of two sets have the same size."""
+    size, other_size = images.images.shape[1:3], other.images.shape[1:3]
+    if size != other_size:
+        raise InputError(f"{url} has {size} images, {other_url} has {other_size}{advice}")
 
 
 def make_defended(key: str, row: Row, cache: Cache, images: Pixels, original: ImageSet, num_classes: int) -> None:
@@ -300,12 +306,6 @@ def quality(images: Pixels, reference: Pixels) -> dict[str, float | None]:
         "psnr": float(np.mean(decibel)),
         "ssim": float(np.mean([ssim(draw, clean) for draw in draws])) if similar else None,
     }
-
-
-def keep_quality(cache: Cache, key: str, images: Pixels, reference: Pixels) -> None:
-    """Measure once what a poison itself does to the images."""
-    if cache.note("quality", key) is None:
-        cache.finish("quality", key, quality(images, reference))
 
 
 def _jpeg(images: torch.Tensor, level: int) -> torch.Tensor:

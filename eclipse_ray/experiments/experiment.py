@@ -19,7 +19,7 @@ from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images, loa
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, read_card, weights_digest
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.experiments import search
-from eclipse_ray.experiments.artifacts import Cache, load_published
+from eclipse_ray.experiments.artifacts import Cache, load_published, require_one_size
 from eclipse_ray.experiments.recipe import (
     Facts,
     Grid,
@@ -102,7 +102,9 @@ class Experiment:
         return self.cache.store
 
     def done(self) -> set[str]:
-        """Return the keys of all recipes that were ever measured in this folder."""
+        """Return the keys of all recipes that were ever measured in this folder, none without a folder."""
+        if self.output is None:
+            return set()
         names = (entry.key.rpartition("/")[2] for entry in self.store.list("results"))
         return {name.removesuffix(".json") for name in names}
 
@@ -153,11 +155,8 @@ def open_evaluation(config: Config) -> Experiment:
     check_labels(config, data.source, data.test)
     source, test = load_images(data.source, data), load_images(data.test, data)
     _same_classes(data.source, source, data.test, test)
-    if source.images.shape[1:] != test.images.shape[1:]:
-        raise InputError(
-            f"{data.source} has {source.images.shape[1:3]} images, {data.test} has {test.images.shape[1:3]}: "
-            "train and test images must have the same size"
-        )
+    advice = ": train and test images must have the same size"
+    require_one_size(data.source, source, data.test, test, advice)
     recorded = ledger.recorded_settings(Store(data.source))
     sparse = load_images(data.clean, data) if data.clean else None
     sets = Sets(source, test, sparse, {}, len(source.ids))
@@ -374,11 +373,7 @@ def _check_scored(config: Config, source: ImageSet, scored: ImageSet) -> None:
             f"{data.clean}: no image of the sample's classes is left to score with; give more, or raise "
             "sweep.holdout"
         )
-    if source.images.shape[1:] != scored.images.shape[1:]:
-        raise InputError(
-            f"{data.source} has {source.images.shape[1:3]} images, {data.clean} has {scored.images.shape[1:3]}; "
-            "set data.resize"
-        )
+    require_one_size(str(data.source), source, str(data.clean), scored)
     if scored.labels is None or int(scored.labels.min()) < 0:
         raise InputError(
             f"{data.clean}: a sweep scores victims on it and needs the labels of clean images; put the images of "

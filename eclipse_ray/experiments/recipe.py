@@ -193,7 +193,7 @@ def single_grid(config: Config, compensation: CompensationConfig) -> Grid:
     facts = Facts("source", "test", {})
     column, row = source_column(facts, CLEAN), Row(_plain("none"), config, compensation)
     victim = Victim(_plain(config.victim.arch), config.victim)
-    seeds = _seeds(config, config.evaluate.seeds)
+    seeds = _seeds(config)
     recipes = [make_recipe(column, row, victim, seed, facts, f"seed {seed}") for seed in seeds]
     return Grid([column], [row], [victim], seeds, recipes)
 
@@ -202,11 +202,13 @@ def build_grid(config: Config, facts: Facts) -> Grid:
     """Return the grid of the section `matrix`. Raises ConfigError for unknown names and for two equal labels."""
     matrix = config.matrix
     columns = _columns(config, facts)
-    rows = [_row(config, entry, facts) for entry in _required(matrix.defenses, "defense", DEFENSE_SECTIONS)]
+    rows = [_row(config, entry, facts) for entry in entries(matrix.defenses, DEFENSE_SECTIONS)]
+    if not rows:
+        raise ConfigError("matrix: no defense is listed; name at least one")
     named = entries(matrix.victims or (config.victim.arch,), ("victim",))
     chosen = [with_overrides(config, {"victim.arch": entry.name, **entry.settings}) for entry in named]
     victims = [Victim(entry, own.victim) for entry, own in zip(named, chosen, strict=True)]
-    seeds = _seeds(config, config.evaluate.seeds)
+    seeds = _seeds(config)
     _check_first("first_poisons", matrix.first_poisons, [column.entry for column in columns])
     _check_first("first_defenses", matrix.first_defenses, [row.entry for row in rows])
     recipes = [
@@ -259,13 +261,6 @@ def entries(items: Sequence[MatrixItem], sections: Sequence[str]) -> list[Entry]
             raise ConfigError(
                 f"matrix: two {sections[0]} entries are called {label}; give each a label of its own"
             )
-    return found
-
-
-def _required(items: Sequence[MatrixItem], kind: str, sections: Sequence[str]) -> list[Entry]:
-    found = entries(items, sections)
-    if not found:
-        raise ConfigError(f"matrix: no {kind} is listed; name at least one")
     return found
 
 
@@ -435,8 +430,8 @@ def _title(column: Column, row: Row, victim: Victim, seed: int) -> str:
     return f"{column.entry.label}, {row.entry.label}, {victim.entry.label}, seed {seed}"
 
 
-def _seeds(config: Config, count: int) -> list[int]:
-    return [config.run.seed + index for index in range(count)]
+def _seeds(config: Config) -> list[int]:
+    return [config.run.seed + index for index in range(config.evaluate.seeds)]
 
 
 def _comes_first(config: Config, column: Column, row: Row) -> bool:

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.errors import EclipseError
 from eclipse_ray.experiments import search
 from eclipse_ray.experiments.artifacts import denoiser_folder
-from eclipse_ray.experiments.experiment import Experiment, labels_of, score_of
-from eclipse_ray.experiments.recipe import PUBLISHED, Column, Entry, Recipe, Row
+from eclipse_ray.experiments.experiment import Experiment, labels_of, open_matrix, open_sweep, score_of
+from eclipse_ray.experiments.recipe import PUBLISHED, Column, Recipe, Row
 from eclipse_ray.experiments.search import COMPENSATION_AXES, Trial
 from eclipse_ray.poisons import budget, cost_of, variant_of
 from eclipse_ray.results import (
@@ -166,8 +166,10 @@ def matrix_view(experiment: Experiment) -> MatrixView:
         return victims.index(victim), defenses.index(row), columns.index(column), recipe.seed
 
     return MatrixView(
-        columns=[_axis(column.entry, bound(experiment, column)) for column in grid.columns],
-        defenses=[_axis(row.entry, _sparse_words(experiment, row)) for row in grid.rows],
+        columns=[MatrixAxis(one.entry.label, one.entry.published, bound(experiment, one)) for one in grid.columns],
+        defenses=[
+            MatrixAxis(one.entry.label, one.entry.published, _sparse_words(experiment, one)) for one in grid.rows
+        ],
         victims=[
             MatrixAxis(
                 one.entry.label,
@@ -183,10 +185,6 @@ def matrix_view(experiment: Experiment) -> MatrixView:
         test_images=len(sets.test.ids),
         rows=[tidy_row(experiment, one) for one in sorted(grid.recipes, key=place) if one.key in done],
     )
-
-
-def _axis(entry: Entry, details: str) -> MatrixAxis:
-    return MatrixAxis(entry.label, entry.published, details)
 
 
 def _sparse_words(experiment: Experiment, row: Row) -> str:
@@ -207,25 +205,16 @@ def matrix_result(experiment: Experiment) -> MatrixResult:
     )
 
 
-def matrix_plan(experiment: Experiment) -> MatrixPlan:
+def matrix_plan(config: Config) -> MatrixPlan:
     """Return which cells a run would measure, and how long it takes where similar work was measured here.
 
     Trainings are estimated from those of the same defense and victim, else of the same victim; poisons and
-    transforms from those of the same name. Everything is scaled by epochs and images.
+    transforms from those of the same name. Everything is scaled by epochs and images. Nothing is written.
     """
-    missing, done, limits = experiment.missing(), experiment.done(), experiment.config.matrix
-    _, concurrent, _ = shares(limits.num_gpus, limits.max_concurrent, _this_machine())
-    training = _training_paces(experiment, done)
+    experiment = open_matrix(config)
+    missing, done = experiment.missing(), experiment.done()
     seconds, unknown = 0.0, set()
-    for recipe in missing:
-        name, arch = recipe.row.entry.name, recipe.victim.config.arch
-        scale = recipe.victim.config.epochs * len(experiment.sets.source.ids)
-        pace = training.get((name, arch)) or training.get(("", arch))
-        if pace is None:
-            unknown.add(f"training {recipe.victim.entry.label}")
-        else:
-            seconds += pace * scale / concurrent
-    for what, count, pace in _to_make(experiment, missing):
+    for what, count, pace in _to_do(experiment, missing):
         if pace is None:
             unknown.add(what)
         else:
@@ -240,9 +229,10 @@ def matrix_plan(experiment: Experiment) -> MatrixPlan:
     )
 
 
-def _training_paces(experiment: Experiment, done: set[str]) -> dict[tuple[str, str], float]:
+def _training_paces(experiment: Experiment) -> dict[tuple[str, str], float]:
     """Return the mean seconds per image and epoch by (defense, victim) and by ("", victim)."""
     found: dict[tuple[str, str], list[float]] = {}
+    done = experiment.done()
     for recipe in experiment.grid.recipes:
         if recipe.key in done:
             result, arch = experiment.result(recipe.key), recipe.victim.config.arch
@@ -252,9 +242,15 @@ def _training_paces(experiment: Experiment, done: set[str]) -> dict[tuple[str, s
     return {key: statistics.fmean(values) for key, values in found.items()}
 
 
-def _to_make(experiment: Experiment, missing: list[Recipe]) -> Iterable[tuple[str, int, float | None]]:
-    """Yield (what, images, seconds per image or None) for every poison and transformed set still to be made."""
-    images, cache = len(experiment.sets.source.ids), experiment.cache
+def _to_do(experiment: Experiment, missing: list[Recipe]) -> Iterator[tuple[str, float, float | None]]:
+    """Yield (what, images, seconds per image or None) for each training and each set that is still to be made."""
+    images, cache, limits = len(experiment.sets.source.ids), experiment.cache, experiment.config.matrix
+    _, concurrent, _ = shares(limits.num_gpus, limits.max_concurrent, _this_machine())
+    training = _training_paces(experiment)
+    for recipe in missing:
+        victim, arch = recipe.victim, recipe.victim.config.arch
+        pace = training.get((recipe.row.entry.name, arch)) or training.get(("", arch))
+        yield f"training {victim.entry.label}", victim.config.epochs * images / concurrent, pace
     paces = {kind: _paces(experiment, kind) for kind in ("poisons", "defended")}
     for key, column in {one.column.key: one.column for one in missing if one.column.config}.items():
         if cache.note("poisons", key) is None:
@@ -343,8 +339,9 @@ def sweep_result(experiment: Experiment) -> SweepResult:
     )
 
 
-def sweep_plan(experiment: Experiment) -> SweepPlan:
-    """Return which trials a run would do, and about how long it takes, timed here on a few images."""
+def sweep_plan(config: Config) -> SweepPlan:
+    """Return which trials a run would do, and how long it takes, timed on a few images; nothing is written."""
+    experiment = open_sweep(config)
     config, left, listed = experiment.config, experiment.trials_left(), experiment.trials is not None
     missing, limits = experiment.missing(), config.sweep
     _, concurrent, threads = shares(limits.num_gpus, limits.max_concurrent, _this_machine())
@@ -398,9 +395,8 @@ def denoisers_to_train(experiment: Experiment) -> dict[str, Config]:
 def _mean_steps(experiment: Experiment) -> float:
     values = experiment.space.get("purify.num_inference_steps")
     if values is None:
-        known = experiment.facts.recommended
-        default = known.num_inference_steps if known else experiment.config.denoiser.num_inference_steps
-        return float(experiment.config.purify.num_inference_steps or default)
+        known = experiment.facts.recommended or search.trained_recommendation(experiment.config)
+        return float(experiment.config.purify.num_inference_steps or known.num_inference_steps)
     return statistics.fmean([values.low, values.high] if isinstance(values, Range) else values)
 
 
@@ -425,20 +421,14 @@ def _seconds_an_epoch(experiment: Experiment) -> float:
     count = min(len(source.ids), 4 * config.victim.batch_size)
     images, labels = np.array(source.images[:count]), np.array(labels_of(source)[:count])
     short = config.victim.model_copy(update={"epochs": 2})
-    began: list[float] = []
-    test = slice(0, TIMED_IMAGES)
-    train_victim(
-        images,
-        labels,
-        images[test],
-        labels[test],
-        short,
-        config.compensation,
-        0,
-        default_device(),
-        lambda *_: began.append(time.perf_counter()),
-    )
-    return (began[1] - began[0]) * len(source.ids) / count
+    test = images[:TIMED_IMAGES], labels[:TIMED_IMAGES]
+    ended: list[float] = []
+
+    def on_epoch(*_: object) -> None:
+        ended.append(time.perf_counter())
+
+    train_victim(images, labels, *test, short, config.compensation, 0, default_device(), on_epoch)
+    return (ended[1] - ended[0]) * len(source.ids) / count
 
 
 def _this_machine() -> Resources:

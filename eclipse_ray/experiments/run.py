@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -40,12 +41,11 @@ from eclipse_ray.cluster.work import (
 )
 from eclipse_ray.compensation import bake
 from eclipse_ray.config import CompensationConfig, Config, to_yaml
-from eclipse_ray.datasets.memory import ImageSet
 from eclipse_ray.defenses.simple import privacy
 from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.errors import EclipseError, InterruptedRunError
 from eclipse_ray.experiments import artifacts, rows, search
-from eclipse_ray.experiments.artifacts import Cache, Pixels, keep_quality, make_defended
+from eclipse_ray.experiments.artifacts import Cache, Pixels, make_defended, quality
 from eclipse_ray.experiments.experiment import (
     Experiment,
     Sets,
@@ -63,10 +63,8 @@ from eclipse_ray.poisoning import fits_at_once
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import (
     EvaluateResult,
-    MatrixPlan,
     MatrixResult,
     MatrixView,
-    SweepPlan,
     SweepResult,
     SweepView,
 )
@@ -87,7 +85,7 @@ def evaluate(config: Config) -> EvaluateResult:
     experiment = open_evaluation(config)
     name = f"evaluate {PurePosixPath(str(config.data.source)).name}"
     with _line(experiment, name) as line:
-        _Runner(experiment, config.data.output, line).train(experiment.grid.recipes, {})
+        _Runner(experiment, line).train(experiment.grid.recipes, {})
     if experiment.failures:
         message = next(iter(experiment.failures.values()))
         raise EclipseError(f"training of a victim stopped: {message}; run the same command again to resume")
@@ -100,7 +98,19 @@ def matrix(config: Config, write: Callable[[str, MatrixView], object]) -> Matrix
     A cell that fails does not hold up the others and stands in `failures` by its title.
     """
     experiment = open_matrix(config)
-    _measure(experiment, lambda: write(experiment.store.url, rows.matrix_view(experiment)))
+    _start(experiment)
+    try:
+        missing = experiment.missing()
+        if not missing:
+            say(f"matrix: all {len(experiment.grid.recipes)} cells are measured already")
+        else:
+            with _line(experiment, "matrix") as line:
+                runner = _Runner(experiment, line)
+                for group in groups(missing, CELLS_AHEAD * runner.concurrent):
+                    runner.prepare_and_train(group)
+                    write(experiment.store.url, rows.matrix_view(experiment))
+    finally:
+        write(experiment.store.url, rows.matrix_view(experiment))
     return rows.matrix_result(experiment)
 
 
@@ -110,63 +120,29 @@ def sweep(config: Config, write: Callable[[str, SweepView], object]) -> SweepRes
     A trial that fails does not hold up the others and stands in `failures` by its title.
     """
     experiment = open_sweep(config)
-    _search(experiment, lambda: write(experiment.store.url, rows.sweep_view(experiment)))
-    return rows.sweep_result(experiment)
-
-
-def plan_matrix(config: Config) -> MatrixPlan:
-    """Return which cells a run would measure and about how long it would take; nothing is written."""
-    return rows.matrix_plan(open_matrix(config))
-
-
-def plan_sweep(config: Config) -> SweepPlan:
-    """Return which trials a run would do and about how long it would take; nothing is written."""
-    return rows.sweep_plan(open_sweep(config))
-
-
-def _measure(experiment: Experiment, publish: Callable[[], object]) -> None:
-    _start(experiment)
-    try:
-        missing = experiment.missing()
-        if not missing:
-            say(f"matrix: all {len(experiment.grid.recipes)} cells are measured already")
-            return
-        with _line(experiment, "matrix") as line:
-            runner = _Runner(experiment, experiment.output, line)
-            for group in groups(missing, CELLS_AHEAD * runner.concurrent):
-                runner.prepare_and_train(group)
-                publish()
-    finally:
-        publish()
-
-
-def _search(experiment: Experiment, publish: Callable[[], object]) -> None:
     _start(experiment)
     try:
         left = experiment.trials_left()
         if left <= 0:
             say(f"sweep: all {len(experiment.measured_trials())} trials are measured already")
-            return
-        with _line(experiment, "sweep") as line:
-            runner = _Runner(experiment, experiment.output, line)
-            for key, chosen in rows.denoisers_to_train(experiment).items():
-                runner.denoiser(chosen, key)
-            runner.make_sets(experiment.missing(), {})
-            runner.tune(left)
+        else:
+            with _line(experiment, "sweep") as line:
+                runner = _Runner(experiment, line)
+                for key, chosen in rows.denoisers_to_train(experiment).items():
+                    runner.denoiser(chosen, key)
+                runner.make_sets(experiment.missing(), {})
+                runner.tune(left)
     finally:
-        publish()
+        write(experiment.store.url, rows.sweep_view(experiment))
+    return rows.sweep_result(experiment)
 
 
 def _line(experiment: Experiment, name: str) -> ProgressLine:
     config = experiment.config
-    epochs = sum(recipe.victim.config.epochs for recipe in _missing(experiment))
+    epochs = sum(recipe.victim.config.epochs for recipe in experiment.missing())
     if experiment.space and experiment.trials is None:
         epochs = experiment.trials_left() * config.sweep.seeds * config.victim.epochs
     return ProgressLine(name, "epochs", epochs, config.run.progress_seconds, phase=reaching(config))
-
-
-def _missing(experiment: Experiment) -> list[Recipe]:
-    return experiment.missing() if experiment.output else experiment.grid.recipes
 
 
 def _start(experiment: Experiment) -> None:
@@ -196,29 +172,18 @@ class Bench:
     fidelity_weight: float
 
 
-@dataclass(frozen=True)
-class Progress:
-    """One epoch of a victim; `score` is its test accuracy plus what its fidelity is worth."""
-
-    key: str
-    title: str
-    epoch: int
-    test_accuracy: float
-    score: float
-    last: bool
-
-
-Told = Callable[[Measured], None]
+Told = Callable[[Recipe, Measured, float], None]
+"""Is given a recipe after an epoch, what is known of it, and its score."""
 
 
 class _Runner:
     """Makes what recipes need and trains their victims; what fails is written down and left out."""
 
-    def __init__(self, experiment: Experiment, output: str | None, line: ProgressLine) -> None:
+    def __init__(self, experiment: Experiment, line: ProgressLine) -> None:
         self.experiment, self.config, self.line = experiment, experiment.config, line
         self.name = line.what.split()[0]
         # First, so that a logger that is not there is refused before Ray starts.
-        self.curves = open_curves(self.config.run.loggers, output)
+        self.curves = open_curves(self.config.run.loggers, self.config.data.output)
         self.resources = connect(self.config)
         self.gpus, self.concurrent, self.threads = share(self.config, self.name, self.resources)
         self.cpus = self.threads * self.resources.cpus_per_core
@@ -227,10 +192,8 @@ class _Runner:
         self.bench = ray.put(Bench(replace(sets, sparse=None), experiment.cache, self.threads, weight))
         self.board = start_board()
         self.total, self.seen = len(experiment.grid.recipes), set[tuple[str, int]]()
-        self.copies: dict[str, int] = {}
-        for recipe in experiment.grid.recipes:
-            self.copies[recipe.key] = self.copies.get(recipe.key, 0) + 1
-        self.finished = self.total - sum(self.copies[recipe.key] for recipe in _missing(experiment))
+        self.copies = Counter(recipe.key for recipe in experiment.grid.recipes)
+        self.finished = self.total - sum(self.copies[recipe.key] for recipe in experiment.missing())
         trials = experiment.measured_trials() if experiment.space else []
         scores = [(rows.trial_score(experiment, trial), trial.title) for trial in trials]
         self.best: tuple[float, str] | None = max(scores, default=None)
@@ -247,58 +210,43 @@ class _Runner:
     def train(self, recipes: list[Recipe], columns: dict[str, Any]) -> None:
         """Train the victims of recipes whose sets are there; `columns` are references to poisoned images."""
         jobs = {one.key: (one, self.bench, columns.get(one.column.key), self.board) for one in recipes}
-        by_key = {recipe.key: recipe for recipe in recipes}
-
         self.line.phase = "first epoch"
         watch = Watch(self.name, "epoch", self.config.run.watchdog_seconds)
         with BoardWatcher(self.board, self._show, watch):
             for key, done in self._each(measure, jobs, watch):
                 if done.error:
-                    self._failed([by_key[key]], done.error)
+                    self._failed([jobs[key][0]], done.error)
                 else:
                     self.experiment.results[key] = done.value()
 
     def make_sets(self, recipes: list[Recipe], columns: dict[str, Any]) -> set[str]:
         """Make the transformed sets of `recipes`; return the keys of all that are there."""
         needs = {need.key: need for recipe in recipes for need in recipe.needs}
-        cache = self.experiment.cache
-        made = {key for key in needs if cache.note("defended", key) is not None}
-        wanted = {key: need for key, need in needs.items() if key not in made}
+        wanted = {key: need for key, need in needs.items() if self.experiment.cache.note("defended", key) is None}
         failed: dict[str, BaseException] = {}
-        for key, need in list(wanted.items()):
+        jobs = {}
+        for key, need in wanted.items():
             try:
                 if need.row.denoiser:
                     against = need.column if need.row.entry.against else None
                     self.denoiser(need.row.config, need.row.denoiser, against)
+                jobs[key] = (need, self.bench, columns.get(need.column.key) if need.column else None)
             except InterruptedRunError:
                 raise
             except EclipseError as error:
                 failed[key] = error
-                del wanted[key]
-        if wanted:
+        if jobs:
             self.line.phase = "making transformed sets"
-            say(f"{self.name}: {self._so_far()}; {len(wanted)} transformed sets")
-            made |= self._make(wanted, columns, failed)
+            say(f"{self.name}: {self._so_far()}; {len(jobs)} transformed sets")
+            with ProgressLine("transform", "sets", len(jobs), self.config.run.progress_seconds) as line:
+                # A set is made in one task that tells nothing on the way: it may take any time.
+                for key, done in self._each(defend, jobs, Watch(self.name, "set")):
+                    if done.error:
+                        failed[key] = done.error
+                    line.advance(1, failed=int(key in failed))
         for key, cause in failed.items():
             self._failed([one for one in recipes if any(need.key == key for need in one.needs)], cause)
-        return made
-
-    def _make(
-        self, wanted: dict[str, Need], columns: dict[str, Any], failed: dict[str, BaseException]
-    ) -> set[str]:
-        jobs = {
-            key: (need, self.bench, columns.get(need.column.key) if need.column else None)
-            for key, need in wanted.items()
-        }
-        line = ProgressLine("transform", "sets", len(jobs), self.config.run.progress_seconds)
-
-        with line:
-            # A set is made in one task that tells nothing on the way: it may take any time.
-            for key, done in self._each(defend, jobs, Watch(self.name, "set")):
-                if done.error:
-                    failed[key] = done.error
-                line.advance(1, failed=int(key in failed))
-        return wanted.keys() - failed.keys()
+        return needs.keys() - failed.keys()
 
     def denoiser(self, config: Config, key: str, against: Column | None = None) -> str:
         """Return the folder of the denoiser `key`, which a row or a poison needs, fitted if it was not before.
@@ -332,11 +280,11 @@ class _Runner:
         """
         columns = {recipe.column.key: recipe.column for recipe in recipes}
         self.line.phase = "making poisoned sets"
-        works = [partial(self._column, column, recipes) for column in columns.values() if column.poisoned]
+        poisoned = {key: column for key, column in columns.items() if column.poisoned}
+        works = [partial(self._column, column, recipes) for column in poisoned.values()]
         made = on_threads(works, fits_at_once(self.resources), "the making of poisons")
-        poisoned = [key for key, column in columns.items() if column.poisoned]
-        found = {key: ref for key, ref in zip(poisoned, made, strict=True) if ref is not None}
-        return {key: found.get(key) for key, column in columns.items() if not column.poisoned or key in found}
+        found = dict.fromkeys(columns) | dict(zip(poisoned, made, strict=True))
+        return {key: made for key, made in found.items() if made is not None or key not in poisoned}
 
     def _column(self, column: Column, recipes: list[Recipe]) -> Any:
         """Return a reference to the column's images, or None after a failure."""
@@ -387,7 +335,7 @@ class _Runner:
         with BoardWatcher(self.board, self._show, watch):
             failed = run_trials(
                 trial,
-                search.tune_space(None if optuna else points),
+                {} if optuna else {"point": tune.grid_search([json.dumps(point) for point in points])},
                 {"cpu": self.cpus, "gpu": self.gpus},
                 search.tune_config(
                     self.config, experiment.space, scores, left if optuna else None, self.concurrent
@@ -407,16 +355,17 @@ class _Runner:
         return ((keys[done.number], done) for done in run_tasks(tasks, jobs.values(), watch))
 
     def _show(self, entry: dict[str, Any]) -> None:
-        progress = Progress(**entry)
+        """Show one epoch of a victim, as `measure` posts it."""
+        key, title, epoch, accuracy = (entry[name] for name in ("key", "title", "epoch", "test_accuracy"))
         # A victim that Ray had to start again reports its first epochs twice.
-        if (progress.key, progress.epoch) in self.seen:
+        if (key, epoch) in self.seen:
             return
-        self.seen.add((progress.key, progress.epoch))
-        if progress.last:
-            self.finished += self.copies.get(progress.key, 1)
-            self.best = max(self.best or (progress.score, progress.title), (progress.score, progress.title))
-        self.curves.log({progress.title: progress.test_accuracy}, progress.epoch)
-        reached = f"{progress.title}: {progress.test_accuracy:.1f} %"
+        self.seen.add((key, epoch))
+        if entry["last"]:
+            self.finished += self.copies[key] or 1
+            self.best = max(self.best or (entry["score"], title), (entry["score"], title))
+        self.curves.log({title: accuracy}, epoch)
+        reached = f"{title}: {accuracy:.1f} %"
         if self.experiment.space:
             reached = f"best so far {self.best[0]:.1f}: {self.best[1]}" if self.best else ""
         elif self.experiment.output:
@@ -452,14 +401,15 @@ def defend(need: Need, bench: Bench, images: Pixels | None) -> None:
 
 def likeness(key: str, bench: Bench, images: Pixels) -> None:
     """Measure once what the poison of a column does to the images."""
-    keep_quality(bench.cache, key, images, bench.sets.source.images)
+    if bench.cache.note("quality", key) is None:
+        bench.cache.finish("quality", key, quality(images, bench.sets.source.images))
 
 
 def measure(recipe: Recipe, bench: Bench, images: Pixels | None, board: Any, told: Told | None = None) -> Measured:
     """Return what a recipe gives, measured and committed if it was not before.
 
     `images` are those of the recipe's column, or None for images that no poison changed. Every epoch is posted on
-    `board`; `told` is given what is known after every epoch but the last.
+    `board`; `told` is called after every epoch but the last.
     """
     kept = bench.cache.folder
     if kept is not None and kept.exists(f"results/{recipe.key}.json"):
@@ -473,11 +423,13 @@ def measure(recipe: Recipe, bench: Bench, images: Pixels | None, board: Any, tol
         result.test_accuracy.append(accuracy)
         result.train_loss.append(loss)
         score, last = score_of(result, bench.fidelity_weight), epoch == recipe.victim.config.epochs
-        board.post.remote(vars(Progress(recipe.key, recipe.title, epoch, accuracy, score, last)))
+        entry = {"key": recipe.key, "title": recipe.title, "epoch": epoch, "test_accuracy": accuracy}
+        board.post.remote({**entry, "score": score, "last": last})
         if told is not None and not last:
-            told(replace(result, seconds=time.monotonic() - began))
+            told(recipe, replace(result, seconds=time.monotonic() - began), score)
 
     config, defense = recipe.row.config, recipe.row.defense
+    clean = bench.sets.parts[config.matrix.sparse_limit] if defense.dilution else None
     train_victim(
         trained_on,
         labels_of(bench.sets.source),
@@ -490,7 +442,7 @@ def measure(recipe: Recipe, bench: Bench, images: Pixels | None, board: Any, tol
         on_epoch,
         augmentations=[defense.augmentation(config.defense)] if defense.augmentation else [],
         privacy=privacy(config.defense) if defense.privacy else None,
-        extra=_labelled(bench.sets.parts[config.matrix.sparse_limit]) if defense.dilution else None,
+        extra=(clean.images, labels_of(clean)) if clean else None,
     )
     result = replace(result, seconds=time.monotonic() - began)
     if kept is not None:
@@ -532,10 +484,6 @@ def _begin(recipe: Recipe, bench: Bench) -> Measured:
     )
 
 
-def _labelled(images: ImageSet) -> tuple[Pixels, Any]:
-    return images.images, labels_of(images)
-
-
 def try_point(parameters: dict[str, Any], config: Config, facts: Facts, bench: list[Any], board: Any) -> None:
     """Try one point of a sweep inside Ray Tune; `bench` is a reference in a list, which Ray does not resolve."""
     shared: Bench = ray.get(bench[0])
@@ -548,7 +496,8 @@ def try_point(parameters: dict[str, Any], config: Config, facts: Facts, bench: l
         trial = make_trial(config, point, facts)
         for need in trial.recipes[0].needs:
             defend(need, shared, None)
-        results = [measure(one, shared, None, board, _teller(one, shared, config)) for one in trial.recipes]
+        told = _tell_scheduler if config.sweep.asha else None
+        results = [measure(one, shared, None, board, told) for one in trial.recipes]
     except EclipseError as error:
         # Reported and not raised, because another attempt would fail too.
         tune.report({"error": str(error)})
@@ -557,17 +506,10 @@ def try_point(parameters: dict[str, Any], config: Config, facts: Facts, bench: l
     tune.report({"score": score, "epoch": config.victim.epochs})
 
 
-def _teller(recipe: Recipe, bench: Bench, config: Config) -> Told | None:
-    """Return what tells the scheduler about an epoch, if it may stop victims."""
-    if not config.sweep.asha:
-        return None
-
-    def tell(result: Measured) -> None:
-        record = json.dumps({"key": recipe.key, "result": asdict(replace(result, stopped=True))})
-        score = score_of(result, bench.fidelity_weight)
-        tune.report({"score": score, "epoch": len(result.test_accuracy), "record": record})
-
-    return tell
+def _tell_scheduler(recipe: Recipe, result: Measured, score: float) -> None:
+    """Tell the scheduler, which may stop the victim, about an epoch."""
+    record = json.dumps({"key": recipe.key, "result": asdict(replace(result, stopped=True))})
+    tune.report({"score": score, "epoch": len(result.test_accuracy), "record": record})
 
 
 class KeepStopped(tune.Callback):

@@ -58,8 +58,9 @@ class Trial:
 def space_of(config: Config, recommended: Recommended | None) -> Space:
     """Return the space of the section `sweep`, or the default one. Raises ConfigError for an impossible axis."""
     space = dict(config.sweep.space) or default_space(config, recommended)
+    named = {f"purify.{name}" for name in PURIFY_AXES} | {f"compensation.{name}" for name in COMPENSATION_AXES}
     for key, values in space.items():
-        if not _is_axis(key):
+        if key not in named and not _trains(key):
             raise ConfigError(
                 f"sweep.space: {key} is no axis; vary purify.{', '.join(PURIFY_AXES)}, "
                 f"compensation.{', '.join(COMPENSATION_AXES)}, keys of denoiser, or {SPARSE_PERCENT}"
@@ -74,7 +75,7 @@ def space_of(config: Config, recommended: Recommended | None) -> Space:
 
 def default_space(config: Config, recommended: Recommended | None) -> Space:
     """Return depths that the denoiser was trained for, one and more steps, and values of compensation."""
-    t_max = recommended.t_max if recommended else int(config.denoiser.t_max or 0)
+    t_max = (recommended or trained_recommendation(config)).t_max
     depths = sorted({max(1, round(part * t_max)) for part in (0.25, 0.5, 0.8)})
     steps = sorted({1, min(4, depths[0])})
     compensation: Space = {"compensation.p": [0.2, 0.4, 0.6], "compensation.sigma": [0.05, 0.1]}
@@ -216,15 +217,6 @@ def trained_recommendation(config: Config) -> Recommended:
     return Recommended(int(own.t_max or 0), own.t_star, own.num_inference_steps, own.sampler)
 
 
-def _is_axis(key: str) -> bool:
-    section, _, name = key.partition(".")
-    return (
-        (section == "purify" and name in PURIFY_AXES)
-        or (section == "compensation" and name in COMPENSATION_AXES)
-        or _trains(key)
-    )
-
-
 def _trains(key: str) -> bool:
     section, _, name = key.partition(".")
     return key == SPARSE_PERCENT or (section == "denoiser" and name not in NO_DENOISER_AXES)
@@ -284,13 +276,6 @@ def tune_config(
         max_concurrent_trials=concurrent,
         reuse_actors=True,
     )
-
-
-def tune_space(points: list[Point] | None) -> dict[str, Any]:
-    """Return the parameters of Ray Tune for listed points, or none when Optuna chooses."""
-    from ray import tune
-
-    return {} if points is None else {"point": tune.grid_search([json.dumps(point) for point in points])}
 
 
 def tuned_point(parameters: dict[str, Any]) -> Point:

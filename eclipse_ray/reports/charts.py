@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -26,8 +25,7 @@ AMPLIFY = 10
 Pixels = NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Theme:
+class Theme(NamedTuple):
     """Colours of a page: ink, muted ink, grid, background, and the series in order; all are legible on it."""
 
     ink: str
@@ -35,11 +33,6 @@ class Theme:
     grid: str
     page: str
     series: tuple[str, ...]
-
-    @property
-    def colours(self) -> tuple[str, ...]:
-        """All colours, in a fixed order."""
-        return self.ink, self.muted, self.grid, self.page, *self.series
 
 
 LIGHT = Theme(
@@ -51,7 +44,8 @@ DARK = Theme(
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
-Paint = Callable[[Axes, Theme], None]
+Paint = Callable[[Axes], None]
+"""Draws on axes in the colours of LIGHT."""
 Values = Sequence[float] | NDArray[Any]
 
 
@@ -67,20 +61,20 @@ def draw(name: str, alt: str, caption: str, paint: Paint, size: tuple[float, flo
 
 
 def _in_the_dark(drawing: bytes) -> bytes:
-    pairs = zip(LIGHT.colours, DARK.colours, strict=True)
-    colours = {light.encode(): dark.encode() for light, dark in pairs}
+    pairs = zip([*LIGHT[:-1], *LIGHT.series], [*DARK[:-1], *DARK.series], strict=True)
+    colours = {str(light).encode(): str(dark).encode() for light, dark in pairs}
     return re.sub(rb"#[0-9a-f]{6}", lambda match: colours.get(match[0], match[0]), drawing)
 
 
 def lines(curves: Mapping[str, tuple[Values, Values]], **settings: Any) -> Paint:
     """Return what draws one line (x, y) per name; `settings` are of the axes."""
 
-    def paint(axes: Axes, theme: Theme) -> None:
+    def paint(axes: Axes) -> None:
         for index, (label, (x, y)) in enumerate(curves.items()):
-            style = index % len(theme.series)
+            style = index % len(LIGHT.series)
             # Marks would hide a curve of many points.
             marker = MARKERS[style] if len(x) < 20 else ""
-            colour, dashes = theme.series[style], DASHES[style]
+            colour, dashes = LIGHT.series[style], DASHES[style]
             axes.plot(x, y, color=colour, linestyle=dashes, marker=marker, label=legible(label))
         axes.set(**settings)
         for axis in (axes.xaxis, axes.yaxis):
@@ -98,30 +92,29 @@ def legible(label: str) -> str:
 
 
 def _figure(paint: Paint, size: tuple[float, float]) -> Figure:
-    theme = LIGHT
     settings = {
         "font.size": 10,
         # Labels may contain any text: a dollar sign does not begin a formula.
         "text.parse_math": False,
-        "axes.edgecolor": theme.muted,
-        "axes.labelcolor": theme.ink,
+        "axes.edgecolor": LIGHT.muted,
+        "axes.labelcolor": LIGHT.ink,
         "axes.grid": True,
         "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "grid.color": theme.grid,
+        "grid.color": LIGHT.grid,
         "grid.linewidth": 0.6,
         "lines.linewidth": 1.8,
         "lines.markersize": 4,
-        "text.color": theme.ink,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
+        "text.color": LIGHT.ink,
+        "xtick.color": LIGHT.muted,
+        "ytick.color": LIGHT.muted,
         "legend.frameon": False,
         "legend.fontsize": 9,
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
-        paint(figure.add_subplot(), theme)
+        paint(figure.add_subplot())
         # The layout is computed while the settings hold, because labels are made when they are drawn.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
@@ -131,20 +124,19 @@ def _figure(paint: Paint, size: tuple[float, float]) -> Figure:
 def _save(figure: Figure, kind: str) -> bytes:
     # Letters stay text: smaller files, sharp at any size, in the reader's own sans-serif font.
     settings = {"svg.fonttype": "none", "svg.hashsalt": "eclipse_ray", "font.family": ["sans-serif"]}
-    stream = io.BytesIO()
     with matplotlib.rc_context(settings):
-        if kind == "svg":
-            # No date, so that the same data give the same bytes.
-            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-            return stream.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'DejaVu Sans'")
-        figure.savefig(stream, format="png", dpi=PNG_DPI, facecolor="white")
-    return stream.getvalue()
+        if kind == "png":
+            return png(figure, PNG_DPI)
+        stream = io.BytesIO()
+        # No date, so that the same data give the same bytes.
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return stream.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'DejaVu Sans'")
 
 
-def amplified(images: Pixels, reference: Pixels, factor: int = AMPLIFY) -> Pixels:
-    """Return (images - reference) * factor around mid-gray, uint8 of the same shape."""
+def amplified(images: Pixels, reference: Pixels) -> Pixels:
+    """Return (images - reference) * AMPLIFY around mid-gray, uint8 of the same shape."""
     change = images.astype(np.int32) - reference.astype(np.int32)
-    return np.clip(128 + factor * change, 0, 255).astype(np.uint8)
+    return np.clip(128 + AMPLIFY * change, 0, 255).astype(np.uint8)
 
 
 def image_grid(rows: Mapping[str, Sequence[Pixels] | Pixels], columns: Sequence[str], title: str) -> bytes:

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from matplotlib.axes import Axes
 
 from eclipse_ray.config import Config, flatten
 from eclipse_ray.errors import InputError
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Section, Table, Text, value_words
-from eclipse_ray.reports.charts import MARKERS, WIDE, Theme, draw, legible, lines
+from eclipse_ray.reports.charts import LIGHT, MARKERS, WIDE, draw, legible, lines
 from eclipse_ray.reports.folder import BEST, read_mapping
-from eclipse_ray.reports.tables import CLEAN, RESULTS, columns, read_rows, read_view, tables_of
+from eclipse_ray.reports.tables import CLEAN, RESULTS, columns, read_table, read_view, tables_of, to_parquet
 from eclipse_ray.results import DEMO_FILE, EVALUATION_FILE, SweepView, sweep_order
 from eclipse_ray.storage.store import Store
 
@@ -95,17 +94,17 @@ def _best(rows: Sequence[Result]) -> str:
 def _dots(rows: Sequence[Result], victim: str) -> Chart:
     defenses, poisons = _drawn(_unique(rows, "defense")), _unique(rows, "poison")
 
-    def paint(axes: Axes, theme: Theme) -> None:
+    def paint(axes: Axes) -> None:
         for index, name in enumerate(defenses):
             shift = (index - (len(defenses) - 1) / 2) * 0.13
-            found = [(place, _accuracies(rows, victim, name, poison)) for place, poison in enumerate(poisons)]
-            found = [(place, values) for place, values in found if values]
+            cells = [_accuracies(rows, victim, name, poison) for poison in poisons]
+            found = {place + shift: values for place, values in enumerate(cells) if values}
             axes.errorbar(
-                [place + shift for place, _ in found],
-                [statistics.fmean(values) for _, values in found],
-                [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in found],
+                [*found],
+                [statistics.fmean(values) for values in found.values()],
+                [statistics.stdev(values) if len(values) > 1 else 0.0 for values in found.values()],
                 fmt=MARKERS[index],
-                color=theme.series[index],
+                color=LIGHT.series[index],
                 capsize=2,
                 label=legible(name),
             )
@@ -177,9 +176,7 @@ OBJECTIVE, WORDS = "proxy_accuracy", "proxy accuracy, %"
 def write_sweep(output: str, view: SweepView) -> None:
     """Write results.parquet, and once there is a result best.yaml, pareto.png and heatmap.png into `output`."""
     store = Store(output)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(view.rows, schema=SWEEP_TIDY), sink)
-    store.write("results.parquet", sink.getvalue().to_pybytes())
+    store.write(RESULTS, to_parquet(pa.Table.from_pylist(view.rows, schema=SWEEP_TIDY)))
     if not view.rows:
         return
     head = f"# eclipse-ray purify SRC DST --config best.yaml\n# The best of {view.summary}.\n"
@@ -194,7 +191,7 @@ def pareto_chart(view: SweepView) -> Chart:
     front = sorted((row["psnr"], row[OBJECTIVE]) for row in rows if row["pareto"])
     best = best_first(rows)[0]
 
-    def paint(axes: Axes, theme: Theme) -> None:
+    def paint(axes: Axes) -> None:
         dots = axes.scatter(
             [row["psnr"] for row in rows],
             [row[OBJECTIVE] for row in rows],
@@ -202,9 +199,9 @@ def pareto_chart(view: SweepView) -> Chart:
             cmap="viridis",
             zorder=2,
         )
-        axes.plot(*zip(*front, strict=True), color=theme.muted, linewidth=1, zorder=1, label="Pareto front")
+        axes.plot(*zip(*front, strict=True), color=LIGHT.muted, linewidth=1, zorder=1, label="Pareto front")
         place = [best["psnr"]], [best[OBJECTIVE]]
-        axes.scatter(*place, s=140, facecolors="none", edgecolors=theme.series[1], label="best")
+        axes.scatter(*place, s=140, facecolors="none", edgecolors=LIGHT.series[1], label="best")
         axes.set(xlabel="fidelity: PSNR of purified clean images, dB", ylabel=f"defense: {WORDS}")
         axes.legend()
         axes.figure.colorbar(dots, ax=axes, label="t_star")
@@ -224,7 +221,7 @@ def heat_map(view: SweepView) -> Chart:
     found = [[cells.get((x, y)[: len(names)], [math.nan]) for x in across] for y in down]
     means = [[statistics.fmean(cell) for cell in line] for line in found]
 
-    def paint(axes: Axes, theme: Theme) -> None:
+    def paint(axes: Axes) -> None:
         shown = axes.imshow(means, cmap="viridis", aspect="auto")
         axes.grid(visible=False)
         # Not quite white: that is the page, which turns dark, and the cells do not.
@@ -261,7 +258,7 @@ SETTINGS = tuple(SWEEP_TIDY.names[: SWEEP_TIDY.names.index("point")])
 def sweep(store: Store) -> Section:
     """Return the section on a sweep: its best settings, its pictures, its trials."""
     best = read_mapping(store, BEST)
-    rows = read_rows(store) if store.exists(RESULTS) else []
+    rows = read_table(store).to_pylist() if store.exists(RESULTS) else []
     pairs = [[key, value_words(value)] for key, value in flatten(best).items()]
     settings = Table("The best settings", ["setting", "value"], pairs, numeric=False)
     command = Code("Purify with them", f"eclipse-ray purify SRC DST --config {store.path(BEST)}", open=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -90,10 +91,7 @@ def open_folder(url: str) -> Folder:
 
 def kind_of(store: Store) -> str | None:
     """Return the kind of output in `store`, None if it is none."""
-    for kind, marks in MARKS.items():
-        if all(store.exists(mark) for mark in marks):
-            return kind
-    return None
+    return next((kind for kind, marks in MARKS.items() if all(map(store.exists, marks))), None)
 
 
 def read_config(store: Store, key: str = layout.CONFIG) -> Config | None:
@@ -129,15 +127,6 @@ def read_card(store: Store) -> Card:
         return Card.model_validate_json(store.read(CARD_FILE))
     except ValidationError as error:
         raise InputError(f"{store.path(CARD_FILE)}: damaged; train the denoiser again") from error
-
-
-def read_schedule(store: Store) -> Floats | None:
-    """Return alphas_cumprod of the denoiser in `store`, float64 (T,), or None if it has none."""
-    data = layout.read_optional(store, SCHEDULER_FILE)
-    if data is None:
-        return None
-    alphas: Floats = parse_schedule(store.path(SCHEDULER_FILE), data).numpy()
-    return alphas
 
 
 def record_command(url: str, command: str) -> None:
@@ -222,11 +211,8 @@ class Purification:
         """Statuses of the planned shards that are committed, in plan order."""
         self.planned = sum(shard.rows for shard in self.plan.shards)
         self.ok, self.failed = sum(status.ok for status in self.done), sum(status.failed for status in self.done)
-        self.failures: list[ledger.ImageFailure] = []
-        for status in self.done:
-            if len(self.failures) < FAILURES_SHOWN:
-                self.failures += ledger.read_failures(store, status)
-        del self.failures[FAILURES_SHOWN:]
+        failures = (failure for status in self.done for failure in ledger.read_failures(store, status))
+        self.failures = list(islice(failures, FAILURES_SHOWN))
         self.notes: list[str] = []
         self.samples = self._sampled(origin)
         self.changes = ledger.read_changes(store, self.done)
@@ -274,7 +260,8 @@ class Purification:
         base = self.plan.base
         chosen = {base[index].name: index for index in spread(len(base), SHARDS)}
         whole = {status.shard for status in self.done if status.object}
-        found = self._read({name: _first_rows(base[i]) for name, i in chosen.items() if name in whole})
+        spans = {name: [span.row()[:3] for span in base[i].spans] for name, i in chosen.items() if name in whole}
+        found = self._read({name: _rows_at(each, 0) for name, each in spans.items()})
         samples = [sample for drawn in found.values() for sample in drawn]
         try:
             origin = origin or _origin(self.config.data.source)
@@ -334,7 +321,8 @@ def _measured(samples: Sequence[Sample]) -> pa.Table:
 
 def _with_clean(drawn: Sequence[Sample], clean: Source, data: DataConfig, offset: int) -> list[Sample]:
     """Return the first images of a shard that begins at row `offset` with the clean images of the same ids."""
-    table = read_parts(clean.url, clean.format, clean.classes, _rows_at(clean, offset, IMAGES_OF_A_SHARD), data)
+    spans = _rows_at([(part.key, 0, part.rows) for part in clean.parts], offset)
+    table = read_parts(clean.url, clean.format, clean.classes, spans, data)
     encoded = dict(zip(table["id"].to_pylist(), image_bytes(table), strict=True))
     found = []
     for sample in drawn:
@@ -363,24 +351,15 @@ def _location(source: str, key: str) -> tuple[str, str]:
     return store.url.rpartition("/")[0] or "/", name
 
 
-def _first_rows(shard: ledger.Shard) -> list[Span]:
-    spans: list[Span] = []
-    left = IMAGES_OF_A_SHARD
-    for span in shard.spans:
-        stop = min(span.stop, span.start + left)
-        spans += [(span.key, span.start, stop)] if left else []
-        left -= stop - span.start
-    return spans
-
-
-def _rows_at(source: Source, offset: int, count: int) -> list[Span]:
-    spans: list[Span] = []
-    for part in source.parts:
-        start, stop = max(offset, 0), min(offset + count, part.rows)
-        if start < stop:
-            spans.append((part.key, start, stop))
-        offset -= part.rows
-    return spans
+def _rows_at(spans: Sequence[Span], offset: int) -> list[Span]:
+    """Return where the IMAGES_OF_A_SHARD rows lie that begin at row `offset` of `spans`."""
+    found: list[Span] = []
+    for key, start, stop in spans:
+        first, last = start + max(offset, 0), min(start + offset + IMAGES_OF_A_SHARD, stop)
+        if first < last:
+            found.append((key, first, last))
+        offset -= stop - start
+    return found
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -393,7 +372,10 @@ def _noise(store: Store, config: Config) -> Noise:
     used: dict[str, Any] = ledger.read_fingerprint(store).config.get("purify", {})
     alphas, note = None, ""
     try:
-        alphas = read_schedule(Store(config.purify.denoiser)) if config.purify.denoiser else None
+        folder = Store(config.purify.denoiser) if config.purify.denoiser else None
+        data = layout.read_optional(folder, SCHEDULER_FILE) if folder else None
+        if folder and data is not None:
+            alphas = parse_schedule(folder.path(SCHEDULER_FILE), data).numpy()
     except (EclipseError, OSError) as error:
         note = f" ({error})"
     if alphas is None:

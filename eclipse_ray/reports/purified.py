@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from eclipse_ray.datasets.images import centre_crop, encode_image, resize_image
 from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
-from eclipse_ray.progress import duration
+from eclipse_ray.progress import duration, volume
 from eclipse_ray.quality import EQUAL_PSNR
 from eclipse_ray.reports.blocks import (
     Block,
@@ -29,7 +29,7 @@ from eclipse_ray.reports.blocks import (
     Table,
     Text,
 )
-from eclipse_ray.reports.charts import AMPLIFY, DASHES, Theme, amplified, draw, image_grid, lines
+from eclipse_ray.reports.charts import AMPLIFY, DASHES, LIGHT, amplified, draw, image_grid, lines
 from eclipse_ray.reports.folder import Floats, Noise, Purification, Sample, spread
 
 COLUMNS = 8
@@ -122,16 +122,8 @@ def _cost(run: Purification) -> list[str]:
     read = {span.key: span.size for shard in committed for span in shard.spans}
     return [
         f"{1000 * seconds / images:,.1f} core-seconds per 1,000 images, {duration(seconds)} in all.",
-        f"{_size(sum(read.values()))} in, {_size(sum(status.bytes for status in run.done))} out.",
+        f"{volume(sum(read.values()))} in, {volume(sum(status.bytes for status in run.done))} out.",
     ]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"
-        count /= 1024
-    return f"{count:,.1f} TiB"
 
 
 def _of(run: Purification) -> str:
@@ -181,9 +173,9 @@ def _compared(sample: Sample, run: Purification) -> Specimen:
 
 
 def _histogram(name: str, values: Floats, words: str, of: str) -> Chart:
-    def paint(axes: Axes, theme: Theme) -> None:
-        axes.hist(values, bins=min(40, 4 + len(values) // 4), color=theme.series[0])
-        axes.axvline(float(np.median(values)), color=theme.series[1], linestyle=DASHES[1], label="median")
+    def paint(axes: Axes) -> None:
+        axes.hist(values, bins=min(40, 4 + len(values) // 4), color=LIGHT.series[0])
+        axes.axvline(float(np.median(values)), color=LIGHT.series[1], linestyle=DASHES[1], label="median")
         axes.set(xlabel=f"{words}, after against before", ylabel="images")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
@@ -286,10 +278,10 @@ def _pixels(image: np.ndarray, words: str, id: str) -> Pixels:
 
 def _of_many_classes(samples: Sequence[Sample], count: int) -> list[Sample]:
     """Return `count` samples of as many different labels as possible, in their order."""
-    first = list({sample.label: index for index, sample in reversed(list(enumerate(samples)))}.values())[::-1]
-    places = sorted(first)[:count]
+    first = {sample.label: index for index, sample in reversed(list(enumerate(samples)))}
+    places = sorted(first.values())[:count]
     others = [index for index in range(len(samples)) if index not in places]
-    places += [others[index] for index in spread(len(others), count - len(places))] if len(places) < count else []
+    places += [others[index] for index in spread(len(others), count - len(places))]
     return [samples[index] for index in sorted(places)]
 
 
@@ -305,9 +297,10 @@ def theory(run: Purification) -> Section:
     """Return the section for researchers: power spectra before and after, an image under noise, and its bound."""
     blocks: list[Block] = [Text(run.noise.note, note=True)] if run.noise.note else []
     changes = _changes(run)
-    deltas = _perturbations(run.paired)[0] if run.paired else []
     charts = [_spectrum(changes)] if changes else []
-    charts.append(_bound_chart(run.noise, [float(np.vdot(delta, delta)) for delta in deltas]))
+    charts.append(
+        _bound_chart(run.noise, [float(np.vdot(delta, delta)) for delta in changes.get("perturbation", [])])
+    )
     at = float(kl_nats(PAPER_SQUARED_NORM, run.noise.alphas_cumprod)[run.noise.t_star - 1])
     bound = (
         "Noise alone hides nothing from an ideal observer. A poisoned image noised to depth t and its clean copy "

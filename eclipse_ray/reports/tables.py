@@ -51,9 +51,7 @@ def write_tables(output: str, view: MatrixView) -> str:
     store = Store(output)
     axes = {name: value for name, value in asdict(view).items() if name != "rows"}
     table = pa.Table.from_pylist(view.rows, schema=TIDY.with_metadata({AXES: json.dumps(axes)}))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    store.write(RESULTS, sink.getvalue().to_pybytes())
+    store.write(RESULTS, to_parquet(table))
     text = io.StringIO()
     writer = csv.DictWriter(text, TIDY.names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -64,10 +62,19 @@ def write_tables(output: str, view: MatrixView) -> str:
     return markdown
 
 
-def read_rows(store: Store) -> list[Row]:
-    """Return the rows of results.parquet. Raises InputError if it is damaged."""
-    rows: list[Row] = _read_table(store).to_pylist()
-    return rows
+def to_parquet(table: pa.Table) -> bytes:
+    """Return a table as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return bytes(sink.getvalue())
+
+
+def read_table(store: Store) -> pa.Table:
+    """Return results.parquet. Raises InputError if it is damaged."""
+    try:
+        return pq.read_table(io.BytesIO(store.read(RESULTS)))
+    except layout.DAMAGE as error:
+        raise InputError(f"{store.path(RESULTS)}: cannot be read ({error}); run its command again") from error
 
 
 def read_view(store: Store, dataset: str | None) -> MatrixView:
@@ -76,7 +83,7 @@ def read_view(store: Store, dataset: str | None) -> MatrixView:
     Folders of earlier versions may lack a column, which is null then. Or they hold rows only: their axes are the
     labels of the rows, and `dataset` names the paper's dataset, or is None.
     """
-    table = _read_table(store)
+    table = read_table(store)
     rows = [dict.fromkeys(TIDY.names) | row for row in table.to_pylist()]
     axes = (table.schema.metadata or {}).get(AXES)
     if axes is None:
@@ -85,13 +92,6 @@ def read_view(store: Store, dataset: str | None) -> MatrixView:
     for name in ("columns", "defenses", "victims"):
         tree[name] = [MatrixAxis(**axis) for axis in tree[name]]
     return MatrixView(**tree, rows=rows)
-
-
-def _read_table(store: Store) -> pa.Table:
-    try:
-        return pq.read_table(io.BytesIO(store.read(RESULTS)))
-    except layout.DAMAGE as error:
-        raise InputError(f"{store.path(RESULTS)}: cannot be read ({error}); run its command again") from error
 
 
 def _view_of_rows(rows: list[Row], dataset: str | None) -> MatrixView:
@@ -120,8 +120,7 @@ def tables_of(view: MatrixView) -> list[Block]:
         training = f"{victim.details}; device" if victim.details else "Device"
         devices = {row["device"] for rows in cells.rows.values() for row in rows}
         blocks += [Heading(victim.label), Text(f"{training}: {', '.join(sorted(devices)) or 'none yet'}.")]
-        makers = (_accuracy, _clean, _gap, _costs)
-        blocks += [table for maker in makers if (table := maker(view, cells))]
+        blocks += [table for maker in (_accuracy, _clean, _gap, _costs) if (table := maker(cells))]
     return blocks
 
 
@@ -144,6 +143,7 @@ class Cells:
 
     def __init__(self, view: MatrixView, victim: MatrixAxis) -> None:
         self.view, self.victim = view, victim
+        self.poisons = [column for column in view.columns if column.label != CLEAN]
         self.rows: dict[tuple[str, str], list[Row]] = {}
         for row in view.rows:
             if row["victim"] == victim.label:
@@ -157,9 +157,9 @@ class Cells:
         """Return one number of every seed that is measured."""
         return [row[name] for row in self.rows.get((defense, column), [])]
 
-    def by_seed(self, defense: str, columns: Sequence[str]) -> list[float]:
-        """Return the mean accuracy over columns for each seed; none if a seed of a column is missing."""
-        found = [self.values(defense, column) for column in columns]
+    def by_seed(self, defense: str) -> list[float]:
+        """Return the mean accuracy over all poisons for each seed; none if a seed of a poison is missing."""
+        found = [self.values(defense, poison.label) for poison in self.poisons]
         whole = all(len(values) == len(self.view.seeds) for values in found)
         return [statistics.fmean(values) for values in zip(*found, strict=True)] if whole else []
 
@@ -219,49 +219,40 @@ def _legend(view: MatrixView) -> list[str]:
     return lines
 
 
-def _poisons(view: MatrixView) -> list[MatrixAxis]:
-    return [column for column in view.columns if column.label != CLEAN]
-
-
 def _title(view: MatrixView, column: MatrixAxis) -> str:
     """Return the label of a column; a poison that was fitted with reduced numbers is called so."""
     costs = {row["cost"] for row in view.rows if row["poison"] == column.label}
     return f"{column.label} (reduced)" if costs == {"reduced"} and "reduced" not in column.label else column.label
 
 
-def _accuracy(view: MatrixView, cells: Cells) -> Table | None:
-    poisons = _poisons(view)
-
+def _accuracy(cells: Cells) -> Table | None:
     def row(defense: MatrixAxis) -> list[str]:
-        mean = cells.by_seed(defense.label, [column.label for column in poisons])
-        average = spread(mean) + cells.paper(defense, poisons)
-        return [*(cells.text(defense, column) for column in poisons), average]
+        average = spread(cells.by_seed(defense.label)) + cells.paper(defense, cells.poisons)
+        return [*(cells.text(defense, poison) for poison in cells.poisons), average]
 
-    head = [*(_title(view, column) for column in poisons), "AVG"]
-    return _table(view, "Test accuracy", head, row) if poisons else None
+    return _table(cells, "Test accuracy", _heads(cells), row) if cells.poisons else None
 
 
-def _clean(view: MatrixView, cells: Cells) -> Table | None:
+def _clean(cells: Cells) -> Table | None:
     def row(defense: MatrixAxis) -> list[str]:
-        return [cells.text(defense, column), cells.gap(cells.values(defense.label, CLEAN))]
+        return [cells.text(defense, clean[0]), cells.gap(cells.values(defense.label, CLEAN))]
 
-    for column in view.columns:
-        if column.label == CLEAN:
-            return _table(view, "Clean accuracy", ["clean", "gap to undefended clean"], row)
-    return None
+    clean = [column for column in cells.view.columns if column.label == CLEAN]
+    return _table(cells, "Clean accuracy", ["clean", "gap to undefended clean"], row) if clean else None
 
 
-def _gap(view: MatrixView, cells: Cells) -> Table | None:
-    labels = [column.label for column in _poisons(view)]
-
+def _gap(cells: Cells) -> Table | None:
     def row(defense: MatrixAxis) -> list[str]:
-        gaps = [cells.gap(cells.values(defense.label, label)) for label in labels]
-        return [*gaps, cells.gap(cells.by_seed(defense.label, labels))]
+        gaps = [cells.gap(cells.values(defense.label, poison.label)) for poison in cells.poisons]
+        return [*gaps, cells.gap(cells.by_seed(defense.label))]
 
-    if not labels or cells.reference is None:
+    if not cells.poisons or cells.reference is None:
         return None
-    head = [*(_title(view, column) for column in _poisons(view)), "AVG"]
-    return _table(view, f"Gap to undefended clean ({cells.reference:.1f})", head, row)
+    return _table(cells, f"Gap to undefended clean ({cells.reference:.1f})", _heads(cells), row)
+
+
+def _heads(cells: Cells) -> list[str]:
+    return [*(_title(cells.view, poison) for poison in cells.poisons), "AVG"]
 
 
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -275,11 +266,13 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 """Column of the rows: its head in the table of costs, and how its mean is written."""
 
 
-def _costs(view: MatrixView, cells: Cells) -> Table:
+def _costs(cells: Cells) -> Table:
     """Return what a defense costs, and how far its training images are from the clean ones."""
 
+    columns = cells.view.columns
+
     def cell(defense: MatrixAxis, name: str, write: Callable[[float], str]) -> str:
-        every = [value for column in view.columns for value in cells.values(defense.label, column.label, name)]
+        every = [value for column in columns for value in cells.values(defense.label, column.label, name)]
         known = [value for value in every if value is not None]
         return write(statistics.fmean(known)) if known else "-" if every else UNFINISHED
 
@@ -290,11 +283,11 @@ def _costs(view: MatrixView, cells: Cells) -> Table:
         "Cost, and likeness to the clean images: means over the columns measured; a dash where no image is "
         "transformed or changed"
     )
-    return _table(view, title, [head for head, _ in COSTS.values()], row)
+    return _table(cells, title, [head for head, _ in COSTS.values()], row)
 
 
-def _table(view: MatrixView, title: str, head: Sequence[str], row: Callable[[MatrixAxis], list[str]]) -> Table:
-    return Table(title, ["defense", *head], [[defense.label, *row(defense)] for defense in view.defenses])
+def _table(cells: Cells, title: str, head: Sequence[str], row: Callable[[MatrixAxis], list[str]]) -> Table:
+    return Table(title, ["defense", *head], [[defense.label, *row(defense)] for defense in cells.view.defenses])
 
 
 POISONS = ("em", "tap", "rem", "sep", "efp", "urp", "lsp", "ar", "adp")

@@ -64,8 +64,8 @@ def test_differences_are_on_the_scale_of_the_denoiser_and_enlarged_around_gray()
 
 
 def test_a_dark_drawing_is_the_light_one_in_other_colours():
-    def paint(axes, theme):
-        axes.plot([0, 1], [0, 1], color=theme.series[0])
+    def paint(axes):
+        axes.plot([0, 1], [0, 1], color=LIGHT.series[0])
         axes.set(xlabel="$not math$ <b>")
 
     chart = draw("line", "a line", "a line", paint)

@@ -1,7 +1,6 @@
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from uuid import UUID
 
 import numpy as np
@@ -319,23 +318,6 @@ def test_ids_that_are_uuids_become_text(tmp_path, said):
     url = put(tmp_path, "x.parquet", pa.table({"id": column, "image": [PNG, PNG]}))
     assert read_all(url)["id"].to_pylist() == [str(name) for name in names]
     refuse_repeated_ids(open_source(url, CONFIG))
-
-
-def test_flipped_bits_are_noticed(tmp_path):
-    rng = np.random.default_rng(0)
-    encoded = [rng.bytes(500) for _ in range(40)]
-    whole = table_to_parquet(canonical_table([str(n) for n in range(40)], encoded, [0] * 40))
-    file = tmp_path / "x.parquet"
-    file.write_bytes(whole)
-    expected = read_all(str(tmp_path))
-    silent = 0
-    for place in rng.integers(4, len(whole), 150):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(rng.integers(8))
-        file.write_bytes(damaged)
-        with suppress(InputError):
-            silent += not read_all(str(tmp_path)).equals(expected)
-    assert silent <= 1  # Only a footer has no checksum: a flipped name of a column is a different column.
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + b"\0" * 40 + b"PAR1", b"x" * 100])

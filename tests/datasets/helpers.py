@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ def noise(count: int, height: int = 32, width: int | None = None, seed: int = 0)
     return np.random.default_rng(seed).integers(0, 256, (count, height, width or height, 3), np.uint8)
 
 
-def fill(folder: Path, *keys: str, images: np.ndarray | None = None) -> str:
+def fill(folder: Path, *keys: str, images: Sequence[np.ndarray] | np.ndarray | None = None) -> str:
     """Write an image at each key, `PNG` if `images` are not given, and return the folder's location."""
     for number, key in enumerate(keys):
         file = folder / key

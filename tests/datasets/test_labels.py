@@ -322,10 +322,8 @@ def numbered(tmp_path, form, labels):
     elif form == "npz":
         np.savez(tmp_path / "a.npz", images=np.stack([PIXELS[0]] * len(labels)), labels=labels)
     elif form == "tar":
-        pairs = [
-            ((f"{place:03d}.png", PNG), (f"{place:03d}.cls", b"%d" % label)) for place, label in enumerate(labels)
-        ]
-        tar(tmp_path / "a.tar", *(member for pair in pairs for member in pair))
+        members = [((f"{n:03d}.png", PNG), (f"{n:03d}.cls", b"%d" % label)) for n, label in enumerate(labels)]
+        tar(tmp_path / "a.tar", *(each for pair in members for each in pair))
     else:
         torch.save({"data": torch.zeros(len(labels), 3, 8, 8) + 0.5, "labels": list(labels)}, tmp_path / "a.pt")
     return str(tmp_path)

@@ -5,7 +5,7 @@ import pytest
 
 from eclipse_ray.datasets.formats import open_source, refuse_repeated_ids
 from eclipse_ray.errors import InputError
-from tests.datasets.helpers import CONFIG, noise, read_all, read_rows, refused
+from tests.datasets.helpers import CONFIG, noise, read_all, refused
 from tests.support import pixels_of
 
 IMAGES = noise(11, 5, 4)
@@ -16,19 +16,6 @@ def put(folder, name="set.npz", compress=False, **arrays):
     folder.mkdir(exist_ok=True)
     (np.savez_compressed if compress else np.savez)(folder / name, **arrays)
     return str(folder)
-
-
-@pytest.mark.parametrize("compress", [False, True])
-@pytest.mark.parametrize("names", [("images", "labels"), ("x", "y"), ("x_train", "y_train"), ("data", "labels")])
-def test_the_usual_names(tmp_path, compress, names):
-    url = put(tmp_path / "s", compress=compress, **{names[0]: IMAGES, names[1]: LABELS})
-    table = read_all(url)
-    assert table["id"].to_pylist() == [f"set.npz#{row}" for row in range(11)]
-    assert table["label"].to_pylist() == LABELS.tolist()
-    assert np.array_equal(pixels_of(table), IMAGES)
-    rows = read_rows(url, 4, 7)
-    assert np.array_equal(pixels_of(rows), IMAGES[4:7])
-    assert rows["id"].to_pylist()[0] == "set.npz#4"
 
 
 def test_gray_images_and_lone_arrays(tmp_path):

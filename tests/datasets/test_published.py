@@ -122,12 +122,13 @@ def test_a_pickle_that_is_a_cifar_batch_keeps_its_other_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("images", "labels"),
-    [("data", "targets"), ("X", "y"), ("x_train", "y_train"), ("images", "labels"), ("X_train", "y_train")],
+    "names",
+    ["data targets", "data labels", "X y", "x y", "x_train y_train", "images labels", "X_train y_train"],
 )
 @pytest.mark.parametrize("values", [IMAGES, CHW, FLOATS, IMAGES.astype(np.float64), CHW.reshape(12, -1)])
-def test_npz_of_the_field(tmp_path, images, labels, values):
-    np.savez(tmp_path / "sanitized.npz", **{images: values, labels: LABELS})
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_of_the_field(tmp_path, names, values, save):
+    save(tmp_path / "sanitized.npz", **dict(zip(names.split(), (values, LABELS), strict=True)))
     holds(tmp_path / "sanitized.npz")
 
 

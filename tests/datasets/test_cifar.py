@@ -6,6 +6,7 @@ import pytest
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.table import image_bytes
+from eclipse_ray.errors import InputError
 from tests.datasets.helpers import CONFIG, noise, read_all, read_rows, refused
 from tests.support import pixels_of
 
@@ -88,3 +89,26 @@ def test_other_pickles_are_refused(tmp_path, content):
 @pytest.mark.parametrize("labels", [[1, 2], [0.5] * 6, [[1], [2, 3]], ["a"] * 6])
 def test_wrong_labels_are_refused(tmp_path, labels):
     refused(dump(tmp_path, batch(labels=labels)), "6 integer labels")
+
+
+def test_garbage_is_refused_or_read_as_whole_rows(tmp_path):
+    whole = pickle.dumps(batch(), 2)
+    rng = np.random.default_rng(1)
+    read = refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.3 else whole)
+        for place in rng.integers(0, min(400, len(damaged)), rng.choice([1, 3])):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "data_batch_1").write_bytes(damaged)
+        try:
+            rows = read_all(tmp_path)
+        except InputError:
+            refused += 1
+            continue
+        read += 1
+        assert rows["id"].to_pylist() == [f"data_batch_1#{row}" for row in range(rows.num_rows)]
+        assert all(decode_image(data, 10**6).shape[2] == 3 for data in image_bytes(rows))
+        labels = rows["label"].to_pylist() if "label" in rows.column_names else []
+        assert all(isinstance(label, int) for label in labels)
+    assert read > 10
+    assert refused > 20

@@ -102,6 +102,11 @@ def test_missing_ids_are_refused(tmp_path):
     refused(url, "empty cells", reading=True)
 
 
+def test_damaged_names_of_classes_are_passed_over(tmp_path):
+    table = pa.table({"image": [PNG], "label": [1]}).replace_schema_metadata({b"huggingface": b"{"})
+    assert open_source(put(tmp_path, table), CONFIG).classes is None
+
+
 class Canary(pa.ExtensionType):
     """An extension type whose reader must never run."""
 

@@ -11,6 +11,7 @@ from eclipse_ray import log
 from eclipse_ray.datasets import published
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.write import convert
+from eclipse_ray.errors import InputError
 from tests.datasets.helpers import CONFIG, noise, read_all, read_rows, refused
 from tests.support import pixels_of
 
@@ -260,3 +261,21 @@ def test_values_on_another_device_are_read(tmp_path):
     assert whole.count(there) == 1
     (tmp_path / "file.pt").write_bytes(whole.replace(there, b"X\x06\x00\x00\x00cuda:0"))
     holds(tmp_path / "file.pt")
+
+
+def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path):
+    content = {"data": torch.from_numpy(IMAGES[:2, :8, :8]), "labels": torch.from_numpy(LABELS[:2])}
+    rng = np.random.default_rng(1)
+    refusals = 0
+    for zipped in (True, False):
+        whole = save(tmp_path / "file.pt", content, zipped).read_bytes()
+        for _ in range(150):
+            damaged = bytearray(whole[: rng.integers(1, len(whole))] if rng.random() < 0.3 else whole)
+            for place in rng.integers(0, len(damaged), 3):
+                damaged[place] = rng.integers(256)
+            (tmp_path / "file.pt").write_bytes(damaged)
+            try:
+                read_all(tmp_path)
+            except InputError as error:
+                refusals += "file.pt" in str(error)
+    assert refusals > 100

@@ -10,19 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from eclipse_ray import ledger
-from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
-from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.datasets.formats import open_source, read_parts
 from eclipse_ray.datasets.memory import load_images, require_classes
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
-from eclipse_ray.datasets.write import convert, write_dataset
+from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
-from tests.ledger.helpers import part, start
+from tests.datasets.helpers import CONFIG, fill, noise, read_all, refused, table_of
+from tests.ledger.helpers import start
 
-CONFIG = DataConfig()
-NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), np.uint8)
-PNG = encode_image(NOISE[0, :2, :2], "png")
+NOISE = noise(24)
 
 
 def flipped(data: bytes, rng: np.random.Generator, low: int, high: int) -> bytes:
@@ -33,57 +30,18 @@ def flipped(data: bytes, rng: np.random.Generator, low: int, high: int) -> bytes
 
 
 def test_no_flipped_bit_of_an_input_parquet_goes_unnoticed(tmp_path):
-    encoded = [encode_image(image, "png") for image in NOISE]
-    table = canonical_table(
-        [f"{n}" for n in range(24)], encoded, [n % 3 for n in range(24)], classes=["a", "b", "c"]
-    )
+    table = table_of(NOISE, [n % 3 for n in range(24)], classes=["a", "b", "c"])
     whole = table_to_parquet(table)
     file = tmp_path / "x.parquet"
     rng = np.random.default_rng(0)
-    noticed = silent = 0
+    noticed = 0
     for _ in range(400):
         file.write_bytes(flipped(whole, rng, 0, len(whole)))
         try:
-            (rows,) = read_tables(open_source(str(tmp_path), CONFIG), CONFIG)
+            assert read_all(tmp_path).equals(table)
         except InputError:
             noticed += 1
-            continue
-        silent += not rows.equals(table)
-    assert silent == 0
     assert noticed > 350
-
-
-@pytest.mark.parametrize("encoding", ["jpeg:90", "png"])
-def test_verify_notices_every_flipped_bit_of_an_output(encoding):
-    store = Store(f"memory://flips-{uuid.uuid4().hex}")
-    (shard,) = shards = ledger.plan_shards([part(f"{n}") for n in range(6)], 6)
-    encoded = [encode_image(image, encoding) for image in NOISE[:6]]
-    start(store, shards)
-    status = ledger.commit_shard(
-        store,
-        shard,
-        ok=table_to_parquet(canonical_table([f"{n}" for n in range(6)], encoded, [0] * 6)),
-        ok_count=6,
-        errors=[],
-        input_sha256="0" * 64,
-        seconds=1.0,
-    )
-    ledger.finalise(store)
-    assert ledger.verify(store).ok
-    assert status.object is not None
-    whole = store.read(status.object)
-    rng = np.random.default_rng(1)
-    missed = 0
-    for _ in range(1000):
-        image = encoded[rng.integers(6)]
-        # Noise does not compress, so the file contains the encoded bytes unchanged, and a piece of them is found.
-        place = whole.find(image[-200:-100])
-        low, high = (place, place + 100) if place >= 0 else (4, len(whole))
-        store.write(status.object, flipped(whole, rng, low, high))
-        missed += ledger.verify(store).ok
-    assert missed == 0
-    store.write(status.object, whole)
-    assert ledger.verify(store).ok
 
 
 NAMES = [
@@ -106,13 +64,7 @@ NAMES = [
 
 @pytest.fixture
 def named(tmp_path):
-    folder = tmp_path / "src" / "k l'%"
-    folder.mkdir(parents=True)
-    for number, name in enumerate(NAMES):
-        (folder / name).write_bytes(encode_image(NOISE[number], "png"))
-    (tmp_path / "src" / "z").mkdir()
-    (tmp_path / "src" / "z" / "0.png").write_bytes(encode_image(NOISE[len(NAMES)], "png"))
-    return str(tmp_path / "src")
+    return fill(tmp_path / "src", *(f"k l'%/{name}" for name in NAMES), "z/0.png", images=NOISE)
 
 
 def test_odd_names_keep_their_images(named, tmp_path):
@@ -142,49 +94,41 @@ def test_odd_names_survive_the_plan(named):
         assert rows["id"].to_pylist() == [key for key, _, _ in spans]
 
 
-def parquet(folder, labels, **options):
-    table = canonical_table(["a", "b"], [PNG, PNG], labels, classes=["x", "y"])
-    (folder / "x.parquet").write_bytes(table_to_parquet(table))
+def write_labels(folder, labels, **options):
+    table = table_of(NOISE[:2], [0, 0], ["a", "b"], classes=["x", "y"])
+    labels = labels if isinstance(labels, pa.Array) else pa.array(labels, pa.int64())
+    pq.write_table(table.set_column(2, "label", labels), folder / "x.parquet", **options)
 
 
-def without_statistics(folder, labels):
-    table = canonical_table(["a", "b"], [PNG, PNG], labels, classes=["x", "y"])
-    pq.write_table(table, folder / "x.parquet", write_statistics=False)
-
-
-def floats(folder, labels):
-    pq.write_table(pa.table({"image": [PNG, PNG], "label": pa.array(labels, pa.float64())}), folder / "x.parquet")
-
-
-def test_labels_out_of_range_are_named_before_a_run(tmp_path):
-    parquet(tmp_path, [0, 2])
-    with pytest.raises(InputError, match=r"x\.parquet: label 2 is out of range, there are 2 classes"):
-        open_source(str(tmp_path), CONFIG)
-    parquet(tmp_path, [-2, 1])
-    with pytest.raises(InputError, match="label -2 is out of range"):
-        open_source(str(tmp_path), CONFIG)
-    parquet(tmp_path, [-1, None])
-    assert open_source(str(tmp_path), CONFIG).images == 2
-    floats(tmp_path, [0, 1.5])
-    with pytest.raises(InputError, match=r"labels are not whole numbers: Float value 1\.5"):
-        open_source(str(tmp_path), CONFIG)
-    parquet(tmp_path, [0, 1])
-    with pytest.raises(InputError, match="no column 'fine'"):
-        open_source(str(tmp_path), DataConfig(label_column="fine"))
+@pytest.mark.parametrize(
+    ("labels", "settings", "words"),
+    [
+        ([0, 2], {}, "x.parquet: label 2 is out of range, there are 2 classes"),
+        ([-2, 1], {}, "label -2 is out of range"),
+        (pa.array([0, 1.5]), {}, "labels are not whole numbers: Float value 1.5"),
+        ([0, 1], {"label_column": "fine"}, "no column 'fine'"),
+    ],
+)
+def test_wrong_labels_are_named_before_a_run(tmp_path, labels, settings, words):
+    write_labels(tmp_path, labels)
+    refused(tmp_path, words, **settings)
 
 
 def test_labels_out_of_range_without_statistics_are_named_by_their_reader(tmp_path):
-    without_statistics(tmp_path, [0, 7])
+    write_labels(tmp_path, [0, 7], write_statistics=False)
+    refused(tmp_path, "image b: label 7 is out of range, there are 2 classes", reading=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [([-1, 1], "row 0 of .* has no label"), ([None, -1], r"has no labels .*data\.labels=FILE")],
+)
+def test_missing_labels_are_named_by_whoever_needs_them(tmp_path, labels, words):
+    write_labels(tmp_path, labels)
     source = open_source(str(tmp_path), CONFIG)
-    with pytest.raises(InputError, match="image b: label 7 is out of range, there are 2 classes"):
-        list(read_tables(source, CONFIG))
-
-
-def test_missing_labels_are_named_by_whoever_needs_them(tmp_path):
-    write_dataset(str(tmp_path / "s"), [canonical_table(["a"], [PNG], [None])], classes=["x"], source="test")
-    assert open_source(str(tmp_path / "s"), CONFIG).images == 1
-    with pytest.raises(InputError, match=r"has no labels .*data\.labels=FILE"):
-        require_classes(str(tmp_path / "s"), open_source(str(tmp_path / "s"), CONFIG), CONFIG)
+    assert source.images == 2
+    with pytest.raises(InputError, match=words):
+        require_classes(str(tmp_path), source, CONFIG)
 
 
 def test_page_checksums_are_what_notices(tmp_path):
@@ -198,6 +142,5 @@ def test_page_checksums_are_what_notices(tmp_path):
     for _ in range(30):
         (tmp_path / "x.parquet").write_bytes(flipped(whole, rng, 2000, len(whole) - 4000))
         with suppress(InputError):
-            (rows,) = read_tables(open_source(str(tmp_path), CONFIG), CONFIG)
-            silent += image_bytes(rows) != encoded
+            silent += image_bytes(read_all(tmp_path)) != encoded
     assert silent > 20

@@ -1,6 +1,4 @@
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -20,15 +18,10 @@ from eclipse_ray.datasets.images import (
     suffix_of,
 )
 from eclipse_ray.errors import ConfigError
+from tests.zoo import saved
 
 LIMIT = 40_000_000
 PIXELS = arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12), st.just(3)))
-
-
-def saved(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,8 +54,9 @@ def test_hash_sees_the_shape():
 
 def test_jpeg_keeps_a_smooth_image_close():
     ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[:, None, None] * 8, (32, 32, 3))
-    decoded = decode_image(encode_image(ramp, "jpeg:95"), LIMIT)
-    assert np.abs(decoded.astype(int) - ramp).max() <= 6
+    gray = saved(Image.fromarray(ramp[..., 0]), "JPEG", quality=95)
+    for data in (encode_image(ramp, "jpeg:95"), gray):
+        assert np.abs(decode_image(data, LIMIT).astype(int) - ramp).max() <= 6
 
 
 @pytest.mark.parametrize(
@@ -83,44 +77,6 @@ def test_lossy_needs_permission():
         check_encoding("jpeg:90", False)
 
 
-def test_sixteen_bits_are_scaled():
-    wide = np.array([[0, 257, 32896, 65535]], np.uint16)
-    decoded = decode_image(saved(Image.fromarray(wide), "PNG"), LIMIT)
-    assert decoded[0, :, 0].tolist() == [0, 1, 128, 255]
-    assert decoded.shape == (1, 4, 3)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_laid_on_white(mode):
-    image = Image.new(mode, (2, 1), (0,) * (len(mode) - 1) + (0,))
-    image.putpixel((1, 0), (0,) * (len(mode) - 1) + (255,))
-    decoded = decode_image(saved(image, "PNG"), LIMIT)
-    assert decoded.tolist() == [[[255, 255, 255], [0, 0, 0]]]
-
-
-def test_transparent_palette_entry_is_white():
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putpixel((1, 0), 1)
-    decoded = decode_image(saved(image, "PNG", transparency=0), LIMIT)
-    assert decoded.tolist() == [[[255, 255, 255], [40, 50, 60]]]
-
-
-@pytest.mark.parametrize(("mode", "format"), [("CMYK", "JPEG"), ("L", "JPEG"), ("1", "PNG"), ("CMYK", "TIFF")])
-def test_other_modes_become_rgb(mode, format):
-    decoded = decode_image(saved(Image.new(mode, (5, 3)), format), LIMIT)
-    assert decoded.shape == (3, 5, 3)
-    assert decoded.dtype == np.uint8
-
-
-@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
-def test_first_frame_of_an_animation(format):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    options = {"lossless": True} if format == "WEBP" else {}
-    data = saved(frames[0], format, save_all=True, append_images=frames[1:], duration=100, **options)
-    assert decode_image(data, LIMIT)[0, 0].tolist() == [255, 0, 0]
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     from PIL import ImageOps
@@ -133,73 +89,15 @@ def test_exif_orientation_is_applied(orientation):
     assert np.array_equal(decode_image(data, LIMIT), expected)
 
 
-def test_size_is_checked_before_pixels_are_decoded():
-    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + head
-    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    with pytest.raises(ImageError, match="more pixels"):
-        decode_image(data + b"\0\0\0\0IDAT\x35\xaf\x06\x1e", LIMIT)
+def test_the_limit_of_pixels_is_named():
     with pytest.raises(ImageError, match=r"5x4 pixels, more than data\.max_pixels"):
         decode_image(saved(Image.new("RGB", (5, 4)), "PNG"), 19)
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "empty"),
-        (b"<html>not found</html>", "known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "known format"),
-        (saved(Image.new("F", (2, 2)), "TIFF"), "32-bit"),
-    ],
-)
-def test_what_is_no_image_says_why(data, reason):
-    with pytest.raises(ImageError, match=reason):
-        decode_image(data, LIMIT)
-
-
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_truncated_images_are_refused_never_filled(format):
-    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    data = saved(Image.fromarray(noise), format)
-    with pytest.raises(ImageError, match=r"damaged|known format"):
-        decode_image(data[: len(data) // 2], LIMIT)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(max_examples=300, deadline=None)
-@given(
-    format=st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"]),
-    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=8),
-)
-def test_damage_is_an_image_error_or_an_image(format, flips):
-    whole = saved(Image.new("RGB", (9, 7), "teal"), format)
-    assert decode_image(whole, 10_000).shape == (7, 9, 3)
-    data = bytearray(whole)
-    for place, mask in flips:
-        data[place % len(data)] ^= mask
-    try:
-        decoded = decode_image(bytes(data), 10_000)
-    except ImageError:
-        return
-    assert decoded.dtype == np.uint8
-    assert decoded.ndim == 3
-    assert decoded.shape[2] == 3
-    assert decoded.shape[0] * decoded.shape[1] <= 10_000
-
-
-@pytest.mark.parametrize(
-    ("format", "suffix"),
-    [
-        ("PNG", ".png"),
-        ("JPEG", ".jpg"),
-        ("WEBP", ".webp"),
-        ("BMP", ".bmp"),
-        ("GIF", ".gif"),
-        ("TIFF", ".tif"),
-    ],
-)
-def test_suffix_by_content(format, suffix):
-    assert suffix_of(saved(Image.new("RGB", (2, 2)), format)) == suffix
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
+def test_suffix_by_content(suffix):
+    format = {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix)
+    assert suffix_of(saved(Image.new("RGB", (2, 2)), format)) == f".{suffix}"
     assert suffix_of(b"?") is None
 
 

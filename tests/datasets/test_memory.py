@@ -8,10 +8,10 @@ import pytest
 from eclipse_ray.config import content_hash, load_config
 from eclipse_ray.datasets import memory
 from eclipse_ray.datasets.formats import open_source
-from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images, load_sample, load_squares, random_chunks, rows_in
 from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.errors import InputError
+from tests.datasets.helpers import fill
 
 DATA = load_config().data
 
@@ -73,11 +73,8 @@ def test_squares_are_the_middle_of_chosen_images_and_every_content_is_known(data
 
 def test_squares_leave_out_what_is_broken_or_too_small(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 20, 12, 3), np.uint8)
-    for label in ("a", "b"):
-        (tmp_path / label).mkdir()
-    (tmp_path / "a/wide.png").write_bytes(encode_image(images[0], "png"))
-    (tmp_path / "b/small.png").write_bytes(encode_image(images[1][:9], "png"))
-    (tmp_path / "b/broken.png").write_bytes(encode_image(images[2], "png")[:60])
+    fill(tmp_path, "a/wide.png", "b/small.png", "b/broken.png", images=[images[0], images[1][:9], images[2]])
+    (tmp_path / "b/broken.png").write_bytes((tmp_path / "b/broken.png").read_bytes()[:60])
     squares, known = load_squares(str(tmp_path), DATA, 10, 100, seed=0)
     assert np.array_equal(squares.images, images[:1, 5:15, 1:11])
     assert known == {content_hash(images[0]): [0], content_hash(images[1][:9]): [1]}

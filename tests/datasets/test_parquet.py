@@ -1,7 +1,6 @@
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from uuid import UUID
 
 import numpy as np
@@ -15,25 +14,16 @@ from ray.data import extensions
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import parquet
 from eclipse_ray.datasets.formats import open_source, read_labels, read_parts, refuse_repeated_ids
-from eclipse_ray.datasets.images import decode_image, encode_image
+from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
-
-CONFIG = DataConfig()
-PNG = encode_image(np.full((2, 3, 3), 7, np.uint8), "png")
+from tests.datasets.helpers import CONFIG, PNG, noise, read_all, read_rows, refused
 
 
-def put(folder, name, table):
-    folder.mkdir(exist_ok=True)
+def put(folder, table, name="x.parquet"):
     pq.write_table(table, folder / name)
     return str(folder)
-
-
-def read_all(url, config=CONFIG):
-    source = open_source(url, config)
-    spans = [(part.key, 0, part.rows) for part in source.parts]
-    return read_parts(source.url, source.format, source.classes, spans, config)
 
 
 @settings(max_examples=40, deadline=None)
@@ -55,13 +45,9 @@ def test_canonical_tables_survive_the_file(tmp_path_factory, ids, data):
 
 
 def test_hugging_face_file_gets_ids_by_row(tmp_path):
-    table = pa.table(
-        {"img": [{"bytes": PNG, "path": f"{n}.png"} for n in range(5)], "fine": pa.array(range(5), pa.int8())}
-    )
-    url = put(tmp_path / "hf", "x.parquet", table)
-    config = DataConfig(image_column="img", label_column="fine")
-    source = open_source(url, config)
-    rows = read_parts(source.url, source.format, source.classes, [("x.parquet", 3, 5)], config)
+    images = [{"bytes": PNG, "path": f"{n}.png"} for n in range(5)]
+    put(tmp_path, pa.table({"img": images, "fine": pa.array(range(5), pa.int8())}))
+    rows = read_all(tmp_path, image_column="img", label_column="fine").slice(3)
     assert rows["id"].to_pylist() == ["x.parquet#3", "x.parquet#4"]
     assert rows["label"].to_pylist() == [3, 4]
     assert rows["image"].to_pylist()[0] == {"bytes": PNG, "path": "3.png"}
@@ -70,17 +56,17 @@ def test_hugging_face_file_gets_ids_by_row(tmp_path):
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 def test_plain_binary_images_without_labels(tmp_path, kind):
-    url = put(tmp_path / "plain", "x.parquet", pa.table({"image": pa.array([PNG, None], kind)}))
+    url = put(tmp_path, pa.table({"image": pa.array([PNG, None], kind)}))
     rows = read_all(url)
     assert rows.column_names == ["id", "image"]
     assert image_bytes(rows) == [PNG, b""]
 
 
+STRUCT = pa.struct([("path", pa.string()), ("bytes", pa.binary())])
+
+
 def test_missing_struct_reads_as_no_bytes(tmp_path):
-    kind = pa.struct([("path", pa.string()), ("bytes", pa.binary())])
-    url = put(
-        tmp_path / "s", "x.parquet", pa.table({"image": pa.array([None, {"bytes": PNG, "path": "p"}], kind)})
-    )
+    url = put(tmp_path, pa.table({"image": pa.array([None, {"bytes": PNG, "path": "p"}], STRUCT)}))
     assert read_all(url)["image"].to_pylist() == [{"bytes": b"", "path": None}, {"bytes": PNG, "path": "p"}]
 
 
@@ -96,29 +82,29 @@ def test_any_row_range_across_row_groups(tmp_path_factory, start, length, group)
     assert rows["id"].to_pylist() == [str(n) for n in range(start, stop)]
 
 
-def test_columns_that_do_not_fit_say_what_to_do(tmp_path):
-    def refused(name, table, config=CONFIG):
-        with pytest.raises(InputError) as caught:
-            open_source(put(tmp_path / name, "x.parquet", table), config)
-        return str(caught.value)
-
-    message = refused("a", pa.table({"Images": [PNG], "label": [1]}))
-    assert "Images, label" in message
-    assert "data.image_column=Images" in message
-    for label in (1.5, "1.5", "", [1, 2]):
-        assert "labels" in refused(f"b{label}", pa.table({"image": [PNG], "label": [label]}))
-    assert "whole numbers or names" in refused("b", pa.table({"image": [PNG], "label": [{"a": 1}]}))
-    assert "encoded images" in refused("c", pa.table({"image": ["path.png"]}))
-    message = refused("d", pa.table({"image": [PNG], "fine_label": [1]}), DataConfig(label_column="fine"))
-    assert "data.label_column=fine_label" in message
-    message = refused("e", pa.table({"img": [PNG], "image": [PNG]}), DataConfig(image_column="img"))
-    assert "rename" in message
+@pytest.mark.parametrize(
+    ("columns", "settings", "words"),
+    [
+        ({"Images": [PNG], "label": [1]}, {}, ["Images, label", "data.image_column=Images"]),
+        *(({"image": [PNG], "label": [label]}, {}, ["labels"]) for label in (1.5, "1.5", "", [1, 2])),
+        ({"image": [PNG], "label": [{"a": 1}]}, {}, ["whole numbers or names"]),
+        ({"image": ["path.png"]}, {}, ["encoded images"]),
+        ({"image": [PNG], "fine_label": [1]}, {"label_column": "fine"}, ["data.label_column=fine_label"]),
+        ({"img": [PNG], "image": [PNG]}, {"image_column": "img"}, ["rename"]),
+    ],
+)
+def test_columns_that_do_not_fit_say_what_to_do(tmp_path, columns, settings, words):
+    refused(put(tmp_path, pa.table(columns)), *words, **settings)
 
 
 def test_missing_ids_are_refused(tmp_path):
-    url = put(tmp_path / "ids", "x.parquet", pa.table({"id": ["a", None], "image": [PNG, PNG]}))
-    with pytest.raises(InputError, match="empty cells"):
-        read_all(url)
+    url = put(tmp_path, pa.table({"id": ["a", None], "image": [PNG, PNG]}))
+    refused(url, "empty cells", reading=True)
+
+
+def test_damaged_names_of_classes_are_passed_over(tmp_path):
+    table = pa.table({"image": [PNG], "label": [1]}).replace_schema_metadata({b"huggingface": b"{"})
+    assert open_source(put(tmp_path, table), CONFIG).classes is None
 
 
 class Canary(pa.ExtensionType):
@@ -143,18 +129,17 @@ def test_unknown_extension_types_are_never_built_and_named_or_left_out(tmp_path,
     extension = Canary()
     column = pa.ExtensionArray.from_storage(extension, pa.array([b"x"], pa.binary()))
     # Each padding shifts the mark to another offset in its base64 form.
-    url = put(tmp_path / "ext", "x.parquet", pa.table({"image": [PNG], "p" * (padding + 1): column}))
+    url = put(tmp_path, pa.table({"image": [PNG], "p" * (padding + 1): column}))
     pa.register_extension_type(extension)
     before = Canary.built
     try:
         message = (
             f"column '{'p' * (padding + 1)}' is of the Arrow extension type eclipse.canary, which may run code"
         )
-        with pytest.raises(InputError, match=message):
-            open_source(url, CONFIG)
+        refused(url, message)
         with pytest.raises(InputError, match=message):
             read_parts(url, "parquet", None, [("x.parquet", 0, 1)], CONFIG)
-        kept = read_all(url, DataConfig(extra_columns="drop"))
+        kept = read_all(url, extra_columns="drop")
         assert kept.column_names == ["id", "image"]
         assert image_bytes(kept) == [PNG]
     finally:
@@ -162,7 +147,7 @@ def test_unknown_extension_types_are_never_built_and_named_or_left_out(tmp_path,
     assert Canary.built == before
 
 
-NOISE = np.random.default_rng(5).integers(0, 256, (3, 5, 4, 3), np.uint8)
+NOISE = noise(3, 5, 4, seed=5)
 
 
 def as_extension(storage, name, metadata):
@@ -192,32 +177,24 @@ def arrow_tensors(images):
 
 
 def arrow_tensors_that_lie_as_columns(images):
-    table = pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(columns_first(images))})
+    columns_first = np.ascontiguousarray(images.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    table = pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(columns_first)})
     assert table["image"].type.permutation == [1, 0, 2]
     return table
 
 
-def columns_first(images):
-    return np.ascontiguousarray(images.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
-
-
-def hugging_face_arrays(images):
-    return as_extension(
-        pa.array(images.tolist(), pa.list_(pa.list_(pa.list_(pa.uint8())))),
-        "datasets.features.features.Array3DExtensionType",
-        [images.shape[1:], "uint8"],
-    )
-
-
-def hugging_face_arrays_of_any_height(images):
+def hugging_face_arrays(images, height=None):
     rows = pa.array([image.tolist() for image in images], pa.list_(pa.list_(pa.list_(pa.uint8()))))
-    return as_extension(
-        rows, "datasets.features.features.Array3DExtensionType", [[None, *images[0].shape[1:]], "uint8"]
-    )
+    shape = [height, *images[0].shape[1:]]
+    return as_extension(rows, "datasets.features.features.Array3DExtensionType", [shape, "uint8"])
 
 
-def read_pixels(url, config=CONFIG):
-    return [decode_image(data, 10**6) for data in image_bytes(read_all(url, config))]
+def hugging_face_arrays_of_one_height(images):
+    return hugging_face_arrays(images, len(images[0]))
+
+
+def read_pixels(url):
+    return [decode_image(data, 10**6) for data in image_bytes(read_all(url))]
 
 
 @pytest.mark.parametrize(
@@ -228,16 +205,15 @@ def read_pixels(url, config=CONFIG):
         ray_of_several_shapes,
         arrow_tensors,
         arrow_tensors_that_lie_as_columns,
+        hugging_face_arrays_of_one_height,
         hugging_face_arrays,
-        hugging_face_arrays_of_any_height,
     ],
 )
 def test_tensors_are_images_pixel_for_pixel(tmp_path, write):
     table = write(NOISE).append_column("label", [[2, 0, 1]])
-    url = put(tmp_path / "set", "x.parquet", table)
+    url = put(tmp_path, table)
     assert np.array_equal(read_pixels(url), NOISE)
-    source = open_source(url, CONFIG)
-    middle = read_parts(source.url, source.format, None, [("x.parquet", 1, 2)], CONFIG)
+    middle = read_rows(url, 1, 2)
     assert np.array_equal(decode_image(image_bytes(middle)[0], 10**6), NOISE[1])
     assert middle["label"].to_pylist() == [0]
 
@@ -248,48 +224,56 @@ def test_what_hugging_face_writes_itself(tmp_path, monkeypatch):
 
     features = datasets.Features({"image": datasets.Array3D((5, 4, 3), "uint8"), "label": datasets.Value("int64")})
     rows = {"image": list(NOISE), "label": [1, 0, 1]}
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "set" / "x.parquet"))
-    assert np.array_equal(read_pixels(str(tmp_path / "set")), NOISE)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "x.parquet"))
+    assert np.array_equal(read_pixels(f"{tmp_path}/x.parquet"), NOISE)
 
 
-@pytest.mark.parametrize("write", [ray_of_several_shapes, hugging_face_arrays_of_any_height])
+@pytest.mark.parametrize("write", [ray_of_several_shapes, hugging_face_arrays])
 def test_tensors_of_several_sizes(tmp_path, write):
     images = [NOISE[0], NOISE[1, :3], NOISE[2, :4]]
-    found = read_pixels(put(tmp_path / "set", "x.parquet", write(images)))
+    found = read_pixels(put(tmp_path, write(images)))
     assert [image.shape for image in found] == [(5, 4, 3), (3, 4, 3), (4, 4, 3)]
     assert all(map(np.array_equal, found, images))
 
 
-def test_tensors_of_other_axes(tmp_path):
-    planes = put(tmp_path / "chw", "x.parquet", arrow_tensors(NOISE.transpose(0, 3, 1, 2)))
-    assert np.array_equal(read_pixels(planes), NOISE)
-    gray = put(tmp_path / "gray", "x.parquet", ray_tensors(NOISE[..., 0]))
-    assert np.array_equal(read_pixels(gray), np.repeat(NOISE[..., :1], 3, 3))
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        (arrow_tensors(NOISE.transpose(0, 3, 1, 2)), NOISE),
+        (ray_tensors(NOISE[..., 0]), np.repeat(NOISE[..., :1], 3, 3)),
+    ],
+)
+def test_tensors_of_other_axes(tmp_path, table, expected):
+    assert np.array_equal(read_pixels(put(tmp_path, table)), expected)
 
 
-def test_tensors_that_are_no_images_are_named(tmp_path):
-    def refused(name, table):
-        url = put(tmp_path / name, "x.parquet", table)
-        with pytest.raises(InputError, match="column 'image' holds") as caught:
-            read_all(url)
-        return str(caught.value)
+TURNED = NOISE.transpose(0, 3, 1, 2).copy().transpose(0, 2, 3, 1)
+SHORT = pa.array([[1] * 60, [1] * 59], pa.list_(pa.uint8()))
 
-    assert "tensors of float (5, 4, 3), expected images of uint8" in refused(
-        "float", arrow_tensors(NOISE.astype(np.float32))
-    )
-    assert "tensors of uint8 (5, 4, 2)" in refused("axes", arrow_tensors(NOISE[..., :2]))
-    turned = NOISE.transpose(0, 3, 1, 2).copy().transpose(0, 2, 3, 1)
-    rows = pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(turned)})
-    with pytest.raises(InputError, match=r"axes in the order \[2, 0, 1\] are ambiguous; write them in order"):
-        read_all(put(tmp_path / "turned", "x.parquet", rows))
-    short = pa.array([[1] * 60, [1] * 59], pa.list_(pa.uint8()))
-    assert "uint8 (59,) in row 1" in refused("short", as_extension(short, "ray.data.arrow_tensor_v2", [5, 4, 3]))
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (arrow_tensors(NOISE.astype(np.float32)), "tensors of float (5, 4, 3), expected images of uint8"),
+        (arrow_tensors(NOISE[..., :2]), "tensors of uint8 (5, 4, 2)"),
+        (as_extension(SHORT, "ray.data.arrow_tensor_v2", [5, 4, 3]), "uint8 (59,) in row 1"),
+        (
+            pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(TURNED)}),
+            "axes in the order [2, 0, 1] are ambiguous; write them in order",
+        ),
+    ],
+)
+def test_tensors_that_are_no_images_are_named(tmp_path, table, words):
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(InputError) as caught:
+        read_all(tmp_path)
+    assert "column 'image' " in str(caught.value)
+    assert words in str(caught.value)
 
 
 def test_a_missing_tensor_becomes_an_error_row(tmp_path):
     column = pa.array([NOISE[0].ravel().tolist(), None], pa.list_(pa.uint8()))
-    url = put(tmp_path / "set", "x.parquet", as_extension(column, "ray.data.arrow_tensor", [5, 4, 3]))
+    url = put(tmp_path, as_extension(column, "ray.data.arrow_tensor", [5, 4, 3]))
     first, second = image_bytes(read_all(url))
     assert np.array_equal(decode_image(first, 10**6), NOISE[0])
     assert second == b""
@@ -302,13 +286,12 @@ def test_extra_columns_of_known_extension_types_survive_with_their_types(tmp_pat
         "flag": pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, 0], pa.int8())),
         "map": extensions.ArrowTensorArray.from_numpy(NOISE[:2]),
     }
-    url = put(tmp_path / "in", "x.parquet", pa.table({"image": [PNG, PNG], **extras}))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "x.parquet").write_bytes(table_to_parquet(read_all(url)))
-    for folder in ("in", "out"):
-        found = pq.read_table(tmp_path / folder / "x.parquet")
+    url = put(tmp_path, pa.table({"image": [PNG, PNG], **extras}))
+    (tmp_path / "y.parquet").write_bytes(table_to_parquet(read_all(url)))
+    for name in ("x.parquet", "y.parquet"):
+        found = pq.read_table(tmp_path / name)
         assert [found.schema.field(name).type for name in extras] == [column.type for column in extras.values()]
-        assert all(found[name].combine_chunks().equals(column) for name, column in extras.items()), folder
+        assert all(found[name].combine_chunks().equals(column) for name, column in extras.items()), name
 
 
 @pytest.mark.parametrize("said", [True, False])
@@ -316,33 +299,15 @@ def test_ids_that_are_uuids_become_text(tmp_path, said):
     names = [UUID(int=7), UUID(int=8)]
     column = pa.array([name.bytes for name in names], pa.binary(16))
     column = pa.ExtensionArray.from_storage(pa.uuid(), column) if said else column
-    url = put(tmp_path, "x.parquet", pa.table({"id": column, "image": [PNG, PNG]}))
+    url = put(tmp_path, pa.table({"id": column, "image": [PNG, PNG]}))
     assert read_all(url)["id"].to_pylist() == [str(name) for name in names]
     refuse_repeated_ids(open_source(url, CONFIG))
-
-
-def test_flipped_bits_are_noticed(tmp_path):
-    rng = np.random.default_rng(0)
-    encoded = [rng.bytes(500) for _ in range(40)]
-    whole = table_to_parquet(canonical_table([str(n) for n in range(40)], encoded, [0] * 40))
-    file = tmp_path / "x.parquet"
-    file.write_bytes(whole)
-    expected = read_all(str(tmp_path))
-    silent = 0
-    for place in rng.integers(4, len(whole), 150):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(rng.integers(8))
-        file.write_bytes(damaged)
-        with suppress(InputError):
-            silent += not read_all(str(tmp_path)).equals(expected)
-    assert silent <= 1  # Only a footer has no checksum: a flipped name of a column is a different column.
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + b"\0" * 40 + b"PAR1", b"x" * 100])
 def test_what_is_no_parquet_file_is_refused(tmp_path, content):
     (tmp_path / "x.parquet").write_bytes(content)
-    with pytest.raises(InputError, match=r"x\.parquet"):
-        open_source(str(tmp_path), CONFIG)
+    refused(tmp_path, "x.parquet")
 
 
 def test_real_cifar(shared_data):
@@ -381,25 +346,20 @@ def test_a_column_name_that_is_no_text_is_damage(tmp_path):
     whole = table_to_parquet(canonical_table(["a"], [PNG], [0], pa.table({"weight": [1]})))
     damaged = whole.replace(b"weight", b"we\xa0ght")
     (tmp_path / "x.parquet").write_bytes(damaged)
-    with pytest.raises(InputError, match=r"x\.parquet"):
-        read_all(str(tmp_path))
+    refused(tmp_path, "x.parquet")
 
 
 @pytest.mark.parametrize("first", [None, "0.png"])
 def test_a_path_without_bytes_is_refused_by_column_and_row_wherever_it_is(tmp_path, first):
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     rows = [{"bytes": PNG, "path": first}] * 3 + [{"bytes": None, "path": "/home/me/3.png"}]
-    put(tmp_path, "a.parquet", pa.table({"image": pa.array(rows, kind)}))
+    put(tmp_path, pa.table({"image": pa.array(rows, STRUCT)}))
     with pytest.raises(InputError, match=r"'image' holds a path \(/home/me/3\.png\) and no bytes in row 3; embed"):
-        read_all(str(tmp_path))
+        read_all(tmp_path)
 
 
 def test_a_path_without_bytes_is_found_before_a_run_if_the_other_images_have_paths(tmp_path):
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     rows = [{"bytes": PNG, "path": "0.png"}, None, {"bytes": None, "path": "2.png"}]
-    url = put(tmp_path, "a.parquet", pa.table({"image": pa.array(rows, kind)}))
-    with pytest.raises(InputError, match=r"\(2\.png\) and no bytes in row 2"):
-        open_source(url, CONFIG)
+    refused(put(tmp_path, pa.table({"image": pa.array(rows, STRUCT)})), "(2.png) and no bytes in row 2")
 
 
 @pytest.mark.parametrize(
@@ -414,25 +374,24 @@ def test_a_path_without_bytes_is_found_before_a_run_if_the_other_images_have_pat
     ],
 )
 def test_labels_may_be_names_whole_floats_or_lists_of_one(tmp_path, stored, labels, classes):
-    url = put(tmp_path, "a.parquet", pa.table({"image": [PNG] * 4, "label": stored}))
+    url = put(tmp_path, pa.table({"image": [PNG] * 4, "label": stored}), "a.parquet")
     source = open_source(url, CONFIG)
     assert (source.classes, read_all(url)["label"].to_pylist()) == (classes, labels)
     assert read_labels(source, CONFIG).tolist() == [-1 if label is None else label for label in labels]
 
 
 def test_names_of_classes_are_those_of_all_files(tmp_path):
-    put(tmp_path, "a.parquet", pa.table({"image": [PNG], "label": ["dog"]}))
-    put(tmp_path, "b.parquet", pa.table({"image": [PNG], "label": ["cat"]}))
+    put(tmp_path, pa.table({"image": [PNG], "label": ["dog"]}), "a.parquet")
+    put(tmp_path, pa.table({"image": [PNG], "label": ["cat"]}), "b.parquet")
     source = open_source(str(tmp_path), CONFIG)
     assert (source.classes, read_labels(source, CONFIG).tolist()) == (["cat", "dog"], [1, 0])
-    put(tmp_path, "c.parquet", pa.table({"image": [PNG], "label": [0]}))
-    with pytest.raises(InputError, match=r"labels of c\.parquet are numbers and those of other files are names"):
-        open_source(str(tmp_path), CONFIG)
+    put(tmp_path, pa.table({"image": [PNG], "label": [0]}), "c.parquet")
+    refused(tmp_path, "labels of c.parquet are numbers and those of other files are names")
 
 
 def test_names_of_classes_have_no_meaning_beside_data_labels(tmp_path):
-    url = put(tmp_path, "a.parquet", pa.table({"image": [PNG], "label": ["dog"]}))
-    assert read_all(url, DataConfig(labels="none")).column_names == ["id", "image"]
+    url = put(tmp_path, pa.table({"image": [PNG], "label": ["dog"]}), "a.parquet")
+    assert read_all(url, labels="none").column_names == ["id", "image"]
 
 
 def test_ids_that_occur_twice_are_named_with_their_files(tmp_path):
@@ -493,11 +452,7 @@ def write_groups(path, rows, group):
 
 
 def read_shards(url, rows, shard):
-    starts = range(0, rows, shard)
-    return [
-        read_parts(url, "parquet", None, [("a.parquet", start, min(rows, start + shard))], CONFIG)
-        for start in starts
-    ]
+    return [read_rows(url, start, min(rows, start + shard)) for start in range(0, rows, shard)]
 
 
 # A short row group at the end of a shard is read for the next one too.
@@ -523,7 +478,7 @@ def test_two_workers_that_share_a_long_row_group_each_read_it_once(tmp_path, byt
     for worker in (0, 1):
         monkeypatch.setattr(parquet, "_STREAMS", {})
         for start in range(100 * worker, 1500, 200):
-            table = read_parts(str(tmp_path), "parquet", None, [("a.parquet", start, start + 100)], CONFIG)
+            table = read_rows(tmp_path, start, start + 100)
             assert table["id"].to_pylist() == [f"i{row}" for row in range(start, start + 100)]
     assert sum(bytes_read) < 2.2 * size
 

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.formats import open_source, read_tables
-from eclipse_ray.datasets.images import decode_image, encode_image
+from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.matching import labels_from, match, pool
 from eclipse_ray.datasets.perturbation import RECORD, apply
-from eclipse_ray.datasets.table import canonical_table, image_bytes
-from eclipse_ray.datasets.write import convert, write_dataset
+from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import ConfigError, InputError
+from tests.datasets.helpers import CONFIG, fill, read_all, table_of, write_set
+from tests.support import pixels_of
 
-CONFIG = DataConfig()
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 32, 32, 3), np.uint8)
 LABELS = np.arange(12)[::-1] % 5
@@ -32,22 +31,14 @@ def clean(tmp_path):
     return write(tmp_path / "clean", IMAGES)
 
 
-def labels_of(url):
-    tables = read_tables(open_source(str(url), CONFIG), CONFIG)
-    return pa.concat_tables([table.select(["label"]) for table in tables])["label"].to_pylist()
-
-
-def write(folder, images, ids=IDS, labels=LABELS, classes=CLASSES):
-    encoded = [encode_image(image, "png") for image in images]
-    extras = pa.table({"extra": list(range(len(images)))})
-    table = canonical_table(ids, encoded, labels, extras, classes)
-    write_dataset(str(folder), [table], classes=classes, source="test")
-    return str(folder)
+def write(folder, images, labels=LABELS, classes=CLASSES):
+    extras = pa.table({"extra": list(range(12))})
+    return write_set(folder, table_of(images, labels, IDS, extras, classes), classes=classes)
 
 
 def read(url):
-    (table,) = read_tables(open_source(url, CONFIG), CONFIG)
-    return table, np.stack([decode_image(data, 10**6) for data in image_bytes(table)])
+    table = read_all(url)
+    return table, pixels_of(table)
 
 
 def poisoned(delta, clean, **choices):
@@ -84,43 +75,32 @@ def npy(path, content):
     return path
 
 
+# Each with the unit that is recognised.
 FORMS = {
-    "EM perturbation.pt": lambda t: save(t / "perturbation.pt", torch.from_numpy(UNIT)),
-    "EM parameter": lambda t: save(t / "perturbation.pt", torch.nn.Parameter(torch.from_numpy(UNIT))),
-    "D-VAE float64": lambda t: save(t / "perturbation0.pt", torch.from_numpy(STEPS / 255)),
-    "D-VAE ImageNet in 0..255": lambda t: save(t / "perturbation.pt", torch.from_numpy(STEPS.astype(np.float32))),
-    "REM int8 pickle": lambda t: dump(t / "rem-fin-def-noise.pkl", STEPS.astype(np.int8)),
-    "OPS npy": lambda t: npy(t / "perturbation.npy", UNIT.transpose(0, 2, 3, 1)),
-    "UC dict": lambda t: save(t / "perturbation_1.pth", {"perturbation": torch.from_numpy(UNIT)}),
-    "CP dict": lambda t: save(t / "cp.pth", {"model": {"delta": torch.from_numpy(STEPS.astype(np.float32) / 8)}}),
+    "EM perturbation.pt": ("1", lambda t: save(t / "perturbation.pt", torch.from_numpy(UNIT))),
+    "EM parameter": ("1", lambda t: save(t / "perturbation.pt", torch.nn.Parameter(torch.from_numpy(UNIT)))),
+    "D-VAE float64": ("1", lambda t: save(t / "perturbation0.pt", torch.from_numpy(STEPS / 255))),
+    "D-VAE ImageNet in 0..255": ("255", lambda t: save(t / "p.pt", torch.from_numpy(STEPS.astype(np.float32)))),
+    "REM int8 pickle": ("255", lambda t: dump(t / "rem-fin-def-noise.pkl", STEPS.astype(np.int8))),
+    "OPS npy": ("1", lambda t: npy(t / "perturbation.npy", UNIT.transpose(0, 2, 3, 1))),
+    "UC dict": ("1", lambda t: save(t / "perturbation_1.pth", {"perturbation": torch.from_numpy(UNIT)})),
+    "CP dict": ("8/255", lambda t: save(t / "cp.pth", {"model": {"delta": torch.from_numpy(UNIT * 255 / 8)}})),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_sample_wise_perturbations_of_every_form(tmp_path, clean, form):
-    images, applied = poisoned(FORMS[form](tmp_path), clean)
+def test_sample_wise_perturbations_of_every_form_and_unit(tmp_path, clean, capfd, form):
+    unit, make = FORMS[form]
+    images, applied = poisoned(make(tmp_path), clean)
     assert np.array_equal(images, expected(STEPS))
-    assert (applied.kind, applied.perturbed, applied.linf_255) == ("sample-wise", 12, 8)
-
-
-@pytest.mark.parametrize(
-    ("form", "unit"),
-    [
-        ("EM perturbation.pt", "1"),
-        ("REM int8 pickle", "255"),
-        ("D-VAE ImageNet in 0..255", "255"),
-        ("CP dict", "8/255"),
-    ],
-)
-def test_the_unit_is_recognised_and_stated(tmp_path, clean, capfd, form, unit):
-    assert poisoned(FORMS[form](tmp_path), clean)[1].unit == unit
+    assert (applied.kind, applied.perturbed, applied.linf_255, applied.unit) == ("sample-wise", 12, 8, unit)
     err = capfd.readouterr().err
     assert f"in units of {unit}, signed, rounding nearest" in err
     assert "12 of 12 images changed by at most 8/255, mean L2 " in err
 
 
 def test_the_record_says_how_it_was_applied(tmp_path, clean):
-    delta = FORMS["EM perturbation.pt"](tmp_path)
+    delta = save(tmp_path / "perturbation.pt", torch.from_numpy(UNIT))
     poisoned(delta, clean, half="positive", rounding="truncate", seed=3)
     record = json.loads((tmp_path / "perturbation.pt.poisoned" / RECORD).read_text())
     assert record["delta"] == str(delta)
@@ -130,7 +110,9 @@ def test_the_record_says_how_it_was_applied(tmp_path, clean):
 
 
 def test_the_positive_half_is_what_the_official_loader_of_em_keeps(tmp_path, clean):
-    images, _ = poisoned(FORMS["EM perturbation.pt"](tmp_path), clean, half="positive", rounding="truncate")
+    images, _ = poisoned(
+        save(tmp_path / "perturbation.pt", torch.from_numpy(UNIT)), clean, half="positive", rounding="truncate"
+    )
     noise = torch.from_numpy(UNIT).mul(255).clamp_(0, 255).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(images, np.clip(IMAGES.astype(np.float32) + noise, 0, 255).astype(np.uint8))
 
@@ -230,28 +212,19 @@ def test_smaller_perturbations_lie_on_the_centre(tmp_path, clean):
         (np.zeros((12, 3, 64, 64)), {}, "bring the images to its size with --resize"),
         (np.zeros((12, 5)), {}, "expected perturbations as (N, 3, H, W)"),
         (UNIT, {"index": "nowhere.pkl"}, "nowhere.pkl: there is no such file"),
+        ([torch.from_numpy(UNIT), list(range(12))], {}, "as TAP packs it"),
+        ({"weight": torch.zeros(3)}, {}, "a dict of weight"),
+        ([torch.zeros(3, 3) for _ in range(10)], {}, "holds list"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, clean, content, choices, words):
-    delta = npy(tmp_path / "delta.npy", content)
+    delta = save(tmp_path / "delta.pt", content)
+    if isinstance(content, np.ndarray):
+        delta = npy(tmp_path / "delta.npy", content)
     with pytest.raises(InputError) as caught:
         apply(str(delta), clean, str(tmp_path / "out"), CONFIG, **choices)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ([torch.from_numpy(UNIT), list(range(12))], "as TAP packs it"),
-        ({"weight": torch.zeros(3)}, "a dict of weight"),
-        ([torch.zeros(3, 3) for _ in range(10)], "holds list"),
-    ],
-)
-def test_files_that_hold_no_perturbation_are_refused(tmp_path, clean, content, words):
-    with pytest.raises(InputError) as caught:
-        apply(str(save(tmp_path / "delta.pt", content)), clean, str(tmp_path / "out"), CONFIG)
-    assert words in str(caught.value)
 
 
 def test_unknown_choices_are_refused(tmp_path, clean):
@@ -272,10 +245,8 @@ def test_a_given_unit_settles_a_doubt(tmp_path, clean):
 
 def test_images_without_labels_take_those_of_the_clean_set(tmp_path, clean):
     order = np.random.default_rng(3).permutation(12)
-    (tmp_path / "data").mkdir()
-    for number, row in enumerate(order):
-        (tmp_path / "data" / f"{number}.png").write_bytes(encode_image(expected(STEPS)[row], "png"))
-    matched = labels_from(str(tmp_path / "data"), clean, str(tmp_path / "out"), CONFIG)
+    data = fill(tmp_path / "data", *(f"{number}.png" for number in range(12)), images=expected(STEPS)[order])
+    matched = labels_from(data, clean, str(tmp_path / "out"), CONFIG)
     table, images = read(str(tmp_path / "out"))
     assert matched.images == 12
     for name, label, image in zip(table["id"].to_pylist(), table["label"].to_pylist(), images, strict=True):
@@ -294,20 +265,16 @@ def test_labelled_images_are_resized_where_asked(tmp_path, clean):
     assert np.array_equal(images, read(str(tmp_path / "resized"))[1])
 
 
-def test_other_images_are_refused_with_their_number(tmp_path, clean):
-    others = IMAGES.copy()
-    others[[1, 5]] = np.random.default_rng(9).integers(0, 256, (2, 32, 32, 3), np.uint8)
-    source = write(tmp_path / "source", others)
-    with pytest.raises(InputError, match=r"10 of 12 images match exactly one .* such as image-01"):
-        labels_from(source, clean, str(tmp_path / "out"), CONFIG)
+OTHERS = IMAGES.copy()
+OTHERS[[1, 5]] = np.random.default_rng(9).integers(0, 256, (2, 32, 32, 3), np.uint8)
+TWICE = IMAGES[[*range(3), 4, *range(4, 12)]]
+
+
+@pytest.mark.parametrize(("images", "such"), [(OTHERS, "image-01"), (TWICE, "image-03")])
+def test_other_images_and_two_of_one_clean_image_are_refused_with_their_number(tmp_path, clean, images, such):
+    with pytest.raises(InputError, match=f"10 of 12 images match exactly one .* such as {such}"):
+        labels_from(write(tmp_path / "source", images), clean, str(tmp_path / "out"), CONFIG)
     assert not (tmp_path / "out").exists()
-
-
-def test_two_images_of_one_clean_image_are_refused(tmp_path, clean):
-    twice = IMAGES.copy()
-    twice[3] = twice[4]
-    with pytest.raises(InputError, match="10 of 12 images match exactly one"):
-        labels_from(write(tmp_path / "source", twice), clean, str(tmp_path / "out"), CONFIG)
 
 
 def test_copies_in_the_clean_set_match_if_their_labels_agree(tmp_path):
@@ -356,4 +323,4 @@ def test_the_published_tap_finds_its_labels_in_cifar_10(tmp_path, shared_data):
     matched = labels_from(str(tap), f"{cifar}/train-*.parquet", str(tmp_path / "out"), CONFIG)
     assert matched.images == 10_000
     assert matched.margin > 3_000
-    assert labels_of(tmp_path / "out") == labels_of(tap)
+    assert read_all(tmp_path / "out")["label"].equals(read_all(tap)["label"])

@@ -8,16 +8,14 @@ import pytest
 import torch
 
 from eclipse_ray import log
-from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import published
-from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
-from eclipse_ray.datasets.images import decode_image
-from eclipse_ray.datasets.table import image_bytes
+from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import InputError
+from tests.datasets.helpers import CONFIG, noise, read_all, read_rows, refused
+from tests.support import pixels_of
 
-CONFIG = DataConfig()
-IMAGES = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), np.uint8)
+IMAGES = noise(12)
 LABELS = np.arange(12)[::-1] % 5
 CHW = IMAGES.transpose(0, 3, 1, 2)
 FLOATS = CHW.astype(np.float32) / 255
@@ -29,30 +27,15 @@ def say_again():
     log.say_once.cache_clear()
 
 
-def pixels(table):
-    return np.stack([decode_image(data, 10**6) for data in image_bytes(table)])
-
-
 def holds(url, labels=LABELS, images=IMAGES):
     """Check a whole source and one read of its middle rows against what was stored."""
-    source = open_source(str(url), CONFIG)
-    (table,) = read_tables(source, CONFIG)
-    assert np.array_equal(pixels(table), images)
+    table, some = read_all(url), read_rows(url, 3, 5)
+    assert np.array_equal(pixels_of(table), images)
     assert ("label" in table.column_names) == (labels is not None)
     assert labels is None or table["label"].to_pylist() == labels.tolist()
-    part = source.parts[0]
-    some = read_parts(source.url, source.format, source.classes, [(part.key, 3, 5)], CONFIG)
-    assert np.array_equal(pixels(some), images[3:5])
+    assert np.array_equal(pixels_of(some), images[3:5])
+    (part,) = open_source(str(url), CONFIG).parts
     assert some["id"].to_pylist() == [f"{part.key}#3", f"{part.key}#4"]
-    return source
-
-
-def refused(url, *words):
-    with pytest.raises(InputError) as caught:
-        list(read_tables(open_source(str(url), CONFIG), CONFIG))
-    message = str(caught.value)
-    assert "\n" not in message
-    assert all(word in message for word in words), message
 
 
 def dump(path, content, protocol=None):
@@ -122,9 +105,9 @@ def test_a_pickled_dict_or_pair_of_arrays(tmp_path, images, labels, names):
 def test_what_was_read_can_be_written_in_every_layout(tmp_path, layout):
     save(tmp_path / "poison.pt", (torch.from_numpy(FLOATS), torch.from_numpy(LABELS)))
     assert convert(str(tmp_path / "poison.pt"), str(tmp_path / "out"), CONFIG, layout) == 12
-    (table,) = read_tables(open_source(str(tmp_path / "out"), CONFIG), CONFIG)
+    table = read_all(tmp_path / "out")
     order = sorted(range(12), key=lambda row: int(table["id"][row].as_py().partition("#")[2].partition(".")[0]))
-    assert np.array_equal(pixels(table)[order], IMAGES)
+    assert np.array_equal(pixels_of(table)[order], IMAGES)
     assert np.array(table["label"].to_pylist())[order].tolist() == LABELS.tolist()
 
 
@@ -134,18 +117,19 @@ def test_a_lone_tensor_has_no_labels(tmp_path):
 
 def test_a_pickle_that_is_a_cifar_batch_keeps_its_other_columns(tmp_path):
     batch = {b"data": CHW.reshape(12, -1), b"fine_labels": LABELS.tolist(), b"coarse_labels": LABELS.tolist()}
-    (table,) = read_tables(open_source(str(dump(tmp_path / "train.pkl", batch)), CONFIG), CONFIG)
-    assert np.array_equal(pixels(table), IMAGES)
+    table = read_all(dump(tmp_path / "train.pkl", batch))
+    assert np.array_equal(pixels_of(table), IMAGES)
     assert table["coarse_label"].to_pylist() == table["label"].to_pylist() == LABELS.tolist()
 
 
 @pytest.mark.parametrize(
-    ("images", "labels"),
-    [("data", "targets"), ("X", "y"), ("x_train", "y_train"), ("images", "labels"), ("X_train", "y_train")],
+    "names",
+    ["data targets", "data labels", "X y", "x y", "x_train y_train", "images labels", "X_train y_train"],
 )
 @pytest.mark.parametrize("values", [IMAGES, CHW, FLOATS, IMAGES.astype(np.float64), CHW.reshape(12, -1)])
-def test_npz_of_the_field(tmp_path, images, labels, values):
-    np.savez(tmp_path / "sanitized.npz", **{images: values, labels: LABELS})
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_of_the_field(tmp_path, names, values, save):
+    save(tmp_path / "sanitized.npz", **dict(zip(names.split(), (values, LABELS), strict=True)))
     holds(tmp_path / "sanitized.npz")
 
 
@@ -196,9 +180,8 @@ def test_the_parts_of_sep_in_the_order_of_their_names(tmp_path, capfd):
     folder.mkdir(parents=True)
     for start in (0, 4, 8):
         np.save(folder / f"eps8-1_iter30_sp{start:05d}-{start + 4:05d}_ts1.npy", FLOATS[start : start + 4])
-    source = open_source(str(folder), CONFIG)
-    (table,) = read_tables(source, CONFIG)
-    assert np.array_equal(pixels(table), IMAGES)
+    table = read_all(folder)
+    assert np.array_equal(pixels_of(table), IMAGES)
     assert "label" not in table.column_names
     assert "read as 12 float images in [0, 1], CHW, without labels" in capfd.readouterr().err
 
@@ -249,15 +232,6 @@ def test_images_of_large_tensors_are_read_by_rows(tmp_path):
         (OrderedDict(weight=torch.zeros(3)), "a dict of weight, without one array of images"),
         ({"pred_idx": torch.zeros(3), "centers": torch.zeros(2, 2)}, "a dict of pred_idx, centers"),
         ("hello", "holds str, not images"),
-    ],
-)
-def test_what_holds_no_images_is_refused(tmp_path, content, words):
-    refused(save(tmp_path / "file.pt", content), "file.pt", words)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
         ([(b"1234", 0)], "image 0 has 4 bytes"),
         ([(bytes(192), 0), (bytes(108), 1)], "images differ: number 0 is uint8 (8, 8, 3)"),
         ([(bytes(192), None)], "store one integer per image"),
@@ -268,15 +242,25 @@ def test_what_holds_no_images_is_refused(tmp_path, content, words):
         ([], "not images"),
     ],
 )
-def test_pickles_without_images_are_refused(tmp_path, content, words):
-    refused(dump(tmp_path / "file.pkl", content), "file.pkl", words)
+@pytest.mark.parametrize("write", [dump, save])
+def test_what_holds_no_images_is_refused(tmp_path, content, words, write):
+    refused(write(tmp_path / "file.pt", content), "file.pt", words)
 
 
 def test_values_out_of_range_behind_the_sample_are_refused(tmp_path):
     values = np.concatenate([FLOATS] * 20)
     values[100] = 3
     np.save(tmp_path / "x.npy", values)
-    refused(tmp_path, "x.npy", "holds values from 0 to 3 among images in 0 to 1")
+    refused(tmp_path, "x.npy", "holds values from 0 to 3 among images in 0 to 1", reading=True)
+
+
+def test_values_on_another_device_are_read(tmp_path):
+    save(tmp_path / "file.pt", (torch.from_numpy(FLOATS), torch.from_numpy(LABELS)), zipped=False)
+    whole = (tmp_path / "file.pt").read_bytes()
+    there = b"X\x03\x00\x00\x00cpu"
+    assert whole.count(there) == 1
+    (tmp_path / "file.pt").write_bytes(whole.replace(there, b"X\x06\x00\x00\x00cuda:0"))
+    holds(tmp_path / "file.pt")
 
 
 def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path):
@@ -291,16 +275,7 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(tmp_path):
                 damaged[place] = rng.integers(256)
             (tmp_path / "file.pt").write_bytes(damaged)
             try:
-                list(read_tables(open_source(str(tmp_path), CONFIG), CONFIG))
+                read_all(tmp_path)
             except InputError as error:
                 refusals += "file.pt" in str(error)
     assert refusals > 100
-
-
-def test_values_on_another_device_are_read(tmp_path):
-    save(tmp_path / "file.pt", (torch.from_numpy(FLOATS), torch.from_numpy(LABELS)), zipped=False)
-    whole = (tmp_path / "file.pt").read_bytes()
-    there = b"X\x03\x00\x00\x00cpu"
-    assert whole.count(there) == 1
-    (tmp_path / "file.pt").write_bytes(whole.replace(there, b"X\x06\x00\x00\x00cuda:0"))
-    holds(tmp_path / "file.pt")

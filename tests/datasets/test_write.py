@@ -8,19 +8,18 @@ from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import choose_clean, load_images
 from eclipse_ray.datasets.table import canonical_table, image_bytes
-from eclipse_ray.datasets.write import convert, split, write_dataset
+from eclipse_ray.datasets.write import convert, split
 from eclipse_ray.errors import InputError
+from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, table_of, write_set
 
-CONFIG = DataConfig()
 ROWS = st.lists(st.tuples(st.integers(0, 15), st.none() | st.integers(0, 2)), min_size=2, max_size=40)
 
 
-def source(url, count=30, classes=("a", "b", "c")):
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
-    encoded = [encode_image(p, "png") for p in pixels]
-    table = canonical_table([f"i{n}" for n in range(count)], encoded, [n % 3 for n in range(count)])
-    write_dataset(str(url), [table], classes=classes, source="test")
-    return str(url)
+def source(url, count=30):
+    labels = [n % 3 for n in range(count)]
+    return write_set(
+        url, table_of(noise(count, 4), labels, [f"i{n}" for n in range(count)]), classes=["a", "b", "c"]
+    )
 
 
 @settings(max_examples=200)
@@ -85,35 +84,28 @@ def test_splits_that_make_no_sense_are_refused(tmp_path):
         with pytest.raises(InputError, match="ask for 1 to 5"):
             split(url, str(tmp_path / "out"), clean, 0, CONFIG)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="already holds data"):
-        split(url, url, 2, 0, CONFIG)
-    same = encode_image(np.zeros((4, 4, 3), np.uint8), "png")
-    copies = str(tmp_path / "copies")
-    write_dataset(copies, [canonical_table(["a", "b"], [same, same])], classes=None, source="test")
+    for write in (lambda: split(url, url, 2, 0, CONFIG), lambda: convert(url, url, CONFIG)):
+        with pytest.raises(InputError, match="already holds data"):
+            write()
+    copies = write_set(tmp_path / "copies", canonical_table(["a", "b"], [PNG, PNG]))
     with pytest.raises(InputError, match="copies of each other"):
         split(copies, str(tmp_path / "out"), 1, 0, CONFIG)
 
 
 def test_convert_there_and_back_copies_bytes(tmp_path):
-    jpeg = encode_image(np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8), "jpeg:50")
-    for key in ("cat/1.jpg", "dog/sub/2.jpg", "dog/notes.txt", "dog/bad.png"):
-        file = tmp_path / "src" / key
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"bad" if "bad" in key else jpeg)
+    keys = ["cat/1.jpg", "dog/bad.png", "dog/sub/2.jpg"]
+    fill(tmp_path / "src", *keys, "dog/notes.txt")
+    jpeg = encode_image(noise(1, 9, 7)[0], "jpeg:50")
+    for key, data in zip(keys, (jpeg, b"bad", jpeg), strict=True):
+        (tmp_path / "src" / key).write_bytes(data)
     assert convert(str(tmp_path / "src"), str(tmp_path / "table"), CONFIG) == 3
-    (rows,) = read_tables(open_source(str(tmp_path / "table"), CONFIG), CONFIG)
-    assert rows["id"].to_pylist() == ["cat/1.jpg", "dog/bad.png", "dog/sub/2.jpg"]
+    rows = read_all(tmp_path / "table")
+    assert rows["id"].to_pylist() == keys
     assert rows["label"].to_pylist() == [0, 1, 1]
     assert image_bytes(rows) == [jpeg, b"bad", jpeg]
     assert convert(str(tmp_path / "table"), str(tmp_path / "back"), CONFIG, "folder") == 3
     assert (tmp_path / "back" / "dog" / "sub%2F2.jpg").read_bytes() == jpeg
     assert open_source(str(tmp_path / "back"), CONFIG).classes == ["cat", "dog"]
-
-
-def test_convert_writes_over_nothing(tmp_path):
-    url = source(tmp_path / "src", 3)
-    with pytest.raises(InputError, match="already holds data"):
-        convert(url, url, CONFIG)
 
 
 def test_convert_real_cifar(shared_data, tmp_path):
@@ -132,7 +124,6 @@ def test_converting_with_another_size_resizes_every_image(tmp_path):
     assert after.images.shape == (5, 16, 16, 3)
     assert (after.ids, after.classes) == (before.ids, before.classes)
     assert np.array_equal(after.labels, before.labels)
-    broken = canonical_table(["bad"], [b"nothing"], [0])
-    write_dataset(str(tmp_path / "broken"), [broken], classes=["a"], source="test")
+    broken = write_set(tmp_path / "broken", canonical_table(["bad"], [b"nothing"], [0]), classes=["a"])
     with pytest.raises(InputError, match="image bad: not an image"):
-        convert(str(tmp_path / "broken"), str(tmp_path / "none"), DataConfig(resize=16))
+        convert(broken, str(tmp_path / "none"), DataConfig(resize=16))

@@ -21,11 +21,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
+from PIL import Image
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_tables
@@ -33,7 +35,8 @@ from eclipse_ray.datasets.images import ImageError, decode_stored, encode_image
 from eclipse_ray.datasets.table import canonical_table, table_to_parquet
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
-from tests.zoo import NOISE, specimens
+from tests.datasets.helpers import tar_bytes
+from tests.zoo import NOISE, saved, specimens
 
 MAX_PIXELS = 1_000_000
 POLICIES = [
@@ -61,52 +64,44 @@ class Tally:
 
 def seeds() -> dict[str, list[bytes]]:
     """Return small valid inputs for every reader."""
-    encoded = [encode_image(image, "png") for image in NOISE.reshape(-1, 8, 8, 3)[:6]]
-    table = canonical_table([f"{n}" for n in range(6)], encoded, [0, 1, 0, 1, 0, 1], classes=["a", "b"])
     arrays = NOISE.reshape(-1, 8, 8, 3)[:6]
+    encoded = [encode_image(image, "png") for image in arrays]
+    table = canonical_table([f"{n}" for n in range(6)], encoded, [0, 1, 0, 1, 0, 1], classes=["a", "b"])
+    named = {"images": arrays, "labels": np.arange(6), "id": np.array([f"é{n}" for n in range(6)])}
+    tensors = {"data": torch.from_numpy(arrays), "labels": torch.arange(6)}
+    floats = torch.from_numpy(arrays) / 255, torch.arange(6)
+    images = [specimen.data for specimen in specimens().values() if 0 < len(specimen.data) < 20_000]
     return {
-        "image": [specimen.data for specimen in specimens().values() if 0 < len(specimen.data) < 20_000],
-        "tar": [_tar(encoded, tarfile.USTAR_FORMAT), _tar(encoded, tarfile.PAX_FORMAT), _tar(encoded, 1)],
-        "npz": [_npz(arrays, np.savez), _npz(arrays, np.savez_compressed)],
-        "npy": [_npy(arrays)],
+        "image": [*images, saved(Image.new("RGB", (9, 7), "teal"), "BMP")],
+        "tar": [
+            _tar(encoded, format) for format in (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)
+        ],
+        "npz": [_bytes(save, **named) for save in (np.savez, np.savez_compressed)],
+        "npy": [_bytes(np.save, arrays)],
         "parquet": [table_to_parquet(table)],
         "cifar": [pickle.dumps({"data": arrays[:, :, :, 0].reshape(6, -1)[:, :48], "labels": [0] * 6}, 2)],
         "published": [
             pickle.dumps([(image.tobytes(), 1) for image in arrays]),
-            _torch({"data": torch.from_numpy(arrays), "labels": torch.arange(6)}, zipped=True),
-            _torch((torch.from_numpy(arrays) / 255, torch.arange(6)), zipped=False),
+            _bytes(lambda file: torch.save(tensors, file)),
+            _bytes(lambda file: torch.save(floats, file, _use_new_zipfile_serialization=False)),
         ],
     }
 
 
+def _bytes(save: Callable[..., None], *values: object, **named: object) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *values, **named)
+    return buffer.getvalue()
+
+
 def _tar(encoded: list[bytes], format: int) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
-        for number, data in enumerate(encoded):
-            key = f"{'long/' * 30 if format != tarfile.USTAR_FORMAT else ''}ü{number}"
-            for extension, content in (("png", data), ("cls", b"1"), ("json", b'{"label": 1}')):
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def _npz(arrays: np.ndarray, save: Callable[..., None]) -> bytes:
-    buffer = io.BytesIO()
-    save(buffer, images=arrays, labels=np.arange(len(arrays)), id=np.array([f"é{n}" for n in range(len(arrays))]))
-    return buffer.getvalue()
-
-
-def _npy(arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, arrays)
-    return buffer.getvalue()
-
-
-def _torch(content: object, zipped: bool) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
-    return buffer.getvalue()
+    folder = "long/" * 30 if format != tarfile.USTAR_FORMAT else ""
+    members = [
+        (f"{folder}ü{number}.{extension}", content)
+        for number, data in enumerate(encoded)
+        for extension, content in (("png", data), ("cls", b"1"), ("json", b'{"label": 1}'))
+    ]
+    return tar_bytes(*members, format=format)
 
 
 def mutate(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
@@ -150,12 +145,17 @@ def _reader(key: str) -> Callable[[bytes, random.Random], None]:
 
     def read(data: bytes, rng: random.Random) -> None:
         store.write(key, data)
-        source = open_source(f"{store.url}/{key}", POLICIES[0])
-        rows = 0
-        for table in read_tables(source, POLICIES[0]):
+        try:
+            source = open_source(f"{store.url}/{key}", POLICIES[0])
+            tables = list(read_tables(source, POLICIES[0]))
+        except InputError as error:
+            if key in str(error):
+                raise
+            raise AssertionError(f"does not name its file: {error}") from error
+        for table in tables:
             assert {"id", "image"} <= set(table.column_names)
-            rows += table.num_rows
-        assert rows == source.images
+            assert "label" not in table.column_names or pa.types.is_integer(table["label"].type)
+        assert sum(table.num_rows for table in tables) == source.images
 
     return read
 
@@ -192,17 +192,7 @@ def fuzz(seconds: float, seed: int, keep: Path | None = None) -> dict[str, objec
         "executions": executions,
         "crashes": sum(tally.crashes for tally in tallies.values()),
         "peak_rss_mb": _peak_mb(),
-        "readers": {
-            name: {
-                "executions": tally.executions,
-                "accepted": tally.accepted,
-                "refused": tally.refused,
-                "slowest_s": round(tally.slowest, 3),
-                "most_mb": tally.most_mb,
-                "crashes": sorted(tally.kinds),
-            }
-            for name, tally in tallies.items()
-        },
+        "readers": {name: {**asdict(tally), "kinds": sorted(tally.kinds)} for name, tally in tallies.items()},
     }
 
 

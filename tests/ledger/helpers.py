@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -117,6 +118,16 @@ def commit(store: Store, shard: Shard, salt: int = 0, generation: int = 0, mende
         seconds=0.5 + salt,
         generation=generation,
     )
+
+
+def commit_ids(
+    store: Store, shard: Shard, good: bytes | list[str], bad: Sequence[str] = (), **options: int
+) -> Status:
+    """Commit a shard whose images are the ids `good`, or whose table is, and whose `bad` ones failed."""
+    ok = good if isinstance(good, bytes) else table(good)
+    count = shard.rows - len(bad)
+    errors = [ImageFailure(each, each, "no") for each in bad]
+    return commit_shard(store, shard, ok=ok, ok_count=count, errors=errors, input_sha256="0", seconds=1, **options)
 
 
 def complete(store: Store, shards: list[Shard]) -> Manifest:

@@ -8,44 +8,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray.ledger import ImageFailure, commit_shard, finalise, plan_shards, read_statuses, verify
+from eclipse_ray.ledger import finalise, plan_shards, read_statuses, verify
 from eclipse_ray.ledger.layout import table_bytes
 from eclipse_ray.storage.store import Store
-from tests.ledger.helpers import commit, complete, make_shards, memory_store, part, start, table
+from tests.ledger.helpers import commit, commit_ids, complete, make_shards, memory_store, part, start, table
 
 _FLIPS = 200
 
 
-@pytest.fixture(scope="module")
-def finished():
+def test_every_bit_flip_is_found():
     store = memory_store()
     complete(store, make_shards())
-    assert verify(store).ok
-    return store
-
-
-@pytest.fixture(scope="module")
-def flip_positions(finished):
-    size = len(finished.read(read_statuses(finished)["000000"].object))
+    key = read_statuses(store)["000000"].object
+    whole = store.read(key)
     generator = random.Random(5)
-    return [(size * n // _FLIPS, generator.randrange(8)) for n in range(_FLIPS)]
-
-
-@pytest.mark.parametrize("number", range(_FLIPS))
-def test_every_bit_flip_is_found(finished, flip_positions, number):
-    key = read_statuses(finished)["000000"].object
-    whole = finished.read(key)
-    position, bit = flip_positions[number]
-    flipped = bytearray(whole)
-    flipped[position] ^= 1 << bit
-    finished.write(key, bytes(flipped))
-    try:
-        result = verify(finished)
-    finally:
-        finished.write(key, whole)
-    assert not result.ok
-    assert result.mismatched == [sentence for sentence in result.mismatched if key in sentence]
-    assert result.images == 5
+    for number in range(_FLIPS):
+        flipped = bytearray(whole)
+        flipped[len(whole) * number // _FLIPS] ^= 1 << generator.randrange(8)
+        store.write(key, bytes(flipped))
+        result = verify(store)
+        assert not result.ok, number
+        assert result.mismatched == [sentence for sentence in result.mismatched if key in sentence]
+        assert result.images == 5
+    store.write(key, whole)
+    assert verify(store).ok
 
 
 @pytest.mark.parametrize("name", ["plan.parquet", "manifest.parquet", "fingerprint.json"])
@@ -70,26 +56,18 @@ def test_plan_of_another_run_is_found():
 
 
 @pytest.mark.parametrize("which", ["object", "errors_object"])
-def test_missing_object_is_found_and_can_be_redone(tmp_path, which):
+def test_missing_or_damaged_object_is_found_and_can_be_redone(tmp_path, which):
     store, shards = Store(str(tmp_path)), make_shards()
     complete(store, shards)
     key = getattr(read_statuses(store)["000001"], which)
-    store.delete(key)
-    result = verify(store)
-    assert len(result.mismatched) == 1
-    assert f"{key}: missing" in result.mismatched[0]
-    store.delete("_eclipse/status/000001/0.json")
-    complete(store, shards)
-    assert verify(store).ok
-
-
-def test_damaged_object_is_replaced_when_redone():
-    store, shards = memory_store(), make_shards()
-    complete(store, shards)
-    store.write(str(read_statuses(store)["000001"].object), b"damaged")
-    store.delete("_eclipse/status/000001/0.json")
-    complete(store, shards)
-    assert verify(store).ok
+    for damage, words in ((lambda: store.delete(key), f"{key}: missing"), (lambda: store.write(key, b"x"), key)):
+        damage()
+        result = verify(store)
+        assert len(result.mismatched) == 1
+        assert words in result.mismatched[0]
+        store.delete("_eclipse/status/000001/0.json")
+        complete(store, shards)
+        assert verify(store).ok
 
 
 def test_extra_object_is_found():
@@ -121,9 +99,8 @@ def test_doubled_id_is_found(good, bad):
     store = memory_store()
     shards = plan_shards([part(name) for name in "abcx"], 3)
     start(store, shards)
-    for shard, ok, failed in [(shards[0], good, bad), (shards[1], ["x"], [])]:
-        errors = [ImageFailure(i, i, "no") for i in failed]
-        commit_shard(store, shard, ok=table(ok), ok_count=len(ok), errors=errors, input_sha256="0", seconds=1)
+    commit_ids(store, shards[0], good, bad)
+    commit_ids(store, shards[1], ["x"])
     finalise(store)
     result = verify(store)
     assert (result.planned, result.images, result.failed) == (4, 3, 1)
@@ -138,7 +115,7 @@ def test_unreadable_table_with_the_right_hash_is_found():
     whole = table(["a", "b"])
     damaged = bytearray(whole)
     damaged[pq.ParquetFile(pa.BufferReader(whole)).metadata.row_group(0).column(0).data_page_offset + 40] ^= 1
-    commit_shard(store, shards[0], ok=bytes(damaged), ok_count=2, errors=[], input_sha256="0", seconds=1)
+    commit_ids(store, shards[0], bytes(damaged))
     finalise(store)
     assert any("not a readable table" in sentence for sentence in verify(store).mismatched)
 
@@ -147,21 +124,9 @@ def test_table_without_ids_is_found():
     store = memory_store()
     shards = plan_shards([part("a"), part("b")], 2)
     start(store, shards)
-    for generation, (ok, words) in enumerate(
-        [
-            (table_bytes(pq.read_table(pa.BufferReader(table(["a", "b"]))).drop(["id"])), "`id` column"),
-            (table_bytes(pq.read_table(pa.BufferReader(table(["a", None])))), "1 images have no id"),
-        ]
-    ):
-        commit_shard(
-            store,
-            shards[0],
-            ok=ok,
-            ok_count=2,
-            errors=[],
-            input_sha256="0",
-            seconds=1,
-            generation=generation,
-        )
+    nameless = table_bytes(pq.read_table(pa.BufferReader(table(["a", "b"]))).drop(["id"]))
+    tables = [(nameless, "`id` column"), (table(["a", None]), "1 images have no id")]
+    for generation, (ok, words) in enumerate(tables):
+        commit_ids(store, shards[0], ok, generation=generation)
         finalise(store)
         assert any(words in sentence for sentence in verify(store).mismatched)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from eclipse_ray.detection.views import Images
 from eclipse_ray.purification.plan import prepare
 from eclipse_ray.purification.shard import Task, task_rows
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
+from eclipse_ray.reports.experiments import write_sweep
 from eclipse_ray.reports.page import write_audit
 from eclipse_ray.reports.tables import write_tables
 from eclipse_ray.results import AuditResult, EvaluateResult
+from tests.reports.test_sweep import ROWS
+from tests.reports.test_sweep import view as swept
 from tests.reports.test_tables import FULL, view
+from tests.support import World
 
 
 def purify_here(source: str, output: str, denoiser: str, shards: int | None = None, **settings: object) -> None:
@@ -80,6 +85,22 @@ def write_demo(folder: Path) -> None:
     each = dict.fromkeys(("clean", "poisoned", "purified"), asdict(evaluation()))
     note = {"clean": 93.7, "poisoned": 14.9, "purified": 88.9, "output": str(folder), "victims": each}
     _write(folder, {"demo.json": json.dumps(note), "demo.png": ""})
+
+
+def write_folders(root: Path, world: World) -> dict[str, Path]:
+    """Write one folder of every kind below `root`."""
+    found = {kind: root / kind for kind in ("purify", "train", "evaluate", "matrix", "demo", "sweep", "audit")}
+    purify_here(world.poisoned, str(found["purify"]), world.denoiser, **{"purify.shard_images": 60})
+    shutil.copytree(world.denoiser, found["train"])
+    write_evaluation(found["evaluate"])
+    write_matrix(found["matrix"])
+    beside = {"poisoned": world.poisoned, "denoiser": world.denoiser, "split/rest": world.rest}
+    for name, source in {**beside, "purified": found["purify"]}.items():
+        shutil.copytree(source, found["demo"] / name)
+    write_demo(found["demo"])
+    write_sweep(str(found["sweep"]), swept(ROWS, ["t_star", "sigma"]))
+    audited(found["audit"])
+    return found
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from eclipse_ray.reports.experiments import write_sweep
 from eclipse_ray.reports.page import write_report
-from tests.reports.material import audited, purify_here, write_demo, write_evaluation, write_matrix
-from tests.reports.test_sweep import ROWS, view
+from tests.reports.material import write_folders
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; see make browser")
 
@@ -35,18 +33,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def pages(world, tmp_path_factory) -> dict[str, str]:
     """The page of a folder of each kind that has a layout of its own, by address."""
-    root = tmp_path_factory.mktemp("browser")
-    write_evaluation(root / "evaluate")
-    write_matrix(root / "matrix")
-    demo = root / "demo"
-    purify_here(world.poisoned, str(demo / "purified"), world.denoiser, **{"purify.shard_images": 60})
-    for name, source in (("poisoned", world.poisoned), ("denoiser", world.denoiser), ("split/rest", world.rest)):
-        shutil.copytree(source, demo / name)
-    write_demo(demo)
-    write_sweep(str(root / "sweep"), view(ROWS, ["t_star", "sigma"]))
-    audited(root / "audit")
-    shutil.copytree(world.denoiser, root / "train")
-    return {kind: Path(write_report(str(root / kind)).report).as_uri() for kind in KINDS}
+    folders = write_folders(tmp_path_factory.mktemp("browser"), world)
+    return {kind: Path(write_report(str(folders[kind])).report).as_uri() for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +61,19 @@ def open_page(browser, address: str, width: int, scheme: str, script: bool = Tru
     return page
 
 
+def no_barrier(page) -> None:
+    page.add_script_tag(path=str(AXE))
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    assert found == [], [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_overflow_and_no_barrier_at_any_width_and_in_both_schemes(kind, browser, pages):
     for width in WIDTHS:
         for scheme in SCHEMES:
             page = open_page(browser, pages[kind], width, scheme)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-            page.add_script_tag(path=str(AXE))
-            found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-            assert found == [], [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
+            no_barrier(page)
             assert all(url.startswith(("file:", "data:")) for url in page.asked)
             page.context.close()
 
@@ -91,9 +83,7 @@ def test_an_image_is_enlarged_and_left_again_by_keyboard_alone(browser, pages):
     page.locator("a.cell").first.focus()
     page.keyboard.press("Enter")
     assert page.locator("dialog[open]").get_attribute("id") == "image-1"
-    page.add_script_tag(path=str(AXE))
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-    assert found == [], [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found]
+    no_barrier(page)
     page.keyboard.press("ArrowRight")
     assert page.locator("dialog[open]").get_attribute("id") == "image-2"
     page.keyboard.press("Escape")

@@ -21,17 +21,15 @@ from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table
 from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.errors import InputError
-from eclipse_ray.reports.experiments import _drawn, write_sweep
+from eclipse_ray.reports.experiments import _drawn
 from eclipse_ray.reports.folder import record_command
 from eclipse_ray.reports.page import write_report
 from eclipse_ray.storage.store import Store
-from tests.reports.material import audited, purify_here, write_demo, write_evaluation, write_matrix
-from tests.reports.test_sweep import ROWS, view
+from tests.reports.material import audited, purify_here, write_folders
 
 VOID = {"meta", "link", "img", "br", "source", "input"}
 EVIL = "<script>alert(1)</script>\"'&.png"
 RUN = ["changed", "classes", "pictures", "theory", "training"]
-SWEPT = view(ROWS, ["t_star", "sigma"])
 SECTIONS = {
     "purify": ["summary", *RUN, "provenance"],
     "train": ["summary", "training", "provenance"],
@@ -80,24 +78,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def folders(world, tmp_path_factory) -> dict[str, Path]:
     """One folder of every kind."""
-    root = tmp_path_factory.mktemp("reports")
-    found = {kind: root / kind for kind in SECTIONS}
-    purify_here(world.poisoned, str(found["purify"]), world.denoiser, **{"purify.shard_images": 60})
-    shutil.copytree(world.denoiser, found["train"])
-    write_evaluation(found["evaluate"])
-    write_matrix(found["matrix"])
-    found["demo"].mkdir()
-    for name, source in (
-        ("poisoned", world.poisoned),
-        ("denoiser", world.denoiser),
-        ("purified", found["purify"]),
-    ):
-        shutil.copytree(source, found["demo"] / name)
-    shutil.copytree(world.rest, found["demo"] / "split/rest")
-    write_demo(found["demo"])
-    write_sweep(str(found["sweep"]), SWEPT)
-    audited(found["audit"])
-    return found
+    return write_folders(tmp_path_factory.mktemp("reports"), world)
 
 
 def page_of(folder) -> Page:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets import arrays, cifar, folder, labels, npz, parquet, published, webdataset
+from eclipse_ray.datasets import arrays, folder, labels, npz, parquet, published, webdataset
 from eclipse_ray.datasets.table import Part, Span, extra_columns, labels_or_none, noted_classes, with_classes
 from eclipse_ray.errors import InputError, did_you_mean
 from eclipse_ray.log import say_once
@@ -110,7 +110,7 @@ FORMATS: dict[str, Format] = {
     "folder": Format(folder.claims, folder.list_parts, folder.read_rows, lambda *_: None),
     "webdataset": Format(webdataset.claims, webdataset.list_parts, webdataset.read_rows, webdataset.read_labels),
     "npz": _array_format(npz.claims, npz.opened, npz.list_parts),
-    "cifar": _array_format(cifar.claims, cifar.opened),
+    "cifar": _array_format(published.claims_batch, published.opened_batch),
     "published": _array_format(published.claims, published.opened),
 }
 
@@ -455,7 +455,7 @@ def _refuse_bad_names(entries: Iterable[Entry]) -> None:
 def _passed_over(name: str, left: Sequence[str], read: set[str]) -> str:
     """Return a sentence on the files that no format reads, so that none is ignored without a word."""
     aids = {f"{key[:-4]}.idx" for key in read} if name == "webdataset" else set()
-    aids |= {meta for meta, _ in cifar.META} if name == "cifar" else set()
+    aids |= {meta for meta, _ in published.META} if name == "cifar" else set()
     others = [key for key in left if key not in aids and key.rpartition("/")[2] not in aids]
     counts = Counter(posixpath.splitext(key)[1] or "without a suffix" for key in others)
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))

@@ -49,6 +49,19 @@ def decode(job: Job, task: Task) -> pa.Table:
     return read_and_decode(task_rows([task])[0], job)
 
 
+@pytest.mark.parametrize(("stage", "doing"), [("decode", "decoding"), ("purify", "purifying")])
+def test_an_image_that_kills_its_worker_alone_is_named_also_when_its_shard_is_given_up(
+    world, tmp_path, monkeypatch, stage, doing
+):
+    job, task = first_shard(world, tmp_path / "out")
+    monkeypatch.setattr(stages.ledger, "try_alone", lambda *_: ({2}, stages.ledger.Care.GIVE_UP))
+    killers, _ = stages._killers(job, task, stage, 9, 4, lambda _: None)
+    words = [killers[row].error for row in range(4)]
+    assert words[2] == f"{doing} this image kills the worker, also when tried alone"
+    for row in (0, 1, 3):
+        assert words[row].startswith(f"{doing} its shard kills the worker, though no image does so alone")
+
+
 @pytest.mark.parametrize(
     "error",
     [

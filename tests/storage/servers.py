@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -13,11 +14,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
 from pathlib import Path
+from threading import Barrier
 
 import botocore.session
 import fsspec
 from botocore.exceptions import BotoCoreError, ClientError
+
+from eclipse_ray.storage.store import Store
 
 BUCKET = "bucket"
 SECRET = "secret-of-the-tests"
@@ -133,6 +138,27 @@ def moto() -> Iterator[Server]:
         yield server
     finally:
         running.stop()
+
+
+def _contend(url: str, name: int, barrier: Barrier, winners: Queue) -> None:
+    barrier.wait(60)
+    if Store(url).create("claim", str(name).encode()):
+        winners.put(name)
+
+
+def race(url: str, processes: int, method: str) -> None:
+    """Let processes create one key with different bytes at once; exactly one must win."""
+    context = multiprocessing.get_context(method)
+    barrier, winners = context.Barrier(processes), context.Queue()
+    racing = [context.Process(target=_contend, args=(url, n, barrier, winners)) for n in range(processes)]
+    for process in racing:
+        process.start()
+    winner = winners.get(timeout=120)
+    for process in racing:
+        process.join(60)
+        assert process.exitcode == 0
+    assert winners.empty()
+    assert Store(url).read("claim") == str(winner).encode()
 
 
 def _wait_until_up(server: Server) -> None:

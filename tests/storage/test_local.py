@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import resource
 import subprocess
@@ -14,26 +13,11 @@ import pytest
 from eclipse_ray.errors import StorageError
 from eclipse_ray.storage import local
 from eclipse_ray.storage.store import Store
-
-
-def _contend(url, name, barrier, winners):
-    barrier.wait(30)
-    if Store(url).create("claim", str(name).encode()):
-        winners.put(name)
+from tests.storage.servers import race
 
 
 def test_put_if_absent_between_processes_has_one_winner(tmp_path):
-    context = multiprocessing.get_context("fork")
-    barrier, winners = context.Barrier(16), context.Queue()
-    processes = [context.Process(target=_contend, args=(str(tmp_path), i, barrier, winners)) for i in range(16)]
-    for process in processes:
-        process.start()
-    winner = winners.get(timeout=60)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert winners.empty()
-    assert (tmp_path / "claim").read_bytes() == str(winner).encode()
+    race(str(tmp_path), 16, "fork")
     assert os.listdir(tmp_path) == ["claim"]
 
 

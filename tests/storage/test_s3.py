@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from eclipse_ray.errors import StorageError
 from eclipse_ray.storage import s3
 from eclipse_ray.storage.store import Store
 from tests.storage.proxy import Fault
-from tests.storage.servers import BUCKET
+from tests.storage.servers import BUCKET, race
 
 MIB = 2**20
 
@@ -64,25 +63,9 @@ def test_objects_in_parts_are_never_mixed_in_a_race(s3_url, small_parts):
     assert store.abort_uploads() == 0
 
 
-def _contend(url, number, barrier, winners):
-    barrier.wait(60)
-    if Store(url).create("claim", str(number).encode()):
-        winners.put(number)
-
-
 @pytest.mark.chaos
 def test_one_of_eight_processes_creates_a_key(s3_url):
-    context = multiprocessing.get_context("spawn")
-    barrier, winners = context.Barrier(8), context.Queue()
-    processes = [context.Process(target=_contend, args=(s3_url, i, barrier, winners)) for i in range(8)]
-    for process in processes:
-        process.start()
-    winner = winners.get(timeout=120)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert winners.empty()
-    assert Store(s3_url).read("claim") == str(winner).encode()
+    race(s3_url, 8, "spawn")
 
 
 NAMES = {

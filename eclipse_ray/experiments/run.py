@@ -151,10 +151,14 @@ def _start(experiment: Experiment) -> None:
 
 
 def groups(recipes: list[Recipe], size: int) -> Iterator[list[Recipe]]:
-    """Yield the recipes in order, at least `size` at a time, never parting those of one column."""
+    """Yield the recipes in order, at least `size` at a time, never parting those of one column.
+
+    A column with denoisers of its own ends a group, so that its cells do not wait for those of the next column.
+    """
     group: list[Recipe] = []
     for index, recipe in enumerate(recipes):
-        if len(group) >= size and recipes[index - 1].column.key != recipe.column.key:
+        full = len(group) >= size or any(one.row.entry.against for one in group)
+        if full and recipes[index - 1].column.key != recipe.column.key:
             yield group
             group = []
         group.append(recipe)

@@ -329,6 +329,10 @@ def test_groups_are_of_whole_columns_and_large_enough(world, tmp_path):
     assert [len(group) for group in groups(cells, 4)] == [6, 6]
     assert [len(group) for group in groups(cells, 1)] == [3, 3, 3, 3]
     assert [len(group) for group in groups(cells, 99)] == [12]
+    row = replace(cells[4].row, entry=replace(cells[4].row.entry, against=True))
+    # The second column has a denoiser of its own: its cells do not wait for what the third one needs.
+    cells[4] = replace(cells[4], row=row)
+    assert [len(group) for group in groups(cells, 99)] == [6, 6]
 
 
 def test_columns_made_at_once_are_those_made_one_by_one(measured, world, tmp_path, monkeypatch, capfd):

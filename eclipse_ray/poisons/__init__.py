@@ -155,7 +155,8 @@ def perturb(
     settings = settings_of(config)
     if config.name not in POISONS:
         raise ConfigError(f"poison {config.name} depends on all images at once: fit_poison comes first")
-    data = LabelledImages(images, labels, ids, num_classes)
+    # As an index, a tensor of bytes is a mask.
+    data = LabelledImages(images, labels.long(), ids, num_classes)
     check_inputs(data)
     return POISONS[config.name].perturb(data, settings, seed) if len(ids) else torch.zeros(images.shape)
 

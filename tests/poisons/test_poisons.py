@@ -203,6 +203,15 @@ def test_an_empty_batch_stays_empty():
         assert poison_images(images, torch.zeros(0).long(), [], config, 0, 10).shape == images.shape
 
 
+@pytest.mark.parametrize("name", POISONS)
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_may_be_integers_of_any_width(name, kind):
+    images, labels, ids = batch()
+    config = PoisonConfig(name=name)
+    expected = perturb(images, labels, ids, config, 0, CLASSES)
+    assert torch.equal(perturb(images, labels.to(kind), ids, config, 0, CLASSES), expected)
+
+
 def test_bad_batches_are_refused():
     images, labels, ids = batch()
     config = PoisonConfig(name="ar")

@@ -91,7 +91,9 @@ def list_parts(
             rows = file.shape[0]
             classes = classes or file.classes()
             if file.labels is not None and not file.whole:
-                _check_labels(f"{store.url}/{entry.key}", file.labels(0, rows), classes)
+                # If data.labels says what the labels are, those in the file have no meaning.
+                own = classes if config.labels is None else None
+                _check_labels(f"{store.url}/{entry.key}", file.labels(0, rows), own)
         labelled[entry.key] = file.labels is not None
         if file.said:
             forms[Form(file.layout, file.dtype.name, file.said)] += rows

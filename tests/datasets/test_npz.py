@@ -84,6 +84,15 @@ def test_labels_are_named_or_refused(tmp_path):
     refused(wide, "out of range", reading=True)
 
 
+@pytest.mark.parametrize("labels", [np.array([0.0, 2, 1]), np.eye(3), np.array([[0], [2], [1]])])
+def test_labels_that_are_not_asked_for_are_not_compared_with_the_classes(tmp_path, labels):
+    np.savez(tmp_path / "set.npz", images=IMAGES[:3], labels=labels, classes=np.array(["a", "b"]))
+    refused(tmp_path, "label 2 is out of range, there are 2 classes")
+    assert read_all(tmp_path, labels="none").column_names == ["id", "image"]
+    np.save(tmp_path / "own.npy", [1, 0, 1])
+    assert read_all(tmp_path / "set.npz", labels=str(tmp_path / "own.npy"))["label"].to_pylist() == [1, 0, 1]
+
+
 def test_damaged_archives_are_refused(tmp_path):
     url = put(tmp_path / "s", images=IMAGES)
     np.save(tmp_path / "whole.npy", IMAGES)

@@ -5,6 +5,7 @@ The form of a published file (.pt, .pth, .pkl) is recognised from its content; i
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -224,8 +225,8 @@ def opened_batch(store: Store, entry: Entry, config: DataConfig) -> Iterator[Arr
 
 def _load_batch(store: Store, key: str) -> dict[str, Any]:
     where = f"{store.url}/{key}"
-    with store.open(key) as file:
-        batch = read_file(where, file, _BATCH_ADVICE)
+    # Read at once, which is retried.
+    batch = read_file(where, io.BytesIO(store.read(key)), _BATCH_ADVICE)
     if not isinstance(batch, dict):
         raise InputError(f"{where}: holds {type(batch).__name__}; {_BATCH_ADVICE}")
     return {

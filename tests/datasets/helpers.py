@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_parts, read_tables
@@ -72,6 +73,18 @@ def refused(url: object, *words: str, reading: bool = False, **settings: object)
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def time_out(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Let the next `times` reads of files in memory:// time out, as those of a server may: without an errno."""
+    faults = iter(range(times))
+
+    def read(file: MemoryFile, size: int | None = -1) -> bytes:
+        if next(faults, None) is not None:
+            raise TimeoutError
+        return io.BytesIO.read(file, size)
+
+    monkeypatch.setattr(MemoryFile, "read", read)
 
 
 def tar(file: Path, *members: tarfile.TarInfo | tuple[str, bytes], **options: object) -> str:

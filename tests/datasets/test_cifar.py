@@ -3,11 +3,12 @@ import pickle
 import numpy as np
 import pytest
 
-from eclipse_ray.datasets.formats import open_source
+from eclipse_ray.datasets.formats import open_source, read_parts
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.errors import InputError
-from tests.datasets.helpers import CONFIG, noise, read_all, read_rows, refused
+from eclipse_ray.storage.store import Store
+from tests.datasets.helpers import CONFIG, noise, read_all, read_rows, refused, time_out
 from tests.support import pixels_of
 
 IMAGES = noise(6)
@@ -89,6 +90,16 @@ def test_other_pickles_are_refused(tmp_path, content):
 @pytest.mark.parametrize("labels", [[1, 2], [0.5] * 6, [[1], [2, 3]], ["a"] * 6])
 def test_wrong_labels_are_refused(tmp_path, labels):
     refused(dump(tmp_path, batch(labels=labels)), "6 integer labels")
+
+
+@pytest.mark.parametrize("name", ["data_batch_1", "a.pkl"])
+def test_a_batch_is_read_again_where_its_store_fails_for_a_moment(monkeypatch, tmp_path, name):
+    store = Store(f"memory://batches-{tmp_path.name}")
+    store.write(name, pickle.dumps(batch()))
+    (part,) = open_source(store.url, CONFIG).parts
+    time_out(monkeypatch, 2)
+    rows = read_parts(store.url, "cifar" if name == "data_batch_1" else "published", None, [(part.key, 0, 6)], CONFIG)
+    assert np.array_equal(pixels_of(rows), IMAGES)
 
 
 def test_garbage_is_refused_or_read_as_whole_rows(tmp_path):

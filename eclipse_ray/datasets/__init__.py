@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from eclipse_ray.errors import InputError
+from eclipse_ray.storage.retries import kind_of
 
 # Exceptions that NumPy, Pillow, zipfile and pickle raise for damaged bytes. Their only common base is Exception.
 PARSER_ERRORS: tuple[type[Exception], ...] = (
@@ -41,6 +42,7 @@ def damage_named(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        # Time-outs and broken connections have no errno.
+        if kind_of(error) != "unknown" or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
             raise  # The disk or network failed, which may be temporary.
         raise InputError(f"{what}: {error}; {advice}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -75,12 +76,12 @@ def refused(url: object, *words: str, reading: bool = False, **settings: object)
     assert all(word in message for word in words), message
 
 
-def time_out(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """Let the next `times` reads of files in memory:// time out, as those of a server may: without an errno."""
-    faults = iter(range(times))
+def time_out(monkeypatch: pytest.MonkeyPatch, times: int, after: int = 0) -> None:
+    """Let `times` reads of files in memory:// time out, after some that do not, without an errno."""
+    reads = itertools.count()
 
     def read(file: MemoryFile, size: int | None = -1) -> bytes:
-        if next(faults, None) is not None:
+        if after <= next(reads) < after + times:
             raise TimeoutError
         return io.BytesIO.read(file, size)
 

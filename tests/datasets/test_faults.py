@@ -1,5 +1,6 @@
 """Damage, odd names and wrong labels are noticed before or during reading, never silently ignored."""
 
+import pickle
 import unicodedata
 import uuid
 from contextlib import suppress
@@ -8,15 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from eclipse_ray import ledger
+from eclipse_ray.datasets import published
 from eclipse_ray.datasets.formats import open_source, read_parts
 from eclipse_ray.datasets.memory import load_images, require_classes
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
-from tests.datasets.helpers import CONFIG, fill, noise, read_all, refused, table_of
+from tests.datasets.helpers import CONFIG, fill, noise, read_all, refused, table_of, time_out
 from tests.ledger.helpers import start
 
 NOISE = noise(24)
@@ -80,6 +83,25 @@ def test_odd_names_keep_their_images(named, tmp_path):
         assert contents(str(tmp_path / layout)) == expected
     convert(str(tmp_path / "parquet"), str(tmp_path / "folder"), CONFIG, "folder")
     assert sorted(contents(str(tmp_path / "folder")).values()) == sorted(expected.values())
+
+
+# Not of zip archives: where Python looks for their end, it takes any failure for another kind of file.
+@pytest.mark.parametrize("name", ["a.npy", "a.pt", "a.pkl"])
+def test_a_time_out_is_no_damage(monkeypatch, tmp_path, name):
+    file = tmp_path / name
+    if name == "a.npy":
+        np.save(file, NOISE)
+    elif name == "a.pt":
+        torch.save(torch.tensor(NOISE), file, _use_new_zipfile_serialization=False)
+    else:
+        file.write_bytes(pickle.dumps(NOISE))
+    store = Store(f"memory://time-outs-{tmp_path.name}")
+    store.write(name, file.read_bytes())
+    for reads in range(3):  # Of the header, or of the pickle and the values behind it.
+        with monkeypatch.context() as patched, suppress(TimeoutError):
+            time_out(patched, 1, after=reads)
+            published._open.cache_clear()
+            assert read_all(store.url).num_rows == 24
 
 
 def test_odd_names_survive_the_plan(named):

@@ -76,11 +76,16 @@ Opener = Callable[[Store, Entry, DataConfig], AbstractContextManager[ArrayFile]]
 
 
 def list_parts(
-    opened: Opener, store: Store, entries: Sequence[Entry], config: DataConfig
+    opened: Opener,
+    store: Store,
+    entries: Sequence[Entry],
+    config: DataConfig,
+    naming: Sequence[Entry] | None = None,
 ) -> tuple[list[Part], list[str] | None]:
     """Return one part per file that has rows, and the class names if a note or a file has them.
 
-    Says how the files are read. Raises InputError for a file that holds no images, or labels that do not fit.
+    With `naming` only these files may name classes: names of another one need not be those of all labels. Says how
+    the files are read. Raises InputError for a file that holds no images, or labels that do not fit.
     """
     parts: list[Part] = []
     forms = Counter[Form]()
@@ -89,7 +94,8 @@ def list_parts(
     for entry in entries:
         with opened(store, entry, config) as file:
             rows = file.shape[0]
-            classes = classes or file.classes()
+            if naming is None or entry in naming:
+                classes = classes or file.classes()
             if file.labels is not None and not file.whole:
                 # If data.labels says what the labels are, those in the file have no meaning.
                 own = classes if config.labels is None else None

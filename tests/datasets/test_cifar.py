@@ -65,6 +65,15 @@ def test_cifar_100_keeps_coarse_labels(tmp_path):
     assert read_all(url)["coarse_label"].to_pylist() == [7, 8]
 
 
+def test_a_meta_file_beside_later_batches_alone_names_no_classes(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        dump(tmp_path / name, batch())
+    dump(tmp_path / "b", {b"label_names": [b"x", b"y"]}, "batches.meta")
+    assert open_source(str(tmp_path), CONFIG).classes is None
+    assert read_all(tmp_path)["label"].to_pylist() == 2 * [3, 1, 4, 1, 5, 9]
+
+
 class Million:
     """Becomes an array of a million numbers when it is unpickled."""
 

@@ -27,6 +27,13 @@ def test_gray_images_and_lone_arrays(tmp_path):
     assert np.array_equal(pixels_of(read_all(str(tmp_path / "lone"))), IMAGES)
 
 
+def test_classes_that_only_a_later_file_names_are_not_those_of_the_first(tmp_path):
+    put(tmp_path / "s", "a.npz", images=IMAGES, labels=LABELS)
+    url = put(tmp_path / "s", "b.npz", images=IMAGES, labels=LABELS % 2, classes=np.array(["x", "y"]))
+    assert open_source(url, CONFIG).classes is None
+    assert read_all(url)["label"].to_pylist() == [*LABELS, *(LABELS % 2)]
+
+
 def test_other_arrays_come_along(tmp_path):
     extras = {
         "coarse": LABELS.astype(">i2"),

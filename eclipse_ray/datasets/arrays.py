@@ -76,16 +76,11 @@ Opener = Callable[[Store, Entry, DataConfig], AbstractContextManager[ArrayFile]]
 
 
 def list_parts(
-    opened: Opener,
-    store: Store,
-    entries: Sequence[Entry],
-    config: DataConfig,
-    naming: Sequence[Entry] | None = None,
+    opened: Opener, store: Store, entries: Sequence[Entry], config: DataConfig
 ) -> tuple[list[Part], list[str] | None]:
-    """Return one part per file that has rows, and the class names if a note or a file has them.
+    """Return one part per file that has rows, and the class names if a note or the first file has them.
 
-    With `naming` only these files may name classes: names of another one need not be those of all labels. Says how
-    the files are read. Raises InputError for a file that holds no images, or labels that do not fit.
+    Says how the files are read. Raises InputError for a file that holds no images, or labels that do not fit.
     """
     parts: list[Part] = []
     forms = Counter[Form]()
@@ -94,7 +89,8 @@ def list_parts(
     for entry in entries:
         with opened(store, entry, config) as file:
             rows = file.shape[0]
-            if naming is None or entry in naming:
+            if entry is entries[0]:
+                # Names of another file need not be those of all labels.
                 classes = classes or file.classes()
             if file.labels is not None and not file.whole:
                 # If data.labels says what the labels are, those in the file have no meaning.

@@ -110,7 +110,7 @@ FORMATS: dict[str, Format] = {
     "folder": Format(folder.claims, folder.list_parts, folder.read_rows, lambda *_: None),
     "webdataset": Format(webdataset.claims, webdataset.list_parts, webdataset.read_rows, webdataset.read_labels),
     "npz": _array_format(npz.claims, npz.opened, npz.list_parts),
-    "cifar": _array_format(published.claims_batch, published.opened_batch, published.list_batches),
+    "cifar": _array_format(published.claims_batch, published.opened_batch),
     "published": _array_format(published.claims, published.opened),
 }
 

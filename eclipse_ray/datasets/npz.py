@@ -66,8 +66,7 @@ def claims(key: str) -> bool:
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part per file of images, from the array headers only, and the class names if there are any."""
     beside = {_labels_beside(store, entry.key, config) for entry in entries}
-    listed = [entry for entry in entries if entry.key not in beside]
-    return arrays.list_parts(opened, store, listed, config, entries[:1])
+    return arrays.list_parts(opened, store, [entry for entry in entries if entry.key not in beside], config)
 
 
 @contextmanager

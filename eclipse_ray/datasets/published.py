@@ -19,18 +19,8 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import damage_named
-from eclipse_ray.datasets.arrays import (
-    ADVICE,
-    ArrayFile,
-    Layout,
-    are_labels,
-    check_sides,
-    layout_of,
-    list_parts,
-    to_labels,
-)
+from eclipse_ray.datasets.arrays import ADVICE, ArrayFile, Layout, are_labels, check_sides, layout_of, to_labels
 from eclipse_ray.datasets.pickles import Tensor, Values, read_file, text_of, values_of
-from eclipse_ray.datasets.table import Part
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
@@ -209,13 +199,6 @@ _BATCH_ADVICE = "expected a CIFAR batch of numbers and bytes; do not open this f
 def claims_batch(key: str) -> bool:
     """Return whether an object of this name is a CIFAR batch."""
     return _BATCH_NAME.fullmatch(key.rpartition("/")[2]) is not None
-
-
-def list_batches(
-    store: Store, entries: Sequence[Entry], config: DataConfig
-) -> tuple[list[Part], list[str] | None]:
-    """Return one part per CIFAR batch, and the class names of the meta file beside the first one."""
-    return list_parts(opened_batch, store, entries, config, entries[:1])
 
 
 @contextmanager

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 
 from eclipse_ray import ledger
 from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
-from eclipse_ray.config import Config, to_yaml
+from eclipse_ray.config import Config, DataConfig, to_yaml
 from eclipse_ray.datasets.formats import (
     PASSED_OVER,
     Source,
@@ -165,7 +169,7 @@ def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
     Spread, because images of a class often lie together and have sizes of their own. Raises InputError if nothing
     can be read, or an object cannot where data.on_error is stop.
     """
-    samples: list[Sample] = []
+    found: list[bytes] = []
     # A few rows of a Parquet object take the time of a whole group of them.
     objects = count if source.images == len(source.parts) else SAMPLED_OBJECTS
     parts = source.parts[:: max(1, -(-len(source.parts) // objects))]
@@ -182,17 +186,45 @@ def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
             continue
         read += 1
         left -= rows
-        for image in table["image"].to_pylist():
-            try:
-                pixels = decode_stored((image or {}).get("bytes") or b"", config.data)
-            except ImageError:
-                # As above.
-                continue
-            pixels = resize_image(pixels, config.data.resize)
-            samples.append(Sample(pixels.shape[0], pixels.shape[1], centre_crop(pixels, SAMPLE_SIDE)))
+        found += [(image or {}).get("bytes") or b"" for image in table["image"].to_pylist()]
     if refused and not read:
         raise refused
-    return samples
+    return list(_decoded_apart(found, config.data))
+
+
+def _decoded_apart(images: Sequence[bytes], config: DataConfig) -> Iterator[Sample]:
+    """Yield the readable images, decoded in another process: one that kills its decoder must not end the run.
+
+    Workers find such an image and make it an error row; here it says nothing about size, as a damaged one.
+    """
+    while images:
+        # A fork has everything imported already, and starts in milliseconds.
+        with ProcessPoolExecutor(1, get_context("fork"), initializer=_leave_signals) as pool:
+            waiting = [pool.submit(_sample, image, config) for image in images]
+            for number, result in enumerate(waiting, 1):
+                try:
+                    sample = result.result()
+                except BrokenProcessPool:
+                    images = images[number:]
+                    break
+                if sample is not None:
+                    yield sample
+            else:
+                return
+
+
+def _leave_signals() -> None:
+    # Ctrl-C reaches every process of a terminal; the command itself says what happened, and ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _sample(image: bytes, config: DataConfig) -> Sample | None:
+    try:
+        pixels = resize_image(decode_stored(image, config), config.resize)
+    except ImageError:
+        return None
+    return Sample(pixels.shape[0], pixels.shape[1], centre_crop(pixels, SAMPLE_SIDE))
 
 
 def _check_sizes(source: str, samples: list[Sample]) -> None:

@@ -113,7 +113,7 @@ def test_a_failing_row_does_not_hold_up_the_others(measured, world):
     settings = settings_for(world, measured.output, matrix__defenses=["none", broken], evaluate__seeds=1)
     result = verbs.evaluate(settings=settings)
     assert (result.cells, result.done, result.failed) == (4, 2, 2)
-    assert list(result.failures) == [f"{poison}, too deep, small, seed 0" for poison in ("ar", "urp")]
+    assert result.failures.keys() == {f"{poison}, too deep, small, seed 0" for poison in ("ar", "urp")}
     assert all("t_star" in message for message in result.failures.values())
     assert "2 of 4 are left" in (measured.output / "table.md").read_text()
 

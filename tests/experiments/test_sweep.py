@@ -131,11 +131,10 @@ def test_purify_takes_the_best_settings(swept, world, half, tmp_path):
     output = tmp_path / "purified"
     result = verbs.purify(world.poisoned, str(output), config=str(swept.output / "best.yaml"))
     assert (result.planned, result.ok) == (240, 240)
-    used = yaml.safe_load((output / "_eclipse/config.yaml").read_text())
+    used = load_config(str(output / "_eclipse/config.yaml"))
     for section, keys in swept.result.best.items():
-        assert {key: used[section][key] for key in keys} == keys
-    assert used["purify"]["denoiser"] == half
-    assert used["data"]["source"] == world.poisoned
+        assert {key: getattr(getattr(used, section), key) for key in keys} == keys
+    assert (used.purify.denoiser, used.data.source) == (half, world.poisoned)
 
 
 def test_without_a_denoiser_a_part_of_the_clean_set_trains_and_the_rest_scores(world):

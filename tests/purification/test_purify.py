@@ -1,6 +1,7 @@
 """The main job on Ray: counts, bytes, order, resume, leakage and what it refuses."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -191,6 +192,21 @@ def test_batches_hold_fewer_of_the_larger_images():
 def samples_of(folder, **settings):
     config = resolve(None, dotted(settings), {})
     return prepare.read_samples(open_source(str(folder), config.data), config, 64)
+
+
+def test_a_sample_that_kills_its_decoder_leaves_the_others(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    for number in range(5):
+        tail = b"KILLER" if number in (1, 4) else b""
+        image = encode_image(np.zeros((20, 20 + number, 3), np.uint8), "png") + tail
+        (tmp_path / f"a/{number}.png").write_bytes(image)
+    genuine = prepare.decode_stored
+
+    def decode(data, policy):
+        return os._exit(9) if data.endswith(b"KILLER") else genuine(data, policy)
+
+    monkeypatch.setattr(prepare, "decode_stored", decode)
+    assert [sample.width for sample in samples_of(tmp_path)] == [20, 22, 23]
 
 
 def test_samples_of_large_images_are_their_middles(world, tmp_path):

@@ -189,7 +189,7 @@ def test_a_full_server_is_named_and_nothing_half_is_left(tmp_path, monkeypatch):
         point_at(monkeypatch, server.port)
         store = Store(f"s3://{BUCKET}/out")
         written, error = fill(store, 200)
-        assert re.search(r"could not write it: [0-9]+ tries in .*HTTP 500", error)
+        assert re.search(r"could not write it at http://.*: [0-9]+ tries in .*HTTP 500", error)
         assert [entry.size for entry in store.list()] == [1 << 20] * written
 
 

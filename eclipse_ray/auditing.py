@@ -276,15 +276,17 @@ def _result(
     config: Config, finding: Finding, scores: Sequence[Score], sample: Images, clean: Images | None
 ) -> AuditResult:
     folder, compensation = config.audit.denoiser, config.compensation
-    t_star = read_card(local_denoiser(folder)).t_star if folder else config.denoiser.t_star
-    recommended = {"t_star": t_star, "p": compensation.p, "sigma": compensation.sigma}
+    recommended: dict[str, float | None] = {"t_star": None, "p": None, "sigma": None}
+    if finding.verdict == "poisoned":
+        t_star = read_card(local_denoiser(folder)).t_star if folder else config.denoiser.t_star
+        recommended = {"t_star": t_star, "p": compensation.p, "sigma": compensation.sigma}
     assert sample.labels is not None, "the sample was chosen by its labels"
     return AuditResult(
         verdict=finding.verdict,
         p_value=finding.p_value,
         frequency=finding.frequency,
         scope=finding.scope,
-        recommended={**recommended} if finding.verdict == "poisoned" else dict.fromkeys(recommended),
+        recommended=recommended,
         words=finding.words,
         images=len(sample.images),
         classes=len(torch.unique(sample.labels)),

@@ -120,7 +120,7 @@ class Inversion:
             return deltas
         draws = [self._draw(first + number, mine, moved) for number in range(len(batches))]
         moved = moved.to(batches[0].device)
-        # The surrogates take turns, so every so many batches are of the same one.
+        # The surrogates take turns: with two, each second batch is of the same one.
         every = len(self.surrogates)
         for start in range(min(every, len(batches))):
             images = torch.cat([(x0[moved] + 1) / 2 for x0 in batches[start::every]])

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import Future
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -138,21 +138,26 @@ def on_threads(works: Sequence[Callable[[], T]], limit: int, watch: Watch | str)
 
 
 def _threaded(works: Sequence[Callable[[], T]], limit: int) -> Iterator[tuple[int, T]]:
-    results: dict[Future[T], int] = {Future(): number for number in range(len(works))}
-    left = iter(results.items())
+    done: queue.SimpleQueue[tuple[int, Future[T]]] = queue.SimpleQueue()
+    numbers = iter(range(len(works)))
 
     def work() -> None:
-        for result, number in left:
+        for number in numbers:
+            result: Future[T] = Future()
             try:
                 result.set_result(works[number]())
             except Exception as error:  # noqa: BLE001 - handed to the thread that waits, which raises it
                 result.set_exception(error)
+            done.put((number, result))
+            if result.exception():
                 return
 
     for _ in range(min(limit, len(works))):
         threading.Thread(target=work, daemon=True).start()
-    for result in as_completed(results):
-        yield results[result], result.result()
+    # In the order in which they end, so that the first error is the one that is raised.
+    for _ in works:
+        number, result = done.get()
+        yield number, result.result()
 
 
 @dataclass(frozen=True)

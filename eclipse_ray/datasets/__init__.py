@@ -42,7 +42,12 @@ def damage_named(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        # Time-outs and broken connections have no errno.
-        if kind_of(error) != "unknown" or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)):
-            raise  # The disk or network failed, which may be temporary.
+        if is_of_the_store(error):
+            raise
         raise InputError(f"{what}: {error}; {advice}") from error
+
+
+def is_of_the_store(error: Exception) -> bool:
+    """Return whether a disk or network failed, which may be temporary, and not the bytes that were read."""
+    # Time-outs and broken connections have no errno, as errors of parsers.
+    return kind_of(error) != "unknown" or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL))

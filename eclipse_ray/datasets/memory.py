@@ -331,9 +331,9 @@ def _decoded(
     url: str, table: pa.Table, data_config: DataConfig, *, skip: bool = False
 ) -> Iterator[tuple[int, NDArray[np.uint8], str]]:
     """Yield row, pixels resized to data.resize, and hash as stored; with `skip` none for a damaged image."""
-    for row, data in enumerate(image_bytes(table)):
+    for row, (name, data) in enumerate(zip(table["id"].to_pylist(), image_bytes(table), strict=True)):
         try:
-            stored = decode_required(f"{url}: image {table['id'][row]}", data, data_config)
+            stored = decode_required(f"{url}: image {name}", data, data_config)
         except InputError:
             if skip:
                 continue

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets import folder
+from eclipse_ray.datasets import folder, is_of_the_store
 from eclipse_ray.datasets.arrays import Form, Layout, state
 from eclipse_ray.datasets.extensions import (
     check_images,
@@ -227,11 +227,11 @@ def write(
 
 @contextmanager
 def _reading(where: str) -> Iterator[None]:
-    """Turn Arrow errors about content, which have no errno, into InputError; those of a disk or network pass."""
+    """Turn Arrow errors about content into InputError; those of a disk or network pass."""
     try:
         yield
     except _DAMAGE as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if is_of_the_store(error):
             raise
         reason = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
         raise InputError(

@@ -77,6 +77,22 @@ class _Delta:
         return self.rows(0, self.shape[0] if self.draws == 1 else self.draws).reshape(self.draws, *self.shape)
 
 
+@dataclass
+class _Norms:
+    """How many images were changed, by how much at most (of 255), and the sum of their L2 norms."""
+
+    changed: int = 0
+    linf: int = 0
+    l2: float = 0.0
+
+    def count(self, before: Pixels, after: Pixels) -> None:
+        """Count one image that was changed."""
+        change = after.astype(np.float64) - before
+        self.changed += 1
+        self.linf = max(self.linf, int(np.abs(change).max()))
+        self.l2 += float(np.linalg.norm(change)) / 255
+
+
 def apply(
     delta: str,
     clean: str,
@@ -111,19 +127,16 @@ def apply(
         f"{delta}: read as a {kind} perturbation {noise.dtype} {noise.shape} in units of {unit}, {half}, "
         f"rounding {rounding}"
     )
-    changed, linf, l2 = 0, 0, 0.0
+    norms = _Norms()
 
     def perturbed(name: str, data: bytes, values: NDArray[Any] | None) -> bytes:
-        nonlocal changed, linf, l2
         before = decode_resized(source.url, name, data, data_config)
         if values is None:
             return encode_image(before, data_config.encoding)
         values = values.transpose(1, 2, 0) if first else values
         where = f"{noise.where}: for image {name}"
         pixels = add_perturbation(where, before, values, _FACTORS[unit], half, rounding)
-        change = pixels.astype(np.float64) - before
-        changed, linf = changed + 1, max(linf, int(np.abs(change).max()))
-        l2 += float(np.linalg.norm(change)) / 255
+        norms.count(before, pixels)
         return encode_image(pixels, data_config.encoding)
 
     def tables() -> Iterator[pa.Table]:
@@ -134,11 +147,11 @@ def apply(
             start += table.num_rows
 
     images = write_dataset(output, tables(), classes=source.classes, source=clean, passed_over=source.passed_over)
-    l2 /= max(1, changed)
-    applied = Applied(images, changed, linf, l2, kind, unit, half, rounding, output)
+    l2 = norms.l2 / max(1, norms.changed)
+    applied = Applied(images, norms.changed, norms.linf, l2, kind, unit, half, rounding, output)
     record = {**asdict(applied), "delta": delta, "clean": clean, "index": index, "seed": seed}
     Store(output).write(RECORD, json.dumps(record, indent=2).encode())
-    say(f"{output}: {changed:,} of {images:,} images changed by at most {linf}/255, mean L2 {l2:.3f}")
+    say(f"{output}: {norms.changed:,} of {images:,} images changed by at most {norms.linf}/255, mean L2 {l2:.3f}")
     return applied
 
 

@@ -46,7 +46,7 @@ from eclipse_ray.results import DryRunResult
 from eclipse_ray.storage.store import Store
 
 SAMPLES = 64
-# Of so many objects that hold more than one image each.
+# Samples come from at most this many objects, if an object holds more than one image.
 SAMPLED_OBJECTS = 8
 # Of larger images the middle is looked at, so that the check takes seconds whatever their size.
 SAMPLE_SIDE = 64

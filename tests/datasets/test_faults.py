@@ -14,6 +14,7 @@ import torch
 from eclipse_ray import ledger
 from eclipse_ray.datasets import published
 from eclipse_ray.datasets.formats import open_source, read_parts
+from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images, require_classes
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.datasets.write import convert
@@ -86,18 +87,21 @@ def test_odd_names_keep_their_images(named, tmp_path):
 
 
 # Not of zip archives: where Python looks for their end, it takes any failure for another kind of file.
-@pytest.mark.parametrize("name", ["a.npy", "a.pt", "a.pkl"])
+@pytest.mark.parametrize("name", ["a.npy", "a.pt", "a.pkl", "a.parquet"])
 def test_a_time_out_is_no_damage(monkeypatch, tmp_path, name):
     file = tmp_path / name
     if name == "a.npy":
         np.save(file, NOISE)
+    elif name == "a.parquet":
+        table = canonical_table([f"{row}" for row in range(24)], [encode_image(image, "png") for image in NOISE])
+        file.write_bytes(table_to_parquet(table))
     elif name == "a.pt":
         torch.save(torch.tensor(NOISE), file, _use_new_zipfile_serialization=False)
     else:
         file.write_bytes(pickle.dumps(NOISE))
     store = Store(f"memory://time-outs-{tmp_path.name}")
     store.write(name, file.read_bytes())
-    for reads in range(3):  # Of the header, or of the pickle and the values behind it.
+    for reads in range(6):  # Of the header or footer, or of the pickle and the values behind it.
         with monkeypatch.context() as patched, suppress(TimeoutError):
             time_out(patched, 1, after=reads)
             published._open.cache_clear()

@@ -115,9 +115,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
 
-# Side of a tile of a U-Net: few of its pixels lie near a border, and self-attention, of cost tile**4, is still
-# affordable. A network of convolutions alone says itself how much larger it may be.
-TILE = 128
+# Side of a tile by network. Of 128 a U-Net has few pixels near a border, and self-attention, of cost tile**4, is
+# still affordable; ours has none.
+TILES = {"shuffled": 512, "unet2d": 128}
 # What two tiles share. 16 shows no seam with the small network either; deeper ones see further.
 TILE_OVERLAP = 32
 # Most pixels of one pass, 64 images of 64 px or 16 tiles: bounds the memory of activations.

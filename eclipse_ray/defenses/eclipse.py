@@ -18,7 +18,7 @@ from eclipse_ray import compensation
 from eclipse_ray.config import CompensationConfig, Config, DefenseConfig
 from eclipse_ray.defenses.interface import DefenseSettings, Material
 from eclipse_ray.diffusion.network import Denoiser
-from eclipse_ray.diffusion.sampling import purify_images
+from eclipse_ray.diffusion.sampling import Trained, purify_images
 from eclipse_ray.errors import ConfigError, InputError
 
 
@@ -130,16 +130,22 @@ def avatar(material: Material, config: DefenseConfig) -> Tensor:
     How much clean data the denoiser saw is the caller's choice; the authors used all 50,000 images. Raises
     InputError without a denoiser and ConfigError for one that was not trained so deep.
     """
-    own, denoiser = Avatar.of(config), needed_denoiser(material)
-    t_star = depth_of(own.avatar_noise_255, denoiser.alphas_cumprod)
-    if t_star > denoiser.t_max:
-        raise ConfigError(
-            f"the defense avatar noises by {own.avatar_noise_255:g} of 255, which is t_star {t_star}; this "
-            f"denoiser was trained below {denoiser.t_max}: train one with denoiser.t_max {t_star} or more"
-        )
+    own = Avatar.of(config)
+    t_star = avatar_depth(own, needed_denoiser(material))
     steps = min(own.avatar_steps, t_star)
     deep = material.purify.model_copy(update={"t_star": t_star, "num_inference_steps": steps, "sampler": "ddpm"})
     return purify(replace(material, purify=deep), config)
+
+
+def avatar_depth(settings: Avatar, denoiser: Trained) -> int:
+    """Return the t_star of `avatar_noise_255`. Raises ConfigError if the denoiser was not trained so deep."""
+    t_star = depth_of(settings.avatar_noise_255, denoiser.alphas_cumprod)
+    if t_star > denoiser.t_max:
+        raise ConfigError(
+            f"the defense avatar noises by {settings.avatar_noise_255:g} of 255, which is t_star {t_star}; this "
+            f"denoiser is trained below {denoiser.t_max}: train one with denoiser.t_max {t_star} or more"
+        )
+    return t_star
 
 
 def depth_of(noise_255: float, alphas_cumprod: Tensor) -> int:

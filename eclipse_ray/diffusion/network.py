@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from eclipse_ray.config import TILE, DenoiserConfig, Precision, Sampler
+from eclipse_ray.config import TILES, DenoiserConfig, Precision, Sampler
 from eclipse_ray.diffusion.process import IMAGE_CHANNELS, cosine_alphas_cumprod
 from eclipse_ray.diffusion.shuffled import ShuffledConfig, ShuffledNetwork
 
@@ -81,7 +81,7 @@ class Denoiser(nn.Module):
         # diffusers' networks halve the sides between two levels.
         halved = 2 ** (len(unet.config.block_out_channels) - 1)
         self.size_multiple = int(getattr(unet, "size_multiple", halved))
-        self.tile = int(getattr(unet, "tile", TILE))
+        self.tile = int(getattr(unet, "tile", TILES["unet2d"]))
 
     @property
     def num_train_timesteps(self) -> int:

@@ -7,6 +7,7 @@ index t_star - 1. Noise keys: absorb uses t_star, the reverse step at index t us
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -133,7 +134,17 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def check_depth(denoiser: Denoiser, t_star: int | None, num_inference_steps: int | None) -> tuple[int, int]:
+class Trained(Protocol):
+    """What a denoiser says of its use: a `Denoiser`, or what is known of one that is not trained yet."""
+
+    t_max: int
+    t_star: int
+    num_inference_steps: int
+    tile: int
+    alphas_cumprod: Tensor
+
+
+def check_depth(denoiser: Trained, t_star: int | None, num_inference_steps: int | None) -> tuple[int, int]:
     """Return (t_star, num_inference_steps) with the denoiser's recommendation for None.
 
     Raises ConfigError if the denoiser was not trained at that depth or there are more steps than timesteps.
@@ -142,7 +153,7 @@ def check_depth(denoiser: Denoiser, t_star: int | None, num_inference_steps: int
     steps = min(denoiser.num_inference_steps, depth) if num_inference_steps is None else num_inference_steps
     if not 1 <= depth <= denoiser.t_max:
         raise ConfigError(
-            f"purify.t_star {depth} is outside 1..{denoiser.t_max}, the timesteps this denoiser was trained on; "
+            f"purify.t_star {depth} is outside 1..{denoiser.t_max}, the timesteps this denoiser is trained on; "
             "lower it or train with a higher denoiser.t_max"
         )
     if not 1 <= steps <= depth:
@@ -150,7 +161,7 @@ def check_depth(denoiser: Denoiser, t_star: int | None, num_inference_steps: int
     return depth, steps
 
 
-def check_tile(denoiser: Denoiser, tile: int | None, tile_overlap: int) -> int:
+def check_tile(denoiser: Trained, tile: int | None, tile_overlap: int) -> int:
     """Return the side of a tile, of None the network's own. Raises ConfigError if over half of it overlaps."""
     side = tile or denoiser.tile
     if 2 * tile_overlap > side:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eclipse_ray.config import TILES
 from eclipse_ray.errors import InputError
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -56,7 +57,7 @@ class ShuffledNetwork(nn.Module):
         (width,) = config.block_out_channels
         self.config = config
         self.size_multiple = BLOCK
-        self.tile = 512
+        self.tile = TILES["shuffled"]
         self.time = nn.Linear(WAVES, EMBEDDING)
         self.conv_in = nn.Conv2d(3 * BLOCK**2, width, 3, padding=1)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(config.layers_per_block))

@@ -16,7 +16,7 @@ from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
 from eclipse_ray.config import CompensationConfig, Config, content_hash, digest, with_overrides
 from eclipse_ray.datasets.formats import open_source, read_labels
 from eclipse_ray.datasets.memory import ImageSet, choose_clean, load_images, load_sample, require_classes
-from eclipse_ray.diffusion.checkpoint import CARD_FILE, read_card, weights_digest
+from eclipse_ray.diffusion.checkpoint import CARD_FILE, load_denoiser, read_card, weights_digest
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.experiments import search
 from eclipse_ray.experiments.artifacts import Cache, load_published, require_one_size
@@ -274,7 +274,7 @@ def open_sweep(config: Config) -> Experiment:
     config = with_overrides(config, {key: Store(place).url for key, place in places.items() if place})
     sets = sweep_sets(config)
     facts = _facts(config, sets)
-    space = search.space_of(config, facts.recommended)
+    space = search.space_of(config, facts)
     for note in sweep_notes(config, sets):
         say(f"sweep: {note}")
     trials = None
@@ -397,9 +397,16 @@ def _facts(config: Config, sets: Sets) -> Facts:
     weights, recommended = "", None
     if config.purify.denoiser:
         folder = local_denoiser(config.purify.denoiser)
-        card = read_card(folder)
+        known = load_denoiser(folder)
         weights = digest([weights_digest(folder), (Path(folder) / CARD_FILE).read_text(encoding="utf-8")])
-        recommended = Recommended(card.t_max, card.t_star, card.num_inference_steps, card.sampler)
+        recommended = Recommended(
+            known.t_max,
+            known.t_star,
+            known.num_inference_steps,
+            known.sampler,
+            known.tile,
+            known.alphas_cumprod,
+        )
     sparse = {part: _identity(images) for part, images in sets.parts.items()}
     return Facts(_identity(sets.source), _identity(sets.test), sparse, weights, recommended)
 

@@ -8,18 +8,24 @@ in another way, finds what it has measured before. No Ray in here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from eclipse_ray.config import CompensationConfig, Config, MatrixItem, VictimConfig, digest, with_overrides
+from torch import Tensor
+
+from eclipse_ray.config import TILES, CompensationConfig, Config, MatrixItem, VictimConfig, digest, with_overrides
 from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, combine, resolved_defense
+from eclipse_ray.defenses.eclipse import Avatar, avatar_depth
 from eclipse_ray.defenses.interface import Defense
-from eclipse_ray.diffusion.sampling import ENGINE_VERSION
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod
+from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, check_tile
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.inversion import METHOD
 from eclipse_ray.poisons import resolved_poison
+from eclipse_ray.poisons.adp import check_attacked
 from eclipse_ray.purification.plan import PURIFY_IN_FINGERPRINT
 
 VERSION = 2
@@ -53,12 +59,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Recommended:
-    """What the card of a denoiser says: trained range of t, and the settings that purification uses by default."""
+    """What a denoiser says of its use, whether it is there or is still to be trained (`sampling.Trained`)."""
 
     t_max: int
     t_star: int
     num_inference_steps: int
     sampler: str
+    tile: int
+    alphas_cumprod: Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,20 @@ class Facts:
     weights: str = ""
     recommended: Recommended | None = None
     published: Mapping[str, str] = field(default_factory=dict)
+
+    def of_denoiser(self, config: Config) -> Recommended:
+        """Return what the denoiser says, the given one or the one that `config` trains."""
+        if self.recommended:
+            return self.recommended
+        own = config.denoiser
+        return Recommended(
+            int(own.t_max or 0),
+            own.t_star,
+            own.num_inference_steps,
+            own.sampler,
+            TILES[own.network],
+            cosine_alphas_cumprod(own.num_train_timesteps),
+        )
 
 
 @dataclass(frozen=True)
@@ -327,6 +349,9 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
         numbers = poison.model_dump(mode="json", exclude=set(poison.OF_A_RUN))
         parts = ["poison", VERSION, facts.source, numbers, config.run.seed]
         if attacks_denoiser(chosen):
+            if not chosen.poison.denoiser:
+                with _named(f"matrix: {entry.label}"):
+                    check_attacked(poison, facts.of_denoiser(chosen))
             parts.append(chosen.poison.denoiser or denoiser_key(chosen, facts, chosen.matrix.sparse_limit))
         columns.append(Column(entry, chosen.model_copy(update={"poison": poison}), digest(parts)))
     return columns
@@ -349,6 +374,10 @@ def _row(config: Config, entry: Entry, facts: Facts) -> Row:
     denoiser = ""
     if any(DEFENSES[one].transform in PURIFICATIONS for one in transforms(entry.name)):
         denoiser = denoiser_key(chosen, facts, chosen.matrix.sparse_limit)
+        with _named(f"matrix: {entry.label}"):
+            check_purification(chosen, facts)
+            if "avatar" in transforms(entry.name):
+                avatar_depth(Avatar.of(chosen.defense), facts.of_denoiser(chosen))
     if entry.against and (not denoiser or chosen.purify.denoiser):
         raise ConfigError(
             f"matrix: {entry.label}: against is for a defense that purifies, without purify.denoiser"
@@ -357,6 +386,25 @@ def _row(config: Config, entry: Entry, facts: Facts) -> Row:
         sparse_of(facts, chosen.matrix.sparse_limit, entry.label)
     compensation = defense.compensation(chosen) if defense.compensation else CompensationConfig(mode="none")
     return Row(entry, chosen, compensation, denoiser)
+
+
+@contextmanager
+def _named(who: str) -> Iterator[None]:
+    """Let the sentence of a ConfigError begin with whose setting it is."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{who}: {error}") from None
+
+
+def check_purification(config: Config, facts: Facts) -> tuple[int, int]:
+    """Return (t_star, num_inference_steps) of a row. Raises ConfigError for what its denoiser would refuse.
+
+    Here, because a grid would learn it from the denoiser only after that is trained.
+    """
+    known, purify = facts.of_denoiser(config), config.purify
+    check_tile(known, purify.tile, purify.tile_overlap)
+    return check_depth(known, purify.t_star, purify.num_inference_steps)
 
 
 def facing(row: Row, column: Column) -> Row:

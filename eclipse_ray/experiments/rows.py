@@ -395,7 +395,7 @@ def denoisers_to_train(experiment: Experiment) -> dict[str, Config]:
 def _mean_steps(experiment: Experiment) -> float:
     values = experiment.space.get("purify.num_inference_steps")
     if values is None:
-        known = experiment.facts.recommended or search.trained_recommendation(experiment.config)
+        known = experiment.facts.of_denoiser(experiment.config)
         return float(experiment.config.purify.num_inference_steps or known.num_inference_steps)
     return statistics.fmean([values.low, values.high] if isinstance(values, Range) else values)
 

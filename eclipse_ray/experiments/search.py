@@ -20,9 +20,9 @@ from eclipse_ray.experiments.recipe import (
     Entry,
     Facts,
     Recipe,
-    Recommended,
     Row,
     Victim,
+    check_purification,
     defended_key,
     denoiser_key,
     images_key,
@@ -55,9 +55,9 @@ class Trial:
         return title_of(self.point)
 
 
-def space_of(config: Config, recommended: Recommended | None) -> Space:
+def space_of(config: Config, facts: Facts) -> Space:
     """Return the space of the section `sweep`, or the default one. Raises ConfigError for an impossible axis."""
-    space = dict(config.sweep.space) or default_space(config, recommended)
+    space = dict(config.sweep.space) or default_space(config, facts)
     named = {f"purify.{name}" for name in PURIFY_AXES} | {f"compensation.{name}" for name in COMPENSATION_AXES}
     for key, values in space.items():
         if key not in named and not _trains(key):
@@ -73,9 +73,9 @@ def space_of(config: Config, recommended: Recommended | None) -> Space:
     return space
 
 
-def default_space(config: Config, recommended: Recommended | None) -> Space:
+def default_space(config: Config, facts: Facts) -> Space:
     """Return depths that the denoiser was trained for, one and more steps, and values of compensation."""
-    t_max = (recommended or trained_recommendation(config)).t_max
+    t_max = facts.of_denoiser(config).t_max
     depths = sorted({max(1, round(part * t_max)) for part in (0.25, 0.5, 0.8)})
     steps = sorted({1, min(4, depths[0])})
     compensation: Space = {"compensation.p": [0.2, 0.4, 0.6], "compensation.sigma": [0.05, 0.1]}
@@ -151,7 +151,7 @@ def listed(values: list[Any] | Range) -> list[Any]:
 def feasible(config: Config, point: Point, facts: Facts) -> bool:
     """Return whether there are no more steps than timesteps. Raises ConfigError for impossible values."""
     chosen = with_overrides(config, point)
-    depth = chosen.purify.t_star or (facts.recommended or trained_recommendation(chosen)).t_star
+    depth = chosen.purify.t_star or facts.of_denoiser(chosen).t_star
     return (chosen.purify.num_inference_steps or 1) <= depth
 
 
@@ -195,26 +195,11 @@ def contains(space: Space, point: Point) -> bool:
 
 def _resolved(config: Config, facts: Facts) -> Config:
     """Return the settings with the denoiser's recommendations where purification has none."""
-    known = facts.recommended or trained_recommendation(config)
-    depth = config.purify.t_star or known.t_star
-    if depth > known.t_max:
-        raise ConfigError(
-            f"purify.t_star {depth} is outside 1..{known.t_max}, the timesteps the denoiser is trained on; leave "
-            "it out of the space, or train with a higher denoiser.t_max"
-        )
-    steps = config.purify.num_inference_steps or min(known.num_inference_steps, depth)
-    if steps > depth:
-        raise ConfigError(f"purify.num_inference_steps {steps} exceeds t_star {depth}")
+    depth, steps = check_purification(config, facts)
     # With a single step all samplers give x0_pred.
-    sampler = "ddpm" if steps == 1 else config.purify.sampler or known.sampler
+    sampler = "ddpm" if steps == 1 else config.purify.sampler or facts.of_denoiser(config).sampler
     chosen = {"t_star": depth, "num_inference_steps": steps, "sampler": sampler}
     return config.model_copy(update={"purify": config.purify.model_copy(update=chosen)})
-
-
-def trained_recommendation(config: Config) -> Recommended:
-    """Return what the card of a denoiser trained with these settings will say."""
-    own = config.denoiser
-    return Recommended(int(own.t_max or 0), own.t_star, own.num_inference_steps, own.sampler)
 
 
 def _trains(key: str) -> bool:

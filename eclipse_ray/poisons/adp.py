@@ -21,7 +21,7 @@ from eclipse_ray.attacks import frozen
 from eclipse_ray.compensation import compensate
 from eclipse_ray.config import BATCH_PIXELS, TILE_OVERLAP, CompensationConfig, DenoiserConfig
 from eclipse_ray.diffusion.network import Denoiser, build_unet
-from eclipse_ray.diffusion.sampling import absorb, eliminate
+from eclipse_ray.diffusion.sampling import Trained, absorb, eliminate
 from eclipse_ray.diffusion.tiling import tiled
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.em import Em, See, minimise_error
@@ -69,13 +69,19 @@ def fit_adp(data: LabelledImages, settings: Adp, seed: int, session: Session) ->
     if strong and session.denoiser is None:
         raise ConfigError("poison.denoiser: adp strong attacks a trained denoiser; name its folder")
     denoiser = session.denoiser if strong else None
-    if denoiser is not None and (settings.t_star or 1) > denoiser.t_max:
-        raise ConfigError(f"poison.t_star {settings.t_star}: this denoiser was trained up to {denoiser.t_max}")
+    if denoiser is not None:
+        check_attacked(settings, denoiser)
     with nullcontext() if denoiser is None else frozen(denoiser):
         build = new_surrogate if strong else new_unet
         return minimise_error(
             data, settings, seed, session, build, defender(settings, denoiser), settings.eot_draws
         )
+
+
+def check_attacked(settings: Adp, denoiser: Trained) -> None:
+    """Raise ConfigError if the denoiser was not trained at the depth that strong attacks."""
+    if (settings.t_star or 1) > denoiser.t_max:
+        raise ConfigError(f"poison.t_star {settings.t_star}: this denoiser is trained up to {denoiser.t_max}")
 
 
 class UNetClassifier(nn.Module):

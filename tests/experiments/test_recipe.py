@@ -171,6 +171,19 @@ def test_a_denoiser_of_its_own_belongs_to_its_row():
             {"matrix__defenses": [{"name": "eclipse", "denoiser.against": "sets/tap"}]},
             "a row of a grid says `against: true`",
         ),
+        # What a denoiser would refuse, before it is trained for hours.
+        ({"matrix__defenses": [{"name": "eclipse", "purify.t_star": 6}]}, r"eclipse .*t_star 6 is outside 1\.\.5"),
+        ({"matrix__defenses": [{"name": "eclipse-draws", "purify.num_inference_steps": 5}]}, r"steps 5 .* 1\.\.4"),
+        (
+            {"matrix__defenses": [{"name": "eclipse", "denoiser.preset": "unet", "purify.tile_overlap": 65}]},
+            "a tile, which has 128",
+        ),
+        ({"matrix__defenses": [{"name": "eclipse-baked", "purify.tile_overlap": 257}]}, "a tile, which has"),
+        (
+            {"matrix__defenses": [{"name": "avatar", "avatar_noise_255": 99}]},
+            r"avatar .*noises by 99 of 255, which is t_star \d+",
+        ),
+        ({"matrix__poisons": [{"name": "adp", "variant": "strong", "t_star": 6}]}, "adp .*poison.t_star 6"),
     ],
 )
 def test_what_cannot_be_measured_is_said_at_once(changes, words):

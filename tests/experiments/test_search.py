@@ -3,6 +3,7 @@
 import pytest
 
 from eclipse_ray.config import Config, load_config
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments.recipe import Facts, Recommended
 from eclipse_ray.experiments.rows import pareto_front
@@ -16,7 +17,7 @@ from eclipse_ray.experiments.search import (
 )
 from tests.support import dotted
 
-CARD = Recommended(t_max=125, t_star=100, num_inference_steps=1, sampler="ddpm")
+CARD = Recommended(125, 100, 1, "ddpm", tile=512, alphas_cumprod=cosine_alphas_cumprod(4000))
 GIVEN = Facts("source", "scored", {}, "weights", CARD)
 TRAINED = Facts("source", "scored", {None: "all", 2.0: "two", 4.0: "four"})
 
@@ -31,7 +32,7 @@ def config_for(space: dict[str, object], given: bool = True, **settings: object)
 
 def trials(space: dict[str, object], **settings: object):
     config = config_for(space, **settings)
-    return choose_trials(config, space_of(config, CARD), GIVEN)
+    return choose_trials(config, space_of(config, GIVEN), GIVEN)
 
 
 def keys(space: dict[str, object], **settings: object) -> list[str]:
@@ -121,15 +122,15 @@ def test_what_cannot_be_searched_is_refused(space, settings, words):
 def test_denoisers_are_keyed_by_what_trains_them():
     space = {"denoiser.replication": [0, 4], "sweep.sparse_percent": [2.0, 4.0], "purify.t_star": [50, 100]}
     config = config_for(space, given=False)
-    found = choose_trials(config, space_of(config, None), TRAINED)
+    found = choose_trials(config, space_of(config, TRAINED), TRAINED)
     assert len(found) == 8
     assert len({trial.row.denoiser for trial in found}) == 4
-    assert training_points(space_of(config, None)) == [
+    assert training_points(space_of(config, TRAINED)) == [
         {"denoiser.replication": copies, "sweep.sparse_percent": percent}
         for copies in (0, 4)
         for percent in (2.0, 4.0)
     ]
-    assert deepest_points(space_of(config, None))[0]["purify.t_star"] == 100
+    assert deepest_points(space_of(config, TRAINED))[0]["purify.t_star"] == 100
 
 
 def test_a_preset_is_an_axis_with_all_its_values():
@@ -149,7 +150,7 @@ def test_a_preset_is_an_axis_with_all_its_values():
 
 def test_the_default_space_suits_the_denoiser():
     config = config_for({})
-    axes = default_space(config, CARD)
+    axes = default_space(config, GIVEN)
     assert max(axes["purify.t_star"]) <= CARD.t_max
     assert len(choose_trials(config, axes, GIVEN)) == config.sweep.trials
 

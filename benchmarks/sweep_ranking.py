@@ -29,7 +29,7 @@ from common import SHALLOW, machine, markdown
 from eclipse_ray import verbs
 from eclipse_ray.config import Settings, load_config
 from eclipse_ray.experiments.experiment import open_matrix
-from eclipse_ray.experiments.recipe import Facts, Recommended
+from eclipse_ray.experiments.recipe import Facts
 from eclipse_ray.experiments.search import Point, choose_trials
 
 T_MAX = 500
@@ -51,9 +51,8 @@ SIGNIFICANT = 1.645
 
 def chosen_points(settings: int) -> list[Point]:
     """Return the settings to compare, the same for every poison: all of SPACE, or a sample of it."""
-    config = load_config(None, {"sweep.space": SPACE, "sweep.trials": settings, "purify.denoiser": "any"})
-    card = Recommended(T_MAX, 100, 1, "ddpm")
-    return [trial.point for trial in choose_trials(config, dict(SPACE), Facts("", "", {}, "any", card))]
+    config = load_config(None, {"sweep.space": SPACE, "sweep.trials": settings, "denoiser.t_max": T_MAX})
+    return [trial.point for trial in choose_trials(config, dict(SPACE), Facts("", "", {None: ""}))]
 
 
 def prepare(options: argparse.Namespace) -> str:

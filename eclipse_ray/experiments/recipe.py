@@ -25,7 +25,7 @@ from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, check_ti
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.inversion import METHOD
 from eclipse_ray.poisons import resolved_poison
-from eclipse_ray.poisons.adp import check_attacked
+from eclipse_ray.poisons.adp import Adp, check_attacked
 from eclipse_ray.purification.plan import PURIFY_IN_FINGERPRINT
 
 VERSION = 2
@@ -57,7 +57,7 @@ class Entry:
     against: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recommended:
     """What a denoiser says of its use, whether it is there or is still to be trained (`sampling.Trained`)."""
 
@@ -351,7 +351,7 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
         if attacks_denoiser(chosen):
             if not chosen.poison.denoiser:
                 with _named(f"matrix: {entry.label}"):
-                    check_attacked(poison, facts.of_denoiser(chosen))
+                    check_attacked(Adp.model_validate(poison.own()).t_star, facts.of_denoiser(chosen))
             parts.append(chosen.poison.denoiser or denoiser_key(chosen, facts, chosen.matrix.sparse_limit))
         columns.append(Column(entry, chosen.model_copy(update={"poison": poison}), digest(parts)))
     return columns

@@ -70,7 +70,7 @@ def fit_adp(data: LabelledImages, settings: Adp, seed: int, session: Session) ->
         raise ConfigError("poison.denoiser: adp strong attacks a trained denoiser; name its folder")
     denoiser = session.denoiser if strong else None
     if denoiser is not None:
-        check_attacked(settings, denoiser)
+        check_attacked(settings.t_star, denoiser)
     with nullcontext() if denoiser is None else frozen(denoiser):
         build = new_surrogate if strong else new_unet
         return minimise_error(
@@ -78,10 +78,10 @@ def fit_adp(data: LabelledImages, settings: Adp, seed: int, session: Session) ->
         )
 
 
-def check_attacked(settings: Adp, denoiser: Trained) -> None:
+def check_attacked(t_star: int | None, denoiser: Trained) -> None:
     """Raise ConfigError if the denoiser was not trained at the depth that strong attacks."""
-    if (settings.t_star or 1) > denoiser.t_max:
-        raise ConfigError(f"poison.t_star {settings.t_star}: this denoiser is trained up to {denoiser.t_max}")
+    if (t_star or 1) > denoiser.t_max:
+        raise ConfigError(f"poison.t_star {t_star}: this denoiser is trained up to {denoiser.t_max}")
 
 
 class UNetClassifier(nn.Module):

@@ -126,7 +126,7 @@ def _start(cores: int) -> None:
             if not left or TOO_SLOW not in str(error):
                 raise
             gone = duration(time.monotonic() - began)
-            say(f"note: Ray did not start within {gone}{_busy(cores)}; trying again")
+            say(f"note: Ray did not start within {gone}{busy(cores)}; trying again")
 
 
 def _end_processes(error: Exception) -> None:
@@ -137,7 +137,7 @@ def _end_processes(error: Exception) -> None:
             node.kill_all_processes(check_alive=False, wait=True)
 
 
-def _busy(cores: int) -> str:
+def busy(cores: int) -> str:
     """Return a clause that says that other programs keep this machine busy, "" if they do not."""
     load = os.getloadavg()[0]
     return f", with a load of {load:.1f} on {cores} cores" if load > cores else ""
@@ -222,7 +222,7 @@ def _plain_failure(config: Config, address: str) -> Iterator[None]:
         reason = lines[-1].partition(". ")[0] if lines else type(error).__name__
         if address == "local":
             if TOO_SLOW in reason:
-                reason += _busy(os.cpu_count() or 1)
+                reason += busy(os.cpu_count() or 1)
             raise EclipseError(
                 f"a Ray cluster could not be started here ({reason}); run the same command again, or see what "
                 "`eclipse-ray doctor` says"

@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from eclipse_ray.cluster.connect import LOCAL_CPUS_PER_CORE, UNSAFE_VARIABLES, address_of, connect
+from eclipse_ray.cluster.connect import LOCAL_CPUS_PER_CORE, UNSAFE_VARIABLES, address_of, busy, connect
 from eclipse_ray.cluster.jobs import find_token
 from eclipse_ray.config import Config
 from eclipse_ray.errors import EclipseError
@@ -96,10 +96,10 @@ def _version(name: str, version: str, wanted: str) -> Check:
 def _devices() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    words, load = f"{cores} cores, {memory:.1f} GiB of memory", os.getloadavg()[0]
-    if load > cores:
+    words, load = f"{cores} cores, {memory:.1f} GiB of memory", busy(cores)
+    if load:
         fix = "other programs use them: a run takes longer, and Ray may not start in time; wait, or stop them"
-        yield Check("cpu", "warning", f"{words}, with a load of {load:.1f}", fix)
+        yield Check("cpu", "warning", words + load, fix)
     else:
         yield Check("cpu", "ok", words)
     if not torch.cuda.is_available():

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+# Bytes at the end of an object that are read at once and kept, so that a Parquet footer takes one request.
+_TAIL_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +31,48 @@ def is_hidden(relative: str) -> bool:
 def join(*parts: str) -> str:
     """Return the non-empty parts with slashes between them. An absolute part is not special."""
     return "/".join(part for part in parts if part)
+
+
+class ObjectFile(io.RawIOBase):
+    """Random access to the bytes of an object by requests for parts of it, each of which is retried on its own.
+
+    `read_part(entry, start, stop)` returns exactly these bytes. The tail is kept, because Parquet readers read it
+    several times.
+    """
+
+    def __init__(self, read_part: Callable[[Entry, int, int], bytes], entry: Entry) -> None:
+        super().__init__()
+        self._read_part = read_part
+        self._entry = entry
+        self._position = 0
+        self._tail: bytes | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._entry.size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        start, stop = self._position, min(self._position + len(buffer), self._entry.size)
+        if start >= stop:
+            return 0
+        buffer[: stop - start] = self._read(start, stop)
+        self._position = stop
+        return stop - start
+
+    def _read(self, start: int, stop: int) -> bytes:
+        tail_start = max(0, self._entry.size - _TAIL_BYTES)
+        if start < tail_start:
+            return self._read_part(self._entry, start, stop)
+        if self._tail is None:
+            self._tail = self._read_part(self._entry, tail_start, self._entry.size)
+        return self._tail[start - tail_start : stop - tail_start]

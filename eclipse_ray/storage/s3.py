@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 from eclipse_ray.errors import StorageError
-from eclipse_ray.storage import Entry, is_hidden, join
+from eclipse_ray.storage import Entry, ObjectFile, is_hidden, join
 from eclipse_ray.storage.retries import Action, ShortReadError, http_answer, retried
 
 T = TypeVar("T")
@@ -31,8 +31,6 @@ PAGE_ITEMS = 1000
 _PARTS_AT_ONCE = 4
 # Attempts to upload one object before giving up because its uploads vanish.
 _UPLOAD_TRIES = 3
-# Bytes at the end of an object that are read at once and kept, so that a Parquet footer takes one request.
-_TAIL_BYTES = 64 * 2**10
 # Read-ahead of an opened object.
 _BUFFER_BYTES = 256 * 2**10
 # Metadata key that identifies the writer. If the answer to a write is lost, the retry recognises its own object.
@@ -71,7 +69,7 @@ class S3Folder:
 
     def open(self, key: str) -> BinaryIO:
         entry = self.entry(key)
-        return cast(BinaryIO, io.BufferedReader(_Object(self, entry), _BUFFER_BYTES))
+        return cast(BinaryIO, io.BufferedReader(ObjectFile(self.read_part, entry), _BUFFER_BYTES))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         return self._get(key, {"Range": f"bytes={start}-{stop - 1}"})
@@ -299,44 +297,3 @@ def _in_order(entries: Iterator[Entry], where: str) -> Iterator[Entry]:
 async def _read_body(body: Any) -> bytes:
     async with body:
         return cast(bytes, await body.read())
-
-
-class _Object(io.RawIOBase):
-    """Random access to the bytes of an object; its tail is kept, because Parquet readers read it several times."""
-
-    def __init__(self, folder: S3Folder, entry: Entry) -> None:
-        super().__init__()
-        self._folder = folder
-        self._entry = entry
-        self._position = 0
-        self._tail: bytes | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._entry.size}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        start, stop = self._position, min(self._position + len(buffer), self._entry.size)
-        if start >= stop:
-            return 0
-        buffer[: stop - start] = self._read(start, stop)
-        self._position = stop
-        return stop - start
-
-    def _read(self, start: int, stop: int) -> bytes:
-        tail_start = max(0, self._entry.size - _TAIL_BYTES)
-        if start < tail_start:
-            return self._folder.read_part(self._entry, start, stop)
-        if self._tail is None:
-            self._tail = self._folder.read_part(self._entry, tail_start, self._entry.size)
-        return self._tail[start - tail_start : stop - tail_start]

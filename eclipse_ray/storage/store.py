@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import uuid
@@ -18,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from eclipse_ray.contact import first_contact
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.log import listen
-from eclipse_ray.storage import Entry, is_hidden, join
+from eclipse_ray.storage import Entry, ObjectFile, is_hidden, join
 from eclipse_ray.storage.local import LocalFolder
 from eclipse_ray.storage.retries import ShortReadError, retried
 from eclipse_ray.storage.s3 import DELETE, LIST, READ, WRITE, S3Folder
@@ -26,6 +27,8 @@ from eclipse_ray.storage.s3 import DELETE, LIST, READ, WRITE, S3Folder
 __all__ = ["Entry", "Store"]
 
 _MEMORY_LOCK = threading.Lock()
+# Read-ahead of an opened object that is not on S3, as fsspec has it.
+_BUFFER_BYTES = 5 * 2**20
 # Most HTTP connections per process.
 _CONNECTIONS = 32
 
@@ -185,7 +188,23 @@ class AnyFolder:
         return retried(READ, self.where(key), lambda: cast(bytes, self.fs.cat_file(path, start=start, end=stop)))
 
     def open(self, key: str) -> BinaryIO:
-        return retried(READ, self.where(key), lambda: cast(BinaryIO, self.fs.open(self.path(key), "rb")))
+        info = self._info(key)
+        # A web server that does not send parts sends the whole, once.
+        if info.get("size") is None or not info.get("partial", True):
+            return retried(READ, self.where(key), lambda: cast(BinaryIO, self.fs.open(self.path(key), "rb")))
+        entry = Entry(key, int(info["size"]), _version(info))
+        return cast(BinaryIO, io.BufferedReader(ObjectFile(self.read_part, entry), _BUFFER_BYTES))
+
+    def read_part(self, entry: Entry, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop`, neither more nor fewer."""
+
+        def call() -> bytes:
+            data = cast(bytes, self.fs.cat_file(self.path(entry.key), start=start, end=stop))
+            if len(data) != stop - start:
+                raise ShortReadError(f"{len(data)} bytes came, {stop - start} were expected")
+            return data
+
+        return retried(READ, self.where(entry.key), call)
 
     def entry(self, key: str) -> Entry:
         info = self._info(key)

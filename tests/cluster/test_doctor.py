@@ -84,7 +84,7 @@ def test_a_machine_that_other_programs_keep_busy_is_named(monkeypatch):
     monkeypatch.setattr(room.os, "getloadavg", lambda: (9.5, 0.0, 0.0))
     (found,) = checks("cpu")
     assert found.verdict == "warning"
-    assert found.found.endswith("with a load of 9.5")
+    assert found.found.endswith("with a load of 9.5 on 2 cores")
     assert "Ray may not start" in found.fix
 
 

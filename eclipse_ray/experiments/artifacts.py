@@ -21,7 +21,7 @@ from eclipse_ray.datasets.formats import UNFINISHED, Source, open_source, read_t
 from eclipse_ray.datasets.images import jpeg_roundtrip
 from eclipse_ray.datasets.matching import partners
 from eclipse_ray.datasets.memory import ImageSet, load_images
-from eclipse_ray.datasets.table import CANONICAL, NOTE
+from eclipse_ray.datasets.table import CANONICAL, NOTE, canonical_table, image_bytes
 from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.defenses.interface import Material
 from eclipse_ray.diffusion.network import default_device
@@ -88,10 +88,18 @@ class Cache:
         return np.load(io.BytesIO(self.store.read(f"cache/defended/{key}.npy")), allow_pickle=False)
 
 
-def part_of(config: Config, cache: Cache, url: str, ids: Sequence[str] | None, key: str) -> Settings:
+def part_of(
+    config: Config,
+    cache: Cache,
+    url: str,
+    ids: Sequence[str] | None,
+    key: str,
+    labelled: ImageSet | None = None,
+) -> Settings:
     """Return the settings that read the images `ids` of `url` (None: all of them), whose identity is `key`.
 
-    A part is written once, with the bytes it has, because the verbs that read it know no limit.
+    A part is written once, with the bytes it has, because the verbs that read it know no limit. Its labels are those
+    of `labelled`, which has them in the order of `ids`, else those at `url`.
     """
     if ids is None:
         # Other labels than its own belong to data.source only.
@@ -101,8 +109,11 @@ def part_of(config: Config, cache: Cache, url: str, ids: Sequence[str] | None, k
     with cache.writing:
         if not _complete(target):
             _clear(target)
-            source = open_source(url, config.data)
-            write_dataset(target, _rows(source, config, frozenset(ids)), classes=source.classes, source=source.url)
+            source, classes = open_source(url, config.data), (labelled.classes if labelled else None)
+            rows = _rows(source, config, frozenset(ids))
+            if labelled is not None and labelled.labels is not None:
+                rows = _with_labels(rows, dict(zip(ids, labelled.labels.tolist(), strict=True)))
+            write_dataset(target, rows, classes=classes or source.classes, source=source.url)
     return {"data.source": target, "data.clean": target, **CANONICAL_COLUMNS}
 
 
@@ -115,6 +126,12 @@ def _rows(source: Source, config: Config, ids: frozenset[str]) -> Iterator[pa.Ta
         left -= wanted.num_rows
         if left <= 0:
             return
+
+
+def _with_labels(tables: Iterator[pa.Table], labels: dict[str, int]) -> Iterator[pa.Table]:
+    for table in tables:
+        names = table["id"].to_pylist()
+        yield canonical_table(names, image_bytes(table), [labels[name] for name in names])
 
 
 def _complete(url: str) -> bool:

@@ -272,9 +272,11 @@ class _Runner:
         experiment = self.experiment
         if column.config is not None:
             return experiment.cache.url("poisons", column.key)
-        url = column.entry.source or str(self.config.data.source)
-        names = experiment.sets.published.get(url, experiment.sets.source.ids)
-        part = artifacts.part_of(self.config, experiment.cache, url, names, column.key)
+        url, source = column.entry.source or str(self.config.data.source), experiment.sets.source
+        names = experiment.sets.published.get(url, source.ids)
+        # Others may have published theirs without labels.
+        labelled = source if column.entry.source else None
+        part = artifacts.part_of(self.config, experiment.cache, url, names, column.key, labelled)
         return str(part["data.source"])
 
     def _columns(self, recipes: list[Recipe]) -> dict[str, Any]:

@@ -225,6 +225,16 @@ def test_a_published_poison_without_ids_or_labels_is_matched_by_content(
     assert np.array_equal(images.images, matching(theirs, source.ids))
     assert images.ids == source.ids
     assert np.array_equal(images.labels, source.labels)
+    # What a denoiser is trained against has the labels of the training images.
+    part = artifacts.part_of(
+        experiment.config, artifacts.Cache(str(tmp_path / "out")), target, names, "theirs", source
+    )
+    suspicious = load_images(str(part["data.source"]), load_config(None, part).data)
+    place = {name: row for row, name in enumerate(suspicious.ids)}
+    rows = [place[name] for name in names]
+    assert np.array_equal(suspicious.labels[rows], source.labels)
+    assert np.array_equal(suspicious.images[rows], images.images)
+    assert suspicious.classes == source.classes
     # The column is the same as with ids and labels.
     first = opened(world, world.poisoned, matrix__limit=limit).grid
     assert [recipe.key for recipe in experiment.grid.recipes] == [recipe.key for recipe in first.recipes]
@@ -304,12 +314,17 @@ def test_a_row_against_its_columns_trains_a_denoiser_for_each(measured, world, t
     settings = settings_for(world, tmp_path / "out", matrix__poisons=["ar"], evaluate__seeds=1)
     settings |= {"matrix.clean": True, "matrix.defenses": ["none", own], "purify.denoiser": None}
     settings |= {"denoiser.iterations": 20, "denoiser.num_workers": 2}
+    # As its authors publish some poisons: numbered, and without labels.
+    bare = load_images(world.poisoned, load_config().data)
+    bare = replace(bare, ids=[f"{row}.png" for row in range(len(bare.ids))], labels=None, classes=None)
+    target = stored(bare, tmp_path / "theirs")
+    settings["matrix.poisons"] = ["ar", {"name": "published", "source": target, "label": "theirs"}]
     assert "denoiser of learned" in verbs.evaluate_plan(settings=settings).unknown
     result = verbs.evaluate(settings=settings)
-    assert (result.cells, result.done, result.failures) == (4, 4, {})
+    assert (result.cells, result.done, result.failures) == (6, 6, {})
     cards = [json.loads(file.read_text()) for file in tmp_path.glob("out/cache/denoisers/*/eclipse.json")]
     sources = {card["settings"]["against"]["source"].split("/cache/")[1].split("/")[0] for card in cards}
-    assert (len(cards), sources) == (2, {"parts", "poisons"})
+    assert (len(cards), sources) == (3, {"parts", "poisons"})
     assert {card["settings"]["against"]["images"] for card in cards} == {100}
     rows = {(r["poison"], r["defense"]): r for r in pq.read_table(tmp_path / "out/results.parquet").to_pylist()}
     assert 0 < rows["ar", "learned"]["rho"] < 1.2

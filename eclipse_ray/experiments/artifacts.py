@@ -98,8 +98,8 @@ def part_of(
 ) -> Settings:
     """Return the settings that read the images `ids` of `url` (None: all of them), whose identity is `key`.
 
-    A part is written once, with the bytes it has, because the verbs that read it know no limit. Its labels are those
-    of `labelled`, which has them in the order of `ids`, else those at `url`.
+    A part is written once, with the bytes it has, because the verbs that read it know no limit. Its labels are
+    those of `labelled`, which has them in the order of `ids`, else those at `url`.
     """
     if ids is None:
         # Other labels than its own belong to data.source only.

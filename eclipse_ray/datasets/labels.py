@@ -181,9 +181,17 @@ def _jsonl(where: str, text: str, column: str) -> Named:
 
 def _txt(where: str, text: str, column: str) -> Named:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    pairs = [line.rsplit(None, 1) for line in lines]
-    if all(len(pair) == 2 and (_WHOLE.fullmatch(pair[1]) or folder.claims(pair[0])) for pair in pairs):
-        return [name for name, _ in pairs], [label for _, label in pairs]
+    for pairs in ([line.rsplit(None, 1) for line in lines], [line.split(None, 1) for line in lines]):
+        if all(len(pair) == 2 and (_WHOLE.fullmatch(pair[1]) or folder.claims(pair[0])) for pair in pairs):
+            return [name for name, _ in pairs], [label for _, label in pairs]
+    odd = next((line for line in lines if any(map(folder.claims, re.split(r"[\s,;]+", line)))), None)
+    if odd is not None:
+        raise ValueError(
+            f"the line {odd!r} names an image, and not every line is a name, a space and a label; a table with "
+            "commas and a first line of column names ends in .csv"
+        )
+    if lines and not _WHOLE.fullmatch(lines[0]) and len(lines) > 1 and all(map(_WHOLE.fullmatch, lines[1:])):
+        raise ValueError(f"its first line {lines[0]!r} is no number as the others are; leave it out")
     return None, lines
 
 

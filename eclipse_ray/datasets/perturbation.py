@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -34,6 +35,7 @@ _ADVICE = (
 _KEYS = ("delta", "perturbation", "perturbations", "noise", "model")
 _FACTORS = {"1": 255.0, "255": 1.0, "8/255": 8.0}
 _CHUNK_BYTES = 16 * 2**20
+_DIGITS = re.compile(r"([0-9]+)")
 # A perturbation in [-1, 1] that exceeds this in many pixels is as likely in units of a bound as in units of white.
 _LARGE, _MANY = 0.25, 0.05
 
@@ -111,7 +113,8 @@ def apply(
     i; one row per class or one for all images are recognised), "class" (the row of the image's label), or a file
     of image numbers to perturb. `unit` says what a value of 1 is; "auto" recognises it from the values. `seed`
     draws one of several perturbations of an image. Ids, labels and extra columns are those of `clean`. Raises
-    InputError for a perturbation that does not fit the images or whose unit is doubtful.
+    InputError for a perturbation that does not fit the images or whose unit is doubtful. Image i is the one of the
+    i-th number where names of files differ in a number alone, else the i-th that is read.
     """
     _check_choices(half, rounding, unit)
     check_encoding(data_config.encoding, data_config.allow_lossy)
@@ -119,8 +122,10 @@ def apply(
     source = open_source(clean, data_config)
     noise = _load(delta)
     unit = _unit(noise, unit)
-    kind, place = _placing(noise, source, data_config, index)
-    in_order = (index, kind, noise.draws) == ("order", "sample-wise", 1)
+    numbers = _numbers(source)
+    kind, place = _placing(noise, source, data_config, index, numbers)
+    as_read = bool((numbers == np.arange(len(numbers))).all())
+    in_order = (index, kind, noise.draws) == ("order", "sample-wise", 1) and as_read
     choose = _chooser(noise, None if in_order else place, seed)
     first = order_of(noise.shape, np.dtype(np.float32)) == "CHW"
     say(
@@ -266,21 +271,45 @@ def _unit(noise: _Delta, unit: Unit) -> Unit:
 Place = Callable[[int, pa.Table], Sequence[int | None]]
 
 
-def _placing(noise: _Delta, source: Source, data_config: DataConfig, index: str) -> tuple[str, Place]:
+def _numbers(source: Source) -> NDArray[np.int64]:
+    """Return the number (N) of each image, in the order in which they are read.
+
+    Files of one folder whose names differ in a number alone (0.png, train_data_batch_10) are in its order, where
+    text has 10 before 2.
+    """
+    parts = source.parts
+    folders = {part.key.rpartition("/")[0] for part in parts}
+    names = [_DIGITS.split(part.key.rpartition("/")[2]) for part in parts]
+    differing = [place for place, tokens in enumerate(zip(*names, strict=False)) if len(set(tokens)) > 1]
+    alike = len(folders) == 1 and len({len(name) for name in names}) == 1
+    order = list(range(len(parts)))
+    if alike and len(differing) == 1 and differing[0] % 2:
+        order.sort(key=lambda part: int(names[part][differing[0]]))
+    if order != sorted(order):
+        say(f"{source.url}: images count by the number in their file's name, {parts[order[0]].key} first")
+    starts = np.cumsum([0, *(part.rows for part in parts)])
+    meant = [np.arange(starts[part], starts[part + 1]) for part in order]
+    return np.argsort(np.concatenate(meant))
+
+
+def _placing(
+    noise: _Delta, source: Source, data_config: DataConfig, index: str, numbers: NDArray[np.int64]
+) -> tuple[str, Place]:
     """Return what kind of perturbation it is, and the function that says which image gets which of its rows."""
     if index == "class":
-        return "class-wise", _by_class(noise, source)
+        return "class-wise", _by_class(noise, source, data_config, numbers)
     rows, ordered = noise.shape[0], index == "order"
-    numbers = range(source.images) if ordered else _read_index(index, source.images)
-    some = "" if ordered else f" (of {len(numbers):,} images)"
-    if rows == len(numbers):
-        kind, row_of = "sample-wise", {image: row for row, image in enumerate(numbers)}
+    named = range(source.images) if ordered else _read_index(index, source.images)
+    some = "" if ordered else f" (of {len(named):,} images)"
+    if rows == len(named):
+        kind, row_of = "sample-wise", {image: row for row, image in enumerate(named)}
     elif rows == source.images:
-        kind, row_of = "sample-wise", {image: image for image in numbers}
+        kind, row_of = "sample-wise", {image: image for image in named}
     elif rows == 1:
-        kind, row_of = "universal", dict.fromkeys(numbers, 0)
+        kind, row_of = "universal", dict.fromkeys(named, 0)
     elif rows == _count_classes(source, data_config):
-        return f"class-wise{some}", _by_class(noise, source, None if ordered else set(numbers))
+        chosen = None if ordered else set(named)
+        return f"class-wise{some}", _by_class(noise, source, data_config, numbers, chosen)
     elif ordered:
         raise InputError(
             f"{noise.where}: holds {rows} perturbations for {source.images} images; name the clean set for which "
@@ -289,10 +318,14 @@ def _placing(noise: _Delta, source: Source, data_config: DataConfig, index: str)
         )
     else:
         raise InputError(
-            f"{noise.where}: holds {rows} perturbations, {index} names {len(numbers)} of {source.images} images; "
+            f"{noise.where}: holds {rows} perturbations, {index} names {len(named)} of {source.images} images; "
             "name the files that belong together"
         )
-    return f"{kind}{some}", lambda start, table: [row_of.get(start + row) for row in range(table.num_rows)]
+
+    def place(start: int, table: pa.Table) -> list[int | None]:
+        return [row_of.get(number) for number in numbers[start : start + table.num_rows].tolist()]
+
+    return f"{kind}{some}", place
 
 
 def _chooser(
@@ -315,23 +348,31 @@ def _draw(draws: int, seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") % draws
 
 
-def _by_class(noise: _Delta, source: Source, chosen: set[int] | None = None) -> Place:
+def _by_class(
+    noise: _Delta,
+    source: Source,
+    data_config: DataConfig,
+    numbers: NDArray[np.int64],
+    chosen: set[int] | None = None,
+) -> Place:
     """Return the row of each image by its label; of the images `chosen` by number, if only these are perturbed."""
-    queues: dict[int, Iterator[int]] | None = None
-    if noise.labels is not None and chosen is None:
+    row_of: NDArray[np.int64] | None = None
+    labels = None if noise.labels is None or chosen is not None else read_labels(source, data_config)
+    if noise.labels is not None and labels is not None:
         # LSP: the k-th perturbation of a label belongs to the k-th image of that label.
-        queues = {
-            label: iter(np.flatnonzero(noise.labels == label).tolist()) for label in set(noise.labels.tolist())
-        }
+        row_of, order = np.full(len(labels), -1), np.argsort(numbers)
+        for label in np.unique(labels):
+            images, rows = order[labels[order] == label], np.flatnonzero(noise.labels == label)
+            row_of[images[: len(rows)]] = rows[: len(images)]
 
     def place(start: int, table: pa.Table) -> list[int | None]:
         rows: list[int | None] = []
         named = zip(table["id"].to_pylist(), _labels(source, table), strict=True)
         for image, (name, label) in enumerate(named, start):
-            if chosen is not None and image not in chosen:
+            if chosen is not None and numbers[image] not in chosen:
                 rows.append(None)
                 continue
-            row = label if queues is None else next(queues.get(label, iter(())), -1)
+            row = label if row_of is None else int(row_of[image])
             if not 0 <= row < noise.shape[0]:
                 raise InputError(
                     f"{noise.where}: holds no perturbation for image {name} with label {label}; name the clean "

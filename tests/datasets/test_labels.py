@@ -241,6 +241,11 @@ BAD = {
     "l.yaml": ("a: 1", "not a file of labels"),
     "low.txt": ("-2\n", "below -1"),
     "empty.txt": ("", "holds no labels"),
+    # In the place of labels in order, of which each line would become a class of its own.
+    "table.txt": ("0.png,0\n1.png,1\n", "'0.png,0' names an image"),
+    "turned.txt": ("2 0.png\n1 1.png\n", "'2 0.png' names an image"),
+    "headed.txt": ("file_name label\n0.png 0\n", "'0.png 0' names an image"),
+    "first.txt": ("label\n2\n1\n", "first line 'label' is no number"),
 }
 
 
@@ -417,3 +422,6 @@ def test_a_list_of_files_may_name_classes(tmp_path):
     found = read_label_file(str(tmp_path / "list.txt"))
     assert (found.names, found.labels.tolist()) == (["cat 9.jpg", "dog.jpg"], [0, 1])
     assert found.classes == ["kitten", "puppy"]
+    (tmp_path / "words.txt").write_text("9.jpg big cat\n10.jpg dog\n")
+    found = read_label_file(str(tmp_path / "words.txt"))
+    assert (found.names, found.classes) == (["9.jpg", "10.jpg"], ["big cat", "dog"])

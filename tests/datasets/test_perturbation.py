@@ -60,6 +60,70 @@ def expected(steps, images=IMAGES):
     return (images.astype(int) + steps.transpose(0, 2, 3, 1)).clip(0, 255).astype(np.uint8)
 
 
+def first_pixels(url):
+    """Return the first value of each image by its id."""
+    table, images = read(url)
+    return dict(zip(table["id"].to_pylist(), images[:, 0, 0, 0].tolist(), strict=True))
+
+
+def rows_up_to(count):
+    """Return perturbations (count, 3, H, W) of which row i is i everywhere."""
+    return np.arange(count, dtype=np.int16)[:, None, None, None] * np.ones((1, 3, 32, 32), np.int16)
+
+
+@pytest.mark.parametrize(
+    ("names", "row_of"),
+    [
+        # The number in the name, where text has 10 before 2.
+        ([f"{n}.png" for n in range(12)], {f"{n}.png": n for n in range(12)}),
+        ([f"img_{n}.png" for n in (3, 20, 100)], {"img_3.png": 0, "img_20.png": 1, "img_100.png": 2}),
+        # Text in all other cases: as torchvision's ImageFolder has class folders, and where two numbers differ.
+        (["cat/2.png", "cat/10.png", "dog/1.png"], {"cat/10.png": 0, "cat/2.png": 1, "dog/1.png": 2}),
+        (["a2_1.png", "a10_2.png"], {"a10_2.png": 0, "a2_1.png": 1}),
+        (["b.png", "a.png"], {"a.png": 0, "b.png": 1}),
+    ],
+)
+def test_rows_belong_to_numbered_files_by_their_number(tmp_path, capsys, names, row_of):
+    clean = fill(tmp_path / "clean", *names, images=np.zeros((len(names), 32, 32, 3), np.uint8))
+    np.save(tmp_path / "delta.npy", rows_up_to(len(names)))
+    apply(str(tmp_path / "delta.npy"), clean, str(tmp_path / "out"), CONFIG)
+    assert first_pixels(str(tmp_path / "out")) == row_of
+    by_number = list(row_of) != sorted(row_of)
+    assert ("images count by the number in their file's name" in capsys.readouterr().err) == by_number
+
+
+def test_a_file_of_image_numbers_and_labels_beside_rows_count_numbered_files_by_their_number(tmp_path):
+    names = [f"{n}.png" for n in range(12)]
+    clean = fill(tmp_path / "clean", *names, images=np.zeros((12, 32, 32, 3), np.uint8))
+    (tmp_path / "chosen.txt").write_text("2\n10\n")
+    np.save(tmp_path / "two.npy", rows_up_to(3)[1:])
+    apply(str(tmp_path / "two.npy"), clean, str(tmp_path / "two"), CONFIG, index=str(tmp_path / "chosen.txt"))
+    assert {name: value for name, value in first_pixels(str(tmp_path / "two")).items() if value} == {
+        "2.png": 1,
+        "10.png": 2,
+    }
+    # LSP: the k-th row of a label is for the k-th image of that label.
+    folder = tmp_path / "lsp"
+    folder.mkdir()
+    np.save(folder / "data.npy", rows_up_to(12))
+    np.save(folder / "labels.npy", np.arange(12)[::-1] % 2)
+    (tmp_path / "own.txt").write_text("".join(f"{n % 2}\n" for n in range(12)))
+    config = DataConfig(source=clean, labels=str(tmp_path / "own.txt"))
+    apply(str(folder / "data.npy"), clean, str(tmp_path / "by-label"), config, index="class")
+    rows = {0: [1, 3, 5, 7, 9, 11], 1: [0, 2, 4, 6, 8, 10]}
+    assert first_pixels(str(tmp_path / "by-label")) == {f"{n}.png": rows[n % 2][n // 2] for n in range(12)}
+
+
+def test_rows_belong_to_numbered_batches_by_their_number(tmp_path):
+    for number in range(1, 12):
+        batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
+        dump(tmp_path / f"train_data_batch_{number}", batch)
+    np.save(tmp_path / "delta.npy", rows_up_to(22))
+    apply(str(tmp_path / "delta.npy"), str(tmp_path / "train_data_batch_*"), str(tmp_path / "out"), CONFIG)
+    found = first_pixels(str(tmp_path / "out"))
+    assert found == {f"train_data_batch_{n}#{k}": 2 * (n - 1) + k for n in range(1, 12) for k in (0, 1)}
+
+
 def save(path, content):
     torch.save(content, path)
     return path

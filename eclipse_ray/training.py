@@ -38,6 +38,7 @@ from eclipse_ray.cluster.connect import (
 from eclipse_ray.cluster.metrics import Curves, open_curves
 from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thread, reaching, start_board
 from eclipse_ray.config import Config, DenoiserConfig, digest, to_yaml
+from eclipse_ray.datasets.formats import refuse_output_inside
 from eclipse_ray.datasets.memory import ImageSet, MixedSet, load_mixed, load_squares
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.checkpoint import (
@@ -75,6 +76,9 @@ def train(config: Config) -> TrainResult:
     Raises ConfigError or InputError for unusable input, ResumeError if the folder belongs to other settings.
     """
     clean, output = _locations(config)
+    for url in (clean, config.denoiser.against):
+        if url:
+            refuse_output_inside(url, output)
     images = _sparse_set(config, clean)
     suspicious = _suspicious_set(config, clean, images) if config.denoiser.against else None
     store = Store(output)

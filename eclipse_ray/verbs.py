@@ -158,7 +158,7 @@ def purify_plan(config: Config, given: dict[str, Any]) -> results.DryRunResult:
     """Return what `purify` would do and about how long it would take; nothing is written, no cluster is asked."""
     from eclipse_ray.purification import plan as room
 
-    return room.estimate(config, extend=given["extend"])
+    return room.estimate(config, retry_failed=given["retry_failed"], extend=given["extend"])
 
 
 @verb("Purify", "my/purified", "my/purified --watch", interruptible=True)

@@ -69,6 +69,8 @@ def test_refusals(world, tmp_path):
         verbs.audit()
     with pytest.raises(InputError, match="share 20 images"):
         verbs.audit(world.clean, clean=world.clean)
+    with pytest.raises(InputError, match="the output lies inside the source"):
+        verbs.audit(world.rest, out=f"{world.rest}/audit")
     write_synthetic(str(tmp_path / "few"), 40, 16, 0)
     with pytest.raises(InputError, match="40 images of 10 classes"):
         verbs.audit(str(tmp_path / "few"))

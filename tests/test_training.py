@@ -324,6 +324,16 @@ def test_what_cannot_be_trained_is_refused(world, tmp_path, settings, error, wor
         train(world, tmp_path / "bad", **settings)
 
 
+def test_a_denoiser_is_not_written_among_the_images_it_learns_from(world):
+    with pytest.raises(InputError, match="the output lies inside the source"):
+        train(world, Path(world.clean) / "denoiser")
+    with pytest.raises(InputError, match="the output lies inside the source"):
+        train(world, Path(world.poisoned) / "denoiser", **{"denoiser.against": world.poisoned})
+    for verb in (verbs.status, verbs.verify):
+        with pytest.raises(InputError, match="this is a denoiser, the output of train"):
+            verb(world.denoiser)
+
+
 @pytest.mark.chaos
 def test_curves_go_to_the_loggers_asked_for(world, tmp_path):
     output = tmp_path / "logged"

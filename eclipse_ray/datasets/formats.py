@@ -141,7 +141,7 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     InputError if it cannot be read as one dataset, if its labels are doubtful and data.labels says nothing, and
     with data.strict if a file would be passed over.
     """
-    _refuse_output_inside(url, data_config.output)
+    refuse_output_inside(url, data_config.output)
     store, entries = _look(url)
     _refuse_bad_names(entries)
     given = _given_labels(Store(url).url, data_config)
@@ -436,7 +436,8 @@ def _read_span(
     return table.add_column(2, "label", labels.label_column(found))
 
 
-def _refuse_output_inside(url: str, output: str | None) -> None:
+def refuse_output_inside(url: str, output: str | None) -> None:
+    """Raise InputError if `output`, a folder that a verb will write, lies inside the source at `url`."""
     # The next listing of the source would hold the output too. Of a purification only data/ is listed.
     source = Store(url)
     if output and Store(output).url.startswith(f"{source.url}/") and not source.exists(RUN_PLAN):

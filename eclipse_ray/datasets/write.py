@@ -9,6 +9,7 @@ import pickle
 import posixpath
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from eclipse_ray.datasets.table import (
     refuse_extras,
     with_images,
 )
-from eclipse_ray.errors import InputError
+from eclipse_ray.errors import EclipseError, InputError, StorageError
 from eclipse_ray.storage.store import Store
 
 Writer = Callable[[Store, Iterable[pa.Table], Sequence[str] | None, DataConfig], int]
@@ -78,10 +79,13 @@ def write_dataset(
 
     try:
         images = _WRITERS[layout](store, watched(), classes, data_config or DataConfig())
-    except InputError:
-        # If nothing was written, the mark is removed too, so that the same output can be used again.
-        if next(store.list(), None) is None:
-            store.delete(UNFINISHED)
+    except EclipseError:
+        # The folder was empty before, and is again: the same command can be given once the cause is mended.
+        with suppress(StorageError):
+            for entry in [] if resume else list(store.list()):
+                store.delete(entry.key)
+            if next(store.list(), None) is None:
+                store.delete(UNFINISHED)
         raise
     note = {
         "images": images,

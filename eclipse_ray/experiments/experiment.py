@@ -94,6 +94,8 @@ class Experiment:
     def __post_init__(self) -> None:
         """Open the folder of results, if there is one."""
         self.cache = Cache(self.output)
+        if self.output is not None and self.store.is_file():
+            raise InputError(f"{self.output}: this is a file; choose a folder as output")
         refuse_process_local(str(self.output), self.output is not None and self.store.in_this_process_only)
 
     @property

@@ -18,6 +18,7 @@ from eclipse_ray.ledger.plan import Fingerprint as Fingerprint
 from eclipse_ray.ledger.plan import Plan as Plan
 from eclipse_ray.ledger.plan import Shard as Shard
 from eclipse_ray.ledger.plan import Span as Span
+from eclipse_ray.ledger.plan import check_claim as check_claim
 from eclipse_ray.ledger.plan import claim as claim
 from eclipse_ray.ledger.plan import open_run as open_run
 from eclipse_ray.ledger.plan import plan_digest as plan_digest

@@ -23,6 +23,8 @@ ATTEMPTS = f"{PRIVATE}/attempts"
 HUNG = f"{ATTEMPTS}/hung"
 FINGERPRINT = f"{PRIVATE}/fingerprint.json"
 CONFIG = f"{PRIVATE}/config.yaml"
+DENOISER = "eclipse.json"
+"""The card of a denoiser, whose folder has a fingerprint too."""
 PLAN = f"{PRIVATE}/plan.parquet"
 MANIFEST = f"{PRIVATE}/manifest.parquet"
 
@@ -70,12 +72,14 @@ def read_optional(store: Store, key: str) -> bytes | None:
     # `exists` could be answered from a cached listing, so the object is simply read.
     try:
         return store.read(key)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def require_run(store: Store) -> None:
     """Raise InputError unless the store holds a finished or unfinished run."""
+    if store.exists(DENOISER):
+        raise InputError(f"{store.url}: this is a denoiser, the output of train; name the output folder of purify")
     if not (store.exists(FINGERPRINT) or store.exists(PLAN)):
         raise InputError(f"{store.url}: no purified dataset here ({PRIVATE}/ is missing); check the location")
 

@@ -300,19 +300,27 @@ def claim(
     names the source objects in which `shards` differ). Raises InputError if it is a file or its fingerprint is
     damaged, and StorageError if the store does not support put-if-absent.
     """
+    found = check_claim(store, fingerprint, shards)
+    if found is None:
+        store.probe()
+        if not store.create(layout.FINGERPRINT, fingerprint.to_json().encode()):
+            found = check_claim(store, fingerprint, shards)
+    if not store.exists(layout.CONFIG):
+        store.create(layout.CONFIG, config_yaml.encode())
+    return found or fingerprint, found is not None
+
+
+def check_claim(store: Store, fingerprint: Fingerprint, shards: Sequence[Shard] = ()) -> Fingerprint | None:
+    """Return the fingerprint of the run that owns the folder, None if nobody does. Raises what `claim` raises."""
     if store.is_file():
         raise InputError(f"{store.url}: this is a file; choose a folder as output")
     found = layout.read_optional(store, layout.FINGERPRINT)
     if found is None:
         _refuse_foreign(store)
-        store.probe()
-        if not store.create(layout.FINGERPRINT, fingerprint.to_json().encode()):
-            found = store.read(layout.FINGERPRINT)
-    claimed = fingerprint if found is None else parse_fingerprint(store, found)
-    _refuse_difference(store, claimed, fingerprint, shards)
-    if not store.exists(layout.CONFIG):
-        store.create(layout.CONFIG, config_yaml.encode())
-    return claimed, found is not None
+        return None
+    stored = parse_fingerprint(store, found)
+    _refuse_difference(store, stored, fingerprint, shards)
+    return stored
 
 
 def read_fingerprint(store: Store) -> Fingerprint:

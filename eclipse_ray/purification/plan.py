@@ -16,7 +16,7 @@ import numpy as np
 
 from eclipse_ray import ledger
 from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
-from eclipse_ray.config import Config, DataConfig, to_yaml
+from eclipse_ray.config import Config, DataConfig, content_hash, to_yaml
 from eclipse_ray.datasets.formats import (
     PASSED_OVER,
     Source,
@@ -84,8 +84,13 @@ WARN_DB = 3.0
 
 @dataclass(frozen=True)
 class Sample:
-    """An image read before the run: its size in pixels, and its middle of at most SAMPLE_SIDE pixels each way."""
+    """An image read before the run: its size in pixels, and its middle of at most SAMPLE_SIDE pixels each way.
 
+    `hash` is that of its content as it is stored, before it is resized.
+    """
+
+    id: str
+    hash: str
     height: int
     width: int
     crop: Pixels
@@ -147,6 +152,9 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
         compensation=config.compensation,
         sparse_hashes=frozenset(card.sparse_hashes),
     )
+    # Workers look at every image; what these few show is refused before anything is written.
+    for sample in samples:
+        job.refuse_leakage(sample.id, sample.hash)
     fingerprint = _fingerprint(config, plan, weights_digest(folder))
     return Prepared(config, opened, samples, denoiser, card.denoise_psnr, store, plan, fingerprint, job)
 
@@ -169,7 +177,7 @@ def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
     Spread, because images of a class often lie together and have sizes of their own. Raises InputError if nothing
     can be read, or an object cannot where data.on_error is stop.
     """
-    found: list[bytes] = []
+    found: list[tuple[str, bytes]] = []
     # A few rows of a Parquet object take the time of a whole group of them.
     objects = count if source.images == len(source.parts) else SAMPLED_OBJECTS
     parts = source.parts[:: max(1, -(-len(source.parts) // objects))]
@@ -186,13 +194,14 @@ def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
             continue
         read += 1
         left -= rows
-        found += [(image or {}).get("bytes") or b"" for image in table["image"].to_pylist()]
+        images = [(image or {}).get("bytes") or b"" for image in table["image"].to_pylist()]
+        found += zip(table["id"].to_pylist(), images, strict=True)
     if refused and not read:
         raise refused
     return list(_decoded_apart(found, config.data))
 
 
-def _decoded_apart(images: Sequence[bytes], config: DataConfig) -> Iterator[Sample]:
+def _decoded_apart(images: Sequence[tuple[str, bytes]], config: DataConfig) -> Iterator[Sample]:
     """Yield the readable images, decoded in another process: one that kills its decoder must not end the run.
 
     Workers find such an image and make it an error row; here it says nothing about size, as a damaged one.
@@ -200,7 +209,7 @@ def _decoded_apart(images: Sequence[bytes], config: DataConfig) -> Iterator[Samp
     while images:
         # A fork has everything imported already, and starts in milliseconds.
         with ProcessPoolExecutor(1, get_context("fork"), initializer=_leave_signals) as pool:
-            waiting = [pool.submit(_sample, image, config) for image in images]
+            waiting = [pool.submit(_sample, *image, config) for image in images]
             for number, result in enumerate(waiting, 1):
                 try:
                     sample = result.result()
@@ -219,12 +228,13 @@ def _leave_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _sample(image: bytes, config: DataConfig) -> Sample | None:
+def _sample(name: str, image: bytes, config: DataConfig) -> Sample | None:
     try:
-        pixels = resize_image(decode_stored(image, config), config.resize)
+        stored = decode_stored(image, config)
+        pixels = resize_image(stored, config.resize)
     except ImageError:
         return None
-    return Sample(pixels.shape[0], pixels.shape[1], centre_crop(pixels, SAMPLE_SIDE))
+    return Sample(name, content_hash(stored), pixels.shape[0], pixels.shape[1], centre_crop(pixels, SAMPLE_SIDE))
 
 
 def _check_sizes(source: str, samples: list[Sample]) -> None:
@@ -303,12 +313,15 @@ TIMED_SIDE = 256
 TIMED = 64
 
 
-def estimate(config: Config, *, extend: bool = False) -> DryRunResult:
+def estimate(config: Config, *, retry_failed: bool = False, extend: bool = False) -> DryRunResult:
     """Return shards, bytes and times of what `purify` would do now; nothing is written. Raises what it raises."""
     prepared = prepare(config, extend=extend)
     shards = prepared.plan.shards
+    ledger.check_claim(prepared.store, prepared.fingerprint, shards)
     statuses = ledger.read_statuses(prepared.store) if prepared.store.exists() else {}
     left = ledger.pending(shards, statuses)
+    if retry_failed:
+        left += ledger.retriable(shards, statuses)
     images_left = sum(shard.rows for shard in left)
     images = pixels = size = 0
     middles: list[Pixels] = []

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from eclipse_ray import ledger
 from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, DataConfig, PurifyConfig
+from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 
 Pixels = NDArray[np.uint8]
@@ -50,6 +51,14 @@ class Job:
     def store(self) -> Store:
         """Open the output folder."""
         return Store(self.output, self.purify.single_writer)
+
+    def refuse_leakage(self, name: str, content: str) -> None:
+        """Raise InputError if the image `name` with this content hash is one that the denoiser was trained on."""
+        if content in self.sparse_hashes:
+            raise InputError(
+                f"{self.source}: image {name} is in the sparse clean set that the "
+                f"denoiser {self.denoiser} was trained on; purify images that are disjoint from it"
+            )
 
     def stage(self, name: str) -> str:
         """Return the key under which starts of a stage are counted, so that a killed driver blames no shard."""

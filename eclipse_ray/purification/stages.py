@@ -96,7 +96,8 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
             failures.append(image.row(order[index], labels[index], places[index][0]))
             continue
         # Before it is resized: hashes are of images as they are stored, whatever size either run works at.
-        _refuse_leakage(job, order[index], image)
+        if job.sparse_hashes:
+            job.refuse_leakage(order[index], content_hash(image))
         pixels.append(resize_image(image, job.data.resize))
         kept.append(index)
     paths = pc.struct_field(table["image"], "path")
@@ -208,14 +209,6 @@ def _refuse_repeated_ids(job: Job, ids: Sequence[str]) -> None:
     if len(set(ids)) < len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
         raise InputError(f"{job.source}: two images have the id {twice}; give every image an id of its own")
-
-
-def _refuse_leakage(job: Job, name: str, image: Pixels) -> None:
-    if job.sparse_hashes and content_hash(image) in job.sparse_hashes:
-        raise InputError(
-            f"{job.source}: image {name} is in the sparse clean set that the "
-            f"denoiser {job.denoiser} was trained on; purify images that are disjoint from it"
-        )
 
 
 Outcome = Pixels | Failure

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import BinaryIO
 
-from eclipse_ray.errors import StorageError
+from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage import Entry, is_hidden, join
 
 # Attempts to write one file whose temporary file vanishes.
@@ -164,6 +164,8 @@ def _explained(path: str, verb: str, error: OSError) -> Exception:
             f"{path}: not allowed to {verb} it ({name}: {error.strerror}); grant write permission to this "
             "folder, then run the same command again"
         )
+    if error.errno == errno.ENOTDIR:
+        return InputError(f"{path}: a part of this path is a file, not a folder; choose another output")
     return error
 
 

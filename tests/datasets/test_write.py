@@ -9,7 +9,9 @@ from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import choose_clean, load_images
 from eclipse_ray.datasets.table import canonical_table, image_bytes
 from eclipse_ray.datasets.write import convert, split
-from eclipse_ray.errors import InputError
+from eclipse_ray.errors import InputError, StorageError
+from eclipse_ray.storage.local import LocalFolder
+from eclipse_ray.storage.store import Store
 from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, table_of, write_set
 
 ROWS = st.lists(st.tuples(st.integers(0, 15), st.none() | st.integers(0, 2)), min_size=2, max_size=40)
@@ -127,3 +129,20 @@ def test_converting_with_another_size_resizes_every_image(tmp_path):
     broken = write_set(tmp_path / "broken", canonical_table(["bad"], [b"nothing"], [0]), classes=["a"])
     with pytest.raises(InputError, match="image bad: not an image"):
         convert(broken, str(tmp_path / "none"), DataConfig(resize=16))
+
+
+def test_a_store_that_refuses_leaves_the_output_as_it_was(tmp_path, monkeypatch):
+    clean = source(tmp_path / "in", 9)
+    genuine = LocalFolder.write
+
+    def full(self, key, data):
+        genuine(self, key, data)
+        if key.startswith("data/"):
+            raise StorageError(f"{key}: the disk is full; make room, then run the same command again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFolder, "write", full)
+        with pytest.raises(StorageError, match="run the same command again"):
+            convert(clean, str(tmp_path / "out"), CONFIG)
+    assert [entry.key for entry in Store(str(tmp_path / "out")).list(hidden=True)] == []
+    assert convert(clean, str(tmp_path / "out"), CONFIG) == 9

@@ -176,11 +176,39 @@ def test_undecodable_images_become_error_rows(world, tmp_path):
     urls = dict(zip(table["id"].to_pylist(), broken["source_url"].to_pylist(), strict=True))
     assert output["source_url"].to_pylist() == [urls[name] for name in output["id"].to_pylist()]
     assert verbs.verify(str(tmp_path / "out")).ok
+    for retry_failed, left in ((False, 0), (True, 40)):
+        plan = verbs.purify_plan(
+            str(tmp_path / "src"),
+            str(tmp_path / "out"),
+            denoiser=world.denoiser,
+            settings=SHARDS,
+            retry_failed=retry_failed,
+        )
+        assert plan.images_left == left
 
 
-def test_images_of_the_sparse_set_fail_the_run(world, tmp_path):
-    with pytest.raises(InputError, match="sparse clean set"):
-        verbs.purify(world.clean, str(tmp_path / "leak"), denoiser=world.denoiser, settings=SHARDS)
+def test_images_of_the_sparse_set_are_refused_before_anything_is_written(world, tmp_path):
+    for verb in (verbs.purify, verbs.purify_plan):
+        with pytest.raises(InputError, match="is in the sparse clean set"):
+            verb(world.clean, str(tmp_path / "leak"), denoiser=world.denoiser, settings=SHARDS)
+    assert not (tmp_path / "leak").exists()
+
+
+def test_a_dry_run_refuses_the_outputs_that_a_run_refuses(world, purified, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/notes.txt").write_text("mine")
+    cases = [
+        (purified[0], {"purify.num_inference_steps": 2}, ResumeError, "num_inference_steps: 1 -> 2"),
+        (tmp_path / "foreign", {}, ResumeError, "did not write .notes.txt"),
+        (tmp_path / "file", {}, InputError, "this is a file; choose a folder"),
+        (tmp_path / "file/within", {}, InputError, "is a file, not a folder; choose another output"),
+    ]
+    for output, own, error, words in cases:
+        for verb in (verbs.purify, verbs.purify_plan)[: 1 if output.name == "within" else 2]:
+            with pytest.raises(error, match=words):
+                verb(world.poisoned, str(output), denoiser=world.denoiser, settings={**SHARDS, **own})
+    assert sorted(file.name for file in (tmp_path / "foreign").iterdir()) == ["notes.txt"]
 
 
 def test_batches_hold_fewer_of_the_larger_images():
@@ -320,7 +348,7 @@ def test_a_dry_run_writes_nothing_and_counts_what_is_left(world, purified, tmp_p
     ],
 )
 def test_a_source_is_cut_by_images_and_by_bytes(sizes, images, settings, expected):
-    samples = [prepare.Sample(*size, crop=np.zeros((1, 1, 3), np.uint8)) for size in sizes]
+    samples = [prepare.Sample("", "", *size, crop=np.zeros((1, 1, 3), np.uint8)) for size in sizes]
     assert prepare._images_per_shard(resolve(None, settings, {}), samples, images) == expected
 
 

@@ -479,7 +479,7 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
         return parent, [parent.entry(name)]
     if store.exists():
         if store.exists(UNFINISHED):
-            raise InputError(f"{url}: writing this dataset was interrupted; delete it and write it again")
+            raise InputError(f"{url}: writing this dataset was interrupted; run its command again, or delete it")
         if store.exists(RUN_PLAN) and not store.exists(RUN_MANIFEST):
             raise InputError(f"{url}: this purification is not finished; run its command again to finish it")
         # A purification may hold a report beside its data. Its pictures are not part of the dataset.

@@ -50,7 +50,8 @@ def labels_from(
     copies with the same label, and not shared with another image.
     """
     check_encoding(data_config.encoding, data_config.allow_lossy)
-    refuse_existing(Store(output))
+    doing = f"convert {Store(source).url} with labels from {Store(clean).url}"
+    refuse_existing(Store(output), doing)
     poisoned, known = open_source(source, data_config), open_source(clean, data_config)
     labels = require_classes(clean, known, data_config)
     (ids, pooled), (_, clean_pooled) = _pooled(poisoned, data_config), _pooled(known, data_config)
@@ -73,6 +74,7 @@ def labels_from(
         source=source,
         layout=layout,
         data_config=data_config,
+        doing=doing,
         passed_over=poisoned.passed_over,
     )
     margin = float(margins.min())

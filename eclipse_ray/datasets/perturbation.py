@@ -118,7 +118,8 @@ def apply(
     """
     _check_choices(half, rounding, unit)
     check_encoding(data_config.encoding, data_config.allow_lossy)
-    refuse_existing(Store(output))
+    doing = f"apply {Store(delta).url} {Store(clean).url}"
+    refuse_existing(Store(output), doing)
     source = open_source(clean, data_config)
     noise = _load(delta)
     unit = _unit(noise, unit)
@@ -151,7 +152,14 @@ def apply(
             yield with_images(table, [perturbed(*row) for row in rows])
             start += table.num_rows
 
-    images = write_dataset(output, tables(), classes=source.classes, source=clean, passed_over=source.passed_over)
+    images = write_dataset(
+        output,
+        tables(),
+        classes=source.classes,
+        source=clean,
+        doing=doing,
+        passed_over=source.passed_over,
+    )
     l2 = norms.l2 / max(1, norms.changed)
     applied = Applied(images, norms.changed, norms.linf, l2, kind, unit, half, rounding, output)
     record = {**asdict(applied), "delta": delta, "clean": clean, "index": index, "seed": seed}

@@ -9,7 +9,6 @@ import pickle
 import posixpath
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from eclipse_ray.datasets.table import (
     refuse_extras,
     with_images,
 )
-from eclipse_ray.errors import EclipseError, InputError, StorageError
+from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 
 Writer = Callable[[Store, Iterable[pa.Table], Sequence[str] | None, DataConfig], int]
@@ -56,19 +55,22 @@ def write_dataset(
     layout: Layout = "parquet",
     data_config: DataConfig | None = None,
     resume: bool = False,
+    doing: str = "",
     passed_over: str = "",
 ) -> int:
     """Write canonical `tables` as a new dataset at `url` and return the number of images.
 
     The parts are written first and the note `_eclipse/dataset.json` last; until then readers refuse the dataset.
     `passed_over` is the sentence of the source on files that were not read, for the report. With `resume`, the
-    same tables overwrite the parts that an interrupted call left. Raises InputError if `url` already holds other
-    data, and for data that `layout` cannot hold.
+    same tables overwrite the parts that an interrupted call left. What an interrupted call with the same `doing`,
+    a command in short, left is removed first. Raises InputError if `url` already holds other data, and for data
+    that `layout` cannot hold.
     """
     store = Store(url)
-    if not resume:
-        refuse_existing(store)
-    store.write(UNFINISHED, b"")
+    if resume:
+        store.write(UNFINISHED, b"")
+    else:
+        _begin(store, doing)
     labelled = False
 
     def watched() -> Iterator[pa.Table]:
@@ -79,13 +81,10 @@ def write_dataset(
 
     try:
         images = _WRITERS[layout](store, watched(), classes, data_config or DataConfig())
-    except EclipseError:
-        # The folder was empty before, and is again: the same command can be given once the cause is mended.
-        with suppress(StorageError):
-            for entry in [] if resume else list(store.list()):
-                store.delete(entry.key)
-            if next(store.list(), None) is None:
-                store.delete(UNFINISHED)
+    except InputError:
+        # If nothing was written, the mark is removed too, so that the same output can be used again.
+        if next(store.list(), None) is None:
+            store.delete(UNFINISHED)
         raise
     note = {
         "images": images,
@@ -184,15 +183,26 @@ def _opcodes(value: str | int | tuple[int, ...]) -> bytes:
     return pickle.dumps(value, protocol=2)[2:-1]
 
 
-def refuse_existing(store: Store) -> None:
-    """Raise InputError that names one object if `store` is not empty."""
+def refuse_existing(store: Store, doing: str = "") -> None:
+    """Raise InputError that names one object if `store` is not empty, but for what an interrupted `doing` left."""
     if store.is_file():
         raise InputError(f"{store.url}: is a file; name a new folder to write to")
     if store.exists(UNFINISHED):
+        if doing and store.read(UNFINISHED) == doing.encode():
+            return
         raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
     taken = next(itertools.chain(store.list(), store.list("_eclipse")), None)
     if taken is not None:
         raise InputError(f"{store.url}: already holds data ({taken.key}); delete it or name another folder")
+
+
+def _begin(store: Store, doing: str) -> None:
+    """Mark an empty folder as one that is being written, after what an interrupted `doing` left is removed."""
+    refuse_existing(store, doing)
+    for entry in list(store.list(hidden=True)) if store.exists(UNFINISHED) else ():
+        if entry.key != UNFINISHED:
+            store.delete(entry.key)
+    store.write(UNFINISHED, doing.encode())
 
 
 def convert(source_url: str, output_url: str, data_config: DataConfig, layout: Layout = "parquet") -> int:
@@ -204,7 +214,8 @@ def convert(source_url: str, output_url: str, data_config: DataConfig, layout: L
     but cannot be.
     """
     check_encoding(data_config.encoding, data_config.allow_lossy)
-    refuse_existing(Store(output_url))
+    doing = f"convert {Store(source_url).url}"
+    refuse_existing(Store(output_url), doing)
     source = open_source(source_url, data_config)
     return write_dataset(
         output_url,
@@ -213,6 +224,7 @@ def convert(source_url: str, output_url: str, data_config: DataConfig, layout: L
         source=source_url,
         layout=layout,
         data_config=data_config,
+        doing=doing,
         passed_over=source.passed_over,
     )
 
@@ -240,7 +252,8 @@ def split(
     together, so OUT/clean may hold slightly fewer than `clean` images, never more. Images that cannot be decoded
     go to OUT/rest. Raises InputError unless 1 <= clean < images, and for an output that already holds data.
     """
-    refuse_existing(Store(output_url))
+    output, doing = Store(output_url), f"split {Store(source_url).url}"
+    refuse_existing(output, doing)
     source = open_source(source_url, data_config)
     if not 1 <= clean < source.images:
         raise InputError(
@@ -254,6 +267,7 @@ def split(
             f"{source_url}: no image can be split off, as all of them are damaged or copies of each other; "
             "check the source"
         )
+    _begin(output, doing)
     counts: dict[str, int | str] = {}
     for name, side in (("clean", chosen), ("rest", ~chosen)):
         counts[name] = write_dataset(
@@ -263,6 +277,7 @@ def split(
             source=source_url,
             passed_over=source.passed_over,
         )
+    output.delete(UNFINISHED)
     return {**counts, "output": output_url}
 
 

@@ -7,11 +7,11 @@ from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import choose_clean, load_images
+from eclipse_ray.datasets.perturbation import apply
 from eclipse_ray.datasets.table import canonical_table, image_bytes
 from eclipse_ray.datasets.write import convert, split
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage.local import LocalFolder
-from eclipse_ray.storage.store import Store
 from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, table_of, write_set
 
 ROWS = st.lists(st.tuples(st.integers(0, 15), st.none() | st.integers(0, 2)), min_size=2, max_size=40)
@@ -131,18 +131,33 @@ def test_converting_with_another_size_resizes_every_image(tmp_path):
         convert(broken, str(tmp_path / "none"), DataConfig(resize=16))
 
 
-def test_a_store_that_refuses_leaves_the_output_as_it_was(tmp_path, monkeypatch):
-    clean = source(tmp_path / "in", 9)
+@pytest.mark.parametrize("verb", ["convert", "split", "apply"])
+def test_what_an_interrupted_command_left_is_written_anew_by_the_same_one(verb, tmp_path, monkeypatch):
+    clean, output = source(tmp_path / "in", 9), str(tmp_path / "out")
+    np.save(tmp_path / "delta.npy", np.ones((9, 4, 4, 3), np.int8))
+    commands = {
+        "convert": lambda given: convert(given, output, CONFIG),
+        "split": lambda given: split(given, output, 3, 0, CONFIG),
+        "apply": lambda given: apply(str(tmp_path / "delta.npy"), given, output, CONFIG),
+    }
     genuine = LocalFolder.write
 
     def full(self, key, data):
         genuine(self, key, data)
-        if key.startswith("data/"):
+        if "_eclipse" not in key:
             raise StorageError(f"{key}: the disk is full; make room, then run the same command again")
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalFolder, "write", full)
         with pytest.raises(StorageError, match="run the same command again"):
-            convert(clean, str(tmp_path / "out"), CONFIG)
-    assert [entry.key for entry in Store(str(tmp_path / "out")).list(hidden=True)] == []
-    assert convert(clean, str(tmp_path / "out"), CONFIG) == 9
+            commands[verb](clean)
+    (tmp_path / "out/left.png").write_bytes(b"")
+    # Another command might be a mistake.
+    with pytest.raises(InputError, match="writing was interrupted; delete it first"):
+        commands[verb](source(tmp_path / "other", 9))
+    assert (tmp_path / "out/left.png").exists()
+    commands[verb](clean)
+    files = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [path for path in files if path.name in ("unfinished", "left.png")]
+    parts = [tmp_path / "out/clean", tmp_path / "out/rest"] if verb == "split" else [tmp_path / "out"]
+    assert sum(read_all(part).num_rows for part in parts) == 9

@@ -97,6 +97,13 @@ def list_parts(
                 own = classes if config.labels is None else None
                 _check_labels(f"{store.url}/{entry.key}", file.labels(0, rows), own)
         labelled[entry.key] = file.labels is not None
+        one = len(file.shape) == 3 and (file.shape[0] == 3 or file.shape[2] in (1, 3))
+        if one and file.labels is None and config.label_file is None:
+            raise InputError(
+                f"{store.url}/{entry.key}: holds {file.dtype} {file.shape}, which may be one image or {rows} gray "
+                "ones; stack the images of all files into one array (N, H, W, 3), (N, H, W, 1) for gray ones, "
+                "or write image files"
+            )
         if file.said:
             forms[Form(file.layout, file.dtype.name, file.said)] += rows
         parts.append(Part(entry.key, rows, entry.size, entry.version + file.version))
@@ -201,8 +208,8 @@ def layout_of(where: str, shape: Sequence[int], dtype: np.dtype[Any], rows: Rows
     low, high = _range(where, shape, dtype, rows)
     if low < -_SLACK:
         raise InputError(
-            f"{where}: holds values from {low:.4g} to {high:.4g}; negative ones are those of a perturbation, "
-            f"not of images; {_APPLY}"
+            f"{where}: holds values from {low:.4g} to {high:.4g}, expected images in [0, 1] or in 0 to 255; bring "
+            f"normalised images back to that; if it is a perturbation, {_APPLY}"
         )
     if dtype.kind == "f" and _DARK <= high <= 1 + _SLACK:
         return Layout(order, 1)

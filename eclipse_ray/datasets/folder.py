@@ -6,7 +6,7 @@ import errno
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
 import pyarrow as pa
@@ -36,8 +36,16 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# Such a word in a name, between separators.
-SPLIT_NAME = re.compile(rf"(?:^|[-_.])({'|'.join(SPLITS)}|data_batch)(?=[-_.\d]|$)", re.IGNORECASE)
+_WORDS = "|".join(SPLITS)
+# To Hugging Face any NAME-00000-of-00001 is of the split NAME. Else such a word counts, between separators.
+SPLIT_NAME = re.compile(
+    rf"^(\w+(?:\.\w+)*)(?=-\d{{5}}-of-\d{{5}})|(?:^|[-_.=])({_WORDS}|data_batch)(?:set|data)?(?=[-_.\d]|$)",
+    re.IGNORECASE,
+)
+# These name splits only beside others.
+_LABELLED = re.compile(r"^(?:un)?labell?ed(?=\.\w+$|$)", re.IGNORECASE)
+# A word between spaces or before a capital, as in "train images" and trainA. Names of classes may look like that.
+_LOOSE_NAME = re.compile(rf"(.*[-_. ])?((?i:{_WORDS}))((?:(?:[-_. ]|(?<=[a-z])[A-Z]).*)?)")
 
 
 def claims(key: str) -> bool:
@@ -105,7 +113,7 @@ def class_folders(store: Store, keys: Sequence[str], config: DataConfig) -> list
     note, noted = read_note(store), noted_classes(store)
     # Without the note, classes that are not in sorted order would get other labels.
     known = bool(noted and tops and not beside and tops <= {folder_name(name) for name in noted})
-    splits = all(top.lower() in SPLITS for top in tops) or (len(words) > 1 and all(map(split_of, tops)))
+    splits = all(top.lower() in SPLITS for top in tops) or are_splits(tops)
     if tops and splits and not known:
         raise InputError(
             f"{store.url}: holds the split{'s' * (len(tops) > 1)} {', '.join(sorted(tops))}, not classes; "
@@ -138,7 +146,39 @@ def ordered_classes(tops: Iterable[str]) -> list[str]:
 def split_of(name: str) -> str | None:
     """Return the split that a name of a file or folder contains, such as val2017 or imagenet-train-0.tar."""
     match = SPLIT_NAME.search(name)
-    return None if match is None else SPLITS.get(match[1].lower(), "train")
+    if match is None or _partition(name)[0].lower() in _LABEL_NAMES:
+        return None
+    word: str = match[1] or match[2]
+    return {**SPLITS, "data_batch": "train"}.get(word.lower(), word)
+
+
+def are_splits(names: Collection[str]) -> bool:
+    """Return whether all these folders or files are named after splits, and after more than one."""
+    words = {split_of(name) or next(iter(_LABELLED.findall(name)), None) for name in names}
+    if len(words) > 1 and None not in words:
+        return True
+    # What remains without the word must be the same for each split: "bullet train" and "test tube" are classes.
+    rests: dict[str, set[tuple[str | None, str]]] = defaultdict(set)
+    for name in names:
+        if (match := _LOOSE_NAME.fullmatch(name)) is None:
+            return False
+        rests[SPLITS[match[2].lower()]].add((match[1], match[3]))
+    return len(rests) > 1 and len({frozenset(rest) for rest in rests.values()}) == 1
+
+
+def refuse_splits(store: Store, folders: Iterable[str]) -> None:
+    """Raise InputError if the folders in which the images of tars lie are those of several splits."""
+    paths = [[name for name in each.split("/") if name not in ("", ".")] for each in folders]
+    while paths and all(path and path[0] == paths[0][0] for path in paths):
+        paths = [path[1:] for path in paths]
+    tops = {"".join(path[:1]) for path in paths}
+    exact = {word for top in tops if (word := SPLITS.get(top.lower()))}
+    if (len(exact) > 1 or are_splits(tops)) and not read_note(store):
+        raise InputError(
+            f"{store.url}: the images in its tars lie in folders of more than one split: "
+            f"{', '.join(sorted(tops)[:10])}; make tars of one split each and name those, or unpack them and name "
+            "one of the folders"
+        )
 
 
 def is_label(key: str, config: DataConfig) -> bool:

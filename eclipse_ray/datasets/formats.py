@@ -58,6 +58,11 @@ _NAMES: tuple[tuple[str, str], ...] = (
         "part of a dataset of save_to_disk; write it, or each of its splits, with "
         "datasets.load_from_disk(DIR).to_parquet('data.parquet')",
     ),
+    (
+        r"\.feather",
+        "a table of Arrow; write it with "
+        "pyarrow.parquet.write_table(pyarrow.feather.read_table(FILE), 'data.parquet')",
+    ),
     (r"\.(?:mdb|lmdb)", f"an LMDB database; {_IMAGES}"),
     (r"\.tfrecords?(?:-\d+-of-\d+)?", f"a file of TensorFlow records; {_IMAGES}"),
     (r"\.mds(?:\.\w+)?", f"a shard of MosaicML Streaming; {_IMAGES}"),
@@ -177,6 +182,7 @@ def _claimed(url: str, store: Store, visible: Sequence[Entry]) -> tuple[str, lis
         if (claimed := [entry for entry in visible if each.claims(entry.key)])
     }
     if not found:
+        _refuse_no_file_name(url)
         if foreign := _foreign_name(visible) or _foreign_form(store, visible):
             raise InputError(f"{url}: {foreign}")
         raise InputError(
@@ -192,6 +198,19 @@ def _claimed(url: str, store: Store, visible: Sequence[Entry]) -> tuple[str, lis
         )
     ((name, claimed),) = found.items()
     return name, claimed
+
+
+def _refuse_no_file_name(url: str) -> None:
+    """Raise InputError if `url` is an address of a web server that does not end in the name of one file."""
+    path = url.partition("://")[2].partition("/")[2]
+    if not url.startswith(("http://", "https://")):
+        return
+    if "*" in path or "." not in posixpath.basename(path):
+        raise InputError(f"{url}: names no file, and a web server cannot list a folder; name one file in it")
+    if "?" in path:
+        raise InputError(
+            f"{url}: the ? hides what kind of file it is; cut off the ? and what follows it, or download the file"
+        )
 
 
 def _listed(
@@ -475,6 +494,8 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
     store = Store(url)
     if store.is_file():
         base, _, name = store.url.rpartition("/")
+        if base.endswith(":/"):
+            _refuse_no_file_name(url)
         parent = Store(base or "/")
         return parent, [parent.entry(name)]
     if store.exists():
@@ -486,6 +507,7 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
         return store, _foreign(store.list("data" if store.exists(RUN_PLAN) else "", hidden=True))
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):
+        _refuse_no_file_name(url)
         parent = Store(base or "/")
         listed = _foreign(parent.list(hidden=True))
         entries = [e for e in listed if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
@@ -513,6 +535,9 @@ def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
         split = next((word for part in entry.key.split("/") if (word := folder.split_of(part))), None)
         if split is not None:
             splits.setdefault(split, entry.key)
+    tops = {entry.key.partition("/")[0]: entry.key for entry in reversed(entries)}
+    if len(splits) < 2 and folder.are_splits(tops):
+        splits = dict(sorted(tops.items())[:10])
     if len(splits) > 1:
         some = ", ".join(f"{name} ({key})" for name, key in splits.items())
         first = next(iter(splits.values()))

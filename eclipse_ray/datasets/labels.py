@@ -8,6 +8,7 @@ import io
 import json
 import posixpath
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ class LabelFile:
     @cached_property
     def places(self) -> dict[str, int]:
         """The row of each name."""
-        return {name: row for row, name in enumerate(self.names or ())}
+        exact = {name: row for row, name in enumerate(self.names or ())}
+        return {_plain(name): row for name, row in exact.items()} | exact
 
 
 def read_label_file(url: str, column: str = _DEFAULT_COLUMN) -> LabelFile:
@@ -251,6 +253,11 @@ def label_column(labels: Values) -> pa.Array:
     return pa.array(labels, pa.int64(), mask=labels < 0)
 
 
+def _plain(name: str) -> str:
+    # macOS takes accents apart, Windows writes backslashes, and find begins with ./ where a listing does not.
+    return unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
+
+
 def _row(found: LabelFile, name: str, format: str) -> int | None:
     """Return the row of the file that is about an image, None if there is none."""
     base = name.rpartition("/")[2]
@@ -259,7 +266,8 @@ def _row(found: LabelFile, name: str, format: str) -> int | None:
         number = int(stem) if stem.isascii() and stem.isdigit() and len(stem) < 19 else -1
         return number if 0 <= number < len(found.labels) else None
     wanted = (name, base, stem) if format == "folder" else (name,)
-    return next((found.places[each] for each in wanted if each in found.places), None)
+    known = (each for name in wanted for each in (name, _plain(name)) if each in found.places)
+    return next((found.places[each] for each in known), None)
 
 
 def _check_images(found: LabelFile, url: str, keys: Sequence[str]) -> None:

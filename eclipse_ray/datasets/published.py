@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import damage_named
 from eclipse_ray.datasets.arrays import ADVICE, ArrayFile, Layout, are_labels, check_sides, layout_of, to_labels
+from eclipse_ray.datasets.folder import split_of
 from eclipse_ray.datasets.pickles import Tensor, Values, read_file, text_of, values_of
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
@@ -138,6 +139,10 @@ def _from_dict(where: str, content: dict[Any, Any], read: Reader) -> tuple[Value
     if len(images) != 1 or len(labels) > 1:
         known = ", ".join(list(named)[:10]) or "nothing"
         raise InputError(f"{where}: a dict of {known}, without one array of images and one of labels; {ADVICE}")
+    for name, value in named.items():
+        other = None if split_of(name) in (None, "train") else values_of(value)
+        if other is not None and len(other.shape) > 1:
+            raise InputError(f"{where}: holds {name} of another split too; save each split as a file of its own")
     return images[0], _label_array(where, labels[0], read) if labels else None
 
 
@@ -173,10 +178,15 @@ def _label_array(where: str, labels: Any, read: Reader) -> NDArray[Any]:
     if array is not None:
         return read(array)
     if isinstance(labels, list | tuple):
-        plain = [label if (each := values_of(label)) is None else read(each).item() for label in labels]
+        plain = [_number(label, read) for label in labels]
         if all(type(label) in (int, float) for label in plain):
             return np.array(plain, np.int64 if all(type(label) is int for label in plain) else np.float64)
     raise InputError(f"{where}: its labels are {_named(labels)}; store one integer per image")
+
+
+def _number(label: object, read: Reader) -> object:
+    array = values_of(label)
+    return label if array is None or math.prod(array.shape) != 1 else read(array).item()
 
 
 def _named(value: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,11 +78,13 @@ class _Look(NamedTuple):
     """What planning sees of one tar: its keys, and the labels that are names of classes.
 
     `examples` holds a key of a sample with (True) and without (False) a label, or of which it is unknown (None).
+    `folders` are those in which its images lie.
     """
 
     keys: list[str]
     examples: dict[bool | None, str]
     names: set[str]
+    folders: set[str]
 
 
 def claims(key: str) -> bool:
@@ -94,8 +97,8 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 
     The class names are those in the note, else those that labels name, sorted.
 
-    Raises InputError for compressed or damaged tars, for keys that are not unique, and if only some samples are
-    labelled.
+    Raises InputError for compressed or damaged tars, for keys that are not unique, for folders of several splits,
+    and if only some samples are labelled.
     """
     for entry in entries:
         if not entry.key.lower().endswith(".tar"):
@@ -105,6 +108,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     classes = noted_classes(store)
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         looks = list(pool.map(lambda entry: _look(store, entry, config, classes), entries))
+    folder.refuse_splits(store, set[str]().union(*(look.folders for look in looks)))
     examples: dict[bool | None, str] = {}
     for look in reversed(looks):
         examples |= look.examples
@@ -200,17 +204,19 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
     keys: list[str] = []
     examples: dict[bool | None, str] = {}
     names: set[str] = set()
+    folders: set[str] = set()
     with _reader(store, entry.key) as read:
         found, indexed = _listed(store, entry.key, entry.size, read)
         for key, sample in group_members(where, found, config.image_column):
             keys.append(key)
             if _image_of(sample, config) is not None:
+                folders.add(posixpath.dirname(key))
                 _refuse_two_classes(where, sample, config)
                 examples[_has_label(where, sample, read, config, classes, indexed, names)] = key
     if keys and not examples:
         kinds = config.image_column if is_image(config.image_column) else ", ".join(SUFFIXES)
         raise InputError(f"{where}: none of its {len(keys)} samples has an image ({kinds}); leave this tar out")
-    return _Look(keys, examples, names)
+    return _Look(keys, examples, names, folders)
 
 
 def _has_label(

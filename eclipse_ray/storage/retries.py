@@ -68,7 +68,7 @@ _STALE_CREDENTIALS = {
     "InvalidToken",
     "TokenRefreshRequired",
 }
-# Exceptions by class name, because botocore and aiohttp may not be installed; the MRO finds subclasses.
+# Exceptions by class name, because their libraries may not be installed; the MRO finds subclasses.
 _PASSING_NAMES = {
     "ChecksumError",
     "ClientConnectionError",
@@ -82,8 +82,11 @@ _PASSING_NAMES = {
     "IncompleteReadError",
     "ProtocolError",
     "ResponseParserError",
+    "ServiceRequestError",
+    "ServiceResponseError",
     "ShortReadError",
     "TimeoutError",
+    "TransportError",
 }
 _LASTING_NAMES = {
     "ClientSSLError": "the secure connection was refused",

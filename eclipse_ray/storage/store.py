@@ -240,7 +240,10 @@ class AnyFolder:
             retried(DELETE, self.where(key), lambda: self.fs.rm_file(self.path(key)))
 
     def _info(self, key: str) -> dict[str, Any]:
-        return retried(READ, self.where(key), lambda: cast(dict[str, Any], self.fs.info(self.path(key))))
+        try:
+            return retried(READ, self.where(key), lambda: cast(dict[str, Any], self.fs.info(self.path(key))))
+        except (ValueError, NotImplementedError) as error:  # Hugging Face refuses a name of a repository so.
+            raise InputError(f"{self.where(key)}: is no location of this kind: {error}; correct it") from error
 
     def _find(self, base: str) -> dict[str, dict[str, Any]]:
         if not self.fs.isdir(base):

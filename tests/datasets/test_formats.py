@@ -63,16 +63,41 @@ SPLITS = [
     (["a-dev-0.parquet", "a-train-0.parquet"], "a-dev-*.parquet", 1),
     (["a-eval-0.parquet", "a-train-0.parquet"], "a-eval-*.parquet", 1),
     (["data_batch_1", "data_batch_2", "test_batch"], "data_batch_*", 2),
+    (["data/extra-00000-of-00001.parquet", "data/train-00000-of-00001.parquet"], "data/extra-*.parquet", 1),
+    (["clean-00000-of-00001.parquet", "poisoned-00000-of-00001.parquet"], "clean-*.parquet", 1),
+    (["train_1-00000-of-00001.parquet", "train_2-00000-of-00001.parquet"], "train_1-*.parquet", 1),
+    (["split=test/part-0.parquet", "split=train/part-0.parquet"], "split=test", 1),
+    (["testset.parquet", "trainset.parquet"], "testset.parquet", 1),
+    (["testA/0.parquet", "trainA/0.parquet"], "testA/*.parquet", 1),
+    (["train.parquet", "unlabeled.parquet"], "train.parquet", 1),
+    (["unlabeled/test-0.parquet", "unlabeled/train-0.parquet"], "unlabeled/test-*.parquet", 1),
 ]
 BATCH = pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0]})
 
 
 @pytest.mark.parametrize(("names", "glob", "images"), SPLITS)
 def test_splits_are_read_one_at_a_time(tmp_path, names, glob, images):
-    data = parquet("a") if "parquet" in glob else BATCH
+    data = parquet("a") if "parquet" in names[0] else BATCH
     put(tmp_path, dict.fromkeys(names, data))
     refused(tmp_path, "more than one split: ", f"/{glob}'")
     assert open_source(f"{tmp_path}/{glob}", CONFIG).images == images
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("part-00000-of-00002.parquet", "part-00001-of-00002.parquet"),
+        ("de/train-00000-of-00001.parquet", "en/train-00000-of-00001.parquet"),
+        ("train/a-00000-of-00001.parquet", "train/b-00000-of-00001.parquet"),
+        ("cc12m-train-00000-of-00001.parquet", "cc3m-train-00000-of-00001.parquet"),
+        ("unlabeled/a.parquet", "unlabeled/b.parquet"),
+        ("trainA.parquet", "trainB.parquet"),
+        ("bullet train/a.parquet", "test tube/b.parquet"),
+    ],
+)
+def test_files_of_one_split_are_one_set(tmp_path, names):
+    put(tmp_path, dict.fromkeys(names, parquet("a")))
+    assert open_source(str(tmp_path), CONFIG).images == len(names)
 
 
 @pytest.mark.parametrize(("link", "words"), [("a.parquet", []), ("a.png", ["delete the link"])])
@@ -177,6 +202,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("images.7z", b"", "an archive; unpack it"),
         ("a.parquet", b"PK\3\4" + bytes(20), "a zip archive; unzip it"),
         ("data-00000-of-00001.arrow", b"\xff\xff\xff\xff", "load_from_disk(DIR).to_parquet("),
+        ("a.feather", b"ARROW1", "pyarrow.feather.read_table("),
         ("train.lmdb/data.mdb", bytes(20), "an LMDB database"),
         ("train.tfrecord-00000-of-00010", bytes(20), "TensorFlow records"),
         ("shard.00000.mds.zstd", b"\x28\xb5\x2f\xfd", "MosaicML Streaming"),

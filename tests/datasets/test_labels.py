@@ -76,13 +76,43 @@ def test_training_a_denoiser_asks_nothing_about_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tops", [("train", "val"), ("train2017", "val2017"), ("train_images", "test_images"), ("dev",)]
+    "tops",
+    [
+        ("train", "val"),
+        ("train2017", "val2017"),
+        ("train_images", "test_images"),
+        ("dev",),
+        ("trainA", "trainB", "testA", "testB"),
+        ("train images", "test images"),
+        ("My Train", "My Test"),
+        ("trainset", "testset"),
+        ("train", "unlabeled"),
+        ("labelled", "unlabelled"),
+        ("split=train", "split=test"),
+    ],
 )
 def test_folders_named_after_splits_are_no_classes_whatever_is_said(tmp_path, tops):
     url = fill(tmp_path, *(f"{top}/cat/0.png" for top in tops), *(f"{top}/dog/0.png" for top in tops))
     for labels in (None, "folder", "none"):
         refused(url, "not classes", tops[0], labels=labels)
     assert open_source(f"{url}/{tops[0]}", CONFIG).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "tops",
+    [
+        ("bullet train", "test tube"),
+        ("DevOps", "TestPattern", "trainB"),
+        ("TESTERS", "TRAINERS"),
+        ("trainA", "trainB"),
+        ("car", "train"),
+        ("cat", "unlabeled"),
+        ("label=test", "label=train"),
+    ],
+)
+def test_folders_whose_names_only_contain_words_for_splits_are_classes(tmp_path, tops):
+    url = fill(tmp_path, *(f"{top}/0.png" for top in tops))
+    assert labels_at(url)[0] == {f"{top}/0.png": place for place, top in enumerate(tops)}
 
 
 @pytest.mark.parametrize("form", ["{}", "class_{}", "label={}", "{}-x"])
@@ -270,6 +300,13 @@ def test_images_without_a_line_or_with_a_shared_one_are_named(tmp_path, lines, w
     url = fill(tmp_path / "set", "x/a.png", "y/a.png", "y/b.png")
     (tmp_path / "l.csv").write_text(f"file,label\n{lines}")
     refused(url, words, labels=str(tmp_path / "l.csv"))
+
+
+def test_names_in_a_label_file_are_found_in_another_spelling(tmp_path):
+    url = fill(tmp_path / "set", "a/e\u0301.png", "a/0.png", "b/1.png", "b/2.png")
+    (tmp_path / "l.csv").write_text("file,label\n./b/2.png,3\na/\u00e9.png,2\na\\0.png,1\nb/1.png,0\n")
+    expected = {"a/e\u0301.png": 2, "a/0.png": 1, "b/1.png": 0, "b/2.png": 3}
+    assert labels_at(url, labels=str(tmp_path / "l.csv")) == (expected, None)
 
 
 def test_a_label_file_belongs_to_the_source_and_not_to_other_sets(tmp_path):

@@ -2,6 +2,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 
 from eclipse_ray.datasets.formats import open_source, refuse_repeated_ids
 from eclipse_ray.errors import InputError
@@ -25,6 +26,37 @@ def test_gray_images_and_lone_arrays(tmp_path):
     (tmp_path / "lone").mkdir()
     np.save(tmp_path / "lone" / "a.npy", IMAGES)
     assert np.array_equal(pixels_of(read_all(str(tmp_path / "lone"))), IMAGES)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (32, 32, 3), (32, 20, 1)])
+@pytest.mark.parametrize(
+    ("suffix", "write"),
+    [
+        (".npy", np.save),
+        (".npz", lambda file, image: np.savez(file, images=image)),
+        (".pt", lambda file, image: torch.save(torch.from_numpy(image), file)),
+    ],
+)
+def test_one_image_per_file_and_several_gray_ones_look_alike(tmp_path, shape, suffix, write):
+    for key in ("cat/0", "dog/1"):
+        (tmp_path / key).parent.mkdir()
+        write(f"{tmp_path / key}{suffix}", np.zeros(shape, np.uint8))
+    words = f"may be one image or {shape[0]} gray ones; stack the images"
+    for labels in (None, "folder", "none"):
+        refused(tmp_path, f"cat/0{suffix}: holds uint8 {shape}, which {words}", labels=labels)
+
+
+def test_gray_images_that_are_no_single_image_stay_gray_images(tmp_path):
+    gray = np.repeat(IMAGES[..., :1], 3, axis=3)
+    labelled = read_all(put(tmp_path / "labelled", images=IMAGES[:3, ..., 0], labels=LABELS[:3]))
+    assert np.array_equal(pixels_of(labelled), gray[:3])
+    assert labelled["label"].to_pylist() == [0, 1, 2]
+    assert np.array_equal(pixels_of(read_all(put(tmp_path / "one", images=IMAGES[:1, ..., 0]))), gray[:1])
+    given = {"labels": str(tmp_path / "l.npy")}
+    np.save(given["labels"], [2, 0, 1])
+    found = read_all(put(tmp_path / "given", images=IMAGES[:3, ..., 0]), **given)
+    assert found["label"].to_pylist() == [2, 0, 1]
+    assert np.array_equal(pixels_of(found), gray[:3])
 
 
 def test_classes_that_only_a_later_file_names_are_not_those_of_the_first(tmp_path):

@@ -231,6 +231,12 @@ def test_images_of_large_tensors_are_read_by_rows(tmp_path):
         ([torch.rand(3, 3) for _ in range(10)], "holds a list of 10, not images"),
         (OrderedDict(weight=torch.zeros(3)), "a dict of weight, without one array of images"),
         ({"pred_idx": torch.zeros(3), "centers": torch.zeros(2, 2)}, "a dict of pred_idx, centers"),
+        (
+            {"x_train": IMAGES, "y_train": LABELS, "x_test": IMAGES, "y_test": LABELS},
+            "holds x_test of another split too",
+        ),
+        (((IMAGES, LABELS), (IMAGES, LABELS)), "its labels are a list of 2; store one integer per image"),
+        ((torch.rand(12, 3, 32, 32) * 2 - 1, torch.zeros(12)), "expected images in [0, 1] or in 0 to 255"),
         ("hello", "holds str, not images"),
         ([(b"1234", 0)], "image 0 has 4 bytes"),
         ([(bytes(192), 0), (bytes(108), 1)], "images differ: number 0 is uint8 (8, 8, 3)"),

@@ -115,6 +115,32 @@ def test_keys_must_differ_between_tars_or_take_their_name_along(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "keys",
+    [
+        ("train/cat/0", "test/dog/0"),
+        ("./set/train/0", "./set/val/0", "./set/extra/0"),
+        ("a/trainA/0", "a/testA/0"),
+        ("split=train/0", "split=test/0"),
+    ],
+)
+def test_folders_of_several_splits_in_tars_are_a_question(tmp_path, keys):
+    url = tar(tmp_path / "one" / "a.tar", *(member for key in keys for member in sample(key)), ("README.md", b""))
+    refused(url, "lie in folders of more than one split", "make tars of one split each", labels="none")
+    for place, key in enumerate(keys):
+        tar(tmp_path / "each" / f"{place}.tar", *sample(key))
+    refused(tmp_path / "each", "lie in folders of more than one split")
+    assert read_all(tmp_path / "each" / "0.tar")["id"].to_pylist() == [keys[0].removeprefix("./")]
+
+
+@pytest.mark.parametrize(
+    "keys", [("bullet_train/0", "cat/0", "test_tube/0"), ("train/0", "train/1"), ("train/cat/0", "train/dog/0")]
+)
+def test_other_folders_in_a_tar_are_one_set(tmp_path, keys):
+    url = tar(tmp_path / "a.tar", *(member for key in keys for member in sample(key)))
+    assert read_all(url)["id"].to_pylist() == list(keys)
+
+
+@pytest.mark.parametrize(
     ("suffix", "mode"), [("tar.gz", "gz"), ("tgz", "gz"), ("tar.bz2", "bz2"), ("tar.xz", "xz")]
 )
 def test_compressed_tars_are_refused(tmp_path, suffix, mode):

@@ -43,6 +43,14 @@ class ClientPayloadError(Exception):
     """Like aiohttp's error for a truncated body, which is no OSError."""
 
 
+class TransportError(Exception):
+    """Like httpx's base of errors of connections, which is no OSError."""
+
+
+class ConnectError(TransportError):
+    """Like the error of httpx with this name."""
+
+
 def answered(status: int, code: str) -> OSError:
     error = OSError(errno.EINVAL, "as s3fs raises it")
     error.__cause__ = ClientError(status, code)
@@ -75,6 +83,7 @@ PASSING = [
     TimeoutError(),
     ConnectionResetError(),
     ClientPayloadError(),
+    ConnectError(),
     HTTPClientError(),
     ShortReadError(),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 import threading
@@ -16,8 +17,9 @@ import torch
 from PIL import Image
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.memory import load_images
-from eclipse_ray.errors import StorageError
+from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage import retries
 from eclipse_ray.storage.retries import Patience
 from eclipse_ray.storage.store import Store
@@ -41,7 +43,8 @@ class Answer(BaseHTTPRequestHandler):
     server: Web
 
     def do_GET(self) -> None:
-        file = self.server.folder / self.path.lstrip("/")
+        file = self.server.folder / self.path.partition("?")[0].strip("/")
+        file = file / "index.html" if file == self.server.folder else file
         if not file.is_file():
             self.send_error(404)
             return
@@ -127,6 +130,34 @@ def test_an_open_file_gives_any_part_and_a_server_that_never_answers_whole_is_na
         file.seek(0)
         with pytest.raises(StorageError, match=r"/set.bin: could not read it: 5 tries"):
             file.read()
+
+
+def test_an_address_that_does_not_name_a_file_says_what_to_do(web, tmp_path):
+    save_npz(tmp_path / "set.npz")
+    for page in ("set", "index.html"):
+        (tmp_path / page).write_text("<!DOCTYPE html>a list of files")
+    url = f"http://127.0.0.1:{web.server_port}"
+    for name in ("", "/", "/set", "/set/", "/*.npz"):
+        with pytest.raises(InputError, match="names no file, and a web server cannot list a folder; name one"):
+            open_source(f"{url}{name}", DataConfig())
+    with pytest.raises(InputError, match=r"/set.npz\?download=true: .*cut off the \?"):
+        open_source(f"{url}/set.npz?download=true", DataConfig())
+    assert open_source(f"{url}/set.npz", DataConfig()).images == 40
+
+
+def test_hugging_face_that_cannot_be_reached_or_named_is_one_sentence(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    constants = importlib.import_module("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(retries, "PATIENCE", Patience(tries=3, seconds=60, first_wait=0.001))
+    hub.HfFileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(StorageError, match=r"foo/bar: could not read it: 3 tries .*ConnectError"):
+            Store("hf://datasets/foo/bar").exists()
+        with pytest.raises(InputError, match=r"hf://foo: is no location of this kind"):
+            Store("hf://foo").exists()
+    finally:
+        hub.HfFileSystem.clear_instance_cache()
 
 
 def test_a_server_that_knows_no_parts_sends_the_whole(web, tmp_path):

@@ -14,7 +14,9 @@ import pyarrow as pa
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.images import SUFFIXES, suffix_of
 from eclipse_ray.datasets.table import (
+    LABEL_NAMES,
     LABELLED,
+    WHOLE,
     Part,
     all_labels,
     canonical_table,
@@ -26,8 +28,6 @@ from eclipse_ray.datasets.table import (
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
-# Columns that hold labels, as the partitions of other tools name them.
-_LABEL_NAMES = ("label", "labels", "class", "target", "category", "y")
 # Names of folders that hold a part of a dataset rather than a class, if there are several folders.
 _CONTAINERS = {"images", "image", "img", "imgs", "jpegimages", "data", "all", "masks", "annotations", "labels"}
 # The split that each word in the name of a folder or file stands for.
@@ -128,16 +128,34 @@ def class_folders(store: Store, keys: Sequence[str], config: DataConfig) -> list
     if config.labels == "folder":
         if not tops:
             raise InputError(f"{store.url}: its images lie in no folder, so data.labels cannot be folder")
-        return ordered_classes(tops)
+        return _classes(tops)
     if tops and not note and (doubt := _doubt(store, keys, tops, words, config)):
         raise question(store, doubt)
     # One folder is no set of classes. It is more likely named images or data than after its only class.
-    return ordered_classes(tops) if len(tops) > 1 or any(is_label(key, config) for key in keys) else None
+    return _classes(tops) if len(tops) > 1 or any(is_label(key, config) for key in keys) else None
 
 
-def ordered_classes(tops: Iterable[str]) -> list[str]:
-    """Return the names of classes in the order of labels: numbers decide if all else is equal."""
-    names = [_partition(top)[1] for top in tops]
+def _classes(tops: Iterable[str]) -> list[str]:
+    return _ordered([_partition(top)[1] for top in tops])
+
+
+def classes_of_texts(url: str, texts: set[str], number: str | None) -> list[str] | None:
+    """Return the classes that the different labels of a set name, None if they are whole numbers, also as text.
+
+    `number` is a file whose labels are stored as numbers, None if there is none. Raises InputError if there are
+    names beside it.
+    """
+    names = [text for text in texts if not WHOLE.fullmatch(text)]
+    if names and number is not None:
+        raise InputError(
+            f"{url}: the labels of {number} are numbers and those of other files are names, such as "
+            f"{min(names)}; write all files alike"
+        )
+    return _ordered(texts) if names else None
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    # Numbers decide if all else is equal.
     if len({re.sub("[0-9]+", "0", name) for name in names}) > 1:
         return sorted(names)
     return sorted(names, key=lambda name: ([int(number) for number in re.findall("[0-9]+", name)], name))
@@ -146,7 +164,7 @@ def ordered_classes(tops: Iterable[str]) -> list[str]:
 def split_of(name: str) -> str | None:
     """Return the split that a name of a file or folder contains, such as val2017 or imagenet-train-0.tar."""
     match = SPLIT_NAME.search(name)
-    if match is None or _partition(name)[0].lower() in _LABEL_NAMES:
+    if match is None or _partition(name)[0].lower() in LABEL_NAMES:
         return None
     word: str = match[1] or match[2]
     return {**SPLITS, "data_batch": "train"}.get(word.lower(), word)
@@ -184,7 +202,7 @@ def refuse_splits(store: Store, folders: Iterable[str]) -> None:
 def is_label(key: str, config: DataConfig) -> bool:
     """Return whether a folder of a key names a label as a partition does: label=3/part.parquet."""
     columns = (_partition(name)[0].lower() for name in key.split("/")[:-1])
-    return any(column in (*_LABEL_NAMES, config.label_column.lower()) for column in columns)
+    return any(column in (*LABEL_NAMES, config.label_column.lower()) for column in columns)
 
 
 def question(store: Store, found: str) -> InputError:

@@ -149,9 +149,7 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     refuse_output_inside(url, data_config.output)
     store, entries = _look(url)
     _refuse_bad_names(entries)
-    given = _given_labels(Store(url).url, data_config)
-    if given is None and data_config.label_file:
-        data_config = data_config.model_copy(update={"labels": None})
+    given, data_config = _given_labels(Store(url).url, data_config)
     visible = [entry for entry in entries if _is_visible(entry.key) and not _is_given(store, entry, given)]
     name, claimed = _claimed(url, store, visible)
     read = {entry.key for entry in claimed}
@@ -171,7 +169,21 @@ def open_source(url: str, data_config: DataConfig) -> Source:
         say_once(f"{url}: the labels are those of {given.where}")
     else:
         classes = _folder_classes(store, name, parts, classes, left, data_config)
-    return Source(store.url, name, parts, classes, passed_over)
+    source = Source(store.url, name, parts, classes, passed_over)
+    if given is None and (likely := likely_labels(source, data_config)):
+        say_once(f"{url}: read without labels; {likely!r} may hold them: --set data.label_column={likely}")
+    return source
+
+
+def likely_labels(source: Source, data_config: DataConfig) -> str | None:
+    """Return the column, tar member or .json field that may hold the labels of a source that was read without any.
+
+    Of the first part only, by its name; None if there is none.
+    """
+    look = {"parquet": parquet.likely_labels, "webdataset": webdataset.likely_labels}.get(source.format)
+    if look is None or data_config.labels in ("none", "folder"):
+        return None
+    return look(Store(source.url), source.parts[0].key, data_config)
 
 
 def _claimed(url: str, store: Store, visible: Sequence[Entry]) -> tuple[str, list[Entry]]:
@@ -267,11 +279,14 @@ def _local_folders(store: Store) -> set[str]:
         return {each.name for each in found if each.is_dir() and not is_hidden(each.name)}
 
 
-def _given_labels(url: str, data_config: DataConfig) -> labels.LabelFile | None:
-    """Return the label file of a set, None if it has none: the file belongs to data.source alone."""
-    if not labels.covers(data_config, url):
-        return None
-    return labels.read_label_file(str(data_config.label_file), data_config.label_column)
+def _given_labels(url: str, data_config: DataConfig) -> tuple[labels.LabelFile | None, DataConfig]:
+    """Return the label file of a set, None if it has none, and the settings without a file of another set.
+
+    The file belongs to data.source alone.
+    """
+    if labels.covers(data_config, url):
+        return labels.read_label_file(str(data_config.label_file), data_config.label_column), data_config
+    return None, data_config.model_copy(update={"labels": None}) if data_config.label_file else data_config
 
 
 def _is_given(store: Store, entry: Entry, given: labels.LabelFile | None) -> bool:
@@ -346,7 +361,7 @@ def read_parts(
     InputError for an object that is missing, damaged or has other columns than the others.
     """
     store = Store(url)
-    given = _given_labels(f"{store.url}/{spans[0][0]}", data_config)
+    given, data_config = _given_labels(f"{store.url}/{spans[0][0]}", data_config)
     read = partial(_read_span, store, format, classes, data_config, given)
     if len(spans) == 1:
         tables = [read(spans[0])]
@@ -369,7 +384,7 @@ def read_labels(source: Source, data_config: DataConfig) -> NDArray[np.int64] | 
     If a label file names the ids of rows, these rows are read as a whole.
     """
     store, parts, classes = Store(source.url), source.parts, source.classes
-    given = _given_labels(f"{store.url}/{parts[0].key}", data_config)
+    given, data_config = _given_labels(f"{store.url}/{parts[0].key}", data_config)
     if data_config.labels == "none":
         return None
     if given is not None and (source.format == "folder" or given.names is None):

@@ -22,21 +22,19 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig, digest
 from eclipse_ray.datasets import arrays, folder, npz, published
 from eclipse_ray.datasets.pickles import read_file, values_of
-from eclipse_ray.datasets.table import Part
+from eclipse_ray.datasets.table import LABEL_NAMES, WHOLE, Part
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 
 _DEFAULT_COLUMN = DataConfig.model_fields["label_column"].default
-# Columns of a table that hold names of images, and those that hold labels if data.label_column is not set.
+# Columns of a table that hold names of images.
 _NAMES = ("file_name", "filename", "file", "image", "image_id", "id", "name", "path", "fname", "img")
-_LABELS = ("label", "labels", "class", "class_id", "target", "category", "y")
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 SUFFIXES = (*TEXT_SUFFIXES, ".npy", *published.SUFFIXES)
 _ADVICE = (
     "expected labels in order, one per image, or names and labels: .csv or .tsv with a line that names the columns"
     ", .txt, .json, .jsonl, or numbers in .npy, .pt, .pth or .pkl"
 )
-_WHOLE = re.compile(r"-?[0-9]{1,18}(?:\.0+)?", re.ASCII)
 
 Values = NDArray[np.int64]
 
@@ -116,7 +114,7 @@ def _label_file(where: str, labels: Any, names: list[str] | None) -> LabelFile:
 def _from_values(where: str, values: list[Any]) -> tuple[Values, list[str] | None]:
     texts = [str(value).strip() for value in values]
     plain = all(isinstance(value, str | int | float) and not isinstance(value, bool) for value in values)
-    if plain and all(_WHOLE.fullmatch(text) for text in texts):
+    if plain and all(WHOLE.fullmatch(text) for text in texts):
         return np.array([int(text.partition(".")[0]) for text in texts], np.int64), None
     odd = next((row for row, value in enumerate(values) if not isinstance(value, str) or not texts[row]), None)
     if odd is not None:
@@ -138,7 +136,7 @@ def _columns(where: str, records: Sequence[Mapping[str, Any]], column: str) -> N
     known = list(records[0]) if records else []
     if any(list(record) != known for record in records):
         raise ValueError("its lines have different columns")
-    wanted = [column] if column != _DEFAULT_COLUMN else list(_LABELS)
+    wanted = [column] if column != _DEFAULT_COLUMN else list(LABEL_NAMES)
     label = next((name for name in wanted if name in known), None)
     name = next((each for each in _NAMES if each in known and each != label), None)
     if len(known) == 2 and (label is None) != (name is None):
@@ -184,7 +182,7 @@ def _jsonl(where: str, text: str, column: str) -> Named:
 def _txt(where: str, text: str, column: str) -> Named:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for pairs in ([line.rsplit(None, 1) for line in lines], [line.split(None, 1) for line in lines]):
-        if all(len(pair) == 2 and (_WHOLE.fullmatch(pair[1]) or folder.claims(pair[0])) for pair in pairs):
+        if all(len(pair) == 2 and (WHOLE.fullmatch(pair[1]) or folder.claims(pair[0])) for pair in pairs):
             return [name for name, _ in pairs], [label for _, label in pairs]
     odd = next((line for line in lines if any(map(folder.claims, re.split(r"[\s,;]+", line)))), None)
     if odd is not None:
@@ -192,7 +190,7 @@ def _txt(where: str, text: str, column: str) -> Named:
             f"the line {odd!r} names an image, and not every line is a name, a space and a label; a table with "
             "commas and a first line of column names ends in .csv"
         )
-    if lines and not _WHOLE.fullmatch(lines[0]) and len(lines) > 1 and all(map(_WHOLE.fullmatch, lines[1:])):
+    if lines and not WHOLE.fullmatch(lines[0]) and len(lines) > 1 and all(map(WHOLE.fullmatch, lines[1:])):
         raise ValueError(f"its first line {lines[0]!r} is no number as the others are; leave it out")
     return None, lines
 

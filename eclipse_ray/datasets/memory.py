@@ -13,7 +13,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, content_hash
-from eclipse_ray.datasets.formats import Source, chunk_spans, open_source, read_labels, read_parts, read_tables
+from eclipse_ray.datasets.formats import (
+    Source,
+    chunk_spans,
+    likely_labels,
+    open_source,
+    read_labels,
+    read_parts,
+    read_tables,
+)
 from eclipse_ray.datasets.images import centre_crop, decode_required, resize_image
 from eclipse_ray.datasets.table import Part, Span, image_bytes, labels_or_none
 from eclipse_ray.errors import InputError
@@ -65,10 +73,11 @@ def require_classes(
     """
     labels = read_labels(source, data_config)
     if labels is None or not (labels >= 0).any():
+        likely = likely_labels(source, data_config) or "NAME"
         raise InputError(
             f"{url}: has no labels (no column {data_config.label_column!r}, no class folders); name the column "
-            "with --set data.label_column=NAME, sort the images into one folder per class, or name a file with "
-            "the labels: --set data.labels=FILE"
+            f"with --set data.label_column={likely}, sort the images into one folder per class, or name a file "
+            "with the labels: --set data.labels=FILE"
         )
     if not partly and (labels < 0).any():
         row = int(np.flatnonzero(labels < 0)[0])

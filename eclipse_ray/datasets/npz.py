@@ -79,7 +79,7 @@ def opened(store: Store, entry: Entry, config: DataConfig) -> Iterator[ArrayFile
         read = partial(_rows, where, file)
         labels_of: Callable[[int, int], NDArray[np.int64]] | None = None
         said = "without labels"
-        if beside is not None:
+        if beside is not None and config.labels is None:
             known = _labels_of(store, beside, images.shape[0])
             labels_of, said = lambda start, stop: known[start:stop], f"with the labels of {beside}"
         elif labels is not None:
@@ -174,12 +174,13 @@ def _choose(where: str, arrays: dict[str, Array], config: DataConfig) -> tuple[A
     check_sides(where, images.shape, order, config)
     rows = images.shape[0]
     labels = _label_array(where, arrays, images, config)
-    if labels is not None and not are_labels(labels.shape, labels.dtype, rows):
+    if labels is not None and config.labels is None and not are_labels(labels.shape, labels.dtype, rows):
         raise InputError(
             f"{where}: array {labels.name!r} is {labels.dtype} {labels.shape}, expected {rows} integer labels; "
             "name another one with --set data.label_column=NAME"
         )
-    return images, labels, _extra_arrays(where, arrays, images, labels, config)
+    # If data.labels says what the labels are, the array is neither read nor does it come along.
+    return images, None if config.labels else labels, _extra_arrays(where, arrays, images, labels, config)
 
 
 def _image_array(where: str, arrays: dict[str, Array], config: DataConfig) -> Array:
@@ -209,12 +210,12 @@ def _label_array(where: str, arrays: dict[str, Array], images: Array, config: Da
     if "" in arrays:
         return None
     if config.label_column != _DEFAULT_LABELS:
-        if config.label_column not in arrays:
+        if config.label_column not in arrays and config.labels is None:
             raise InputError(
                 f"{where}: no array {config.label_column!r} among {', '.join(arrays)}; "
                 "name one with --set data.label_column=NAME"
             )
-        return arrays[config.label_column]
+        return arrays.get(config.label_column)
     # Images x_test go with labels y_test, and x with y.
     names = [f"y{images.name[1:]}", *LABELS] if images.name.startswith("x") else list(LABELS)
     return next((arrays[name] for name in names if name in arrays), None)

@@ -34,10 +34,12 @@ from eclipse_ray.datasets.table import (
     CANONICAL,
     FILE_BYTES,
     FILE_IMAGES,
+    FRACTION,
     METADATA_KEY,
     Part,
     canonical_table,
     check_label,
+    label_like,
     refuse_half_labelled,
     regroup,
     table_to_parquet,
@@ -58,8 +60,6 @@ _STREAMS_KEPT = 2
 # Files whose footers are read at the same time.
 _LISTING_THREADS = 16
 _MAGIC = b"PAR1"
-_WHOLE = re.compile("-?[0-9]{1,18}", re.ASCII)
-_FRACTION = re.compile(r"-?[0-9]*\.[0-9]+", re.ASCII)
 # The exceptions that pyarrow raises for damaged files; a damaged column name is a UnicodeDecodeError.
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
@@ -87,6 +87,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             where = f"{store.url}/{entry.key}"
             metadata, schema = _metadata(where, file)
             _check_columns(where, schema, config)
+            _say_left_out(store.url, schema, config)
             _refuse_paths(where, metadata, file, config)
             label = _label_column(where, schema, config)
             labelled[entry.key] = label is not None
@@ -100,7 +101,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
                 if not pa.types.is_integer(schema.field(label).type):
                     texts[entry.key] = _texts(where, _read_column(where, metadata, file, label))
         part = Part(entry.key, metadata.num_rows, entry.size, entry.version)
-        return part, _classes(schema, config), _extreme_labels(metadata, config)
+        return part, None if config.labels else _classes(schema, label), _extreme_labels(metadata, label)
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
@@ -141,17 +142,18 @@ def _common_classes(store: Store, named: Mapping[str, list[str]]) -> list[str]:
 
 
 def _classes_of_texts(store: Store, texts: Mapping[str, set[str] | None]) -> list[str] | None:
-    """Return the classes that the labels of each file name, None if they are numbers, also as text."""
-    names = set[str]().union(*(found for found in texts.values() if found))
-    if all(map(_WHOLE.fullmatch, names)):
+    number = next((key for key, found in texts.items() if found is None), None)
+    return folder.classes_of_texts(store.url, set[str]().union(*(each for each in texts.values() if each)), number)
+
+
+def likely_labels(store: Store, key: str, config: DataConfig) -> str | None:
+    """Return the column of a file without labels that may hold them by name and type, None if there is none."""
+    where = f"{store.url}/{key}"
+    with store.open(key) as file:
+        schema = _metadata(where, file)[1]
+    if _label_column(where, schema, config) is not None:
         return None
-    numbers = next((key for key, found in texts.items() if found is None), None)
-    if numbers is not None:
-        raise InputError(
-            f"{store.url}: the labels of {numbers} are numbers and those of other files are names, such as "
-            f"{min(names)}; write all files alike"
-        )
-    return folder.ordered_classes(names)
+    return label_like(field.name for field in schema if _may_be_labels(field.type))
 
 
 def stored_ids(store: Store, key: str) -> list[str]:
@@ -161,7 +163,7 @@ def stored_ids(store: Store, key: str) -> list[str]:
         metadata, schema = _metadata(where, file)
         if "id" not in schema.names:
             return []
-        return _text_ids(_read_column(where, metadata, file, "id")).drop_null().to_pylist()
+        return _text_ids(where, _read_column(where, metadata, file, "id")).drop_null().to_pylist()
 
 
 def read_rows(
@@ -352,11 +354,18 @@ def _streamed(
 
 
 def _columns(where: str, schema: pa.Schema, config: DataConfig) -> list[str] | None:
-    """Return the columns that are read, None for all."""
-    if config.extra_columns == "keep":
-        return None
+    """Return the columns that are read, None for all. No other column comes along under a canonical name."""
     wanted = ("id", config.image_column, _label_column(where, schema, config))
-    return [name for name in schema.names if name in wanted]
+    left = schema.names if config.extra_columns == "drop" else ("image", "label", config.label_column)
+    names = [name for name in schema.names if name in wanted or name not in left]
+    return None if names == schema.names else names
+
+
+def _say_left_out(url: str, schema: pa.Schema, config: DataConfig) -> None:
+    label = _label_column(url, schema, config)
+    for name, column in (("image", config.image_column), ("label", label)):
+        if column not in (None, name) and name in schema.names and config.extra_columns == "keep":
+            say_once(f"{url}: column {name!r} is left out, because column {column!r} takes its name")
 
 
 def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
@@ -371,14 +380,9 @@ def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
     if label is not None and not _may_be_labels(schema.field(label).type):
         raise InputError(
             f"{where}: column {label!r} holds {schema.field(label).type}, expected whole numbers or names of "
-            "classes; name another column with --set data.label_column=NAME"
+            "classes; name another column with --set data.label_column=NAME, or read the images without labels: "
+            "--set data.labels=none"
         )
-    for name, column in (("image", config.image_column), ("label", label)):
-        if column not in (None, name) and name in schema.names:
-            raise InputError(
-                f"{where}: column {column!r} is to become {name!r}, but there is another column of that "
-                "name; rename it in the source"
-            )
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -399,21 +403,37 @@ def _read_column(where: str, metadata: pq.FileMetaData, file: BinaryIO, name: st
 
 def _texts(where: str, column: pa.ChunkedArray) -> set[str] | None:
     """Return the different texts of a column of labels, None if it holds no text but whole numbers."""
+    column = _one_each(where, column)
     if not _is_text(column.type):
         _whole_labels(where, column, None)
         return None
-    texts = set(_plain_text(column).unique().drop_null().to_pylist())
+    texts = set(_plain_text(where, "label", column).unique().drop_null().to_pylist())
     if "" in texts:
         raise InputError(f"{where}: some labels are empty texts; leave the cells of images without a label empty")
-    if any(map(_FRACTION.fullmatch, texts)):
-        raise InputError(f"{where}: labels such as {min(texts)!r} are not whole; store one integer per image")
+    if broken := [text for text in texts if FRACTION.fullmatch(text)]:
+        raise InputError(f"{where}: labels such as {min(broken)!r} are not whole; store one integer per image")
     return texts
 
 
-def _plain_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    return column.cast(pa.string())
+def _plain_text(where: str, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    try:
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        return column.cast(pa.string())
+    except pa.ArrowException as error:
+        raise InputError(
+            f"{where}: column {name!r} holds {column.type}, expected text ({error}); rename the column, or "
+            "write it again as text"
+        ) from error
+
+
+def _one_each(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return labels without the lists in which each lies alone. Raises InputError for other lists."""
+    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        return column
+    if not pc.all(pc.equal(pc.list_value_length(column), 1)).as_py() or column.null_count:
+        raise InputError(f"{where}: labels are lists of several values or none; store one value per image")
+    return pc.list_flatten(column)
 
 
 def _whole_labels(where: str, column: pa.ChunkedArray, classes: Sequence[str] | None) -> pa.ChunkedArray:
@@ -421,15 +441,14 @@ def _whole_labels(where: str, column: pa.ChunkedArray, classes: Sequence[str] | 
 
     Raises InputError for labels that are no whole numbers and no names of classes.
     """
-    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
-        if not pc.all(pc.equal(pc.list_value_length(column), 1)).as_py() or column.null_count:
-            raise InputError(f"{where}: labels are lists of several values or none; store one value per image")
-        column = pc.list_flatten(column)
+    column = _one_each(where, column)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     if _is_text(column.type):
-        column = _plain_text(column)
-        if classes is not None:
+        column = _plain_text(where, "label", column)
+        if classes is None:
+            column = pc.replace_substring_regex(column, r"\.0+$", "")
+        else:
             found = pc.index_in(column, pa.array(classes, pa.string()))
             lost = pc.index(pc.and_(pc.is_null(found), pc.is_valid(column)), True).as_py()
             if lost >= 0:
@@ -437,7 +456,7 @@ def _whole_labels(where: str, column: pa.ChunkedArray, classes: Sequence[str] | 
             column = found
     try:
         return column.cast(pa.int64())
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise InputError(f"{where}: labels are not whole numbers: {error}; store one integer per image") from error
 
 
@@ -455,7 +474,8 @@ def _refuse_paths(where: str, metadata: pq.FileMetaData, file: BinaryIO, config:
         empty, absent = (metadata.row_group(group).column(place).statistics for place in places)
         known = empty and absent and empty.has_null_count and absent.has_null_count
         if known and empty.null_count > absent.null_count:
-            table = _reader(file, metadata).read_row_group(group, [config.image_column])
+            with _reading(where):
+                table = _reader(file, metadata).read_row_group(group, [config.image_column])
             _encoded(where, table, first, config)
         first += metadata.row_group(group).num_rows
 
@@ -477,8 +497,8 @@ def _encoded(
         children = {images.type.field(i).name: child for i, child in enumerate(images.flatten())}
         encoded = children["bytes"]
         paths = children.get("path")
-        if paths is not None and not pa.types.is_string(paths.type):
-            paths = paths.cast(pa.string())
+        if paths is not None:
+            paths = _plain_text(where, f"{config.image_column}.path", paths)
     # A missing image becomes empty bytes. It fails later in decoding, with its id, so that no row is lost.
     encoded = pc.fill_null(encoded.cast(pa.binary()), b"")
     if paths is not None:
@@ -492,9 +512,8 @@ def _encoded(
     return encoded, paths
 
 
-def _extreme_labels(metadata: pq.FileMetaData, config: DataConfig) -> list[int]:
+def _extreme_labels(metadata: pq.FileMetaData, name: str | None) -> list[int]:
     # Nearly every writer stores statistics in the footer. The rows themselves are checked when they are read.
-    name = config.label_column
     place = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == name), None)
     labels: list[int] = []
     for group in range(metadata.num_row_groups if place is not None else 0):
@@ -516,6 +535,8 @@ def _require_column(where: str, schema: pa.Schema, setting: str, name: str) -> N
 
 
 def _label_column(where: str, schema: pa.Schema, config: DataConfig) -> str | None:
+    if config.labels is not None:
+        return None  # data.labels says what the labels are.
     if config.label_column in schema.names:
         return config.label_column
     if config.label_column != _DEFAULT_LABEL_COLUMN:
@@ -543,11 +564,9 @@ def _canonical(
     encoded, paths = _encoded(where, table, start, config)
     try:
         ids = _ids(where, table, key, start)
-        # If data.labels says what the labels are, names of classes in the file have no meaning.
-        named = label is not None and classes is None and config.labels is not None and _is_text(table[label].type)
-        labels = None if label is None or named else _whole_labels(where, table[label], classes)
+        labels = None if label is None else _whole_labels(where, table[label], classes)
         _check_labels(where, ids, labels, classes)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise InputError(f"{where}: ids or labels cannot be read: {error}; mend the source") from error
     known = {"id", config.image_column, label}
     extras = table.select([name for name in table.column_names if name not in known])
@@ -568,26 +587,26 @@ def _check_labels(
 def _ids(where: str, table: pa.Table, key: str, start: int) -> Sequence[str]:
     if CANONICAL[0] not in table.column_names:
         return [f"{key}#{row}" for row in range(start, start + table.num_rows)]
-    ids = _text_ids(table[CANONICAL[0]]).combine_chunks()
+    ids = _text_ids(where, table[CANONICAL[0]]).combine_chunks()
     if ids.null_count:
         raise InputError(f"{where}: column 'id' has empty cells; give every row an id or drop the column")
     return cast(Sequence[str], ids)
 
 
-def _text_ids(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _text_ids(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     # 16 bytes are a UUID, whether or not the file says so.
     if column.type == pa.binary(16):
         texts = [None if each is None else str(UUID(bytes=each)) for each in column.to_pylist()]
         return pa.chunked_array([pa.array(texts, pa.string())])
-    return _plain_text(column)
+    return _plain_text(where, CANONICAL[0], column)
 
 
-def _classes(schema: pa.Schema, config: DataConfig) -> list[str] | None:
+def _classes(schema: pa.Schema, label: str | None) -> list[str] | None:
     metadata = schema.metadata or {}
     try:
         own = json.loads(metadata.get(METADATA_KEY, b"{}"))
         foreign = json.loads(metadata.get(b"huggingface", b"{}"))
-        feature = foreign.get("info", {}).get("features", {}).get(config.label_column, {})
+        feature = foreign.get("info", {}).get("features", {}).get(label, {})
         names = own.get("classes") or feature.get("names")
     except (ValueError, AttributeError):
         return None  # Class names are optional, and labels are valid without them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,15 @@ NOTE = "_eclipse/dataset.json"
 ESCAPED_KEYS = "escaped_keys"
 # Entry of the note which says whether the images have labels. If not, their folders are no classes.
 LABELLED = "labelled"
+
+# Columns that usually hold labels, the likeliest first.
+LABEL_NAMES = (
+    *("label", "labels", "class", "class_id", "target", "category", "y"),
+    *("targets", "fine_label", "fine_labels", "label_id"),
+)
+# A label that is text is a whole number, or a fraction, which is an error, or else the name of a class.
+WHOLE = re.compile(r"-?[0-9]{1,18}(?:\.0+)?", re.ASCII)
+FRACTION = re.compile(rf"(?!{WHOLE.pattern}\Z)-?[0-9]*\.[0-9]+", re.ASCII)
 
 Span = tuple[str, int, int]
 
@@ -183,6 +193,12 @@ def check_label(where: str, label: int, classes: Sequence[str] | None) -> None:
     """Raise InputError unless `label` is an index into `classes` or -1, which means no label."""
     if classes is not None and not -1 <= label < len(classes):
         raise InputError(f"{where}: label {label} is out of range, there are {len(classes)} classes; mend it")
+
+
+def label_like(names: Iterable[str]) -> str | None:
+    """Return the one of some names of columns that is likeliest that of the labels, None if none is."""
+    folded = {name.lower(): name for name in names}
+    return next((folded[name] for name in LABEL_NAMES if name in folded), None)
 
 
 def regroup(tables: Iterable[pa.Table], max_images: int, max_bytes: int) -> Iterator[pa.Table]:

@@ -28,12 +28,15 @@ from eclipse_ray.datasets.table import (
     ESCAPED_KEYS,
     FILE_BYTES,
     FILE_IMAGES,
+    FRACTION,
+    WHOLE,
     Part,
     all_labels,
     canonical_table,
     check_label,
     extra_columns,
     image_bytes,
+    label_like,
     noted_classes,
     read_note,
     regroup,
@@ -75,7 +78,7 @@ _Index = tuple[list[str], list[int], list[str]]
 
 
 class _Look(NamedTuple):
-    """What planning sees of one tar: its keys, and the labels that are names of classes.
+    """What planning sees of one tar: its keys, the labels that are text, and the member of one that is a number.
 
     `examples` holds a key of a sample with (True) and without (False) a label, or of which it is unknown (None).
     `folders` are those in which its images lie.
@@ -83,7 +86,8 @@ class _Look(NamedTuple):
 
     keys: list[str]
     examples: dict[bool | None, str]
-    names: set[str]
+    texts: set[str]
+    number: str | None
     folders: set[str]
 
 
@@ -117,9 +121,12 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             f"{store.url}: sample {examples[True]!r} has a label and {examples[False]!r} has none; label both or "
             "neither"
         )
-    names = set[str]().union(*(look.names for look in looks))
-    classes = folder.ordered_classes(names) if classes is None and names else classes
-    if config.label_column != _DEFAULT_LABEL_COLUMN and examples.keys() <= {False}:
+    if classes is None:
+        texts = set[str]().union(*(look.texts for look in looks))
+        number = next((look.number for look in looks if look.number), None)
+        classes = folder.classes_of_texts(store.url, texts, number)
+    named = config.label_column != _DEFAULT_LABEL_COLUMN and config.labels is None
+    if named and examples.keys() <= {False}:
         raise InputError(
             f"{store.url}: no sample has a member {config.label_column!r}, and no .json member has such a field; "
             "name one that is there with --set data.label_column=NAME"
@@ -162,13 +169,27 @@ def read_labels(
     store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
 ) -> NDArray[np.int64] | None:
     """Return the labels of one tar, -1 for none, or None if no sample has one; images are not read."""
-    where, size = f"{store.url}/{key}", store.entry(key).size
+    where, size, noted = f"{store.url}/{key}", store.entry(key).size, noted_classes(store) is not None
     with _reader(store, key) as read:
         samples = group_members(where, _listed(store, key, size, read)[0], config.image_column)
-        labels = [_label(where, sample, read, config, classes) for _, sample in samples]
+        labels = [_label(where, sample, read, config, classes, noted) for _, sample in samples]
     if all(label is None for label in labels):
         return None
     return np.array([-1 if label is None else label for label in labels], np.int64)
+
+
+def likely_labels(store: Store, key: str, config: DataConfig) -> str | None:
+    """Return what may hold the label of the first sample by its name, None if nothing may, or if it has a label.
+
+    It is a member or a field of the .json member.
+    """
+    where, size = f"{store.url}/{key}", store.entry(key).size
+    with _reader(store, key) as read:
+        _, sample = next(group_members(where, _listed(store, key, size, read)[0], config.image_column))
+        if _stored_label(where, sample, read, config) is not None:
+            return None
+        fields = _fields(where, sample["json"], read) if "json" in sample else {}
+    return label_like([*sample, *(name for name, value in fields.items() if isinstance(value, str | int | float))])
 
 
 @contextmanager
@@ -203,8 +224,9 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
     where = f"{store.url}/{entry.key}"
     keys: list[str] = []
     examples: dict[bool | None, str] = {}
-    names: set[str] = set()
+    texts: set[str] = set()
     folders: set[str] = set()
+    number = None
     with _reader(store, entry.key) as read:
         found, indexed = _listed(store, entry.key, entry.size, read)
         for key, sample in group_members(where, found, config.image_column):
@@ -212,32 +234,35 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
             if _image_of(sample, config) is not None:
                 folders.add(posixpath.dirname(key))
                 _refuse_two_classes(where, sample, config)
-                examples[_has_label(where, sample, read, config, classes, indexed, names)] = key
+                if indexed:
+                    examples[_is_labelled(sample, config)] = key
+                    continue
+                label = _planned_label(where, sample, read, config, classes)
+                examples[label is not None] = key
+                if isinstance(label, str):
+                    texts.add(label)
+                elif label is not None:
+                    number = sample[_class_member(sample, config) or "json"].name
     if keys and not examples:
         kinds = config.image_column if is_image(config.image_column) else ", ".join(SUFFIXES)
         raise InputError(f"{where}: none of its {len(keys)} samples has an image ({kinds}); leave this tar out")
-    return _Look(keys, examples, names, folders)
+    return _Look(keys, examples, texts, number, folders)
 
 
-def _has_label(
-    where: str,
-    sample: Sample,
-    read: Read,
-    config: DataConfig,
-    classes: Sequence[str] | None,
-    indexed: bool,
-    names: set[str],
-) -> bool | None:
-    """Return whether a sample has a label, None if that is unknown; a label that is text is added to `names`."""
+def _is_labelled(sample: Sample, config: DataConfig) -> bool | None:
     # With an index, planning opens no member, so a label in a .json is known only to the worker that reads it.
-    if indexed:
-        known = _class_member(sample, config) is not None
-        return None if "json" in sample and not known else known
-    name = _stored_label(where, sample, read, config) if classes is None else None
-    if isinstance(name, str) and re.search("[^-0-9.]", name):
-        names.add(name)
-        return True
-    return _label(where, sample, read, config, classes) is not None
+    known = _class_member(sample, config) is not None
+    return None if "json" in sample and not known else known
+
+
+def _planned_label(
+    where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None
+) -> str | int | None:
+    """Return the label of one sample, text as it is stored unless the note names `classes`."""
+    label = _stored_label(where, sample, read, config)
+    if classes is None and isinstance(label, str) and label and not FRACTION.fullmatch(label):
+        return label
+    return _label(where, sample, read, config, classes, noted=True)
 
 
 def _refuse_repeated_keys(store: Store, entries: Sequence[Entry], looks: Sequence[_Look]) -> None:
@@ -326,14 +351,14 @@ def _table(
     config: DataConfig,
     classes: Sequence[str] | None,
 ) -> pa.Table:
-    where = f"{store.url}/{key}"
+    where, noted = f"{store.url}/{key}", noted_classes(store) is not None
     names = [name for name, _ in samples]
     if read_note(store).get(ESCAPED_KEYS) is True:
         names = [unescape_key(name) for name in names]
     if config.tar_ids == "path":
         names = [f"{key}/{name}" for name in names]
     images = [_image_of(each, config) for _, each in samples]
-    labels = [_label(where, each, read, config, classes) for _, each in samples]
+    labels = [_label(where, each, read, config, classes, noted) for _, each in samples]
     taken = {_class_member(each, config) for _, each in samples}
     taken |= {name for name in extensions if _may_be_image(name, config.image_column)}
     extras = {
@@ -369,18 +394,22 @@ def _text(where: str, member: Member, data: bytes) -> str:
 
 
 def _label(
-    where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None
+    where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None, noted: bool
 ) -> int | None:
-    """Return the label of one sample; a name becomes its index in `classes`."""
+    """Return the label of one sample; a name becomes its index in `classes`.
+
+    If classes are `noted` or unknown, whole numbers that are text are such indices too. Otherwise they are names.
+    """
     value = _stored_label(where, sample, read, config)
     if value is None:
         return None
     member = sample[_class_member(sample, config) or "json"].name
+    named = classes is not None and not noted
+    if not named and isinstance(value, str) and WHOLE.fullmatch(value):
+        value = int(value.partition(".")[0])
     if isinstance(value, str) and classes is not None and value in classes:
         return classes.index(value)
-    if isinstance(value, str) and config.labels is not None:
-        return None  # Another source of labels was named, so the names in the tar are not used.
-    if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+    if named or not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
         raise InputError(
             f"{where}: member {member} holds the label {value!r}, expected an integer or one of the classes; mend "
             "it, name another .json field with --set data.label_column=NAME, or delete the index if there is one"
@@ -392,23 +421,23 @@ def _label(
 def _stored_label(where: str, sample: Sample, read: Read, config: DataConfig) -> object:
     """Return the label of one sample as it is stored, in its class member or a field of its .json member.
 
-    Text and floats that are whole numbers become integers.
+    Floats that are whole numbers become integers. None if there is none, or data.labels says what the labels are.
     """
     name = _class_member(sample, config)
-    if name is not None:
-        value: object = _short(where, sample[name], read, _LONGEST_LABEL).strip()
-    elif "json" in sample:
-        member = sample["json"]
-        try:
-            tree = json.loads(_short(where, member, read, _LONGEST_JSON))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: member {member.name} is not readable JSON: {error}; mend it") from None
-        value = tree.get(config.label_column) if isinstance(tree, dict) else None
-    else:
+    if config.labels is not None or (name is None and "json" not in sample):
         return None
-    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value, re.ASCII):
-        return int(value)
+    if name is not None:
+        return _short(where, sample[name], read, _LONGEST_LABEL).strip()
+    value = _fields(where, sample["json"], read).get(config.label_column)
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _fields(where: str, member: Member, read: Read) -> dict[str, object]:
+    try:
+        tree = json.loads(_short(where, member, read, _LONGEST_JSON))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: member {member.name} is not readable JSON: {error}; mend it") from None
+    return tree if isinstance(tree, dict) else {}
 
 
 def _class_member(sample: Sample, config: DataConfig) -> str | None:
@@ -428,7 +457,8 @@ def _short(where: str, member: Member, read: Read, limit: int) -> str:
         raise InputError(
             f"{where}: member {member.name} has {member.size} bytes, more than a label may ({limit}); mend it"
         )
-    return _text(where, member, read(member.offset, member.offset + member.size))
+    # Some editors put a byte order mark before the text.
+    return _text(where, member, read(member.offset, member.offset + member.size)).removeprefix("\ufeff")
 
 
 def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | None, config: DataConfig) -> int:

@@ -18,7 +18,7 @@ from eclipse_ray.datasets.table import table_to_parquet
 from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import InputError
 from tests.datasets import helpers
-from tests.datasets.helpers import CONFIG, PNG, noise, refused, table_of, tar
+from tests.datasets.helpers import CONFIG, PNG, noise, refused, table_of, tar, tar_bytes
 
 PIXELS = noise(12, 16)
 
@@ -316,6 +316,13 @@ def test_a_label_file_belongs_to_the_source_and_not_to_other_sets(tmp_path):
     assert load_images(train, config).labels.tolist() == [1, 0]
     assert load_images(test, config).labels.tolist() == [0, 1]
     assert load_images(test, config).classes == ["cat", "dog"]
+    for other in (
+        rows("a", "b", labels=[1, 0]),
+        tar_bytes(("a.png", PNG), ("a.cls", b"dog"), ("b.png", PNG), ("b.cls", b"cat")),
+    ):
+        name = "x.parquet" if other[:4] == b"PAR1" else "x.tar"
+        (tmp_path / name).write_bytes(other)
+        assert labels_at(f"{tmp_path}/{name}", source=train, labels=str(tmp_path / "l.npy"))[0] == {"a": 1, "b": 0}
 
 
 def test_a_changed_label_file_is_another_input(tmp_path):

@@ -123,6 +123,16 @@ def test_labels_are_named_or_refused(tmp_path):
     refused(wide, "out of range", reading=True)
 
 
+def test_labels_that_are_not_read_may_be_left_out(tmp_path):
+    url = put(tmp_path / "s", images=IMAGES, labels=np.array(["cat"] * 11), fine=LABELS)
+    refused(url, "array 'labels' is <U3 (11,), expected 11 integer labels")
+    assert read_all(url, labels="none").column_names == ["id", "image", "fine"]
+    np.save(tmp_path / "own.npy", LABELS)
+    # The column is that of the file of labels, if there is one.
+    own = read_all(url, labels=str(tmp_path / "own.npy"), label_column="mine", extra_columns="drop")
+    assert own["label"].to_pylist() == LABELS.tolist()
+
+
 @pytest.mark.parametrize("labels", [np.array([0.0, 2, 1]), np.eye(3), np.array([[0], [2], [1]])])
 def test_labels_that_are_not_asked_for_are_not_compared_with_the_classes(tmp_path, labels):
     np.savez(tmp_path / "set.npz", images=IMAGES[:3], labels=labels, classes=np.array(["a", "b"]))
@@ -186,6 +196,7 @@ def test_a_label_file_is_named_by_the_label_column_or_asked_for(tmp_path):
     refused(str(tmp_path), "no file other.npy lies beside it", label_column="other")
     np.save(tmp_path / "ids.npy", np.array([4, 5, 6]))
     refused(str(tmp_path), "labels of 2 images are expected", label_column="ids")
+    assert read_all(str(tmp_path), label_column="ids", labels="none").column_names == ["id", "image"]
 
 
 def test_ids_that_occur_twice_are_found_when_planning_within_a_file_and_across_files(tmp_path):

@@ -15,6 +15,7 @@ from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import parquet
 from eclipse_ray.datasets.formats import open_source, read_labels, read_parts, refuse_repeated_ids
 from eclipse_ray.datasets.images import decode_image
+from eclipse_ray.datasets.memory import require_classes
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
@@ -86,15 +87,70 @@ def test_any_row_range_across_row_groups(tmp_path_factory, start, length, group)
     ("columns", "settings", "words"),
     [
         ({"Images": [PNG], "label": [1]}, {}, ["Images, label", "data.image_column=Images"]),
-        *(({"image": [PNG], "label": [label]}, {}, ["labels"]) for label in (1.5, "1.5", "", [1, 2])),
+        *(({"image": [PNG], "label": [label]}, {}, ["labels"]) for label in (1.5, "1.5", "", [1, 2], ["a", "b"])),
+        *(({"image": [PNG], "label": [label]}, {}, ["data.labels=none"]) for label in (None, True)),
         ({"image": [PNG], "label": [{"a": 1}]}, {}, ["whole numbers or names"]),
         ({"image": ["path.png"]}, {}, ["encoded images"]),
         ({"image": [PNG], "fine_label": [1]}, {"label_column": "fine"}, ["data.label_column=fine_label"]),
-        ({"img": [PNG], "image": [PNG]}, {"image_column": "img"}, ["rename"]),
     ],
 )
 def test_columns_that_do_not_fit_say_what_to_do(tmp_path, columns, settings, words):
     refused(put(tmp_path, pa.table(columns)), *words, **settings)
+
+
+@pytest.mark.parametrize(("stored", "kind"), [(["a"], "list"), ({"a": 1}, "struct"), (b"\xff", "binary")])
+def test_ids_that_are_no_text_are_named_with_their_type(tmp_path, stored, kind):
+    url = put(tmp_path, pa.table({"id": [stored], "image": [PNG]}))
+    refused(url, f"x.parquet: column 'id' holds {kind}", "expected text", "rename the column", reading=True)
+    with pytest.raises(InputError, match="column 'id' holds"):
+        refuse_repeated_ids(open_source(url, CONFIG))
+
+
+def test_paths_of_images_that_are_no_text_are_named(tmp_path):
+    url = put(tmp_path, pa.table({"image": [{"bytes": PNG, "path": ["a"]}]}))
+    refused(url, "column 'image.path' holds list", reading=True)
+
+
+UNREAD = [pa.nulls(2), pa.array([True, False]), pa.array([{"a": 1}, {"a": 2}]), pa.array([0.5, 1.5])]
+
+
+@pytest.mark.parametrize("label", UNREAD)
+def test_a_column_of_labels_that_is_not_read_may_be_left_out_or_replaced(tmp_path, label, capsys):
+    url = put(tmp_path, pa.table({"image": [PNG] * 2, "label": label, "label_id": [1, 0], "n": [7, 8]}))
+    table = read_all(url, labels="none")
+    assert table.column_names == ["id", "image", "label_id", "n"]
+    assert "left out" not in capsys.readouterr().err
+    assert read_all(url, label_column="label_id", extra_columns="drop")["label"].to_pylist() == [1, 0]
+    assert "left out" not in capsys.readouterr().err
+    table = read_all(url, label_column="label_id")
+    assert (table.column_names, table["label"].to_pylist()) == (["id", "image", "label", "n"], [1, 0])
+    said = f"{url}: column 'label' is left out, because column 'label_id' takes its name"
+    assert said in capsys.readouterr().err
+    # Nor do names of classes in the footers matter, which would contradict each other.
+    for number, names in enumerate((["x", "y"], ["y", "x"])):
+        one = canonical_table([f"{number}"], [PNG], [5], None, names)
+        (tmp_path / f"{number}.parquet").write_bytes(table_to_parquet(one))
+    assert open_source(f"{url}/?.parquet", DataConfig(labels="none")).classes is None
+
+
+def test_a_column_whose_name_the_images_take_is_left_out_and_said(tmp_path, capsys):
+    url = put(tmp_path, pa.table({"img": [PNG], "image": ["0.png"]}))
+    assert image_bytes(read_all(url, image_column="img")) == [PNG]
+    assert "column 'image' is left out, because column 'img' takes its name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["labels", "targets", "fine_label", "Class"])
+def test_a_column_that_may_hold_the_labels_is_named(tmp_path, name, capsys):
+    url = put(tmp_path, pa.table({"image": [PNG] * 2, "target": [{"a": 1}] * 2, "box": [1, 2], name: [1, 0]}))
+    source = open_source(url, CONFIG)
+    said = f"{url}: read without labels; {name!r} may hold them: --set data.label_column={name}"
+    assert said in capsys.readouterr().err
+    with pytest.raises(InputError, match=rf"has no labels .* with --set data\.label_column={name}, sort"):
+        require_classes(url, source, CONFIG)
+    config = DataConfig(label_column=name)
+    assert require_classes(url, open_source(url, config), config).tolist() == [1, 0]
+    open_source(url, DataConfig(labels="none"))
+    assert "may hold" not in capsys.readouterr().err
 
 
 def test_missing_ids_are_refused(tmp_path):
@@ -371,6 +427,10 @@ def test_a_path_without_bytes_is_found_before_a_run_if_the_other_images_have_pat
         (pa.array(["10", "2", None, "0"]), [10, 2, None, 0], None),
         (pa.array([0.0, None, float("nan"), 3.0], from_pandas=False), [0, None, None, 3], None),
         (pa.array([[4], [3], [0], [1]]), [4, 3, 0, 1], None),
+        (pa.array([["cat"], ["dog"], ["cat"], ["ant"]]), [1, 2, 1, 0], ["ant", "cat", "dog"]),
+        (pa.array(["0.0", "1.0", None, "10.00"]), [0, 1, None, 10], None),
+        (pa.array(["A", "0", "B", "1.0"]), [2, 0, 3, 1], ["0", "1.0", "A", "B"]),
+        (pa.array(["age=old", "age=young", "old", "age=old"]), [0, 1, 2, 0], ["age=old", "age=young", "old"]),
     ],
 )
 def test_labels_may_be_names_whole_floats_or_lists_of_one(tmp_path, stored, labels, classes):
@@ -386,7 +446,7 @@ def test_names_of_classes_are_those_of_all_files(tmp_path):
     source = open_source(str(tmp_path), CONFIG)
     assert (source.classes, read_labels(source, CONFIG).tolist()) == (["cat", "dog"], [1, 0])
     put(tmp_path, pa.table({"image": [PNG], "label": [0]}), "c.parquet")
-    refused(tmp_path, "labels of c.parquet are numbers and those of other files are names")
+    refused(tmp_path, "labels of c.parquet are numbers and those of other files are names, such as cat; write")
 
 
 def test_names_of_classes_have_no_meaning_beside_data_labels(tmp_path):

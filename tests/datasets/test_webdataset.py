@@ -23,6 +23,11 @@ def sample(key, label=None, **others):
     return members + [(f"{key}.{name}", data) for name, data in others.items()]
 
 
+def labelled_in_json(*labels):
+    texts = [json.dumps({"label": label}).encode() for label in labels]
+    return [member for n, text in enumerate(texts) for member in ((f"{n}.png", PNG), (f"{n}.json", text))]
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_samples_have_images_labels_and_what_came_along(tmp_path, format):
     first = sample("cat/0001", 3, txt="a cat ü".encode(), json=b'{"n": 1}', feature=b"\x00\xff")
@@ -152,11 +157,58 @@ def test_compressed_tars_are_refused(tmp_path, suffix, mode):
     [
         ([("0.png", PNG), ("0.cls", b"dog"), ("1.png", PNG), ("1.cls", b"cat\n")], ["cat", "dog"], [1, 0]),
         ([("0.png", PNG), ("0.json", b'{"label": "7"}')], None, [7]),
+        ([m for n, name in enumerate("AB01") for m in sample(f"{n}", name)], ["0", "1", "A", "B"], [2, 3, 0, 1]),
+        (labelled_in_json("A", "1", "0"), ["0", "1", "A"], [2, 1, 0]),
+        (labelled_in_json("1.0", 0.0, "2"), None, [1, 0, 2]),
+        ([*sample("0", "1.0"), *sample("1", "0")], None, [1, 0]),
+        ([*sample("0", "10-19"), *sample("1", "0-9")], ["0-9", "10-19"], [1, 0]),
+        ([*sample("0", "age=old"), *sample("1", "old")], ["age=old", "old"], [0, 1]),
+        ([("0.png", PNG), ("0.cls", b"\xef\xbb\xbf7\n")], None, [7]),
+        ([("0.png", PNG), ("0.json", b'\xef\xbb\xbf{"label": "cat"}')], ["cat"], [0]),
     ],
 )
 def test_labels_may_be_names_of_classes(tmp_path, members, classes, labels):
-    source = open_source(tar(tmp_path / "a.tar", *members), CONFIG)
+    url = tar(tmp_path / "a.tar", *members)
+    source = open_source(url, CONFIG)
     assert (source.classes, read_labels(source, CONFIG).tolist()) == (classes, labels)
+    assert read_all(url)["label"].to_pylist() == labels
+
+
+def test_numbers_are_names_if_another_tar_has_a_name_unless_a_note_names_the_classes(tmp_path):
+    url = tar(tmp_path / "a.tar", *sample("a", 1), *sample("b", 0))
+    assert read_all(url)["label"].to_pylist() == [1, 0]
+    tar(tmp_path / "b.tar", *sample("c", "cat"))
+    assert open_source(url, CONFIG).classes == ["0", "1", "cat"]
+    (tmp_path / "_eclipse").mkdir()
+    (tmp_path / "_eclipse" / "dataset.json").write_text('{"classes": ["1", "cat", "0"]}')
+    source = open_source(url, CONFIG)
+    assert (source.classes, read_labels(source, CONFIG).tolist()) == (["1", "cat", "0"], [1, 0, 1])
+    assert read_all(url)["label"].to_pylist() == [1, 0, 1]
+
+
+def test_numbers_in_json_beside_names_are_refused(tmp_path):
+    url = tar(tmp_path / "a.tar", *labelled_in_json("cat", 0))
+    refused(url, "labels of 1.json are numbers and those of other files are names, such as cat")
+
+
+def test_a_label_that_is_not_read_may_be_left_out(tmp_path):
+    url = tar(tmp_path / "a.tar", *labelled_in_json([1, 2], True), ("2.png", PNG), ("2.cls", b"\xff"))
+    refused(url, "0.json holds the label [1, 2]")
+    assert "label" not in read_all(url, labels="none").column_names
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_field_that_may_hold_the_labels_is_named(tmp_path, capsys, indexed):
+    members = [("0.png", PNG), ("0.json", b'{"id": 5, "target": [1], "Class": "cat"}')]
+    url = tar(tmp_path / "a.tar", *members)
+    if indexed:
+        (tmp_path / "a.idx").write_text(index_of(tmp_path / "a.tar"))
+    open_source(url, CONFIG)
+    said = f"{url}: read without labels; 'Class' may hold them: --set data.label_column=Class"
+    assert said in capsys.readouterr().err
+    open_source(url, DataConfig(labels="none"))
+    open_source(tar(tmp_path / "b" / "a.tar", *members, ("0.cls", b"1")), CONFIG)
+    assert "may hold" not in capsys.readouterr().err
 
 
 def test_cut_and_joined_tars_are_refused(tmp_path):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from eclipse_ray.errors import StorageError
+from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage import local
 from eclipse_ray.storage.store import Store
 from tests.storage.servers import race
@@ -86,7 +86,7 @@ def test_a_folder_that_may_not_be_read_is_an_error_not_an_empty_one(tmp_path, mo
 
 def test_a_file_in_place_of_a_folder_is_not_a_lost_race(tmp_path):
     (tmp_path / "data").write_bytes(b"")
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(InputError):
         Store(str(tmp_path)).create("data/x", b"1")
 
 

@@ -85,8 +85,9 @@ def _finish() -> None:
     from contextlib import suppress
 
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
+    # Python has None for one that was closed before it started.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError):
             stream.flush()
 
 

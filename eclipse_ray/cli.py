@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -37,7 +37,18 @@ from eclipse_ray.errors import (
     end_at_once,
 )
 from eclipse_ray.log import say
-from eclipse_ray.parameters import OUTPUT, PLANS, RUN, VERBS, Parameter, Verb, declared, describe, resolved
+from eclipse_ray.parameters import (
+    OUTPUT,
+    PLANS,
+    RUN,
+    VERBS,
+    Parameter,
+    Verb,
+    check_arguments,
+    declared,
+    describe,
+    resolved,
+)
 from eclipse_ray.progress import close_all, duration, last_words, pace, volume
 from eclipse_ray.results import Result
 
@@ -122,6 +133,7 @@ def help_of(declaration: Parameter, default: Any) -> str:
 def _run(name: str, verb: Verb, values: dict[str, Any], more: list[str]) -> None:
     as_json, no_report = values.pop("json"), values.pop("no_report", False)
     function = PLANS[verb.function] if values.pop("dry_run", False) else verb.function
+    check_arguments(verb.function, values)
     values |= _pairs(verb, values)
     if name == "submit":
         values |= _order(values["verb"], more, values["again"])
@@ -188,6 +200,7 @@ def translated(verb: str, words: list[str]) -> tuple[list[str], dict[str, Any]]:
     assert isinstance(group, typer.core.TyperGroup)
     command = group.commands[verb]
     given = command.make_context(verb, list(words)).params
+    check_arguments(VERBS[verb].function, given)
     arguments: list[str] = []
     for parameter in command.params:
         if parameter.name not in ("config", "settings", "json", "help"):
@@ -234,6 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end(str(error), error.exit_code)
     except UsageError as error:
         _end(usage_sentence(error), EXIT_BAD_INPUT)
+    except (SystemExit, OSError) as end:
+        reason = end.__context__ if isinstance(end, SystemExit) else end
+        if not isinstance(reason, OSError) or (words and "--help" not in words):
+            raise
+        # Whoever reads only the beginning of the help, such as `head`, makes no mistake.
+        code = EXIT_OK if isinstance(reason, BrokenPipeError) else EXIT_FAILURE
+        _end("" if code == EXIT_OK else f"the help could not be printed: {reason}", code)
     sys.exit(code or EXIT_OK)
 
 
@@ -292,9 +312,14 @@ def show(result: Result, as_json: bool, given: Mapping[str, Any]) -> None:
     lines = [json.dumps(asdict(result)) if as_json else in_words(result)]
     if not as_json and (then := next_words(result, given)):
         lines.append(f"next: {shlex.join(('eclipse-ray', *then))}")
-    # A reader that has gone, such as `head`, makes no mistake of a finished run.
-    with suppress(BrokenPipeError), os.fdopen(os.dup(_RESULT_FD), "w", encoding="utf-8") as stream:
-        print("\n".join(lines), file=stream)
+    try:
+        with os.fdopen(os.dup(_RESULT_FD), "w", encoding="utf-8", errors="backslashreplace") as stream:
+            print("\n".join(lines), file=stream)
+    except BrokenPipeError:
+        # A reader that has gone, such as `head`, makes no mistake of a finished run.
+        pass
+    except OSError as error:
+        say(f"note: the result could not be printed: {error}; the run itself is done")
 
 
 def exit_code(result: Result, config: Config | None) -> int:

@@ -118,8 +118,22 @@ ConfigLike = Config | str | None
 
 def resolved(verb: Callable[..., Any], given: Mapping[str, Any]) -> Config:
     """Return the settings of a call of `verb` with the arguments `given`: the named ones override the others."""
+    check_arguments(verb, given)
     named = {one.setting: given[name] for name, (_, one) in declared(verb).items() if one.setting}
     return resolve(given["config"], given["settings"], named)
+
+
+def check_arguments(verb: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a text of `given` that is empty, or that cannot be written down in UTF-8."""
+    for name, (parameter, one) in declared(verb).items():
+        option = one.option or f"--{name.replace('_', '-')}"
+        said = option if parameter.kind is parameter.KEYWORD_ONLY else f"{one.metavar} ({name})"
+        value = given.get(name)
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if text == "":
+                raise ConfigError(f"{said}: expected a value, found an empty text; is a shell variable not set?")
+            if isinstance(text, str) and text.encode(errors="replace").decode() != text:
+                raise ConfigError(f"{said}: {text!a} is not valid Unicode (UTF-8); rename it")
 
 
 def resolve(config: ConfigLike, settings: Settings | None, named: Settings) -> Config:

@@ -259,8 +259,8 @@ def _bars() -> Progress:
 
 
 def _print(text: str) -> None:
-    # Standard error may be a pipe whose reader has gone; that is no reason to stop days of work.
-    with suppress(BrokenPipeError, ValueError):
+    # Standard error may be a pipe whose reader has gone, or a full disk; that is no reason to stop days of work.
+    with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 

@@ -36,6 +36,7 @@ from eclipse_ray.parameters import (
     VERBS,
     ConfigLike,
     Parameter,
+    check_arguments,
     plan_of,
     resolve,
     resolved,
@@ -97,6 +98,7 @@ def demo(
     """
     from eclipse_ray import demonstration as room
 
+    check_arguments(demo, locals())
     return room.demo(out, config=config, settings=settings)
 
 
@@ -545,6 +547,12 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _pass_on(text: str) -> None:
+    """Print a part of a job's log; where that is not possible, the job is still followed to its end."""
+    with suppress(OSError):
+        print(text, end="", flush=True)
+
+
 @verb(
     "On a cluster",
     "purify --config s3://bucket/run.yaml",
@@ -572,7 +580,7 @@ def submit(
     wait: Annotated[bool, Parameter("Do not wait for the end.", panel=RUN, option="--no-wait")] = True,
     again: Annotated[bool, Parameter("Run it again although it succeeded before.", panel=RUN)] = False,
     stop_on_interrupt: Callable[[str], bool] | None = None,
-    show: Callable[[str], None] = lambda text: print(text, end="", flush=True),
+    show: Callable[[str], None] = _pass_on,
     config: ConfigLike = None,
     settings: Settings | None = None,
 ) -> results.SubmitResult:
@@ -583,6 +591,7 @@ def submit(
     """
     from eclipse_ray.cluster import jobs as room
 
+    check_arguments(submit, locals())
     order = room.Order(verb, tuple(arguments), resolve(config, settings, {}), again, image_has_deps, env)
     return room.submit(
         order,

@@ -13,6 +13,8 @@ import torch
 
 from eclipse_ray import ledger, verbs
 from eclipse_ray.datasets.images import encode_image
+from eclipse_ray.errors import InputError
+from eclipse_ray.parameters import declared
 from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
 from eclipse_ray.verbs import VERBS
@@ -71,6 +73,66 @@ def test_mistakes_end_in_one_sentence_and_exit_2(
     assert "Traceback" not in err
     assert out == ""
     assert not (tmp_path / "out" / "data").exists()
+
+
+def takers() -> list[tuple[str, str, list[str]]]:
+    """Return each argument and option of each verb that takes a value: the verb, its name, and what is typed."""
+    found = []
+    for verb, one in VERBS.items():
+        parameters = declared(one.function)
+        for name, (parameter, declaration) in parameters.items():
+            words, said = [verb], declaration.option or f"--{name.replace('_', '-')}"
+            if parameter.annotation in (bool, bool | None):
+                continue
+            for other, (each, meant) in parameters.items():
+                text = "" if other == name else "1"
+                if each.kind is not each.KEYWORD_ONLY:
+                    words.append(text)
+                    said = meant.metavar if other == name else said
+                elif other == name or each.default is each.empty:
+                    words += [said if other == name else f"--{other.replace('_', '-')}", text]
+            found.append((verb, said, words))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("verb", "said", "words"), takers(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_an_empty_argument_is_refused_by_its_name_before_anything_is_done(
+    monkeypatch, capfd, tmp_path, verb, said, words
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(monkeypatch, capfd, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("verify|", "DST"), ("purify|--config|", "--config"), ("report|/x|--audit|/y|--audit|", "--audit")],
+)
+def test_an_empty_argument_of_a_submitted_command_or_a_list_is_refused_too(monkeypatch, capfd, words, said):
+    before = ["submit"] if not words.startswith("report") else []
+    code, _, err = call(monkeypatch, capfd, *before, *words.split("|"))
+    assert code == 2
+    assert err.startswith(f"error: {said}")
+
+
+def test_no_store_opens_at_an_empty_location():
+    with pytest.raises(InputError, match="found an empty text"):
+        Store("")
+
+
+def test_a_location_that_is_not_utf_8_is_refused_before_anything_is_written(monkeypatch, capfd, tmp_path):
+    source = folder_of_images(tmp_path / "src", 16)
+    code, out, err = call(monkeypatch, capfd, "convert", source, os.fsdecode(os.fsencode(tmp_path) + b"/o\xff"))
+    assert (code, out) == (2, "")
+    assert "DST (output): " in err
+    assert "is not valid Unicode (UTF-8)" in err
+    assert [each.name for each in tmp_path.iterdir()] == ["src"]
 
 
 def test_status_and_verify_as_json(monkeypatch, finished):

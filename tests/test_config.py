@@ -142,6 +142,95 @@ def test_assignments_are_read_as_yaml():
         parse_assignment("purify.t_star")
 
 
+TWICE = [
+    ("data:\n  source: a\nrun: {seed: 1}\ndata:\n  output: b\n", "line 4: data is there already, on line 1"),
+    ("purify:\n  denoiser: den\n  denoiser: other\n", "line 3: denoiser is there already, on line 2"),
+    ("matrix: {poisons: [{name: ar, name: em}]}", "line 1: name is there already, on line 1"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), TWICE)
+def test_a_key_that_stands_twice_is_refused_by_its_name_and_lines(text, words, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(str(tmp_path / "run.yaml"))
+    with pytest.raises(ConfigError, match="seed is there already"):
+        parse_assignment("poison.x={seed: 1, seed: 2}")
+
+
+def test_a_merged_mapping_may_change_what_it_takes(tmp_path):
+    first, second = "&a {name: eclipse, purify.t_star: 3}", "{<<: *a, label: b, purify.t_star: 4}"
+    (tmp_path / "run.yaml").write_text(f"matrix: {{defenses: [{first}, {second}]}}")
+    defenses = load_config(str(tmp_path / "run.yaml")).matrix.defenses
+    assert defenses[1] == {"name": "eclipse", "label": "b", "purify.t_star": 4}
+
+
+@pytest.mark.parametrize("section", Config.model_fields)
+def test_a_section_without_keys_is_empty(section, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"{section}:\n  # key: value\n")
+    assert load_config(str(tmp_path / "run.yaml")) == Config()
+
+
+VALUES = [
+    ("data.source", "2024-13-45", "2024-13-45"),
+    ("data.source", "2024-05-06", "2024-05-06"),
+    ("data.source", "010", "010"),
+    ("data.source", "1:30", "1:30"),
+    ("run.seed", "010", 10),
+    ("run.seed", "089", 89),
+    ("run.seed", "0x10", 16),
+    ("run.seed", "1_000", 1000),
+    ("denoiser.learning_rate", "1e-4", 1e-4),
+    ("denoiser.dropout", "0.0", 0.0),
+]
+
+
+@pytest.mark.parametrize(("key", "typed", "value"), VALUES)
+def test_values_are_what_people_mean_and_stay_so_in_a_resolved_file(key, typed, value, tmp_path):
+    section, name = key.split(".")
+    (tmp_path / "run.yaml").write_text(f"{section}: {{{name}: {typed}}}")
+    config = load_config(str(tmp_path / "run.yaml"))
+    assert getattr(getattr(config, section), name) == value
+    assert load_config(None, dict([parse_assignment(f"{key}={typed}")])) == config
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "resolved.yaml")) == config
+
+
+NO_VALUES = [
+    ("1:30", "run.seed: .*integer.*'1:30'"),
+    ("0x_", "line 1: '0x_' is no !!int"),
+    ("!!int ''", "line 1: '' is no !!int"),
+    ("!!bool x", "line 1: 'x' is no !!bool"),
+    ("!!timestamp x", "line 1: 'x' is no !!timestamp"),
+    ("9" * 5000, "line 1: '9+' is no !!int"),
+    ("&a [*a]", "line 1: this value holds itself"),
+    ("&a {b: {c: *a}}", "line 1: this value holds itself"),
+    ("[" * 5000, "nested too deeply"),
+    ("", "run.seed: no value is given"),
+    ("[1, 2", "line 1: while parsing a flow sequence, expected"),
+]
+
+
+@pytest.mark.parametrize(("typed", "words"), NO_VALUES, ids=[typed[:20] for typed, _ in NO_VALUES])
+def test_values_that_cannot_be_read_are_one_sentence(typed, words, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"run:\n  seed: {typed}")
+    for use in (
+        lambda: load_config(str(tmp_path / "run.yaml")),
+        lambda: load_config(None, dict([parse_assignment(f"run.seed={typed}")])),
+    ):
+        with pytest.raises(ConfigError, match=words.replace("line 1", "line [12]")) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["data.output", "data.labels", "denoiser.against", "poison.denoiser", "run.address"]
+)
+def test_a_setting_that_is_an_empty_text_is_refused(key):
+    with pytest.raises(ConfigError, match=f"{key}: no value is given"):
+        load_config(None, {key: ""})
+
+
 def test_difference_names_each_changed_setting():
     old = {"purify": {"t_star": 100, "batch_size": 64}}
     new = {"purify": {"t_star": 150, "batch_size": 64}, "run": {"seed": 1}}

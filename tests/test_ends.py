@@ -42,14 +42,14 @@ cli.main = work
 """
 
 
-def start(work: str) -> Popen:
+def start(work: str, stdout: int = PIPE) -> Popen:
     """Start the process of the command line with its work replaced by `work`."""
     load = "" if work is SLOW_IMPORT else "from eclipse_ray import cli\n"
     code = f"import atexit, signal, sys, threading, time\n{load}{textwrap.dedent(work)}\n"
     # A test that fails leaves it behind, but not for ever.
     code += "signal.alarm(600)\n"
     code += "from eclipse_ray.__main__ import main\nmain([])\n"
-    return Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+    return Popen([sys.executable, "-c", code], stdin=PIPE, stdout=stdout, stderr=PIPE, text=True)
 
 
 def stopped(work: str, number: int) -> tuple[int, str, str]:
@@ -110,6 +110,60 @@ def test_a_reader_that_has_gone_does_not_make_a_finished_run_a_failed_one():
     process.stdin.flush()
     assert process.wait() == 0
     assert process.stderr.read() == ""
+
+
+FINISHED = """
+from contextlib import nullcontext
+from eclipse_ray import parameters, results
+verb = parameters.Verb(lambda: results.VerifyResult(False, 1, 1, 0, ["o\\udcff"]), "", ())
+cli.folder_of = lambda *_: "folder"
+cli.conclude = lambda *_: cli.say("report")
+def work(_):
+    try:
+        cli._run("verify", verb, {"json": JSON}, [])
+    except cli.typer.Exit as end:
+        sys.exit(end.exit_code)
+cli.main = work
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_result_that_cannot_be_printed_is_a_note_and_what_follows_it_follows(as_json):
+    with open("/dev/full", "w") as full:
+        process = start(FINISHED.replace("JSON", str(as_json)), full.fileno())
+        _, err = process.communicate()
+    note = "note: the result could not be printed: [Errno 28] No space left on device; the run itself is done"
+    assert (process.returncode, err.splitlines()) == (1, [note, "report"])
+
+
+def test_a_result_with_a_name_that_is_not_utf_8_is_printed():
+    process = start(FINISHED.replace("JSON", "False"))
+    out, err = process.communicate()
+    assert (process.returncode, err) == (1, "report\n")
+    assert out.splitlines()[0] == "o\\udcff"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["purify", "--help"]], ids=str)
+def test_help_that_is_read_in_part_is_no_failure_and_on_a_full_disk_one_sentence(words):
+    command = [sys.executable, "-m", "eclipse_ray", *words]
+    process = Popen(command, stdout=PIPE, stderr=PIPE, text=True)
+    process.stdout.close()
+    assert process.wait() == 0
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    with open("/dev/full", "w") as full:
+        process = Popen(command, stdout=full, stderr=PIPE, text=True)
+        _, err = process.communicate()
+    assert process.returncode == 1
+    assert err == "error: the help could not be printed: [Errno 28] No space left on device\n"
+
+
+def test_words_and_logs_of_jobs_on_a_full_disk_do_not_end_a_command():
+    said = "from eclipse_ray import verbs\ncli.main = lambda _: (cli.say('x'), verbs._pass_on('y'), sys.exit(4))"
+    code = f"import sys\nfrom eclipse_ray import cli\n{said}\nfrom eclipse_ray.__main__ import main\nmain([])"
+    with open("/dev/full", "w") as full:
+        process = Popen([sys.executable, "-c", code], stdout=full, stderr=full)
+        assert process.wait() == 4
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def load_config(
     Raises ConfigError for an unreadable file, an unknown key (naming the nearest valid one), a bad value, or a
     value that holds a password or token.
     """
-    return _overridden(_parsed_yaml(file, read) if file else {}, overrides or {})
+    return _overridden({} if file is None else _parsed_yaml(file, read), overrides or {})
 
 
 def recorded_config(tree: Mapping[str, Any]) -> Config:
@@ -138,10 +138,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--set {text}: expected section.key=value, for example purify.t_star=100")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from error
+    return key.strip(), _of_yaml(value, f"--set {text}")
 
 
 def to_yaml(config: Config) -> str:
@@ -180,18 +177,66 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+class _Loader(yaml.SafeLoader):
+    """Values as people mean them: a key stands once, and 2024-05-06, 010 and 1:30 are text.
+
+    In YAML 1.1 these are a date, the number 8 and the number 90. A setting that wants a number reads 010 as 10.
+    """
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        date, *numbers = (f"tag:yaml.org,2002:{name}" for name in ("timestamp", "int", "float"))
+        as_written = tag == date or (tag in numbers and re.match(r"[-+]?0[0-9_]+$|.*:", value))
+        return self.DEFAULT_SCALAR_TAG if as_written and implicit[0] else tag
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if (name := str(key.value)) in lines:
+                problem = f"{name} is there already, on line {lines[name]}; join them or delete one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[name] = key.start_mark.line + 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if node in self.recursive_objects:
+            raise yaml.MarkedYAMLError(problem="this value holds itself", problem_mark=node.start_mark)
+        try:
+            return super().construct_object(node, deep=True)
+        except (ValueError, LookupError, AttributeError):
+            problem = f"{str(node.value)[:50]!r} is no !!{node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+
+
+def _of_yaml(text: str, where: str) -> Any:
+    """Return what `text` holds as YAML. Raises ConfigError with `where`, the line, and what is wrong there."""
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+        raise ConfigError(f"{where}: not valid YAML: line {mark.line + 1 if mark else 1}: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid YAML: nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def _parsed_yaml(file: str, read: Callable[[str], bytes]) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(read(file).decode())
+        text = read(file).decode()
     except FileNotFoundError:
         raise ConfigError(f"{file}: there is no such file{did_you_mean(file)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not a readable YAML file: {error}") from error
+    tree = _of_yaml(text, file)
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected sections such as `purify:`, found {type(tree).__name__}")
-    return tree
+    # The keys of a section may all be commented out.
+    return {section: {} if values is None else values for section, values in tree.items()}
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -218,6 +263,8 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str = "") ->
 def _explain(model: type[BaseModel], where: str, item: dict[str, Any]) -> str:
     path = [str(part) for part in item["loc"]]
     said = [where, *path] if where else path
+    if item["type"] == "string_too_short" or (item["input"] is None and item["type"] != "extra_forbidden"):
+        return f"{'.'.join(said)}: no value is given; write one, or leave the setting out"
     if item["type"] != "extra_forbidden":
         text = f"{'.'.join(said)}: {item['msg'].removeprefix('Value error, ')}"
         # What a whole section holds says nothing of which of its keys disagree.

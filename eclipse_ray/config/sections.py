@@ -110,9 +110,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 class Section(BaseModel):
-    """A group of settings; unknown keys are refused."""
+    """A group of settings; unknown keys and empty texts are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, str_min_length=1)
 
 
 # Side of a tile by network. Of 128 a U-Net has few pixels near a border, and self-attention, of cost tile**4, is
@@ -137,7 +137,6 @@ class DataConfig(Section):
     label_column: str = Field("label", description="Parquet column holding the labels.")
     labels: str | None = Field(
         None,
-        min_length=1,
         description="folder: the class is the top folder; none: there are no labels; else a file with the labels "
         "of data.source, by name or in order; null: those that come with the images, and a question if in doubt.",
     )

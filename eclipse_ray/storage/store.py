@@ -42,6 +42,8 @@ class Store:
     """
 
     def __init__(self, url: str, single_writer: bool = False) -> None:
+        if not url:
+            raise InputError("expected a folder, a file or a URL, found an empty text; write . for this folder")
         try:
             self.fs, root = _open(url)
         except (ImportError, ValueError) as error:

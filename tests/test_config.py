@@ -206,7 +206,7 @@ NO_VALUES = [
     ("&a [*a]", "line 1: this value holds itself"),
     ("&a {b: {c: *a}}", "line 1: this value holds itself"),
     ("[" * 5000, "nested too deeply"),
-    ("", "run.seed: no value is given"),
+    ("", "run.seed(=|): no value is given; write one, or"),
     ("[1, 2", "line 1: while parsing a flow sequence, expected"),
 ]
 

@@ -138,6 +138,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise ConfigError(f"--set {text}: expected section.key=value, for example purify.t_star=100")
+    if not value.strip():
+        raise ConfigError(f"--set {text}: no value is given; write one, or null; is a shell variable not set?")
     return key.strip(), _of_yaml(value, f"--set {text}")
 
 

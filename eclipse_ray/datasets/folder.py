@@ -32,14 +32,14 @@ from eclipse_ray.storage.store import Entry, Store
 _CONTAINERS = {"images", "image", "img", "imgs", "jpegimages", "data", "all", "masks", "annotations", "labels"}
 # The split that each word in the name of a folder or file stands for.
 SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("train", "training", "data_batch"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _WORDS = "|".join(SPLITS)
 # To Hugging Face any NAME-00000-of-00001 is of the split NAME. Else such a word counts, between separators.
 SPLIT_NAME = re.compile(
-    rf"^(\w+(?:\.\w+)*)(?=-\d{{5}}-of-\d{{5}})|(?:^|[-_.=])({_WORDS}|data_batch)(?:set|data)?(?=[-_.\d]|$)",
+    rf"^(\w+(?:\.\w+)*)(?=-\d{{5}}-of-\d{{5}})|(?:^|[-_.=])({_WORDS})(?:set|data)?(?=[-_.\d]|$)",
     re.IGNORECASE,
 )
 # These name splits only beside others.
@@ -145,6 +145,7 @@ def classes_of_texts(url: str, texts: set[str], number: str | None) -> list[str]
     `number` is a file whose labels are stored as numbers, None if there is none. Raises InputError if there are
     names beside it.
     """
+    texts = texts - {"-1"}
     names = [text for text in texts if not WHOLE.fullmatch(text)]
     if names and number is not None:
         raise InputError(
@@ -167,7 +168,7 @@ def split_of(name: str) -> str | None:
     if match is None or _partition(name)[0].lower() in LABEL_NAMES:
         return None
     word: str = match[1] or match[2]
-    return {**SPLITS, "data_batch": "train"}.get(word.lower(), word)
+    return SPLITS.get(word.lower(), word)
 
 
 def are_splits(names: Collection[str]) -> bool:

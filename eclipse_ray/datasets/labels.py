@@ -190,8 +190,9 @@ def _txt(where: str, text: str, column: str) -> Named:
             f"the line {odd!r} names an image, and not every line is a name, a space and a label; a table with "
             "commas and a first line of column names ends in .csv"
         )
-    if lines and not WHOLE.fullmatch(lines[0]) and len(lines) > 1 and all(map(WHOLE.fullmatch, lines[1:])):
-        raise ValueError(f"its first line {lines[0]!r} is no number as the others are; leave it out")
+    numbers = len(lines) > 1 and not WHOLE.fullmatch(lines[0]) and all(map(WHOLE.fullmatch, lines[1:]))
+    if numbers or (lines and lines[0].lower() in LABEL_NAMES and lines[0] not in lines[1:]):
+        raise ValueError(f"its first line {lines[0]!r} is a heading, not a label; leave it out")
     return None, lines
 
 

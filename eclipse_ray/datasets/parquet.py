@@ -449,6 +449,7 @@ def _whole_labels(where: str, column: pa.ChunkedArray, classes: Sequence[str] | 
         if classes is None:
             column = pc.replace_substring_regex(column, r"\.0+$", "")
         else:
+            column = pc.if_else(pc.equal(column, "-1"), None, column)
             found = pc.index_in(column, pa.array(classes, pa.string()))
             lost = pc.index(pc.and_(pc.is_null(found), pc.is_valid(column)), True).as_py()
             if lost >= 0:

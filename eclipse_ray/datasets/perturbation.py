@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -287,7 +288,7 @@ def _numbers(source: Source) -> NDArray[np.int64]:
     """
     parts = source.parts
     folders = {part.key.rpartition("/")[0] for part in parts}
-    names = [_DIGITS.split(part.key.rpartition("/")[2]) for part in parts]
+    names = [_DIGITS.split(posixpath.splitext(posixpath.basename(part.key))[0]) for part in parts]
     differing = [place for place, tokens in enumerate(zip(*names, strict=False)) if len(set(tokens)) > 1]
     alike = len(folders) == 1 and len({len(name) for name in names}) == 1
     order = list(range(len(parts)))

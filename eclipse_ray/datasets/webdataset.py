@@ -241,7 +241,7 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
                 examples[label is not None] = key
                 if isinstance(label, str):
                     texts.add(label)
-                elif label is not None:
+                elif label is not None and label >= 0:
                     number = sample[_class_member(sample, config) or "json"].name
     if keys and not examples:
         kinds = config.image_column if is_image(config.image_column) else ", ".join(SUFFIXES)
@@ -405,11 +405,12 @@ def _label(
         return None
     member = sample[_class_member(sample, config) or "json"].name
     named = classes is not None and not noted
-    if not named and isinstance(value, str) and WHOLE.fullmatch(value):
+    if value == "-1" or (not named and isinstance(value, str) and WHOLE.fullmatch(value)):
         value = int(value.partition(".")[0])
     if isinstance(value, str) and classes is not None and value in classes:
         return classes.index(value)
-    if named or not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+    no_index = named and value != -1
+    if no_index or not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
         raise InputError(
             f"{where}: member {member} holds the label {value!r}, expected an integer or one of the classes; mend "
             "it, name another .json field with --set data.label_column=NAME, or delete the index if there is one"

@@ -10,6 +10,7 @@ import posixpath
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -67,10 +68,7 @@ def write_dataset(
     that `layout` cannot hold.
     """
     store = Store(url)
-    if resume:
-        store.write(UNFINISHED, b"")
-    else:
-        _begin(store, doing)
+    mark = _begin(store, doing, resume)
     labelled = False
 
     def watched() -> Iterator[pa.Table]:
@@ -95,6 +93,7 @@ def write_dataset(
     }
     if layout == "webdataset":
         note[ESCAPED_KEYS] = True
+    _require_alone(store, mark)
     store.write(NOTE, json.dumps(note, indent=2).encode())
     store.delete(UNFINISHED)
     return images
@@ -188,7 +187,7 @@ def refuse_existing(store: Store, doing: str = "") -> None:
     if store.is_file():
         raise InputError(f"{store.url}: is a file; name a new folder to write to")
     if store.exists(UNFINISHED):
-        if doing and store.read(UNFINISHED) == doing.encode():
+        if doing and store.read(UNFINISHED).decode().partition("\n")[0] == doing:
             return
         raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
     taken = next(itertools.chain(store.list(), store.list("_eclipse")), None)
@@ -196,13 +195,23 @@ def refuse_existing(store: Store, doing: str = "") -> None:
         raise InputError(f"{store.url}: already holds data ({taken.key}); delete it or name another folder")
 
 
-def _begin(store: Store, doing: str) -> None:
-    """Mark an empty folder as one that is being written, after what an interrupted `doing` left is removed."""
-    refuse_existing(store, doing)
-    for entry in list(store.list(hidden=True)) if store.exists(UNFINISHED) else ():
-        if entry.key != UNFINISHED:
-            store.delete(entry.key)
-    store.write(UNFINISHED, doing.encode())
+def _begin(store: Store, doing: str, resume: bool = False) -> bytes:
+    """Mark a folder as one that is being written, after what an interrupted `doing` left is removed."""
+    mark, left = f"{doing}\n{uuid4().hex}".encode(), []
+    if not resume:
+        refuse_existing(store, doing)
+        left = [entry.key for entry in store.list(hidden=True)] if store.exists(UNFINISHED) else []
+    store.write(UNFINISHED, mark)
+    for key in left:
+        if key != UNFINISHED:
+            store.delete(key)
+    return mark
+
+
+def _require_alone(store: Store, mark: bytes) -> None:
+    # A second command takes this one for one that was stopped, and removes what it has written.
+    if not store.exists(UNFINISHED) or store.read(UNFINISHED) != mark:
+        raise InputError(f"{store.url}: another command began to write here meanwhile; let one of them run alone")
 
 
 def convert(source_url: str, output_url: str, data_config: DataConfig, layout: Layout = "parquet") -> int:
@@ -267,7 +276,7 @@ def split(
             f"{source_url}: no image can be split off, as all of them are damaged or copies of each other; "
             "check the source"
         )
-    _begin(output, doing)
+    mark = _begin(output, doing)
     counts: dict[str, int | str] = {}
     for name, side in (("clean", chosen), ("rest", ~chosen)):
         counts[name] = write_dataset(
@@ -277,6 +286,7 @@ def split(
             source=source_url,
             passed_over=source.passed_over,
         )
+    _require_alone(output, mark)
     output.delete(UNFINISHED)
     return {**counts, "output": output_url}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -401,14 +401,7 @@ def _facts(config: Config, sets: Sets) -> Facts:
         folder = local_denoiser(config.purify.denoiser)
         known = load_denoiser(folder)
         weights = digest([weights_digest(folder), (Path(folder) / CARD_FILE).read_text(encoding="utf-8")])
-        recommended = Recommended(
-            known.t_max,
-            known.t_star,
-            known.num_inference_steps,
-            known.sampler,
-            known.tile,
-            known.alphas_cumprod,
-        )
+        recommended = Recommended(**{each.name: getattr(known, each.name) for each in fields(Recommended)})
     sparse = {part: _identity(images) for part, images in sets.parts.items()}
     return Facts(_identity(sets.source), _identity(sets.test), sparse, weights, recommended)
 

@@ -374,10 +374,12 @@ def _row(config: Config, entry: Entry, facts: Facts) -> Row:
     denoiser = ""
     if any(DEFENSES[one].transform in PURIFICATIONS for one in transforms(entry.name)):
         denoiser = denoiser_key(chosen, facts, chosen.matrix.sparse_limit)
-        with _named(f"matrix: {entry.label}"):
-            check_purification(chosen, facts)
-            if "avatar" in transforms(entry.name):
-                avatar_depth(Avatar.of(chosen.defense), facts.of_denoiser(chosen))
+        # Of a denoiser of the row's own only its run knows.
+        if chosen.purify.denoiser == config.purify.denoiser:
+            with _named(f"matrix: {entry.label}"):
+                check_purification(chosen, facts)
+                if "avatar" in transforms(entry.name):
+                    avatar_depth(Avatar.of(chosen.defense), facts.of_denoiser(chosen))
     if entry.against and (not denoiser or chosen.purify.denoiser):
         raise ConfigError(
             f"matrix: {entry.label}: against is for a defense that purifies, without purify.denoiser"

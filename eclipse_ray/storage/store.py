@@ -202,7 +202,9 @@ class AnyFolder:
 
         def call() -> bytes:
             data = cast(bytes, self.fs.cat_file(self.path(entry.key), start=start, end=stop))
-            if len(data) != stop - start:
+            if len(data) > stop - start:
+                raise InputError(f"{self.where(entry.key)}: this server sends whole files only; download it first")
+            if len(data) < stop - start:
                 raise ShortReadError(f"{len(data)} bytes came, {stop - start} were expected")
             return data
 

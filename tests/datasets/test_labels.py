@@ -275,7 +275,8 @@ BAD = {
     "table.txt": ("0.png,0\n1.png,1\n", "'0.png,0' names an image"),
     "turned.txt": ("2 0.png\n1 1.png\n", "'2 0.png' names an image"),
     "headed.txt": ("file_name label\n0.png 0\n", "'0.png 0' names an image"),
-    "first.txt": ("label\n2\n1\n", "first line 'label' is no number"),
+    "first.txt": ("label\n2\n1\n", "first line 'label' is a heading"),
+    "named.txt": ("label\ncat\ndog\ncat\n", "first line 'label' is a heading"),
 }
 
 

@@ -164,6 +164,13 @@ def test_compressed_tars_are_refused(tmp_path, suffix, mode):
         ([*sample("0", "10-19"), *sample("1", "0-9")], ["0-9", "10-19"], [1, 0]),
         ([*sample("0", "age=old"), *sample("1", "old")], ["age=old", "old"], [0, 1]),
         ([("0.png", PNG), ("0.cls", b"\xef\xbb\xbf7\n")], None, [7]),
+        # -1 is no label, also beside names.
+        (
+            [m for n, name in enumerate(["cat", "dog", "-1"]) for m in sample(f"{n}", name)],
+            ["cat", "dog"],
+            [0, 1, -1],
+        ),
+        (labelled_in_json("cat", "dog", -1), ["cat", "dog"], [0, 1, -1]),
         ([("0.png", PNG), ("0.json", b'\xef\xbb\xbf{"label": "cat"}')], ["cat"], [0]),
     ],
 )

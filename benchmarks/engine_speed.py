@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from common import Pixels, load, markdown, purified, untrained
 
-from eclipse_ray.config import Precision, Sampler, Settings
+from eclipse_ray.config import Computed, Precision, Sampler, Settings
 from eclipse_ray.diffusion.checkpoint import load_denoiser
-from eclipse_ray.diffusion.network import Denoiser, default_device, fast_precision
+from eclipse_ray.diffusion.network import Denoiser, default_device, fast_precision, has_int8
 from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.quality import psnr, ssim
 
@@ -74,6 +74,8 @@ def speed_part(_work: Path) -> tuple[str, list[dict[str, Any]]]:
         ("default, 1 step, float32", placed({}, device, "float32"), 1, SPEED_IMAGES, 40),
         (f"default, 1 step, {fast} (what this device gets)", placed({}, device, fast), 1, SPEED_IMAGES, 100),
     ]
+    if has_int8(device):
+        cases.append(("default, 1 step, int8", placed({}, device, "int8"), 1, SPEED_IMAGES, 100))
     rows: list[dict[str, Any]] = []
     for name, denoiser, steps, count, repeats in cases:
         rate = rate_of(drawn_images(count), denoiser, steps, repeats)
@@ -102,6 +104,8 @@ def device_part(_work: Path) -> tuple[str, list[dict[str, Any]]]:
     cases[f"default, {fast}, compiled"] = placed({}, device, fast)
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     cases[f"default, {fast}, compiled"].unet.compile(mode=mode)
+    if has_int8(device):
+        cases["default, int8"] = placed({}, device, "int8")
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(ROUNDS):
         for name, denoiser in cases.items():
@@ -121,7 +125,7 @@ def drawn_images(count: int) -> Pixels:
     return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8).numpy()
 
 
-def placed(settings: Settings, device: torch.device, precision: Precision) -> Denoiser:
+def placed(settings: Settings, device: torch.device, precision: Computed) -> Denoiser:
     """Return an untrained denoiser on `device`, as `purify` would use it in `precision`."""
     denoiser = untrained(settings).to(device)
     denoiser.precision = precision

@@ -36,7 +36,7 @@ from eclipse_ray.progress import duration
 from eclipse_ray.storage.store import Store
 
 if TYPE_CHECKING:
-    from eclipse_ray.config import Precision
+    from eclipse_ray.config import Computed
     from eclipse_ray.diffusion.network import Denoiser
 
 _CONNECTING = threading.Lock()
@@ -314,12 +314,14 @@ def local_denoiser(url: str) -> str:
     return str(folder)
 
 
-def open_denoiser(url: str, precision: Precision | None) -> Denoiser:
-    """Return the denoiser of `url` on this process's device, in `precision` or the fast one; raises InputError."""
-    from eclipse_ray.diffusion.checkpoint import load_denoiser
-    from eclipse_ray.diffusion.network import default_device, fast_precision
+def open_denoiser(url: str, precision: Computed | None) -> Denoiser:
+    """Return the denoiser of `url` on this process's device, in `precision` or the fast one.
 
-    device = default_device()
-    denoiser = load_denoiser(local_denoiser(url), device)
-    denoiser.precision = precision or fast_precision(device)
+    Raises InputError for a folder that cannot be read, and ConfigError for a precision that is not to be had.
+    """
+    from eclipse_ray.diffusion.checkpoint import load_denoiser
+    from eclipse_ray.diffusion.network import default_device, set_precision
+
+    denoiser = load_denoiser(local_denoiser(url), default_device())
+    set_precision(denoiser, precision)
     return denoiser

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from eclipse_ray.config import TILES, DenoiserConfig, Precision, Sampler
+from eclipse_ray.config import TILES, Computed, DenoiserConfig, Precision, Sampler
+from eclipse_ray.diffusion.int8 import Int8Network
 from eclipse_ray.diffusion.process import IMAGE_CHANNELS, cosine_alphas_cumprod
 from eclipse_ray.diffusion.shuffled import ShuffledConfig, ShuffledNetwork
+from eclipse_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -53,7 +55,8 @@ class Denoiser(nn.Module):
     `alphas_cumprod` is float64 (T,); timesteps below `t_max` were trained; `t_star`, `num_inference_steps` and
     `sampler` are recommended; both sides of an image must be divisible by `size_multiple` (`diffusion.tiling`
     takes care of others, and of images larger than `tile`). The network is shown `t * timestep_scale`. `filters`,
-    by content hash of the images that went through them, are undone first.
+    by content hash of the images that went through them, are undone first. `int8` says whether the network can be
+    computed in that precision, and `networks` are those made for it, by timestep.
     """
 
     alphas_cumprod: Tensor
@@ -75,7 +78,9 @@ class Denoiser(nn.Module):
         self.t_max, self.t_star, self.num_inference_steps = t_max, t_star, num_inference_steps
         self.sampler = sampler
         self.timestep_scale = timestep_scale
-        self.precision: Precision = "float32"
+        self.precision: Computed = "float32"
+        self.int8 = isinstance(unet, ShuffledNetwork)
+        self.networks: dict[int, Int8Network] = {}
         self.filters: dict[str, Tensor] = {}
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         # diffusers' networks halve the sides between two levels.
@@ -91,12 +96,23 @@ class Denoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the raw model output for x_t in [-1, 1] (B, 3, H, W) and integer t (B,) in 0..T-1.
 
-        It is eps_pred (B, 3, H, W), followed by the variance mix on 3 more channels if that was learned.
+        It is eps_pred (B, 3, H, W), followed by the variance mix on 3 more channels if that was learned. In int8
+        all timesteps must be the same, and there are no gradients.
         """
+        if self.precision == "int8":
+            return self._in_int8(x_t, t)
         shown = t if self.timestep_scale == 1 else t * self.timestep_scale
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             output: Tensor = self.unet(x_t, shown).sample
         return output.to(x_t.dtype)
+
+    def _in_int8(self, x_t: Tensor, t: Tensor) -> Tensor:
+        (step,) = set(t.tolist())
+        if step not in self.networks:
+            assert isinstance(self.unet, ShuffledNetwork)
+            shown = step * self.timestep_scale
+            self.networks[step] = Int8Network(self.unet, shown, float(self.alphas_cumprod[step]))
+        return self.networks[step](x_t)
 
     @property
     def learned_range(self) -> bool:
@@ -141,10 +157,44 @@ def fast_precision(device: torch.device) -> Precision:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        # Older versions of torch cannot tell.
-        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = device.type == "cpu" and bool(capabilities.get("avx512_bf16"))
+        fast = device.type == "cpu" and bool(_capabilities().get("avx512_bf16"))
     return "bfloat16" if fast else "float32"
+
+
+def set_precision(denoiser: Denoiser, precision: Computed | None) -> None:
+    """Let `denoiser` compute in `precision`, of None in the fast one of its device.
+
+    Raises ConfigError for int8 where there are no instructions for it, or a network that cannot be computed so.
+    """
+    device = denoiser.alphas_cumprod.device
+    check_precision(denoiser.int8, precision)
+    if precision == "int8" and not has_int8(device):
+        where = "a CPU without it" if device.type == "cpu" else device.type
+        raise ConfigError(
+            f"purify.precision int8 needs a CPU with AVX512-VNNI, and this machine computes on {where}; "
+            "leave it null"
+        )
+    denoiser.precision = precision or fast_precision(device)
+
+
+def check_precision(int8: bool, precision: Computed | None) -> None:
+    """Raise ConfigError for int8 if the network of a denoiser cannot be computed so."""
+    if precision == "int8" and not int8:
+        raise ConfigError(
+            "purify.precision int8 is for the default network (denoiser.network shuffled), and this denoiser has "
+            "another; leave it null"
+        )
+
+
+def has_int8(device: torch.device) -> bool:
+    """Say whether `device` multiplies bytes faster than floats; older CPUs may overflow at it."""
+    return device.type == "cpu" and bool(_capabilities().get("avx512_vnni"))
+
+
+def _capabilities() -> dict[str, object]:
+    # Older versions of torch cannot tell.
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
 
 
 def default_device() -> torch.device:

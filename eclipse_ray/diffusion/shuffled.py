@@ -45,6 +45,20 @@ class Output(NamedTuple):
     sample: Tensor
 
 
+class AtTimestep(NamedTuple):
+    """The network at one timestep, its scales and shifts inside a block made part of the convolutions.
+
+    `convolutions` are weight and bias of the first and of both of each block; what comes out of them is multiplied
+    by `gain` and `shift` is added, (1, width, 1, 1); then come ReLU, `last` and `skip`.
+    """
+
+    convolutions: list[tuple[Tensor, Tensor]]
+    gain: Tensor
+    shift: Tensor
+    last: tuple[Tensor, Tensor]
+    skip: Tensor
+
+
 class ShuffledNetwork(nn.Module):
     """Residual blocks of one width at half the resolution; is called as `UNet2DModel` is.
 
@@ -68,18 +82,26 @@ class ShuffledNetwork(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Output:
         """Return `.sample` (B, out_channels, H, W) of x_t (B, 3, H, W) with even sides, and timesteps (B,)."""
-        waves = _waves(timestep).to(sample.dtype)
-        embedding = functional.silu(self.time(waves))
+        embedding = self.embed(timestep)
         pixels = functional.pixel_unshuffle(sample, BLOCK).contiguous(memory_format=torch.channels_last)
         hidden = self.conv_in(pixels)
         for block in self.blocks:
             hidden = block(hidden, embedding)
         output = self.conv_out(functional.relu(self.scale_out(hidden, embedding)))
-        eps_pred, mix = output[:, : pixels.shape[1]], output[:, pixels.shape[1] :]
-        eps_pred = torch.addcmul(eps_pred, pixels, self.skip(embedding)[:, :, None, None])
-        if mix.shape[1]:
-            eps_pred = torch.cat([eps_pred, mix], dim=1)
-        return Output(sample=functional.pixel_shuffle(eps_pred, BLOCK))
+        return Output(sample=assembled(pixels, output, self.skip(embedding)))
+
+    def at(self, timestep: float) -> AtTimestep:
+        """Return the network as it is at one timestep."""
+        embedding = self.embed(torch.tensor([timestep], device=self.time.weight.device))
+        inside = [pair for block in self.blocks for pair in block.at(embedding)]  # type: ignore[operator]
+        gain, shift = self.scale_out.of(embedding)
+        convolutions = [_weights(self.conv_in), *inside]
+        return AtTimestep(convolutions, gain, shift, _weights(self.conv_out), self.skip(embedding))
+
+    def embed(self, timestep: Tensor) -> Tensor:
+        """Return what the layers see of timesteps (B,), (B, EMBEDDING)."""
+        embedding: Tensor = functional.silu(self.time(_waves(timestep).to(self.time.weight.dtype)))
+        return embedding
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and the weights into a local folder, under the names that diffusers uses."""
@@ -116,6 +138,15 @@ def open_shuffled(folder: Path) -> ShuffledNetwork:
     return network.float()
 
 
+def assembled(pixels: Tensor, output: Tensor, skip: Tensor) -> Tensor:
+    """Return the output (B, out_channels, H, W), from that of the last convolution and `skip` times the pixels."""
+    eps_pred, mix = output[:, : pixels.shape[1]], output[:, pixels.shape[1] :]
+    eps_pred = torch.addcmul(eps_pred, pixels, skip[:, :, None, None])
+    if mix.shape[1]:
+        eps_pred = torch.cat([eps_pred, mix], dim=1)
+    return functional.pixel_shuffle(eps_pred, BLOCK)
+
+
 def _waves(timestep: Tensor) -> Tensor:
     """Return sines and cosines of timesteps (B,), float32 (B, WAVES); diffusers' get_timestep_embedding."""
     half = WAVES // 2
@@ -138,6 +169,12 @@ class _Block(nn.Module):
         added: Tensor = self.conv2(functional.relu(self.scale(self.conv1(hidden), embedding)))
         return hidden + added
 
+    def at(self, embedding: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return weight and bias of both convolutions, the first with the scale and shift of (1, EMBEDDING)."""
+        gain, shift = (one.flatten() for one in self.scale.of(embedding))
+        weight, bias = _weights(self.conv1)
+        return [(weight * gain[:, None, None, None], bias * gain + shift), _weights(self.conv2)]
+
 
 class _Scale(nn.Module):
     """A scale and a shift per channel that depend on the timestep; at first they change nothing."""
@@ -147,8 +184,18 @@ class _Scale(nn.Module):
         self.linear = _zeroed(nn.Linear(EMBEDDING, 2 * width))
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        gain, shift = self.of(embedding)
+        return torch.addcmul(shift, hidden, gain)
+
+    def of(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what to multiply by and what to add, both (B, width, 1, 1)."""
         scale, shift = self.linear(embedding)[:, :, None, None].chunk(2, dim=1)
-        return torch.addcmul(shift, hidden, 1 + scale)
+        return 1 + scale, shift
+
+
+def _weights(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    assert layer.bias is not None
+    return layer.weight, layer.bias
 
 
 def _zeroed(layer: Layer) -> Layer:

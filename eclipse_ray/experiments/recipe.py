@@ -20,6 +20,7 @@ from eclipse_ray.config import TILES, CompensationConfig, Config, MatrixItem, Vi
 from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, combine, resolved_defense
 from eclipse_ray.defenses.eclipse import Avatar, avatar_depth
 from eclipse_ray.defenses.interface import Defense
+from eclipse_ray.diffusion.network import check_precision
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, check_tile
 from eclipse_ray.errors import ConfigError
@@ -66,6 +67,7 @@ class Recommended:
     num_inference_steps: int
     sampler: str
     tile: int
+    int8: bool
     alphas_cumprod: Tensor = field(repr=False, compare=False)
 
 
@@ -97,6 +99,7 @@ class Facts:
             own.num_inference_steps,
             own.sampler,
             TILES[own.network],
+            own.network == "shuffled",
             cosine_alphas_cumprod(own.num_train_timesteps),
         )
 
@@ -406,6 +409,7 @@ def check_purification(config: Config, facts: Facts) -> tuple[int, int]:
     """
     known, purify = facts.of_denoiser(config), config.purify
     check_tile(known, purify.tile, purify.tile_overlap)
+    check_precision(known.int8, purify.precision)
     return check_depth(known, purify.t_star, purify.num_inference_steps)
 
 

@@ -35,7 +35,7 @@ from eclipse_ray.datasets.images import (
 )
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
-from eclipse_ray.diffusion.network import Denoiser, default_device, fast_precision
+from eclipse_ray.diffusion.network import Denoiser, check_precision, default_device, set_precision
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, check_tile, purify_images
 from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled_pixels
 from eclipse_ray.errors import ConfigError, InputError
@@ -163,6 +163,7 @@ def _resolved(config: Config, denoiser: Denoiser) -> Config:
     """Return the settings with the denoiser's recommendations where nothing was asked for."""
     t_star, steps = check_depth(denoiser, config.purify.t_star, config.purify.num_inference_steps)
     check_tile(denoiser, config.purify.tile, config.purify.tile_overlap)
+    check_precision(denoiser.int8, config.purify.precision)
     chosen = {
         "t_star": t_star,
         "num_inference_steps": steps,
@@ -365,7 +366,7 @@ def _seconds_a_pixel(prepared: Prepared, middles: list[Pixels]) -> float:
         return 0.0
     ids = [f"timed-{index}" for index in range(len(images))]
     denoiser = prepared.denoiser.to(default_device())
-    denoiser.precision = settings.precision or fast_precision(default_device())
+    set_precision(denoiser, settings.precision)
     for _ in range(2):
         started = time.perf_counter()
         purify_batch(denoiser, images, ids, settings, prepared.config.run.seed)

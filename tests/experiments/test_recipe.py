@@ -180,6 +180,10 @@ def test_a_denoiser_of_its_own_belongs_to_its_row():
         ),
         ({"matrix__defenses": [{"name": "eclipse-baked", "purify.tile_overlap": 257}]}, "a tile, which has"),
         (
+            {"matrix__defenses": [{"name": "eclipse", "denoiser.preset": "unet", "purify.precision": "int8"}]},
+            "int8 is for the default network",
+        ),
+        (
             {"matrix__defenses": [{"name": "avatar", "avatar_noise_255": 99}]},
             r"avatar .*noises by 99 of 255, which is t_star \d+",
         ),

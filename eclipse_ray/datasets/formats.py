@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
@@ -147,10 +148,11 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     with data.strict if a file would be passed over.
     """
     refuse_output_inside(url, data_config.output)
-    store, entries = _look(url)
+    store, entries, strangers = _look(url)
     _refuse_bad_names(entries)
     given, data_config = _given_labels(Store(url).url, data_config)
-    visible = [entry for entry in entries if _is_visible(entry.key) and not _is_given(store, entry, given)]
+    own = [entry for entry in entries if entry.key not in strangers and not _is_given(store, entry, given)]
+    visible = [entry for entry in own if _is_visible(entry.key)]
     name, claimed = _claimed(url, store, visible)
     read = {entry.key for entry in claimed}
     left = [entry.key for entry in entries if entry.key not in read and not _is_given(store, entry, given)]
@@ -505,21 +507,23 @@ def _hint(store: Store, left: Sequence[str], data_config: DataConfig) -> str:
     return f"; if it holds labels, read them with --set data.labels={store.url}/{table}"
 
 
-def _look(url: str) -> tuple[Store, list[Entry]]:
+def _look(url: str) -> tuple[Store, list[Entry], set[str]]:
+    """Return where a source lies, its files, and the keys of those that a purification did not write."""
     store = Store(url)
     if store.is_file():
         base, _, name = store.url.rpartition("/")
         if base.endswith(":/"):
             _refuse_no_file_name(url)
         parent = Store(base or "/")
-        return parent, [parent.entry(name)]
+        return parent, [parent.entry(name)], set()
     if store.exists():
         if store.exists(UNFINISHED):
             raise InputError(f"{url}: writing this dataset was interrupted; run its command again, or delete it")
-        if store.exists(RUN_PLAN) and not store.exists(RUN_MANIFEST):
-            raise InputError(f"{url}: this purification is not finished; run its command again to finish it")
+        if not store.exists(RUN_PLAN):
+            return store, _foreign(store.list(hidden=True)), set()
         # A purification may hold a report beside its data. Its pictures are not part of the dataset.
-        return store, _foreign(store.list("data" if store.exists(RUN_PLAN) else "", hidden=True))
+        entries = list(store.list("data", hidden=True))
+        return store, entries, _strangers(url, store, entries)
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):
         _refuse_no_file_name(url)
@@ -527,9 +531,32 @@ def _look(url: str) -> tuple[Store, list[Entry]]:
         listed = _foreign(parent.list(hidden=True))
         entries = [e for e in listed if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
         if entries:
-            return parent, entries
+            return parent, entries, set()
         raise InputError(f"{url}: no file matches this pattern; check it")
     raise InputError(f"{url}: there is nothing here{did_you_mean(url) or '; check the path or URL'}")
+
+
+def _strangers(url: str, store: Store, entries: Sequence[Entry]) -> set[str]:
+    """Return the keys in data/ that the manifest of a purification does not name.
+
+    Raises InputError if the purification is not finished, or a file that it names is missing or has another size.
+    """
+    try:
+        data = store.read(RUN_MANIFEST)
+    except FileNotFoundError as error:
+        raise InputError(f"{url}: this purification is not finished; run its command again") from error
+    try:
+        table = pq.read_table(pa.BufferReader(data), columns=["object", "bytes"])
+        written = zip(table["object"].to_pylist(), table["bytes"].to_pylist(), strict=True)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{url}: {RUN_MANIFEST} is damaged; run this purification again to mend it") from error
+    found = {entry.key: entry.size for entry in entries}
+    for key, size in written:
+        # A shard whose images have all failed has no file.
+        if key is not None and (there := found.pop(key, None)) != size:
+            what = "is missing" if there is None else f"has {there:,} bytes, and {size:,} were written"
+            raise InputError(f"{url}: {key} {what}; `eclipse-ray verify {url}` says how to make it again")
+    return set(found)
 
 
 def _foreign(entries: Iterable[Entry]) -> list[Entry]:

@@ -15,8 +15,12 @@ from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import chunk_spans, open_source, read_parts
 from eclipse_ray.datasets.table import Part, canonical_table, table_to_parquet
 from eclipse_ray.errors import InputError
+from eclipse_ray.ledger import ImageFailure, commit_shard, finalise
 from eclipse_ray.storage.store import Store
 from tests.datasets.helpers import CONFIG, PNG, fill, read_all, refused
+from tests.ledger.helpers import commit_ids, make_shards, start
+
+FAILED = ImageFailure("c", "c.png", "not an image")
 
 
 def parquet(*ids, **extras):
@@ -106,10 +110,43 @@ def test_a_link_to_a_missing_file_is_named(tmp_path, link, words):
     refused(tmp_path, "link to a missing file", link, *words, reading=link == "a.png")
 
 
-def test_output_of_purify_reads_as_its_data(tmp_path):
-    beside = dict.fromkeys(("_eclipse/plan.parquet", "_eclipse/manifest.parquet"), b"not read")
-    put(tmp_path, {"data/00000-abc.parquet": parquet("a", "b"), **beside})
-    assert [part.key for part in open_source(str(tmp_path), CONFIG).parts] == ["data/00000-abc.parquet"]
+@pytest.fixture
+def purified(tmp_path):
+    """A finished purification of two shards, the second of which has no file, since its image failed."""
+    store, shards = Store(str(tmp_path)), make_shards(3, 2)
+    start(store, shards)
+    commit_ids(store, shards[0], parquet("a", "b"))
+    commit_shard(store, shards[1], ok=None, ok_count=0, errors=[FAILED], input_sha256="0", seconds=1)
+    return finalise(store).statuses[0].object
+
+
+def test_a_purification_reads_as_the_files_of_its_manifest(purified, tmp_path, capsys):
+    assert open_source(str(tmp_path), CONFIG).passed_over == ""
+    put(tmp_path, {"data/other.parquet": parquet("x"), "data/x.png": PNG, "report/curve.png": PNG})
+    source = open_source(str(tmp_path), CONFIG)
+    assert [part.key for part in source.parts] == [purified]
+    said = "2 files are passed over: 1 .parquet, 1 .png, such as data/other.parquet"
+    assert source.passed_over == said
+    assert said in capsys.readouterr().err
+    refused(tmp_path, said, strict=True)
+
+
+@pytest.mark.parametrize("foreign", [{}, {"data/other.parquet": parquet("x")}])
+def test_a_file_of_a_purification_that_is_gone_or_cut_is_named(purified, tmp_path, foreign):
+    put(tmp_path, foreign)
+    whole = (tmp_path / purified).read_bytes()
+    (tmp_path / purified).write_bytes(whole[:-1])
+    refused(
+        tmp_path, f"{purified} has {len(whole) - 1:,} bytes", f"{len(whole):,} were written", "eclipse-ray verify"
+    )
+    (tmp_path / purified).unlink()
+    refused(tmp_path, f"{purified} is missing", "eclipse-ray verify")
+
+
+@pytest.mark.parametrize("content", [b"", b"no table", parquet("a")])
+def test_a_damaged_manifest_is_named(purified, tmp_path, content):
+    put(tmp_path, {"_eclipse/manifest.parquet": content})
+    refused(tmp_path, "manifest.parquet is damaged", "again")
 
 
 def test_a_source_works_elsewhere(tmp_path):

@@ -20,7 +20,7 @@ from eclipse_ray.datasets.memory import random_chunks, require_classes, rows_in
 from eclipse_ray.datasets.table import Span, image_bytes, labels_or_none
 from eclipse_ray.detection.scores import Finding, Score, judge, score_images
 from eclipse_ray.detection.views import GRID, Images
-from eclipse_ray.diffusion.checkpoint import read_card
+from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.diffusion.tiling import MIN_SIDE
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, error_of_note, note_of_error
@@ -160,6 +160,9 @@ def audit(config: Config) -> Audit:
         if url:
             refuse_output_inside(url, config.audit.output)
             refuse_process_local(url, Store(url).in_this_process_only)
+    if config.audit.denoiser:
+        # An actor that cannot open it ends without a word.
+        load_denoiser(local_denoiser(config.audit.denoiser))
     # A poison is what images of one label share.
     opened = open_source(source, config.data)
     require_classes(source, opened, config.data, 2, partly=True)

@@ -71,6 +71,8 @@ def test_refusals(world, tmp_path):
         verbs.audit(world.clean, clean=world.clean)
     with pytest.raises(InputError, match="the output lies inside the source"):
         verbs.audit(world.rest, out=f"{world.rest}/audit")
+    with pytest.raises(InputError, match="no such denoiser folder"):
+        verbs.audit(world.rest, denoiser=str(tmp_path / "nowhere"))
     write_synthetic(str(tmp_path / "few"), 40, 16, 0)
     with pytest.raises(InputError, match="40 images of 10 classes"):
         verbs.audit(str(tmp_path / "few"))

@@ -217,7 +217,7 @@ def _shared_memory(config: Config) -> Iterator[Check]:
 def _store(url: str, single_writer: bool) -> Iterator[Check]:
     try:
         store = Store(url, single_writer)
-        missing = store.local and not Path(store.root).exists()
+        missing = store.local and not store.exists()
         store.probe()
     except EclipseError as error:
         text = str(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import unicodedata
 from collections import defaultdict
@@ -293,13 +292,5 @@ def _file_key(name: str, data: bytes, label: int | None, classes: Sequence[str] 
 
 
 def _create(store: Store, name: str, key: str, data: bytes) -> None:
-    try:
-        created = store.create(key, data)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise InputError(
-                f"{store.url}: id {name} is too long to name a file here; use the parquet layout"
-            ) from error
-        raise
-    if not created:
+    if not store.create(key, data):
         raise InputError(f"{store.url}: two images would be named like {name}; use the parquet layout")

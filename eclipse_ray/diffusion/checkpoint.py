@@ -109,8 +109,11 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
     path = Path(folder)
     card = read_card(path)
     for name in DENOISER_FILES:
-        if not (path / name).exists():
-            raise InputError(f"{folder}: the denoiser cannot be read: {name} is missing; copy the folder again")
+        try:
+            (path / name).open("rb").close()
+        except OSError as error:
+            problem = f"{name} {_reason(error)}; copy the folder again"
+            raise InputError(f"{folder}: the denoiser cannot be read: {problem}") from None
     try:
         schedule = json.loads((path / SCHEDULER_FILE).read_text(encoding="utf-8"))
         unet = _open_unet(path)

@@ -7,6 +7,7 @@ levels), `middle_block`, `output_blocks` (levels upwards, one block more each, t
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import struct
@@ -381,7 +382,7 @@ def import_checkpoint(
     or a schedule that cannot be, or an `out` that holds another denoiser.
     """
     alphas_cumprod = _alphas_cumprod(timesteps, schedule)
-    if "://" in str(out) or Path(out).is_file():
+    if "://" in str(out) or os.path.isfile(out):
         raise ConfigError(f"{out}: expected a local folder for the denoiser; copy it elsewhere afterwards")
     fingerprint = digest({"sha256": _sha256(file), "heads": heads, "T": timesteps, "schedule": schedule})
     if not _is_finished(Path(out), fingerprint):

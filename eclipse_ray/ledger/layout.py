@@ -72,7 +72,7 @@ def read_optional(store: Store, key: str) -> bytes | None:
     # `exists` could be answered from a cached listing, so the object is simply read.
     try:
         return store.read(key)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import BinaryIO
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, cast
 
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage import Entry, is_hidden, join
@@ -16,6 +18,10 @@ from eclipse_ray.storage import Entry, is_hidden, join
 _TRIES = 5
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_BAD_NAMES = {
+    errno.ENAMETOOLONG: "too long to name a file here; choose a shorter name, or for images the parquet layout",
+    errno.ELOOP: "its links lead in a circle; delete or mend them",
+}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 
 
@@ -29,13 +35,21 @@ class LocalFolder:
         return os.path.join(self.root, key) if key else self.root
 
     def exists(self, key: str) -> bool:
-        return os.path.exists(self.path(key))
+        return self._mode(key) is not None
 
     def is_file(self) -> bool:
-        return os.path.isfile(self.root)
+        return stat.S_ISREG(self._mode("") or 0)
+
+    def _mode(self, key: str) -> int | None:
+        # Not os.path.exists, which is also false for what may not be looked at.
+        try:
+            with _explained(self.path(key), "read"):
+                return os.stat(self.path(key)).st_mode
+        except (FileNotFoundError, ValueError):  # No name holds a zero byte.
+            return None
 
     def read(self, key: str) -> bytes:
-        with open(self.path(key), "rb") as file:
+        with self.open(key) as file:
             return file.read()
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
@@ -44,16 +58,18 @@ class LocalFolder:
             return file.read(stop - start)
 
     def open(self, key: str) -> BinaryIO:
-        return open(self.path(key), "rb")
+        with _explained(self.path(key), "read"):
+            return cast(BinaryIO, io.BufferedReader(_File(self.path(key))))
 
     def entry(self, key: str) -> Entry:
-        info = os.stat(self.path(key))
+        with _explained(self.path(key), "read"):
+            info = os.stat(self.path(key))
         return Entry(key, info.st_size, str(info.st_mtime_ns))
 
     def walk(self, prefix: str, hidden: bool) -> Iterator[Entry]:
         """Yield the files below a folder, sorted by key; memory holds the names of one folder per level."""
         base = self.path(prefix)
-        if os.path.isdir(base):
+        with _explained(base, "read"):
             yield from _walk(base, prefix, hidden, (os.path.realpath(base),))
 
     def write(self, key: str, data: bytes) -> None:
@@ -67,12 +83,8 @@ class LocalFolder:
         return True
 
     def delete(self, key: str) -> None:
-        try:
+        with suppress(FileNotFoundError), _explained(self.path(key), "remove"):
             os.unlink(self.path(key))
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise _explained(self.path(key), "remove", error) from error
 
     def _place(self, key: str, data: bytes, move: Callable[[str, str], None]) -> None:
         path = self.path(key)
@@ -81,20 +93,29 @@ class LocalFolder:
         for _ in range(_TRIES):
             temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
             try:
-                _write_temporary(temporary, data)
-                move(temporary, path)
-                _sync_folder(folder)
+                with _explained(path, "write"):
+                    _write_temporary(temporary, data)
+                    move(temporary, path)
+                    _sync_folder(folder)
                 return
             except FileNotFoundError:
                 continue
-            except FileExistsError:
-                raise
-            except OSError as error:
-                raise _explained(path, "write", error) from error
             finally:
                 with suppress(OSError):
                     os.unlink(temporary)
         raise StorageError(f"{path}: temporary files vanish while they are written; try again")
+
+
+class _File(io.FileIO):
+    """A file whose disk may fail on the way."""
+
+    def readinto(self, buffer: Any) -> int | None:
+        with _explained(str(self.name), "read"):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with _explained(str(self.name), "read"):
+            return super().readall()
 
 
 def _write_temporary(path: str, data: bytes) -> None:
@@ -147,26 +168,38 @@ def _names(folder: str, hidden: bool) -> list[str]:
     try:
         with os.scandir(folder) as found:
             names = [entry.name + "/" if entry.is_dir() else entry.name for entry in found]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return names if hidden else [name for name in names if not is_hidden(name)]
 
 
-def _explained(path: str, verb: str, error: OSError) -> Exception:
-    name = errno.errorcode.get(error.errno or 0, "")
-    if error.errno in _FULL:
-        return StorageError(
-            f"{path}: could not {verb} it: the disk or a quota is full ({name}: {error.strerror}); make room, "
-            "then run the same command again"
-        )
-    if error.errno in _FORBIDDEN:
-        return StorageError(
-            f"{path}: not allowed to {verb} it ({name}: {error.strerror}); grant write permission to this "
-            "folder, then run the same command again"
-        )
-    if error.errno == errno.ENOTDIR:
-        return InputError(f"{path}: a part of this path is a file, not a folder; choose another output")
-    return error
+@contextmanager
+def _explained(path: str, verb: str) -> Iterator[None]:
+    """Turn what a disk refuses into one sentence. That a file is absent, or there already, passes."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except NotADirectoryError as error:
+        if verb == "read":
+            raise FileNotFoundError(errno.ENOENT, "there is no such file", path) from error
+        raise InputError(f"{path}: a part of this path is a file, not a folder; choose another output") from error
+    except OSError as error:
+        # A listing fails at one of the folders below. Temporary files mean nothing to people.
+        where = error.filename if verb == "read" and error.filename else path
+        reason = f"({errno.errorcode.get(error.errno or 0, '?')}: {error.strerror})"
+        if error.errno in _BAD_NAMES:
+            raise InputError(f"{where}: {_BAD_NAMES[error.errno]} {reason}") from error
+        if error.errno in _FULL:
+            problem = f"could not {verb} it: the disk or a quota is full {reason}; make room"
+        elif error.errno in _FORBIDDEN:
+            needed = (
+                "read permission for it and its folders" if verb == "read" else "write permission for its folder"
+            )
+            problem = f"not allowed to {verb} it {reason}; grant {needed}"
+        else:
+            problem = f"could not {verb} it {reason}; check the disk"
+        raise StorageError(f"{where}: {problem}, then run the same command again") from error
 
 
 def _sync_folder(folder: str) -> None:

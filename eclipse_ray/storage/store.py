@@ -101,7 +101,7 @@ class Store:
 
         Unless `hidden`, objects are skipped if a name below `prefix` starts with `_` or `.`. Memory holds one page
         of 1,000 keys on Amazon S3, the names of one folder per level on a disk, and every entry on other stores,
-        which do not list in sorted order. Raises OSError for a local folder that cannot be read.
+        which do not list in sorted order.
         """
         return self.backend.walk(prefix, hidden)
 

@@ -150,6 +150,8 @@ def test_a_store_without_conditional_writes_fails(monkeypatch, tmp_path):
     assert found.verdict == "failed"
     assert "cannot create an object only if it is absent" in found.found
     assert [one.verdict for one in room._store(str(tmp_path / "out"), True)] == ["ok"]
+    (found,) = room._store(str(tmp_path / ("n" * 300)), True)
+    assert (found.verdict, "too long" in found.found) == ("failed", True)
 
 
 def test_a_look_that_cannot_be_taken_does_not_hide_the_others(monkeypatch):

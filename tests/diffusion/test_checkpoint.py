@@ -92,6 +92,9 @@ def test_a_missing_file_is_named(folder, file):
     assert str(folder) in str(caught.value)
     assert f"{file} is missing" in str(caught.value)
     assert "\n" not in str(caught.value)
+    (folder / file).mkdir()
+    with pytest.raises(InputError, match=f"{file} is unreadable"):
+        load_denoiser(folder)
 
 
 def without_a_tensor(folder):

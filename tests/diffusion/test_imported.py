@@ -217,6 +217,7 @@ def test_impossible_options(tmp_path):
         ({"out": file}, "local folder"),
         ({"out": "s3://bucket/denoiser"}, "local folder"),
         ({"out": tmp_path}, "holds other files"),
+        ({"out": tmp_path / ("n" * 300)}, "cannot be read"),
     ):
         with pytest.raises(ConfigError, match=words):
             import_checkpoint(file, **{"out": tmp_path / "out", **options})

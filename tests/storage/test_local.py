@@ -70,18 +70,64 @@ def test_listing_is_in_the_order_of_keys_and_streams(tmp_path):
     assert "z" not in [entry.key for entry in listing]
 
 
-def test_a_folder_that_may_not_be_read_is_an_error_not_an_empty_one(tmp_path, monkeypatch):
+@pytest.fixture
+def forbidden(tmp_path, monkeypatch):
+    """A folder `secret` with a file `x`, neither of which may be read, as it is for anyone but root."""
     (tmp_path / "secret").mkdir()
-    real = os.scandir
+    (tmp_path / "secret/x").write_bytes(b"1")
 
-    def scandir(path):
-        if str(path).endswith("secret"):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return real(path)
+    def refusing(real):
+        def call(path, *arguments, **options):
+            if "/secret" in str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *arguments, **options)
 
-    monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(PermissionError):
-        list(Store(str(tmp_path)).list())
+        return call
+
+    for name in ("scandir", "stat"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    monkeypatch.setattr(local, "_File", refusing(local._File))
+
+
+READS = {
+    "read": lambda store: store.read("secret/x"),
+    "part": lambda store: store.read_range("secret/x", 0, 1),
+    "open": lambda store: store.open("secret/x"),
+    "entry": lambda store: store.entry("secret/x"),
+    "exists": lambda store: store.exists("secret/x"),
+    "is a file": lambda store: Store(store.path("secret/x")).is_file(),
+    "list": lambda store: list(store.list()),
+    "list below": lambda store: list(store.list("secret")),
+}
+
+
+@pytest.mark.parametrize("reading", READS.values(), ids=READS)
+def test_what_may_not_be_read_is_one_sentence_and_not_absent(tmp_path, forbidden, reading):
+    with pytest.raises(StorageError, match=r"secret.*: not allowed to read it \(EACCES.*grant read permission"):
+        reading(Store(str(tmp_path)))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file here fails when it is read")
+@pytest.mark.parametrize("size", [-1, 1])
+def test_a_disk_that_fails_while_a_file_is_read_is_named(size):
+    with (
+        Store("/proc/self").open("mem") as file,
+        pytest.raises(StorageError, match=r"/mem: could not read it \(EIO"),
+    ):
+        file.read(size)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("loop/x", "lead in a circle|a part of this path"), ("n" * 300, "too long to name a file")]
+)
+def test_a_name_that_cannot_be_is_named(tmp_path, key, words):
+    (tmp_path / "loop").symlink_to("loop")
+    store = Store(str(tmp_path))
+    for call in (store.read, store.entry, store.exists, store.delete, lambda each: store.write(each, b"")):
+        with pytest.raises(InputError, match=words):
+            call(key)
+    with pytest.raises(InputError, match="loop: its links lead in a circle"):
+        list(store.list())
 
 
 def test_a_file_in_place_of_a_folder_is_not_a_lost_race(tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -58,6 +59,10 @@ class Entry:
     against: bool = False
 
 
+# Asked for each row and point.
+_schedule = lru_cache(maxsize=8)(cosine_alphas_cumprod)
+
+
 @dataclass
 class Recommended:
     """What a denoiser says of its use, whether it is there or is still to be trained (`sampling.Trained`)."""
@@ -100,7 +105,7 @@ class Facts:
             own.sampler,
             TILES[own.network],
             own.network == "shuffled",
-            cosine_alphas_cumprod(own.num_train_timesteps),
+            _schedule(own.num_train_timesteps),
         )
 
 

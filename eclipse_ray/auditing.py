@@ -160,6 +160,8 @@ def audit(config: Config) -> Audit:
         if url:
             refuse_output_inside(url, config.audit.output)
             refuse_process_local(url, Store(url).in_this_process_only)
+    if config.audit.output:
+        Store(config.audit.output).require_writable()
     if config.audit.denoiser:
         # An actor that cannot open it ends without a word.
         load_denoiser(local_denoiser(config.audit.denoiser))

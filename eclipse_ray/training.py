@@ -79,10 +79,11 @@ def train(config: Config) -> TrainResult:
     for url in (clean, config.denoiser.against):
         if url:
             refuse_output_inside(url, output)
-    images = _sparse_set(config, clean)
-    suspicious = _suspicious_set(config, clean, images) if config.denoiser.against else None
     store = Store(output)
     refuse_process_local(output, store.in_this_process_only)
+    store.require_writable()
+    images = _sparse_set(config, clean)
+    suspicious = _suspicious_set(config, clean, images) if config.denoiser.against else None
     fingerprint = _fingerprint(config, images.hashes, suspicious)
     ledger.claim(store, fingerprint, to_yaml(config))
     log.set_run("train", fingerprint.value)

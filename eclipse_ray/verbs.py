@@ -317,6 +317,8 @@ def _evaluated(config: Config) -> results.EvaluateResult:
     store = Store(config.data.output) if config.data.output else None
     if store and not store.exists(results.EVALUATION_FILE):
         refuse_existing(store)
+    elif store:
+        store.require_writable()
     result = run.evaluate(config)
     if store:
         note = {**asdict(result), "train": config.data.source, "test": config.data.test}

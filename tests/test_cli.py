@@ -278,3 +278,21 @@ def test_whoever_has_seen_enough_leaves_with_the_last_look(monkeypatch):
 
     monkeypatch.setattr(verbs.time, "sleep", sleep)
     assert verbs.status("somewhere", watch=True, every=0.1).shards_done == 2
+
+
+HOURS = {
+    "train": lambda source, out: verbs.train(clean=source, out=out),
+    "audit": lambda source, out: verbs.audit(source, out=out),
+    "evaluate": lambda source, out: verbs.evaluate(source, test=source, out=out),
+    "convert": lambda source, out: verbs.convert(source, out),
+    "labels": lambda source, out: verbs.convert(source, out, labels_from=source),
+    "apply": lambda source, out: verbs.apply("delta.pt", source, out),
+    "split": lambda source, out: verbs.split(source, clean=1, out=out),
+}
+
+
+@pytest.mark.parametrize("begin", HOURS.values(), ids=HOURS)
+def test_an_output_that_cannot_be_written_is_refused_before_the_source_is_read(begin, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match=r"/file/out/.*: a part of this path is a file"):
+        begin(str(tmp_path / "source"), str(tmp_path / "file/out"))

@@ -7,7 +7,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -217,7 +216,6 @@ def _shared_memory(config: Config) -> Iterator[Check]:
 def _store(url: str, single_writer: bool) -> Iterator[Check]:
     try:
         store = Store(url, single_writer)
-        missing = store.local and not store.exists()
         store.probe()
     except EclipseError as error:
         text = str(error)
@@ -225,10 +223,6 @@ def _store(url: str, single_writer: bool) -> Iterator[Check]:
         fix = "pip install 'eclipse-ray[s3]'" if lacking else "see docs: Your data on S3"
         yield Check("store", "failed", text, fix)
         return
-    if missing:
-        for folder in (Path(store.root, "_eclipse"), Path(store.root)):
-            with suppress(OSError):
-                folder.rmdir()
     ahead = store.seconds_ahead()
     if ahead is not None and abs(ahead) > SKEW_SECONDS:
         words = (

@@ -183,16 +183,18 @@ def _opcodes(value: str | int | tuple[int, ...]) -> bytes:
 
 
 def refuse_existing(store: Store, doing: str = "") -> None:
-    """Raise InputError that names one object if `store` is not empty, but for what an interrupted `doing` left."""
+    """Raise InputError that names one object if `store` is not empty, but for what an interrupted `doing` left.
+
+    Raises StorageError if it cannot be written to: the next step may take hours.
+    """
     if store.is_file():
         raise InputError(f"{store.url}: is a file; name a new folder to write to")
     if store.exists(UNFINISHED):
-        if doing and store.read(UNFINISHED).decode().partition("\n")[0] == doing:
-            return
-        raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
-    taken = next(itertools.chain(store.list(), store.list("_eclipse")), None)
-    if taken is not None:
+        if not doing or store.read(UNFINISHED).decode().partition("\n")[0] != doing:
+            raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
+    elif taken := next(itertools.chain(store.list(), store.list("_eclipse")), None):
         raise InputError(f"{store.url}: already holds data ({taken.key}); delete it or name another folder")
+    store.require_writable()
 
 
 def _begin(store: Store, doing: str, resume: bool = False) -> bytes:

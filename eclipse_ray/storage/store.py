@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
@@ -135,8 +136,12 @@ class Store:
         return self.backend.seconds_ahead() if isinstance(self.backend, S3Folder) else None
 
     def probe(self) -> None:
-        """Check that put-if-absent works here. Raises StorageError if not, because two runs could then mix."""
-        key = f"_eclipse/probe-{uuid.uuid4().hex}"
+        """Check that put-if-absent works here, and leave nothing.
+
+        Raises StorageError if not, because two runs could then mix.
+        """
+        key, folder = f"_eclipse/probe-{uuid.uuid4().hex}", Path(self.root, "_eclipse")
+        made = [each for each in (folder, *folder.parents) if self.local and not os.path.exists(each)]
         try:
             first, second = self.create(key, b"1"), self.create(key, b"2")
             content = self.read(key)
@@ -149,6 +154,13 @@ class Store:
                 "safe here; choose a local folder or a store with conditional writes as output, or "
                 "--single-writer if nobody else writes to it"
             )
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()
+
+    def require_writable(self) -> None:
+        """Raise StorageError or InputError if nothing can be written here. Called before hours of work."""
+        Store(self.url, single_writer=True).probe()
 
 
 class AnyFolder:

@@ -225,3 +225,13 @@ def test_a_disk_without_hard_links_is_refused_unless_there_is_one_writer(tmp_pat
     alone.probe()
     assert alone.create("x", b"1")
     assert not alone.create("x", b"2")
+
+
+def test_a_trial_of_a_folder_leaves_nothing(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_bytes(b"1")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("there", "full", "new/a/b"):
+        Store(str(tmp_path / name)).require_writable()
+        assert sorted(tmp_path.rglob("*")) == before

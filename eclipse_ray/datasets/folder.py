@@ -29,6 +29,8 @@ from eclipse_ray.storage.store import Entry, Store
 
 # Names of folders that hold a part of a dataset rather than a class, if there are several folders.
 _CONTAINERS = {"images", "image", "img", "imgs", "jpegimages", "data", "all", "masks", "annotations", "labels"}
+# What a person says whose classes are called like splits.
+ARE_CLASSES = "; if these folders are classes, say so with --set data.labels=folder"
 # The split that each word in the name of a folder or file stands for.
 SPLITS = {
     **dict.fromkeys(("train", "training", "data_batch"), "train"),
@@ -113,10 +115,10 @@ def class_folders(store: Store, keys: Sequence[str], config: DataConfig) -> list
     # Without the note, classes that are not in sorted order would get other labels.
     known = bool(noted and tops and not beside and tops <= {folder_name(name) for name in noted})
     splits = all(top.lower() in SPLITS for top in tops) or are_splits(tops)
-    if tops and splits and not known:
+    if tops and splits and not known and config.labels != "folder":
         raise InputError(
             f"{store.url}: holds the split{'s' * (len(tops) > 1)} {', '.join(sorted(tops))}, not classes; "
-            f"name one of them, for example {store.url}/{max(tops)}"
+            f"name one of them, for example {store.url}/{max(tops)}{ARE_CLASSES}"
         )
     if config.labels == "none" or config.label_file or note.get(LABELLED) is False:
         return None

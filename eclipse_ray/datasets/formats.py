@@ -162,7 +162,7 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     if passed_over:
         say_once(f"{url}: {passed_over}{_hint(store, left, data_config)}")
     if name != "folder":
-        _refuse_mixed_splits(url, claimed)
+        _refuse_mixed_splits(url, claimed, data_config)
     parts, classes = _listed(url, name, store, claimed, data_config)
     if not parts:
         raise InputError(f"{url}: has no images in it; name a dataset with at least one")
@@ -570,14 +570,16 @@ def _is_visible(key: str) -> bool:
     return image or not is_hidden(key)
 
 
-def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
-    # If both splits were read as one dataset, training would silently include the test set.
+def _refuse_mixed_splits(url: str, entries: Sequence[Entry], data_config: DataConfig) -> None:
+    # If both splits were read as one dataset, training would silently include the test set. Classes are no splits.
+    classes = int(data_config.labels == "folder")
+    names = {entry.key: entry.key.split("/")[classes:] or [entry.key] for entry in entries}
     splits: dict[str, str] = {}
-    for entry in entries:
-        split = next((word for part in entry.key.split("/") if (word := folder.split_of(part))), None)
+    for key, parts in names.items():
+        split = next((word for part in parts if (word := folder.split_of(part))), None)
         if split is not None:
-            splits.setdefault(split, entry.key)
-    tops = {entry.key.partition("/")[0]: entry.key for entry in reversed(entries)}
+            splits.setdefault(split, key)
+    tops = {parts[0]: key for key, parts in reversed(names.items())}
     if len(splits) < 2 and folder.are_splits(tops):
         splits = dict(sorted(tops.items())[:10])
     if len(splits) > 1:
@@ -586,6 +588,7 @@ def _refuse_mixed_splits(url: str, entries: Sequence[Entry]) -> None:
         raise InputError(
             f"{url}: holds more than one split: {some}; name one of them by a file, folder or pattern, "
             f"for example '{url.rstrip('/')}/{_pattern(first)}'"
+            f"{folder.ARE_CLASSES if '/' in first and not classes else ''}"
         )
 
 

@@ -91,11 +91,33 @@ def test_training_a_denoiser_asks_nothing_about_labels(tmp_path):
         ("split=train", "split=test"),
     ],
 )
-def test_folders_named_after_splits_are_no_classes_whatever_is_said(tmp_path, tops):
+def test_folders_named_after_splits_are_classes_only_if_a_setting_says_so(tmp_path, tops):
     url = fill(tmp_path, *(f"{top}/cat/0.png" for top in tops), *(f"{top}/dog/0.png" for top in tops))
-    for labels in (None, "folder", "none"):
-        refused(url, "not classes", tops[0], labels=labels)
+    for labels in (None, "none"):
+        refused(url, "not classes", tops[0], "data.labels=folder", labels=labels)
     assert open_source(f"{url}/{tops[0]}", CONFIG).classes == ["cat", "dog"]
+    classes = sorted(top.removeprefix("split=") for top in tops)
+    found, names = labels_at(url, labels="folder")
+    assert (names, set(found.values())) == (classes, set(range(len(tops))))
+
+
+@pytest.mark.parametrize("tops", [("job=dev", "job=test"), ("toy test", "toy train"), ("labeled", "unlabeled")])
+def test_folders_of_tables_named_after_splits_are_classes_only_if_a_setting_says_so(tmp_path, tops):
+    data = table_to_parquet(table_of(PIXELS[:1], ids=["x"]).drop_columns("id"))
+    for top in tops:
+        (tmp_path / top).mkdir()
+        (tmp_path / top / "0.parquet").write_bytes(data)
+    for labels in (None, "none"):
+        refused(tmp_path, "more than one split", "data.labels=folder", labels=labels)
+    found, classes = labels_at(str(tmp_path), labels="folder")
+    assert found == {f"{top}/0.parquet#0": place for place, top in enumerate(tops)}
+    assert classes == [top.removeprefix("job=") for top in tops]
+    (tmp_path / tops[0] / "0.parquet").rename(tmp_path / tops[0] / "train-0.parquet")
+    (tmp_path / tops[1] / "0.parquet").rename(tmp_path / tops[1] / "test-0.parquet")
+    refused(tmp_path, "more than one split", labels="folder")
+    for top, name in zip(tops, ("train-0", "test-0"), strict=True):
+        (tmp_path / top / f"{name}.parquet").rename(tmp_path / f"{name}.parquet")
+    refused(tmp_path, "more than one split", labels="folder")
 
 
 @pytest.mark.parametrize(

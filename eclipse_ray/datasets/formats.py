@@ -492,7 +492,7 @@ def _refuse_bad_names(entries: Iterable[Entry]) -> None:
 def _passed_over(name: str, left: Sequence[str], read: set[str]) -> str:
     """Return a sentence on the files that no format reads, so that none is ignored without a word."""
     aids = {f"{key[:-4]}.idx" for key in read} if name == "webdataset" else set()
-    aids |= {meta for meta, _ in published.META} if name == "cifar" else set()
+    aids |= set(published.META) if name == "cifar" else set()
     others = [key for key in left if key not in aids and key.rpartition("/")[2] not in aids]
     counts = Counter(posixpath.splitext(key)[1] or "without a suffix" for key in others)
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5))

@@ -31,6 +31,7 @@ from eclipse_ray.datasets.table import (
     extra_columns,
     image_bytes,
     regroup,
+    say_left_out,
 )
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
@@ -66,16 +67,22 @@ def claims(key: str) -> bool:
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part per file of images, from the array headers only, and the class names if there are any."""
     beside = {_labels_beside(store, entry.key, config) for entry in entries}
-    return arrays.list_parts(opened, store, [entry for entry in entries if entry.key not in beside], config)
+    images = [entry for entry in entries if entry.key not in beside]
+    return arrays.list_parts(partial(opened, listing=True), store, images, config)
 
 
 @contextmanager
-def opened(store: Store, entry: Entry, config: DataConfig) -> Iterator[ArrayFile]:
-    """Yield what one file holds. Raises InputError for object arrays, no images, and labels that do not fit."""
+def opened(store: Store, entry: Entry, config: DataConfig, *, listing: bool = False) -> Iterator[ArrayFile]:
+    """Yield what one file holds; when `listing`, say which arrays are left out.
+
+    Raises InputError for object arrays, no images, and labels that do not fit.
+    """
     where, beside = f"{store.url}/{entry.key}", _labels_beside(store, entry.key, config)
     with store.open(entry.key) as file:
         held = _arrays(store, entry.key, file)
         images, labels, extras = _choose(where, held, config)
+        if listing:
+            say_left_out(store.url, held, images.name or "image", labels and labels.name, config)
         read = partial(_rows, where, file)
         labels_of: Callable[[int, int], NDArray[np.int64]] | None = None
         said = "without labels"
@@ -228,7 +235,7 @@ def _extra_arrays(
     for array in arrays.values():
         # If data.image_column names the images, other images and their labels belong to another split.
         split = config.image_column != _DEFAULT_IMAGES and (_is_like_images(array) or array.name.startswith("y"))
-        if array in (images, labels) or array.name == CLASSES or split:
+        if array in (images, labels) or array.name in (CLASSES, "image", "label") or split:
             continue
         fits = array.shape == images.shape[:1] and array.dtype.kind in ("U" if array.name == IDS else "biufU")
         if fits:

@@ -42,6 +42,7 @@ from eclipse_ray.datasets.table import (
     label_like,
     refuse_half_labelled,
     regroup,
+    say_left_out,
     table_to_parquet,
     with_classes,
 )
@@ -87,9 +88,9 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             where = f"{store.url}/{entry.key}"
             metadata, schema = _metadata(where, file)
             _check_columns(where, schema, config)
-            _say_left_out(store.url, schema, config)
-            _refuse_paths(where, metadata, file, config)
             label = _label_column(where, schema, config)
+            say_left_out(store.url, schema.names, config.image_column, label, config)
+            _refuse_paths(where, metadata, file, config)
             labelled[entry.key] = label is not None
             tensors = tensors_of(where, schema.field(config.image_column))
             if tensors and (order := order_of_tensors(tensors)):
@@ -359,13 +360,6 @@ def _columns(where: str, schema: pa.Schema, config: DataConfig) -> list[str] | N
     left = schema.names if config.extra_columns == "drop" else ("image", "label", config.label_column)
     names = [name for name in schema.names if name in wanted or name not in left]
     return None if names == schema.names else names
-
-
-def _say_left_out(url: str, schema: pa.Schema, config: DataConfig) -> None:
-    label = _label_column(url, schema, config)
-    for name, column in (("image", config.image_column), ("label", label)):
-        if column not in (None, name) and name in schema.names and config.extra_columns == "keep":
-            say_once(f"{url}: column {name!r} is left out, because column {column!r} takes its name")
 
 
 def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:

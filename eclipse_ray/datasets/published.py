@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -25,6 +25,7 @@ from eclipse_ray.datasets.pickles import Tensor, Values, read_file, text_of, val
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
+_DEFAULT_LABELS = DataConfig.model_fields["label_column"].default
 SUFFIXES = (".pt", ".pth", ".pkl", ".pickle")
 IMAGES = ("images", "image", "data", "x", "x_train", "samples")
 LABELS = ("labels", "label", "targets", "target", "y", "y_train", "fine_labels")
@@ -47,7 +48,7 @@ def claims(key: str) -> bool:
 def opened(store: Store, entry: Entry, config: DataConfig) -> Iterator[ArrayFile]:
     """Yield what one file holds. Raises InputError for no images, a perturbation, and what could run code."""
     where = f"{store.url}/{entry.key}"
-    found = _open(store.url, entry.key, entry.version)
+    found = _open(store.url, entry.key, entry.version, None if config.labels else config.label_column)
     if found is None:
         with opened_batch(store, entry, config) as batch:
             yield batch
@@ -80,8 +81,8 @@ def whole_of(where: str, tensor: Tensor, file: BinaryIO) -> NDArray[Any]:
 
 # A pickle has to be read as a whole for each shard of it; the last one is kept.
 @lru_cache(maxsize=1)
-def _open(url: str, key: str, version: str) -> Opened | None:
-    """Return what the file holds, None for a CIFAR batch."""
+def _open(url: str, key: str, version: str, label_column: str | None) -> Opened | None:
+    """Return what the file holds, None for a CIFAR batch. Without a `label_column` labels are not read."""
     where = f"{url}/{key}"
     with Store(url).open(key) as file:
         content = read_file(where, file, ADVICE)
@@ -91,7 +92,8 @@ def _open(url: str, key: str, version: str) -> Opened | None:
         def read(values: Values) -> NDArray[Any]:
             return values if isinstance(values, np.ndarray) else whole_of(where, values, file)
 
-        images, labels = _images_and_labels(where, content, read)
+        images, held = _images_and_labels(where, content, read, label_column)
+        labels = None if held is None or label_column is None else _label_array(where, held, read)
         layout = layout_of(
             where, images.shape, images.dtype, lambda start, stop: rows_of(where, images, file, start, stop)
         )
@@ -116,34 +118,51 @@ def _is_batch(content: object) -> bool:
 Reader = Callable[[Values], NDArray[Any]]
 
 
-def _images_and_labels(where: str, content: Any, read: Reader) -> tuple[Values, NDArray[Any] | None]:
+def _images_and_labels(
+    where: str, content: Any, read: Reader, label_column: str | None
+) -> tuple[Values, object | None]:
     lone = values_of(content)
     if lone is not None:
         return lone, None
     if isinstance(content, dict):
-        return _from_dict(where, content, read)
+        return _from_dict(where, content, label_column)
     if isinstance(content, list | tuple) and content:
         images = values_of(content[0])
         if len(content) == 2 and images is not None and len(images.shape) > 1:
-            return images, _label_array(where, content[1], read)
+            return images, content[1]
         if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in content):
             items = [pair[0] for pair in content]
-            return _stack(where, items, read), _label_array(where, [pair[1] for pair in content], read)
+            return _stack(where, items, read), [pair[1] for pair in content]
     raise InputError(f"{where}: holds {_named(content)}, not images; {ADVICE}")
 
 
-def _from_dict(where: str, content: dict[Any, Any], read: Reader) -> tuple[Values, NDArray[Any] | None]:
+def _from_dict(where: str, content: dict[Any, Any], label_column: str | None) -> tuple[Values, object | None]:
     named = {text_of(key).lower(): value for key, value in content.items() if isinstance(key, str | bytes)}
     images = [array for name in IMAGES if (array := values_of(named.get(name))) is not None]
-    labels = [named[name] for name in LABELS if name in named]
+    labels = [named[name] for name in _label_names(where, list(named), label_column, LABELS)]
     if len(images) != 1 or len(labels) > 1:
         known = ", ".join(list(named)[:10]) or "nothing"
-        raise InputError(f"{where}: a dict of {known}, without one array of images and one of labels; {ADVICE}")
+        raise InputError(
+            f"{where}: a dict of {known}, without one array of images and one of labels; {ADVICE}; of several "
+            "arrays of labels name one with --set data.label_column=NAME"
+        )
     for name, value in named.items():
         other = None if split_of(name) in (None, "train") else values_of(value)
         if other is not None and len(other.shape) > 1:
             raise InputError(f"{where}: holds {name} of another split too; save each split as a file of its own")
-    return images[0], _label_array(where, labels[0], read) if labels else None
+    return images[0], labels[0] if labels else None
+
+
+def _label_names(where: str, known: Sequence[str], label_column: str | None, usual: Sequence[str]) -> list[str]:
+    """Return the names in a dict under which labels lie: the one that `label_column` says, else the usual ones."""
+    if label_column in (None, _DEFAULT_LABELS):
+        return [name for name in usual if name in known and label_column is not None]
+    if label_column not in known:
+        raise InputError(
+            f"{where}: no {label_column!r} among {', '.join(known[:10])}; name the labels with "
+            "--set data.label_column=NAME"
+        )
+    return [label_column]
 
 
 def _stack(where: str, items: Sequence[object], read: Reader) -> NDArray[Any]:
@@ -200,8 +219,8 @@ def _named(value: object) -> str:
 
 # ImageNet in 32x32 pixels comes as train_data_batch_1 ... and val_data.
 _BATCH_NAME = re.compile(r"((?:train_)?data_batch_\d+|test_batch|val_data|train|test)", re.IGNORECASE)
-# The files of class names that lie beside the batches, and where these are in them.
-META = (("batches.meta", "label_names"), ("meta", "fine_label_names"))
+# The files of class names that lie beside the batches.
+META = ("batches.meta", "meta")
 _BATCH_LABELS = ("labels", "fine_labels")
 _BATCH_ADVICE = "expected a CIFAR batch of numbers and bytes; do not open this file with anything else"
 
@@ -217,8 +236,10 @@ def opened_batch(store: Store, entry: Entry, config: DataConfig) -> Iterator[Arr
     where = f"{store.url}/{entry.key}"
     batch = _load_batch(store, entry.key)
     pixels = _pixels(where, batch)
-    labels = _column(where, next((batch[name] for name in _BATCH_LABELS if name in batch), None), len(pixels))
-    coarse = _column(where, batch.get("coarse_labels"), len(pixels))
+    chosen = _label_names(where, list(batch), None if config.labels else config.label_column, _BATCH_LABELS)[:1]
+    labels = _column(where, batch[chosen[0]], len(pixels)) if chosen else None
+    left = [name for name in ("fine_labels", "coarse_labels") if name not in (chosen or _BATCH_LABELS)]
+    others = {name: _column(where, batch[name], len(pixels)) for name in left if name in batch}
     names = batch.get("filenames")
     names = names if isinstance(names, list) and len(names) == len(pixels) else []
     yield ArrayFile(
@@ -227,9 +248,9 @@ def opened_batch(store: Store, entry: Entry, config: DataConfig) -> Iterator[Arr
         Layout("HWC", 255),
         lambda start, stop: pixels[start:stop],
         None if labels is None else lambda start, stop: labels[start:stop],
-        classes=lambda: _class_names(store, entry.key),
+        classes=lambda: _class_names(store, entry.key, f"{chosen[0].removesuffix('s')}_names") if chosen else None,
         paths=(lambda start, stop: [text_of(name) for name in names[start:stop]]) if names else None,
-        columns={} if coarse is None else {"coarse_label": lambda start, stop: pa.array(coarse[start:stop])},
+        columns={name.removesuffix("s"): partial(_slice, column) for name, column in others.items()},
     )
 
 
@@ -260,9 +281,11 @@ def _pixels(where: str, batch: dict[str, Any]) -> NDArray[np.uint8]:
     )
 
 
-def _column(where: str, values: object, rows: int) -> NDArray[np.int64] | None:
-    if values is None:
-        return None
+def _slice(column: NDArray[np.int64], start: int, stop: int) -> pa.Array:
+    return pa.array(column[start:stop])
+
+
+def _column(where: str, values: object, rows: int) -> NDArray[np.int64]:
     try:
         column = np.asarray(values)
     except ValueError:
@@ -272,9 +295,9 @@ def _column(where: str, values: object, rows: int) -> NDArray[np.int64] | None:
     return column.astype(np.int64)
 
 
-def _class_names(store: Store, key: str) -> list[str] | None:
+def _class_names(store: Store, key: str, field: str) -> list[str] | None:
     folder = key.rpartition("/")[0]
-    for name, field in META:
+    for name in META:
         meta = f"{folder}/{name}" if folder else name
         try:
             names = _load_batch(store, meta).get(field)

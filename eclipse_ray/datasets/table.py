@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.errors import InputError
+from eclipse_ray.log import say_once
 from eclipse_ray.storage.store import Store
 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -168,6 +169,13 @@ def refuse_half_labelled(url: str, config: DataConfig, labelled: Mapping[str, bo
             f"{url}: {yes} has labels and {no} has none; name only files of one kind, or say what the labels are: "
             "--set data.labels=none, or a file with the labels"
         )
+
+
+def say_left_out(url: str, names: Collection[str], image: str, label: str | None, config: DataConfig) -> None:
+    """Say which of the columns `names` do not come along, because those of images and labels take their names."""
+    for name, column in (("image", image), ("label", label)):
+        if column not in (None, name) and name in names and config.extra_columns == "keep":
+            say_once(f"{url}: column {name!r} is left out, because column {column!r} takes its name")
 
 
 def labels_or_none(table: pa.Table) -> list[int]:

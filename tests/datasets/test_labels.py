@@ -492,3 +492,56 @@ def test_a_list_of_files_may_name_classes(tmp_path):
     (tmp_path / "words.txt").write_text("9.jpg big cat\n10.jpg dog\n")
     found = read_label_file(str(tmp_path / "words.txt"))
     assert (found.names, found.classes) == (["9.jpg", "10.jpg"], ["big cat", "dog"])
+
+
+def written(folder, kind, labels, other=None):
+    """Write three images as a source of one `kind`: `labels` have their usual name, `other` is called `named`."""
+    images, folder = PIXELS[:3], folder / kind
+    folder.mkdir()
+    second = {} if other is None else {"named": other}
+    if kind == "parquet":
+        columns = {"image": [encode_image(image, "png") for image in images], "label": labels, **second}
+        pq.write_table(pa.table(columns), folder / "a.parquet")
+    elif kind == "webdataset":
+        members = []
+        for row, image in enumerate(images):
+            members += [(f"{row}.png", encode_image(image, "png")), (f"{row}.cls", str(labels[row]).encode())]
+            members += [(f"{row}.{name}", str(each[row]).encode()) for name, each in second.items()]
+        tar(folder / "a.tar", *members)
+    elif kind == "npz":
+        np.savez(folder / "a.npz", images=images, label=np.array(labels), **second)
+    elif kind == "npy":
+        for name, values in {"images": images, "labels": np.array(labels), **second}.items():
+            np.save(folder / f"{name}.npy", values)
+    elif kind in ("pt", "pkl"):
+        content = {"data": torch.from_numpy(images) if kind == "pt" else images, "labels": labels, **second}
+        write = torch.save if kind == "pt" else lambda content, file: file.write_bytes(pickle.dumps(content))
+        write(content, folder / f"a.{kind}")
+    else:
+        planes = images.transpose(0, 3, 1, 2).reshape(3, -1)
+        batch = {b"data": planes, b"labels": labels, **{key.encode(): value for key, value in second.items()}}
+        (folder / "data_batch_1").write_bytes(pickle.dumps(batch))
+    return str(folder / "images.npy" if kind == "npy" else folder)
+
+
+KINDS = ("parquet", "webdataset", "npz", "npy", "pt", "pkl", "cifar")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_reads_images_without_labels_if_told_so(tmp_path, kind):
+    url = written(tmp_path, kind, [{"a": 0}] * 3 if kind == "parquet" else [0.25, 0.5, 0.75])
+    with pytest.raises(InputError):
+        labels_at(url)
+    config = DataConfig(labels="none")
+    found, classes = labels_at(url, labels="none")
+    assert (set(found.values()), classes) == ({None}, None)
+    assert (load_images(url, config).images == PIXELS[:3]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_named_labels_win_in_every_format(tmp_path, kind):
+    url = written(tmp_path, kind, [0, 1, 2], [2, 0, 1])
+    assert list(labels_at(url)[0].values()) == [0, 1, 2]
+    assert list(labels_at(url, label_column="named")[0].values()) == [2, 0, 1]
+    assert set(labels_at(url, label_column="named", labels="none")[0].values()) == {None}
+    refused(url, "data.label" if kind == "npy" else "data.label_column", label_column="absent")

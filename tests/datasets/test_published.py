@@ -198,7 +198,7 @@ def test_other_labels_beside_the_images_are_noticed(tmp_path):
 
 def test_images_of_large_tensors_are_read_by_rows(tmp_path):
     file = save(tmp_path / "large.pt", {"data": torch.from_numpy(IMAGES), "labels": torch.from_numpy(LABELS)})
-    opened = published._open(str(tmp_path), "large.pt", str(file.stat().st_mtime_ns))
+    opened = published._open(str(tmp_path), "large.pt", str(file.stat().st_mtime_ns), "label")
 
     class Counted:
         def __init__(self):

@@ -52,9 +52,10 @@ class Form(NamedTuple):
 class ArrayFile(NamedTuple):
     """An open file of images: their shape, type and layout, and functions that read rows `start` to `stop` of it.
 
-    `labels` reads int64 (N); `whole` says that their type is one of whole numbers, so that a listing need not read
-    them. `said` says where the labels come from, "" if the form of the file goes without saying. `version` is that
-    of a second file, which holds the labels. `columns` are the extra columns.
+    `labels` reads int64 (N), and is None if data.labels says what they are; `whole` says that their type is one of
+    whole numbers, so that a listing need not read them. `said` says where the labels come from, "" if the form of
+    the file goes without saying. `version` is that of a second file, which holds the labels. `columns` are the
+    extra columns.
     """
 
     shape: tuple[int, ...]
@@ -85,6 +86,9 @@ def list_parts(
     parts: list[Part] = []
     forms = Counter[Form]()
     labelled: dict[str, bool] = {}
+    # Arrays that may be one image, and the sizes of gray images in other files, which settle what those are.
+    doubtful: dict[str, ArrayFile] = {}
+    gray: set[tuple[int, ...]] = set()
     classes = noted_classes(store)
     for entry in entries:
         with opened(store, entry, config) as file:
@@ -93,20 +97,26 @@ def list_parts(
                 # Names of another file need not be those of all labels.
                 classes = classes or file.classes()
             if file.labels is not None and not file.whole:
-                # If data.labels says what the labels are, those in the file have no meaning.
-                own = classes if config.labels is None else None
-                _check_labels(f"{store.url}/{entry.key}", file.labels(0, rows), own)
+                _check_labels(f"{store.url}/{entry.key}", file.labels(0, rows), classes)
         labelled[entry.key] = file.labels is not None
-        one = len(file.shape) == 3 and (file.shape[0] == 3 or file.shape[2] in (1, 3))
-        if one and file.labels is None and config.label_file is None:
-            raise InputError(
-                f"{store.url}/{entry.key}: holds {file.dtype} {file.shape}, which may be one image or {rows} gray "
-                "ones; stack the images of all files into one array (N, H, W, 3), (N, H, W, 1) for gray ones, "
-                "or write image files"
-            )
+        if (
+            _may_be_one(file.shape)
+            and config.label_file is None
+            and not _is_labelled(opened, store, entry, config)
+        ):
+            doubtful[entry.key] = file
+        elif len(file.shape) == 3 and rows > 1:
+            gray.add(file.shape[1:])
         if file.said:
             forms[Form(file.layout, file.dtype.name, file.said)] += rows
         parts.append(Part(entry.key, rows, entry.size, entry.version + file.version))
+    for key, file in doubtful.items():
+        if file.shape[1:] not in gray:
+            raise InputError(
+                f"{store.url}/{key}: holds {file.dtype} {file.shape}, which may be one image or {file.shape[0]} "
+                "gray ones; stack the images of all files into one array (N, H, W, 3), (N, H, W, 1) for gray "
+                "ones, or write image files"
+            )
     refuse_half_labelled(store.url, config, labelled)
     state(store.url, parts, forms)
     return [part for part in parts if part.rows], classes
@@ -151,6 +161,16 @@ def read_labels(
         labels = None if file.labels is None else file.labels(0, file.shape[0])
     _check_labels(f"{store.url}/{key}", labels, classes)
     return labels
+
+
+def _may_be_one(shape: Sequence[int]) -> bool:
+    return len(shape) == 3 and (shape[0] == 3 or shape[2] in (1, 3))
+
+
+def _is_labelled(opened: Opener, store: Store, entry: Entry, config: DataConfig) -> bool:
+    # Labels count the images, also those that data.labels=none leaves out.
+    with opened(store, entry, config.model_copy(update={"labels": None})) as file:
+        return file.labels is not None
 
 
 def _check_labels(where: str, labels: NDArray[np.int64] | None, classes: Sequence[str] | None) -> None:

@@ -28,15 +28,15 @@ def test_gray_images_and_lone_arrays(tmp_path):
     assert np.array_equal(pixels_of(read_all(str(tmp_path / "lone"))), IMAGES)
 
 
+WRITERS = [
+    (".npy", np.save),
+    (".npz", lambda file, image: np.savez(file, images=image)),
+    (".pt", lambda file, image: torch.save(torch.from_numpy(image), file)),
+]
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (32, 32, 3), (32, 20, 1)])
-@pytest.mark.parametrize(
-    ("suffix", "write"),
-    [
-        (".npy", np.save),
-        (".npz", lambda file, image: np.savez(file, images=image)),
-        (".pt", lambda file, image: torch.save(torch.from_numpy(image), file)),
-    ],
-)
+@pytest.mark.parametrize(("suffix", "write"), WRITERS)
 def test_one_image_per_file_and_several_gray_ones_look_alike(tmp_path, shape, suffix, write):
     for key in ("cat/0", "dog/1"):
         (tmp_path / key).parent.mkdir()
@@ -44,6 +44,33 @@ def test_one_image_per_file_and_several_gray_ones_look_alike(tmp_path, shape, su
     words = f"may be one image or {shape[0]} gray ones; stack the images"
     for labels in (None, "folder", "none"):
         refused(tmp_path, f"cat/0{suffix}: holds uint8 {shape}, which {words}", labels=labels)
+
+
+@pytest.mark.parametrize(("suffix", "write"), WRITERS)
+def test_shards_of_other_lengths_tell_that_three_rows_are_three_gray_images(tmp_path, suffix, write):
+    for name, rows in (("a", 3), ("b", 4), ("c", 1)):
+        write(f"{tmp_path / name}{suffix}", IMAGES[:rows, ..., 0])
+    for labels in (None, "none"):
+        found = pixels_of(read_all(tmp_path, labels=labels))
+        assert np.array_equal(found[..., 1], IMAGES[[0, 1, 2, 0, 1, 2, 3, 0], ..., 0])
+    (tmp_path / f"b{suffix}").unlink()
+    refused(tmp_path, "one image or 3 gray ones")
+    write(f"{tmp_path}/b{suffix}", IMAGES[:4, :4, :, 0])
+    refused(tmp_path, "one image or 3 gray ones")
+
+
+def test_labels_tell_that_three_rows_are_three_gray_images_even_if_they_are_not_read(tmp_path):
+    images, labels = IMAGES[:3, ..., 0], LABELS[:3]
+    put(tmp_path / "npz", images=images, labels=labels)
+    for name in ("npy", "pt"):
+        (tmp_path / name).mkdir()
+    np.save(tmp_path / "npy/images.npy", images)
+    np.save(tmp_path / "npy/labels.npy", labels)
+    torch.save((torch.from_numpy(images), torch.from_numpy(labels)), tmp_path / "pt/a.pt")
+    for name in ("npz", "npy", "pt"):
+        table = read_all(tmp_path / name, labels="none")
+        assert table.column_names == ["id", "image"]
+        assert np.array_equal(pixels_of(table)[..., 0], images)
 
 
 def test_gray_images_that_are_no_single_image_stay_gray_images(tmp_path):

@@ -73,13 +73,16 @@ def read_rows(
 
 
 def folder_label(store: Store, key: str, classes: Sequence[str]) -> int:
-    """Return the index of the top folder of `key` in `classes`. Raises InputError if it is none of them."""
-    top = top_folder(key) or ""
+    """Return the index in `classes` of the first folder of `key` that is one. Raises InputError if none is.
+
+    It is the top folder, except in tars whose images share a folder.
+    """
     places = _places(tuple(classes))
-    found = places.get(top) or places.get(_partition(top)[1], set())
+    names = [places.get(name) or places.get(_partition(name)[1], set()) for name in key.split("/")[:-1]]
+    found = next(filter(None, names), set[int]())
     if len(found) != 1:
         raise InputError(
-            f"{store.url}/{key}: {top!r} is {'not' if not found else 'more than'} one of the classes "
+            f"{store.url}/{key}: its folder is {'not' if not found else 'more than'} one of the classes "
             f"{', '.join(classes[:20])}; rename that folder"
         )
     return min(found)
@@ -186,19 +189,37 @@ def are_splits(names: Collection[str]) -> bool:
     return len(rests) > 1 and len({frozenset(rest) for rest in rests.values()}) == 1
 
 
-def refuse_splits(store: Store, folders: Iterable[str]) -> None:
-    """Raise InputError if the folders in which the images of tars lie are those of several splits."""
-    paths = [[name for name in each.split("/") if name not in ("", ".")] for each in folders]
-    while paths and all(path and path[0] == paths[0][0] for path in paths):
+def below_shared(keys: Iterable[str]) -> list[str]:
+    """Return keys of samples in tars without the folders that all of them share, except for the last one."""
+    paths = [[name for name in key.split("/") if name not in ("", ".")] for key in keys]
+    while any(len(path) > 2 for path in paths) and all(path[0] == paths[0][0] and path[1:] for path in paths):
         paths = [path[1:] for path in paths]
-    tops = {"".join(path[:1]) for path in paths}
+    return ["/".join(path) for path in paths]
+
+
+def refuse_splits(store: Store, keys: Iterable[str]) -> None:
+    """Raise InputError if the top folders in which the images of tars lie are those of several splits."""
+    tops = {top_folder(key) or "" for key in keys}
     exact = {word for top in tops if (word := SPLITS.get(top.lower()))}
     if (len(exact) > 1 or are_splits(tops)) and not read_note(store):
         raise InputError(
             f"{store.url}: the images in its tars lie in folders of more than one split: "
             f"{', '.join(sorted(tops)[:10])}; make tars of one split each and name those, or unpack them and name "
-            "one of the folders"
+            f"one of the folders{ARE_CLASSES}"
         )
+
+
+def classes_in_tars(store: Store, keys: Sequence[str], config: DataConfig) -> list[str] | None:
+    """Return the classes that the top folders of samples in tars stand for, None if there are no two of them."""
+    below = below_shared(keys)
+    tops = {top_folder(key) for key in below}
+    classes = class_folders(store, below, config) if len(tops) > 1 or config.labels == "folder" else None
+    if classes and len({folder_label(store, key, classes) for key in keys}) < len(tops):
+        raise InputError(
+            f"{store.url}: all images in its tars lie in a folder that is named like one of the classes "
+            f"{', '.join(classes[:20])} in it; write the tars anew without that folder"
+        )
+    return classes
 
 
 def is_label(key: str, config: DataConfig) -> bool:

@@ -172,7 +172,7 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     else:
         classes = _folder_classes(store, name, parts, classes, left, data_config)
     source = Source(store.url, name, parts, classes, passed_over)
-    if given is None and (likely := likely_labels(source, data_config)):
+    if given is None and classes is None and (likely := likely_labels(source, data_config)):
         say_once(f"{url}: read without labels; {likely!r} may hold them: --set data.label_column={likely}")
     return source
 
@@ -307,7 +307,7 @@ def _folder_classes(
     if data_config.labels == "none":
         return None
     if name != "folder":
-        if data_config.labels == "folder":
+        if data_config.labels == "folder" and _by_folder(name, parts[0].key, data_config):
             return folder.class_folders(store, [part.key for part in parts], data_config)
         partition = next((part.key for part in parts if folder.is_label(part.key, data_config)), None)
         if partition is not None:
@@ -392,7 +392,7 @@ def read_labels(source: Source, data_config: DataConfig) -> NDArray[np.int64] | 
     if given is not None and (source.format == "folder" or given.names is None):
         keys = [part.key for part in parts] if source.format == "folder" else [parts[0].key] * parts[0].rows
         return labels.labels_of(given, source.url, source.format, keys, 0)
-    if given is None and "folder" in (source.format, data_config.labels):
+    if given is None and _by_folder(source.format, parts[0].key, data_config):
         return None if classes is None else _labels_of_folders(store, parts, classes)
 
     def read(part: Part) -> NDArray[np.int64] | None:
@@ -405,6 +405,12 @@ def read_labels(source: Source, data_config: DataConfig) -> NDArray[np.int64] | 
         found = list(pool.map(read, parts))
     filled = [np.full(part.rows, -1) if each is None else each for part, each in zip(parts, found, strict=True)]
     return None if all(each is None for each in found) else np.concatenate(filled)
+
+
+def _by_folder(format: str, key: str, data_config: DataConfig) -> bool:
+    """Return whether the folders of parts are the labels; those inside of tars are left to their reader."""
+    inside = format == "webdataset" and folder.top_folder(key) is None
+    return format == "folder" or (data_config.labels == "folder" and not inside)
 
 
 def _labels_of_folders(store: Store, parts: Sequence[Part], classes: Sequence[str]) -> NDArray[np.int64]:
@@ -450,7 +456,7 @@ def _read_span(
     span: Span,
 ) -> pa.Table:
     key, start, stop = span
-    by_folder = data_config.labels == "folder" and classes is not None
+    by_folder = data_config.labels == "folder" and classes is not None and _by_folder(format, key, data_config)
     own = given is None and not by_folder and data_config.labels != "none"
     try:
         table = FORMATS[format].read_rows(store, key, start, stop, data_config, classes if own else None)

@@ -81,14 +81,14 @@ class _Look(NamedTuple):
     """What planning sees of one tar: its keys, the labels that are text, and the member of one that is a number.
 
     `examples` holds a key of a sample with (True) and without (False) a label, or of which it is unknown (None).
-    `folders` are those in which its images lie.
+    `folders` are those in which its images lie, each with the key of a sample.
     """
 
     keys: list[str]
     examples: dict[bool | None, str]
     texts: set[str]
     number: str | None
-    folders: set[str]
+    folders: dict[str, str]
 
 
 def claims(key: str) -> bool:
@@ -112,7 +112,10 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     classes = noted_classes(store)
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         looks = list(pool.map(lambda entry: _look(store, entry, config, classes), entries))
-    folder.refuse_splits(store, set[str]().union(*(look.folders for look in looks)))
+    inside = [key for look in looks for key in look.folders.values()]
+    by_folder = config.labels == "folder" and not any(folder.top_folder(entry.key) for entry in entries)
+    if not by_folder:
+        folder.refuse_splits(store, folder.below_shared(inside))
     examples: dict[bool | None, str] = {}
     for look in reversed(looks):
         examples |= look.examples
@@ -125,12 +128,15 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
         texts = set[str]().union(*(look.texts for look in looks))
         number = next((look.number for look in looks if look.number), None)
         classes = folder.classes_of_texts(store.url, texts, number)
+        by_folder = by_folder or (config.labels is None and examples.keys() == {False})
     named = config.label_column != _DEFAULT_LABEL_COLUMN and config.labels is None
     if named and examples.keys() <= {False}:
         raise InputError(
             f"{store.url}: no sample has a member {config.label_column!r}, and no .json member has such a field; "
             "name one that is there with --set data.label_column=NAME"
         )
+    if by_folder:
+        classes = folder.classes_in_tars(store, inside, config)
     if config.tar_ids == "key":
         _refuse_repeated_keys(store, entries, looks)
     parts = [Part(e.key, len(look.keys), e.size, e.version) for e, look in zip(entries, looks, strict=True)]
@@ -172,7 +178,7 @@ def read_labels(
     where, size, noted = f"{store.url}/{key}", store.entry(key).size, noted_classes(store) is not None
     with _reader(store, key) as read:
         samples = group_members(where, _listed(store, key, size, read)[0], config.image_column)
-        labels = [_label(where, sample, read, config, classes, noted) for _, sample in samples]
+        labels = [_row_label(store, key, each, read, config, classes, noted) for each in samples]
     if all(label is None for label in labels):
         return None
     return np.array([-1 if label is None else label for label in labels], np.int64)
@@ -225,14 +231,14 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
     keys: list[str] = []
     examples: dict[bool | None, str] = {}
     texts: set[str] = set()
-    folders: set[str] = set()
+    folders: dict[str, str] = {}
     number = None
     with _reader(store, entry.key) as read:
         found, indexed = _listed(store, entry.key, entry.size, read)
         for key, sample in group_members(where, found, config.image_column):
             keys.append(key)
             if _image_of(sample, config) is not None:
-                folders.add(posixpath.dirname(key))
+                folders.setdefault(posixpath.dirname(key), key)
                 _refuse_two_classes(where, sample, config)
                 if indexed:
                     examples[_is_labelled(sample, config)] = key
@@ -358,7 +364,7 @@ def _table(
     if config.tar_ids == "path":
         names = [f"{key}/{name}" for name in names]
     images = [_image_of(each, config) for _, each in samples]
-    labels = [_label(where, each, read, config, classes, noted) for _, each in samples]
+    labels = [_row_label(store, key, each, read, config, classes, noted) for each in samples]
     taken = {_class_member(each, config) for _, each in samples}
     taken |= {name for name in extensions if _may_be_image(name, config.image_column)}
     extras = {
@@ -391,6 +397,24 @@ def _text(where: str, member: Member, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: member {member.name} is not UTF-8 text: {error}; mend it") from None
+
+
+def _row_label(
+    store: Store,
+    key: str,
+    named: tuple[str, Sample],
+    read: Read,
+    config: DataConfig,
+    classes: Sequence[str] | None,
+    noted: bool,
+) -> int | None:
+    """Return the label of one sample, that of its member; the class of its folder if no tar has such members."""
+    name, sample = named
+    label = _label(f"{store.url}/{key}", sample, read, config, classes, noted)
+    by_folder = config.labels == "folder" or (config.labels is None and not noted)
+    if label is None and classes is not None and by_folder and _image_of(sample, config) is not None:
+        return folder.folder_label(store, name, classes)
+    return label
 
 
 def _label(

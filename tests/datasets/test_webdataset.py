@@ -141,8 +141,52 @@ def test_folders_of_several_splits_in_tars_are_a_question(tmp_path, keys):
     "keys", [("bullet_train/0", "cat/0", "test_tube/0"), ("train/0", "train/1"), ("train/cat/0", "train/dog/0")]
 )
 def test_other_folders_in_a_tar_are_one_set(tmp_path, keys):
-    url = tar(tmp_path / "a.tar", *(member for key in keys for member in sample(key)))
+    url = tar(tmp_path / "a.tar", *(member for key in keys for member in sample(key, 0)))
     assert read_all(url)["id"].to_pylist() == list(keys)
+
+
+@pytest.mark.parametrize("shared", ["", "./", "set/", "a/b/"])
+def test_folders_in_tars_without_labels_are_classes_as_in_a_folder(tmp_path, shared):
+    for place, keys in enumerate((("dog/0", "cat/1"), ("dog/2", "dog/x/3"))):
+        tar(tmp_path / f"{place}.tar", *(member for key in keys for member in sample(f"{shared}{key}", txt=b"a")))
+    for labels in (None, "folder"):
+        config = DataConfig(labels=labels)
+        source = open_source(str(tmp_path), config)
+        assert source.classes == ["cat", "dog"]
+        assert read_all(tmp_path, labels=labels)["label"].to_pylist() == [1, 0, 1, 1]
+        assert read_labels(source, config).tolist() == [1, 0, 1, 1]
+    assert "label" not in read_all(tmp_path, labels="none").column_names
+
+
+def test_folders_in_tars_are_doubtful_as_folders_are_and_a_setting_answers(tmp_path):
+    cases = {
+        ("0/a", "2/b"): "numbered with gaps",
+        ("images/a", "masks/b"): "parts of a dataset",
+        ("cat/a", "b"): "beside them (b)",
+        ("dev/a", "eval/b", "ops/c"): "more than one split",
+        ("toy test/a", "toy train/b"): "more than one split",
+    }
+    for number, (keys, words) in enumerate(cases.items()):
+        url = tar(tmp_path / str(number) / "a.tar", *(member for key in keys for member in sample(key)))
+        refused(url, words, "data.labels=folder")
+        if "b" in keys:
+            refused(url, words, labels="folder")
+            continue
+        tops = [key.partition("/")[0] for key in keys]
+        assert open_source(url, DataConfig(labels="folder")).classes == tops
+        assert read_all(url, labels="folder")["label"].to_pylist() == list(range(len(keys)))
+    refused(
+        tar(tmp_path / "twice/a.tar", *sample("dog/cat/0"), *sample("dog/dog/1")), "named like one of the classes"
+    )
+    one = tar(tmp_path / "one/a.tar", *sample("dog/0"), *sample("dog/1"))
+    assert "label" not in read_all(one).column_names
+    assert read_all(one, labels="folder")["label"].to_pylist() == [0, 0]
+
+
+def test_folders_of_tars_are_the_classes_and_not_those_in_them_if_there_are_both(tmp_path):
+    tar(tmp_path / "cat/a.tar", *sample("x/0"), *sample("y/1"))
+    tar(tmp_path / "dog/a.tar", *sample("x/2"), *sample("y/3"))
+    assert read_all(tmp_path, labels="folder")["label"].to_pylist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

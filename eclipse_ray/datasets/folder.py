@@ -159,11 +159,17 @@ def classes_of_texts(url: str, texts: set[str], number: str | None) -> list[str]
     return _ordered(texts) if names else None
 
 
-def _ordered(names: Iterable[str]) -> list[str]:
+def _ordered(names: Collection[str]) -> list[str]:
     # Numbers decide if all else is equal.
+    numbers = numbers_in(names)
+    return sorted(names) if numbers is None else [name for _, name in sorted(zip(numbers, names, strict=True))]
+
+
+def numbers_in(names: Collection[str]) -> list[list[int]] | None:
+    """Return the numbers in each of some names that are alike without them, None for other names."""
     if len({re.sub("[0-9]+", "0", name) for name in names}) > 1:
-        return sorted(names)
-    return sorted(names, key=lambda name: ([int(number) for number in re.findall("[0-9]+", name)], name))
+        return None
+    return [[int(number) for number in re.findall("[0-9]+", name)] for name in names]
 
 
 def split_of(name: str) -> str | None:

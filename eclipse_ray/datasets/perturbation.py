@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import posixpath
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig, Half, Rounding, Unit
-from eclipse_ray.datasets import npz, published
+from eclipse_ray.datasets import folder, npz, published
 from eclipse_ray.datasets.arrays import order_of
 from eclipse_ray.datasets.formats import Source, open_source, read_labels, read_tables
 from eclipse_ray.datasets.images import Pixels, check_encoding, encode_image
@@ -36,7 +35,6 @@ _ADVICE = (
 _KEYS = ("delta", "perturbation", "perturbations", "noise", "model")
 _FACTORS = {"1": 255.0, "255": 1.0, "8/255": 8.0}
 _CHUNK_BYTES = 16 * 2**20
-_DIGITS = re.compile(r"([0-9]+)")
 # A perturbation in [-1, 1] that exceeds this in many pixels is as likely in units of a bound as in units of white.
 _LARGE, _MANY = 0.25, 0.05
 
@@ -115,7 +113,7 @@ def apply(
     of image numbers to perturb. `unit` says what a value of 1 is; "auto" recognises it from the values. `seed`
     draws one of several perturbations of an image. Ids, labels and extra columns are those of `clean`. Raises
     InputError for a perturbation that does not fit the images or whose unit is doubtful. Image i is the one of the
-    i-th number where names of files differ in a number alone, else the i-th that is read.
+    i-th number where names of files differ in numbers alone, else the i-th that is read.
     """
     _check_choices(half, rounding, unit)
     check_encoding(data_config.encoding, data_config.allow_lossy)
@@ -283,19 +281,17 @@ Place = Callable[[int, pa.Table], Sequence[int | None]]
 def _numbers(source: Source) -> NDArray[np.int64]:
     """Return the number (N) of each image, in the order in which they are read.
 
-    Files of one folder whose names differ in a number alone (0.png, train_data_batch_10) are in its order, where
-    text has 10 before 2.
+    Files of one folder whose names differ in numbers alone (0.png, a_1_10.png) are in the order of these, the first
+    number first, where text has 10 before 2.
     """
     parts = source.parts
-    folders = {part.key.rpartition("/")[0] for part in parts}
-    names = [_DIGITS.split(posixpath.splitext(posixpath.basename(part.key))[0]) for part in parts]
-    differing = [place for place, tokens in enumerate(zip(*names, strict=False)) if len(set(tokens)) > 1]
-    alike = len(folders) == 1 and len({len(name) for name in names}) == 1
+    one_folder = len({posixpath.dirname(part.key) for part in parts}) == 1
+    numbers = folder.numbers_in([posixpath.splitext(posixpath.basename(part.key))[0] for part in parts])
     order = list(range(len(parts)))
-    if alike and len(differing) == 1 and differing[0] % 2:
-        order.sort(key=lambda part: int(names[part][differing[0]]))
+    if one_folder and numbers is not None:
+        order.sort(key=numbers.__getitem__)
     if order != sorted(order):
-        say(f"{source.url}: images count by the number in their file's name, {parts[order[0]].key} first")
+        say(f"{source.url}: images count by the numbers in their files' names, {parts[order[0]].key} first")
     starts = np.cumsum([0, *(part.rows for part in parts)])
     meant = [np.arange(starts[part], starts[part + 1]) for part in order]
     return np.argsort(np.concatenate(meant))

@@ -77,9 +77,15 @@ def rows_up_to(count):
         # The number in the name, where text has 10 before 2.
         ([f"{n}.png" for n in range(12)], {f"{n}.png": n for n in range(12)}),
         ([f"img_{n}.png" for n in (3, 20, 100)], {"img_3.png": 0, "img_20.png": 1, "img_100.png": 2}),
-        # Text in all other cases: as torchvision's ImageFolder has class folders, and where two numbers differ.
+        # Of several numbers the first one counts first.
+        (
+            [f"a_{n}_{k}.png" for n in (2, 10) for k in (1, 2, 10)],
+            {f"a_{n}_{k}.png": 3 * i + j for i, n in enumerate((2, 10)) for j, k in enumerate((1, 2, 10))},
+        ),
+        (["2-x1.png", "10-x1.jpg"], {"2-x1.png": 0, "10-x1.jpg": 1}),
+        # Text in all other cases, as torchvision's ImageFolder has class folders.
         (["cat/2.png", "cat/10.png", "dog/1.png"], {"cat/10.png": 0, "cat/2.png": 1, "dog/1.png": 2}),
-        (["a2_1.png", "a10_2.png"], {"a10_2.png": 0, "a2_1.png": 1}),
+        (["a2_1.png", "b10_2.png", "a10_3.png"], {"a10_3.png": 0, "a2_1.png": 1, "b10_2.png": 2}),
         (["b.png", "a.png"], {"a.png": 0, "b.png": 1}),
     ],
 )
@@ -89,7 +95,7 @@ def test_rows_belong_to_numbered_files_by_their_number(tmp_path, capsys, names, 
     apply(str(tmp_path / "delta.npy"), clean, str(tmp_path / "out"), CONFIG)
     assert first_pixels(str(tmp_path / "out")) == row_of
     by_number = list(row_of) != sorted(row_of)
-    assert ("images count by the number in their file's name" in capsys.readouterr().err) == by_number
+    assert ("images count by the numbers in their files' names" in capsys.readouterr().err) == by_number
 
 
 def test_a_file_of_image_numbers_and_labels_beside_rows_count_numbered_files_by_their_number(tmp_path):

@@ -28,6 +28,8 @@ from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
 from eclipse_ray.storage.store import Store
 
+# Of a table that begins at an image number: its perturbations, None for an image that stays as it is.
+Chooser = Callable[[int, pa.Table], Iterable[NDArray[Any] | None]]
 RECORD = "_eclipse/perturbation.json"
 _ADVICE = (
     "expected one array of perturbations, as .npy, or as .pt, .pth or .pkl of numbers, text, lists and arrays"
@@ -79,19 +81,28 @@ class _Delta:
 
 
 @dataclass
-class _Norms:
-    """How many images were changed, by how much at most (of 255), and the sum of their L2 norms."""
+class _Adder:
+    """Adds perturbations; counts the images, the largest change (of 255), and the sum of the L2 norms."""
 
+    noise: _Delta
+    unit: Unit
+    half: Half
+    rounding: Rounding
     changed: int = 0
     linf: int = 0
     l2: float = 0.0
 
-    def count(self, before: Pixels, after: Pixels) -> None:
-        """Count one image that was changed."""
+    def add(self, name: str, before: Pixels, values: NDArray[Any]) -> Pixels:
+        """Return the image `name` with its perturbation, and count it."""
+        if order_of(self.noise.shape, np.dtype(np.float32)) == "CHW":
+            values = values.transpose(1, 2, 0)
+        where = f"{self.noise.where}: for image {name}"
+        after = add_perturbation(where, before, values, _FACTORS[self.unit], self.half, self.rounding)
         change = after.astype(np.float64) - before
         self.changed += 1
         self.linf = max(self.linf, int(np.abs(change).max()))
         self.l2 += float(np.linalg.norm(change)) / 255
+        return after
 
 
 def apply(
@@ -122,49 +133,35 @@ def apply(
     source = open_source(clean, data_config)
     noise = _load(delta)
     unit = _unit(noise, unit)
-    numbers = _numbers(source)
-    kind, place = _placing(noise, source, data_config, index, numbers)
-    as_read = bool((numbers == np.arange(len(numbers))).all())
-    in_order = (index, kind, noise.draws) == ("order", "sample-wise", 1) and as_read
-    choose = _chooser(noise, None if in_order else place, seed)
-    first = order_of(noise.shape, np.dtype(np.float32)) == "CHW"
+    kind, choose = _chooser(noise, source, data_config, index, seed)
     say(
         f"{delta}: read as a {kind} perturbation {noise.dtype} {noise.shape} in units of {unit}, {half}, "
         f"rounding {rounding}"
     )
-    norms = _Norms()
-
-    def perturbed(name: str, data: bytes, values: NDArray[Any] | None) -> bytes:
-        before = decode_resized(source.url, name, data, data_config)
-        if values is None:
-            return encode_image(before, data_config.encoding)
-        values = values.transpose(1, 2, 0) if first else values
-        where = f"{noise.where}: for image {name}"
-        pixels = add_perturbation(where, before, values, _FACTORS[unit], half, rounding)
-        norms.count(before, pixels)
-        return encode_image(pixels, data_config.encoding)
-
-    def tables() -> Iterator[pa.Table]:
-        start = 0
-        for table in read_tables(source, data_config):
-            rows = zip(table["id"].to_pylist(), image_bytes(table), choose(start, table), strict=True)
-            yield with_images(table, [perturbed(*row) for row in rows])
-            start += table.num_rows
-
+    adder = _Adder(noise, unit, half, rounding)
+    tables = _perturbed(source, data_config, choose, adder)
     images = write_dataset(
-        output,
-        tables(),
-        classes=source.classes,
-        source=clean,
-        doing=doing,
-        passed_over=source.passed_over,
+        output, tables, classes=source.classes, source=clean, doing=doing, passed_over=source.passed_over
     )
-    l2 = norms.l2 / max(1, norms.changed)
-    applied = Applied(images, norms.changed, norms.linf, l2, kind, unit, half, rounding, output)
+    l2 = adder.l2 / max(1, adder.changed)
+    applied = Applied(images, adder.changed, adder.linf, l2, kind, unit, half, rounding, output)
     record = {**asdict(applied), "delta": delta, "clean": clean, "index": index, "seed": seed}
     Store(output).write(RECORD, json.dumps(record, indent=2).encode())
-    say(f"{output}: {norms.changed:,} of {images:,} images changed by at most {norms.linf}/255, mean L2 {l2:.3f}")
+    say(f"{output}: {adder.changed:,} of {images:,} images changed by at most {adder.linf}/255, mean L2 {l2:.3f}")
     return applied
+
+
+def _perturbed(source: Source, data_config: DataConfig, choose: Chooser, adder: _Adder) -> Iterator[pa.Table]:
+    start = 0
+    for table in read_tables(source, data_config):
+        encoded = []
+        rows = zip(table["id"].to_pylist(), image_bytes(table), choose(start, table), strict=True)
+        for name, data, values in rows:
+            pixels = decode_resized(source.url, name, data, data_config)
+            pixels = pixels if values is None else adder.add(name, pixels, values)
+            encoded.append(encode_image(pixels, data_config.encoding))
+        yield with_images(table, encoded)
+        start += table.num_rows
 
 
 def _check_choices(half: str, rounding: str, unit: str) -> None:
@@ -281,8 +278,8 @@ Place = Callable[[int, pa.Table], Sequence[int | None]]
 def _numbers(source: Source) -> NDArray[np.int64]:
     """Return the number (N) of each image, in the order in which they are read.
 
-    Files of one folder whose names differ in numbers alone (0.png, a_1_10.png) are in the order of these, the first
-    number first, where text has 10 before 2.
+    Files of one folder whose names differ in numbers alone (0.png, a_1_10.png) are in the order of these, the
+    first number first, where text has 10 before 2.
     """
     parts = source.parts
     one_folder = len({posixpath.dirname(part.key) for part in parts}) == 1
@@ -333,19 +330,20 @@ def _placing(
     return f"{kind}{some}", place
 
 
-def _chooser(
-    noise: _Delta, place: Place | None, seed: int
-) -> Callable[[int, pa.Table], Iterable[NDArray[Any] | None]]:
-    """Return the function that gives the perturbations of a table; without `place` they are in its order."""
-    if place is None:
-        return lambda start, table: noise.rows(start, start + table.num_rows)
+def _chooser(noise: _Delta, source: Source, data_config: DataConfig, index: str, seed: int) -> tuple[str, Chooser]:
+    """Return what kind of perturbation it is, and the function that gives the perturbations of a table."""
+    numbers = _numbers(source)
+    kind, place = _placing(noise, source, data_config, index, numbers)
+    as_read = bool((numbers == np.arange(len(numbers))).all())
+    if (index, kind, noise.draws) == ("order", "sample-wise", 1) and as_read:
+        return kind, lambda start, table: noise.rows(start, start + table.num_rows)
     whole = noise.whole()
 
     def choose(start: int, table: pa.Table) -> list[NDArray[Any] | None]:
         rows = zip(table["id"].to_pylist(), place(start, table), strict=True)
         return [None if row is None else whole[_draw(noise.draws, seed, name), row] for name, row in rows]
 
-    return choose
+    return kind, choose
 
 
 def _draw(draws: int, seed: int, name: str) -> int:

@@ -89,7 +89,7 @@ def list_parts(
     # Arrays that may be one image, and the sizes of gray images in other files, which settle what those are.
     doubtful: dict[str, ArrayFile] = {}
     gray: set[tuple[int, ...]] = set()
-    classes = noted_classes(store)
+    classes = noted_classes(store, config.label_column)
     for entry in entries:
         with opened(store, entry, config) as file:
             rows = file.shape[0]

@@ -102,7 +102,7 @@ def opened(store: Store, entry: Entry, config: DataConfig, *, listing: bool = Fa
             whole=labels is not None and len(labels.shape) == 1 and labels.dtype.kind in "iu",
             said="" if plain else said,
             version="" if beside is None else f"+{store.entry(beside).version}",
-            classes=lambda: _own_classes(where, file, held),
+            classes=lambda: _own_classes(where, file, held, config),
             ids=partial(_text_rows, where, file, held[IDS]) if IDS in held and held[IDS] in extras else None,
             columns={each.name: partial(_column, where, file, each) for each in extras if each.name != IDS},
         )
@@ -333,8 +333,10 @@ def _values_of(file: BinaryIO, array: Array) -> Iterator[BinaryIO]:
                 yield cast(BinaryIO, member)
 
 
-def _own_classes(where: str, file: BinaryIO, held: dict[str, Array]) -> list[str] | None:
-    array = held.get(CLASSES)
+def _own_classes(where: str, file: BinaryIO, held: dict[str, Array], config: DataConfig) -> list[str] | None:
+    # They are those of the labels under a usual name, if there are such.
+    others = config.label_column != _DEFAULT_LABELS and {*held} & {*LABELS} - {config.label_column}
+    array = None if others else held.get(CLASSES)
     if array is None or array.dtype.kind != "U" or len(array.shape) != 1:
         return None
     return _text_rows(where, file, array, 0, array.shape[0])

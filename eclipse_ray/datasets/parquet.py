@@ -602,7 +602,8 @@ def _classes(schema: pa.Schema, label: str | None) -> list[str] | None:
         own = json.loads(metadata.get(METADATA_KEY, b"{}"))
         foreign = json.loads(metadata.get(b"huggingface", b"{}"))
         feature = foreign.get("info", {}).get("features", {}).get(label, {})
-        names = own.get("classes") or feature.get("names")
+        known = own.get("classes") if label in (None, _DEFAULT_LABEL_COLUMN) else None
+        names = known or feature.get("names")
     except (ValueError, AttributeError):
         return None  # Class names are optional, and labels are valid without them.
     return [str(name) for name in names] if isinstance(names, list) and names else None

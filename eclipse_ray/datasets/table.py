@@ -236,7 +236,7 @@ def read_note(store: Store) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def noted_classes(store: Store) -> list[str] | None:
-    """Return the class names in the note of the dataset in `store`, or None."""
-    classes = read_note(store).get("classes")
+def noted_classes(store: Store, column: str = CANONICAL[2]) -> list[str] | None:
+    """Return the class names in the note of the dataset in `store`, or None. Labels in another column have none."""
+    classes = read_note(store).get("classes") if column == CANONICAL[2] else None
     return [str(name) for name in classes] if isinstance(classes, list) and classes else None

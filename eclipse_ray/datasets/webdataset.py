@@ -109,7 +109,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             raise InputError(
                 f"{store.url}/{entry.key}: is compressed, so its rows cannot be reached; make it a plain .tar"
             )
-    classes = noted_classes(store)
+    classes = noted_classes(store, config.label_column)
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         looks = list(pool.map(lambda entry: _look(store, entry, config, classes), entries))
     inside = [key for look in looks for key in look.folders.values()]
@@ -175,7 +175,11 @@ def read_labels(
     store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
 ) -> NDArray[np.int64] | None:
     """Return the labels of one tar, -1 for none, or None if no sample has one; images are not read."""
-    where, size, noted = f"{store.url}/{key}", store.entry(key).size, noted_classes(store) is not None
+    where, size, noted = (
+        f"{store.url}/{key}",
+        store.entry(key).size,
+        noted_classes(store, config.label_column) is not None,
+    )
     with _reader(store, key) as read:
         samples = group_members(where, _listed(store, key, size, read)[0], config.image_column)
         labels = [_row_label(store, key, each, read, config, classes, noted) for each in samples]
@@ -357,7 +361,7 @@ def _table(
     config: DataConfig,
     classes: Sequence[str] | None,
 ) -> pa.Table:
-    where, noted = f"{store.url}/{key}", noted_classes(store) is not None
+    where, noted = f"{store.url}/{key}", noted_classes(store, config.label_column) is not None
     names = [name for name, _ in samples]
     if read_note(store).get(ESCAPED_KEYS) is True:
         names = [unescape_key(name) for name in names]

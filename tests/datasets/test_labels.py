@@ -545,3 +545,13 @@ def test_the_named_labels_win_in_every_format(tmp_path, kind):
     assert list(labels_at(url, label_column="named")[0].values()) == [2, 0, 1]
     assert set(labels_at(url, label_column="named", labels="none")[0].values()) == {None}
     refused(url, "data.label" if kind == "npy" else "data.label_column", label_column="absent")
+
+
+@pytest.mark.parametrize("layout", ["parquet", "npz", "webdataset"])
+def test_other_labels_do_not_have_the_names_of_the_classes(tmp_path, layout):
+    name, values = ("txt", ["3", "1", "0"]) if layout == "webdataset" else ("coarse", [3, 1, 0])
+    extras = pa.table({name: values})
+    table = table_of(PIXELS[:3], [0, 1, 0], extras=extras, classes=["cat", "dog"])
+    url = helpers.write_set(tmp_path / layout, table, classes=["cat", "dog"], layout=layout)
+    assert labels_at(url) == ({f"im/{row:03d}": row % 2 for row in range(3)}, ["cat", "dog"])
+    assert labels_at(url, label_column=name) == ({"im/000": 3, "im/001": 1, "im/002": 0}, None)

@@ -128,7 +128,9 @@ def _images_and_labels(
         return _from_dict(where, content, label_column)
     if isinstance(content, list | tuple) and content:
         images = values_of(content[0])
-        if len(content) == 2 and images is not None and len(images.shape) > 1:
+        second = values_of(content[-1])
+        flat = second is None or len(second.shape) < 3
+        if len(content) == 2 and images is not None and len(images.shape) > 1 and flat:
             return images, content[1]
         if all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in content):
             items = [pair[0] for pair in content]

@@ -237,6 +237,6 @@ def read_note(store: Store) -> dict[str, Any]:
 
 
 def noted_classes(store: Store, column: str = CANONICAL[2]) -> list[str] | None:
-    """Return the class names in the note of the dataset in `store`, or None. Labels in another column have none."""
+    """Return the class names in the note of the dataset in `store`, or None; another column has none."""
     classes = read_note(store).get("classes") if column == CANONICAL[2] else None
     return [str(name) for name in classes] if isinstance(classes, list) and classes else None

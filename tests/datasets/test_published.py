@@ -111,6 +111,11 @@ def test_what_was_read_can_be_written_in_every_layout(tmp_path, layout):
     assert np.array(table["label"].to_pylist())[order].tolist() == LABELS.tolist()
 
 
+def test_a_pair_of_images_is_refused_also_without_labels(tmp_path):
+    for labels in (None, "none"):
+        refused(dump(tmp_path / "pair.pkl", (IMAGES, IMAGES[:3])), "holds a tuple of 2, not images", labels=labels)
+
+
 def test_a_lone_tensor_has_no_labels(tmp_path):
     holds(save(tmp_path / "images.pt", torch.from_numpy(FLOATS)), labels=None)
 

@@ -401,7 +401,7 @@ def _texts(where: str, column: pa.ChunkedArray) -> set[str] | None:
     if not _is_text(column.type):
         _whole_labels(where, column, None)
         return None
-    texts = set(_plain_text(where, "label", column).unique().drop_null().to_pylist())
+    texts = set(_label_texts(where, column).unique().drop_null().to_pylist())
     if "" in texts:
         raise InputError(f"{where}: some labels are empty texts; leave the cells of images without a label empty")
     if broken := [text for text in texts if FRACTION.fullmatch(text)]:
@@ -419,6 +419,11 @@ def _plain_text(where: str, name: str, column: pa.Array | pa.ChunkedArray) -> pa
             f"{where}: column {name!r} holds {column.type}, expected text ({error}); rename the column, or "
             "write it again as text"
         ) from error
+
+
+def _label_texts(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    # Space around a label means nothing, as in tars and label files.
+    return pc.utf8_trim_whitespace(_plain_text(where, "label", column))
 
 
 def _one_each(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -439,12 +444,12 @@ def _whole_labels(where: str, column: pa.ChunkedArray, classes: Sequence[str] | 
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     if _is_text(column.type):
-        column = _plain_text(where, "label", column)
+        column = _label_texts(where, column)
         if classes is None:
             column = pc.replace_substring_regex(column, r"\.0+$", "")
         else:
             column = pc.if_else(pc.equal(column, "-1"), None, column)
-            found = pc.index_in(column, pa.array(classes, pa.string()))
+            found = pc.index_in(column, pa.array([name.strip() for name in classes], pa.string()))
             lost = pc.index(pc.and_(pc.is_null(found), pc.is_valid(column)), True).as_py()
             if lost >= 0:
                 raise InputError(f"{where}: label {column[lost]} is none of the classes {', '.join(classes[:20])}")

@@ -524,6 +524,17 @@ def written(folder, kind, labels, other=None):
     return str(folder / "images.npy" if kind == "npy" else folder)
 
 
+def test_space_around_labels_means_nothing(tmp_path):
+    encoded = [encode_image(image, "png") for image in PIXELS[:3]]
+    for name, values, labels, classes in (
+        ("numbers", [" 1", "2", "0\n"], [1, 2, 0], None),
+        ("names", ["b", " a", "a "], [1, 0, 0], ["a", "b"]),
+    ):
+        pq.write_table(pa.table({"image": encoded, "label": values}), tmp_path / f"{name}.parquet")
+        found, known = labels_at(str(tmp_path / f"{name}.parquet"))
+        assert (list(found.values()), known) == (labels, classes)
+
+
 KINDS = ("parquet", "webdataset", "npz", "npy", "pt", "pkl", "cifar")
 
 

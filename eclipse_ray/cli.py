@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,12 +56,16 @@ from eclipse_ray.results import Result
 # Typer carries a click of its own in some versions; this is its UsageError wherever it lies.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
+NARROW = 72
+"""Terminals of fewer columns get help without tables."""
+
 app = typer.Typer(
     name="eclipse-ray",
     help="Purify availability-poisoned image datasets with sparse diffusion denoisers, on Ray.",
     epilog="First: eclipse-ray doctor, then eclipse-ray demo. Settings of every command: docs/settings.md.",
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    # Tables cut the names of options where they have no room.
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= NARROW else None,
 )
 
 
@@ -79,10 +84,12 @@ def _add(name: str, verb: Verb) -> None:
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     vars(command)["__signature__"] = inspect.Signature([context, *parameters])
     command.__annotations__ = {one.name: one.annotation for one in (context, *parameters)}
+    # Without the line breaks within a paragraph, which Typer would keep.
+    help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(verb.function) or "")
     app.command(
         name,
-        # Without the line breaks within a paragraph, which Typer would keep.
-        help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(verb.function) or ""),
+        help=help,
+        short_help=help.partition("\n\n")[0],
         epilog="\n\n".join(["Examples:", *verb.examples]),
         rich_help_panel=verb.group,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True} if name == "submit" else None,

@@ -51,6 +51,23 @@ def test_every_command_has_two_examples_that_its_own_parser_takes(name):
         load_config(str(ROOT / file) if file else None, assignments)
 
 
+@pytest.mark.parametrize("columns", ["40", "72"])
+def test_no_name_of_an_option_is_cut_on_a_narrow_terminal(columns):
+    code = (
+        "from eclipse_ray import cli\n"
+        "for name in ([], *([verb] for verb in cli.VERBS)):\n"
+        "    print('\\f'); cli.app([*name, '--help'], prog_name='eclipse-ray', standalone_mode=False)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "COLUMNS": columns}, capture_output=True, text=True
+    )
+    overview, *pages = done.stdout.split("\f\n")[1:]
+    assert "store are fit for a run, and what to mend" in " ".join(overview.replace("│", " ").split())
+    for name, page in zip(cli.VERBS, pages, strict=True):
+        options = [one for each in COMMANDS[name].params for one in (*each.opts, *each.secondary_opts)]
+        assert [one for one in options if one.startswith("--") and one not in page] == []
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained_and_stands_in_a_group_and_a_config_is_one_of_them(name):
     assert name == "submit" or {"config", "settings"} <= {one.name for one in COMMANDS[name].params}

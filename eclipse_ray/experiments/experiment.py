@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from eclipse_ray.experiments.recipe import (
     Recipe,
     Recommended,
     build_grid,
+    given_denoisers,
     published_sources,
     single_grid,
     source_column,
@@ -162,7 +163,8 @@ def open_evaluation(config: Config) -> Experiment:
     recorded = ledger.recorded_settings(Store(data.source))
     sparse = load_images(data.clean, data) if data.clean else None
     sets = Sets(source, test, sparse, {}, len(source.ids))
-    _refuse_shared(config, sets, (recorded.get("purify") or {}).get("denoiser"))
+    used = (recorded.get("purify") or {}).get("denoiser")
+    _refuse_shared(config, sets, {used} if used else ())
     grid = single_grid(config, evaluated_compensation(config, recorded, data.source))
     return Experiment(config, sets, Facts("", "", {}), grid, None)
 
@@ -198,7 +200,8 @@ def open_matrix(config: Config) -> Experiment:
             raise ConfigError(f"{name} is not set: a matrix needs data.source, data.test and data.output")
     # Once without images, so that a wrong entry is found before minutes of reading.
     unread: dict[float | None, str] = dict.fromkeys(sparse_counts(config), "") if data.clean else {}
-    build_grid(config, Facts("", "", unread, published=dict.fromkeys(published_sources(config), "")))
+    given = _given(given_denoisers(config))
+    build_grid(config, Facts("", "", unread, given, dict.fromkeys(published_sources(config), "")))
     check_labels(config, str(data.source), str(data.test))
     for url in published_sources(config):
         opened = open_source(url, data)
@@ -222,9 +225,9 @@ def open_matrix(config: Config) -> Experiment:
         raise InputError(f"a matrix needs images of one size, found {sizes}; set data.resize")
     total = len(source.ids) if matrix.limit is None else open_source(str(data.source), data).images
     sets = Sets(source, test, sparse, parts, total)
-    _refuse_shared(config, sets, config.purify.denoiser)
-    identities, names = _published(config, sets)
-    sets, facts = replace(sets, published=names), replace(_facts(config, sets), published=identities)
+    _refuse_shared(config, sets, given)
+    identities, names = _published(config, sets, given)
+    sets, facts = replace(sets, published=names), replace(_facts(sets, given), published=identities)
     grid = build_grid(config, facts)
     if any(row.defense.dilution for row in grid.rows) and (sparse is None or sparse.labels is None):
         raise InputError(
@@ -233,7 +236,9 @@ def open_matrix(config: Config) -> Experiment:
     return Experiment(config, sets, facts, grid, data.output)
 
 
-def _published(config: Config, sets: Sets) -> tuple[dict[str, str], dict[str, Sequence[str]]]:
+def _published(
+    config: Config, sets: Sets, denoisers: Iterable[str]
+) -> tuple[dict[str, str], dict[str, Sequence[str]]]:
     """Return the identity of every poison that others published and its ids in the order of the training images.
 
     Both are by location; the images are checked as a training set is.
@@ -242,7 +247,7 @@ def _published(config: Config, sets: Sets) -> tuple[dict[str, str], dict[str, Se
     for url in published_sources(config):
         images, names[url] = load_published(url, sets.source, config)
         own = with_overrides(config, {"data.source": url})
-        _refuse_shared(own, replace(sets, source=images), config.purify.denoiser)
+        _refuse_shared(own, replace(sets, source=images), denoisers)
         found[url] = _identity(images)
     return found, names
 
@@ -275,7 +280,7 @@ def open_sweep(config: Config) -> Experiment:
     places = {"data.output": config.data.output, "purify.denoiser": config.purify.denoiser}
     config = with_overrides(config, {key: Store(place).url for key, place in places.items() if place})
     sets = sweep_sets(config)
-    facts = _facts(config, sets)
+    facts = _facts(sets, _given(given_denoisers(config)))
     space = search.space_of(config, facts)
     for note in sweep_notes(config, sets):
         say(f"sweep: {note}")
@@ -394,16 +399,22 @@ def _same_classes(url: str, images: ImageSet, other_url: str, other: ImageSet) -
         )
 
 
-def _facts(config: Config, sets: Sets) -> Facts:
-    """Return the digests that keys are made of."""
-    weights, recommended = "", None
-    if config.purify.denoiser:
-        folder = local_denoiser(config.purify.denoiser)
+def _given(locations: Iterable[str]) -> dict[str, Recommended]:
+    """Return what given denoisers say of their use and a digest of their content, by their location."""
+    found = {}
+    for location in locations:
+        folder = local_denoiser(location)
         known = load_denoiser(folder)
-        weights = digest([weights_digest(folder), (Path(folder) / CARD_FILE).read_text(encoding="utf-8")])
-        recommended = Recommended(**{each.name: getattr(known, each.name) for each in fields(Recommended)})
+        own = {each.name: getattr(known, each.name) for each in fields(Recommended) if each.name != "weights"}
+        card = (Path(folder) / CARD_FILE).read_text(encoding="utf-8")
+        found[location] = Recommended(**own, weights=digest([weights_digest(folder), card]))
+    return found
+
+
+def _facts(sets: Sets, denoisers: Mapping[str, Recommended]) -> Facts:
+    """Return the digests that keys are made of."""
     sparse = {part: _identity(images) for part, images in sets.parts.items()}
-    return Facts(_identity(sets.source), _identity(sets.test), sparse, weights, recommended)
+    return Facts(_identity(sets.source), _identity(sets.test), sparse, denoisers)
 
 
 def _identity(images: ImageSet) -> str:
@@ -412,10 +423,10 @@ def _identity(images: ImageSet) -> str:
     return digest([images.ids, [content_hash(image) for image in images.images], labels])
 
 
-def _refuse_shared(config: Config, sets: Sets, denoiser: str | None) -> None:
-    """Refuse to measure on images that were trained on, by the victim or by the denoiser."""
+def _refuse_shared(config: Config, sets: Sets, denoisers: Iterable[str]) -> None:
+    """Refuse to measure on images that were trained on, by the victim or by a given denoiser."""
     sparse = set() if sets.sparse is None else set(sets.sparse.hashes())
-    if denoiser:
+    for denoiser in denoisers:
         sparse |= set(read_card(local_denoiser(denoiser)).sparse_hashes)
     where = f"{config.data.source}, {config.data.test}"
     _refuse(where, set(sets.source.hashes()), set(sets.test.hashes()), sparse)

@@ -65,7 +65,10 @@ _schedule = lru_cache(maxsize=8)(cosine_alphas_cumprod)
 
 @dataclass
 class Recommended:
-    """What a denoiser says of its use, whether it is there or is still to be trained (`sampling.Trained`)."""
+    """What a denoiser says of its use, whether it is there or is still to be trained (`sampling.Trained`).
+
+    `weights` is a digest of a given one, and empty of one that is trained here.
+    """
 
     t_max: int
     t_star: int
@@ -74,6 +77,7 @@ class Recommended:
     tile: int
     int8: bool
     alphas_cumprod: Tensor = field(repr=False, compare=False)
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,22 +85,20 @@ class Facts:
     """Digests of the images that an experiment reads.
 
     `sparse` are the images that train a denoiser, by the setting that chooses them (matrix.sparse_limit, or
-    sweep.sparse_percent); None stands for all of them. `weights` and `recommended` describe a given denoiser; they
-    are empty and None when the denoiser is trained here. `published` are sets that take the place of a poison, by
-    their location.
+    sweep.sparse_percent); None stands for all of them. `denoisers` are those that are given, `published` sets that
+    take the place of a poison, both by their location.
     """
 
     source: str
     test: str
     sparse: Mapping[float | None, str]
-    weights: str = ""
-    recommended: Recommended | None = None
+    denoisers: Mapping[str, Recommended] = field(default_factory=dict)
     published: Mapping[str, str] = field(default_factory=dict)
 
     def of_denoiser(self, config: Config) -> Recommended:
         """Return what the denoiser says, the given one or the one that `config` trains."""
-        if self.recommended:
-            return self.recommended
+        if config.purify.denoiser:
+            return self.denoisers[config.purify.denoiser]
         own = config.denoiser
         return Recommended(
             int(own.t_max or 0),
@@ -232,7 +234,7 @@ def build_grid(config: Config, facts: Facts) -> Grid:
     """Return the grid of the section `matrix`. Raises ConfigError for unknown names and for two equal labels."""
     matrix = config.matrix
     columns = _columns(config, facts)
-    rows = [_row(config, entry, facts) for entry in entries(matrix.defenses, DEFENSE_SECTIONS)]
+    rows = [_row(entry, chosen, facts) for entry, chosen in row_configs(config)]
     if not rows:
         raise ConfigError("matrix: no defense is listed; name at least one")
     named = entries(matrix.victims or (config.victim.arch,), ("victim",))
@@ -375,19 +377,25 @@ def attacks_denoiser(config: Config) -> bool:
     return config.poison.name == "adp" and config.poison.variant == "strong"
 
 
-def _row(config: Config, entry: Entry, facts: Facts) -> Row:
+def row_configs(config: Config) -> list[tuple[Entry, Config]]:
+    """Return the rows of a matrix, each with all its settings. Raises ConfigError that names the row."""
+    found = []
+    for entry in entries(config.matrix.defenses, DEFENSE_SECTIONS):
+        with _named(f"matrix: {entry.label}"):
+            found.append((entry, with_overrides(config, entry.settings)))
+    return found
+
+
+def _row(entry: Entry, chosen: Config, facts: Facts) -> Row:
     defense = combine(entry.name)
-    chosen = with_overrides(config, entry.settings)
     chosen = chosen.model_copy(update={"defense": resolved_defense(chosen.defense)})
     denoiser = ""
     if any(DEFENSES[one].transform in PURIFICATIONS for one in transforms(entry.name)):
         denoiser = denoiser_key(chosen, facts, chosen.matrix.sparse_limit)
-        # Of a denoiser of the row's own only its run knows.
-        if chosen.purify.denoiser == config.purify.denoiser:
-            with _named(f"matrix: {entry.label}"):
-                check_purification(chosen, facts)
-                if "avatar" in transforms(entry.name):
-                    avatar_depth(Avatar.of(chosen.defense), facts.of_denoiser(chosen))
+        with _named(f"matrix: {entry.label}"):
+            check_purification(chosen, facts)
+            if "avatar" in transforms(entry.name):
+                avatar_depth(Avatar.of(chosen.defense), facts.of_denoiser(chosen))
     if entry.against and (not denoiser or chosen.purify.denoiser):
         raise ConfigError(
             f"matrix: {entry.label}: against is for a defense that purifies, without purify.denoiser"
@@ -444,7 +452,7 @@ def denoiser_key(config: Config, facts: Facts, part: float | None) -> str:
     if config.denoiser.against:
         raise ConfigError("denoiser.against is for train; a row of a grid says `against: true`, a sweep has none")
     if config.purify.denoiser:
-        return digest(["weights", facts.weights])
+        return digest(["weights", facts.of_denoiser(config).weights])
     sparse = sparse_of(facts, part, "the denoiser")
     return digest(
         ["denoiser", VERSION, deciding_settings(config.denoiser), sparse, config.data.resize, config.run.seed]
@@ -460,8 +468,13 @@ def sparse_of(facts: Facts, part: float | None, who: str) -> str:
 
 def sparse_counts(config: Config) -> set[int | None]:
     """Return every number of sparse images that a row of the matrix asks for; None stands for all."""
-    own = [entry.settings for entry in entries(config.matrix.defenses, DEFENSE_SECTIONS)]
-    return {config.matrix.sparse_limit, *(one.get("matrix.sparse_limit") for one in own)}
+    return {config.matrix.sparse_limit, *(chosen.matrix.sparse_limit for _, chosen in row_configs(config))}
+
+
+def given_denoisers(config: Config) -> set[str]:
+    """Return the location of every denoiser that the config or a row of the matrix names."""
+    own = [chosen for _, chosen in row_configs(config)]
+    return {one.purify.denoiser for one in (config, *own) if one.purify.denoiser}
 
 
 def defended_key(images: str, row: Row) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
@@ -24,7 +25,7 @@ from eclipse_ray.experiments.experiment import Experiment, open_matrix
 from eclipse_ray.experiments.run import groups, share
 from eclipse_ray.poisoning import fits_at_once
 from eclipse_ray.poisons import cost_of
-from tests.support import DEBUG, OneRun, dotted, kept_by_experiment, kill_and_go_on
+from tests.support import DEBUG, OneRun, change_json, dotted, kept_by_experiment, kill_and_go_on
 
 SETTINGS = {
     **DEBUG,
@@ -126,12 +127,33 @@ def test_a_sparse_set_that_overlaps_is_refused_before_anything_is_written(world,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_denoiser_fitted_on_the_training_images_is_refused_whatever_their_size_in_memory(world, tmp_path):
+@pytest.mark.parametrize("of_a_row", [False, True])
+def test_a_denoiser_fitted_on_the_training_images_is_refused_whatever_their_size_in_memory(
+    world, tmp_path, of_a_row
+):
     # The poison changes every image, so it is the clean originals that are compared.
     settings = settings_for(world, tmp_path / "out", data__source=world.clean, matrix__limit=None)
     own = {"data.clean": None, "matrix.defenses": ["none"], "data.resize": 24}
+    if of_a_row:
+        own["matrix.defenses"] = ["none", {"name": "eclipse", "purify.denoiser": world.denoiser}]
+        own["purify.denoiser"] = None
     with pytest.raises(InputError, match="sparse clean set and training set share 20"):
         verbs.evaluate(settings={**settings, **own})
+
+
+def test_rows_with_given_denoisers_are_each_measured_with_their_own(world, tmp_path):
+    shutil.copytree(world.denoiser, tmp_path / "same")
+    shutil.copytree(world.denoiser, tmp_path / "other")
+    change_json(tmp_path / "other" / "eclipse.json", t_max=9)
+    places = [world.denoiser, str(tmp_path / "same"), str(tmp_path / "other")]
+    rows = [{"name": "eclipse", "label": place, "purify.denoiser": place} for place in places]
+    # What the section denoiser says is of no denoiser here.
+    trained = {"denoiser__t_star": 2, "denoiser__t_max": 2, "purify__t_star": 4}
+    for of_all in (world.denoiser, None):
+        changes = {"matrix__defenses": [*rows, "none"], "purify__denoiser": of_all, "evaluate__seeds": 1}
+        grid = open_matrix(load_config(None, settings_for(world, tmp_path / "out", **changes, **trained))).grid
+        first, same, other = (one.training for one in grid.recipes[:3])
+        assert first == same != other
 
 
 def test_only_a_matrix_can_be_planned_and_a_matrix_needs_a_folder(world, tmp_path):

@@ -7,8 +7,9 @@ import pytest
 
 from eclipse_ray.config import Config, load_config
 from eclipse_ray.defenses import DEFENSES
+from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.errors import ConfigError
-from eclipse_ray.experiments.recipe import Facts, Grid, build_grid, published_sources
+from eclipse_ray.experiments.recipe import Facts, Grid, Recommended, build_grid, published_sources
 from tests.support import dotted
 
 FACTS = Facts("source", "test", {None: "sparse", 5: "five"}, published={"sets/tap": "tap"})
@@ -145,6 +146,27 @@ def test_a_denoiser_of_its_own_belongs_to_its_row():
         ]
     )
     assert len({row.denoiser for row in made.rows}) == 3
+
+
+def test_a_given_denoiser_is_known_by_its_content_whichever_row_names_it():
+    depths = {"a": ("one", 125), "copy": ("one", 125), "b": ("two", 900)}
+    given = {
+        place: Recommended(t_max, 100, 1, "ddpm", 512, alphas_cumprod=cosine_alphas_cumprod(4000), weights=weights)
+        for place, (weights, t_max) in depths.items()
+    }
+    facts = replace(FACTS, denoisers=given)
+    own = [{"name": "eclipse", "label": place, "purify.denoiser": place} for place in given]
+    deep = {"name": "eclipse", "label": "deep", "purify.denoiser": "b", "purify.t_star": 800}
+    trained = {"name": "eclipse", "label": "trained", "purify.denoiser": None}
+    base = grid(facts, purify__denoiser="a")
+    for of_all in ("a", None):
+        made = grid(facts, purify__denoiser=of_all, matrix__defenses=[*own, deep, trained, "none"])
+        used = {row.entry.label: row.denoiser for row in made.rows}
+        assert used["a"] == used["copy"] == next(row.denoiser for row in base.rows if row.denoiser)
+        assert used["b"] == used["deep"]
+        assert len({used["a"], used["b"], used["trained"]}) == 3
+    with pytest.raises(ConfigError, match=r"deep: .*t_star 800 is outside 1\.\.125"):
+        grid(facts, matrix__defenses=[deep | {"purify.denoiser": "copy"}])
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from eclipse_ray.experiments.search import (
 )
 from tests.support import dotted
 
-CARD = Recommended(125, 100, 1, "ddpm", tile=512, int8=True, alphas_cumprod=cosine_alphas_cumprod(4000))
-GIVEN = Facts("source", "scored", {}, "weights", CARD)
+CARD = Recommended(
+    125, 100, 1, "ddpm", tile=512, int8=True, alphas_cumprod=cosine_alphas_cumprod(4000), weights="weights"
+)
+GIVEN = Facts("source", "scored", {}, {"folder": CARD})
 TRAINED = Facts("source", "scored", {None: "all", 2.0: "two", 4.0: "four"})
 
 

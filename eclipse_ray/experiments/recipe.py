@@ -393,9 +393,13 @@ def _row(entry: Entry, chosen: Config, facts: Facts) -> Row:
     if any(DEFENSES[one].transform in PURIFICATIONS for one in transforms(entry.name)):
         denoiser = denoiser_key(chosen, facts, chosen.matrix.sparse_limit)
         with _named(f"matrix: {entry.label}"):
-            check_purification(chosen, facts)
             if "avatar" in transforms(entry.name):
-                avatar_depth(Avatar.of(chosen.defense), facts.of_denoiser(chosen))
+                # It has a depth and steps of its own.
+                known = facts.of_denoiser(chosen)
+                check_tile(known, chosen.purify.tile, chosen.purify.tile_overlap)
+                avatar_depth(Avatar.of(chosen.defense), known)
+            else:
+                check_purification(chosen, facts)
     if entry.against and (not denoiser or chosen.purify.denoiser):
         raise ConfigError(
             f"matrix: {entry.label}: against is for a defense that purifies, without purify.denoiser"

@@ -209,12 +209,24 @@ def test_a_given_denoiser_is_known_by_its_content_whichever_row_names_it():
             {"matrix__defenses": [{"name": "avatar", "avatar_noise_255": 99}]},
             r"avatar .*noises by 99 of 255, which is t_star \d+",
         ),
+        (
+            {"matrix__defenses": ["avatar"], "defense__avatar_noise_255": 9, "purify__tile_overlap": 257},
+            "a tile, w",
+        ),
         ({"matrix__poisons": [{"name": "adp", "variant": "strong", "t_star": 6}]}, "adp .*poison.t_star 6"),
     ],
 )
 def test_what_cannot_be_measured_is_said_at_once(changes, words):
     with pytest.raises(ConfigError, match=words):
         grid(**changes)
+
+
+@pytest.mark.parametrize("name", ["avatar", "iss-g+avatar", "iss-g", "none"])
+@pytest.mark.parametrize("setting", ["purify__t_star", "purify__num_inference_steps"])
+def test_a_depth_that_a_defense_does_not_use_is_not_checked(name, setting):
+    assert grid(matrix__defenses=[name], defense__avatar_noise_255=9, **{setting: 6}).rows
+    with pytest.raises(ConfigError, match=setting.replace("__", ".")):
+        grid(matrix__defenses=[name, "eclipse"], defense__avatar_noise_255=9, **{setting: 6})
 
 
 def test_a_defense_that_needs_the_sparse_set_is_refused_without_one():

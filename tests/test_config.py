@@ -125,6 +125,78 @@ def test_mistakes_are_explained_in_one_line(settings, words):
     assert "\n" not in str(caught.value)
 
 
+WRONG = [
+    (
+        "matrix: {defenses: ['']}",
+        "matrix.defenses, entry 1: no value is given; write one, or leave the setting out",
+    ),
+    (
+        "matrix: {defenses: [none, 3]}",
+        "matrix.defenses, entry 2: expected a text or keys with values, found 3; put it",
+    ),
+    (
+        "matrix: {defenses: [[none]]}",
+        "matrix.defenses, entry 1: expected a text or keys with values, found ['none']",
+    ),
+    (
+        "matrix: {defenses: [null]}",
+        "matrix.defenses, entry 1: no value is given; write one, or leave the setting out",
+    ),
+    ("matrix: {poisons: ar}", "matrix.poisons: expected a list, found 'ar'; write [ar]"),
+    ("matrix: {poisons: [{1: ar}]}", "matrix.poisons, entry 1: expected a text or names as keys, found {1: 'ar'}"),
+    ("matrix: 3", "matrix: expected keys with values, found 3"),
+    ("matrix: {nope: 1}", "matrix.nope: unknown setting; did you mean matrix.num_gpus?"),
+    ("run: {1: 2}", "run: expected names as keys, found 1"),
+    ("3: {a: 1}", "settings: expected names as keys, found 3"),
+    ("purfy: {t_star: 3}", "purfy: unknown setting; did you mean purify?"),
+    ("purify: {t_star: [1]}", "purify.t_star: expected an integer, found [1]"),
+    ("purify: {t_star: 1.5}", "purify.t_star: expected an integer, found 1.5"),
+    ("purify: {batch_size: null}", "purify.batch_size: no value is given; write one, or leave the setting out"),
+    ("purify: {sampler: dmp}", "purify.sampler: expected 'ddpm' or 'ddim', found 'dmp'; did you mean ddpm?"),
+    ("purify: {tile: 64, tile_overlap: 60}", "purify: tile_overlap 60 exceeds half of tile 64"),
+    ("data: {source: 3}", "data.source: expected a text, found 3; put it into quotes"),
+    ("data: {source: {a: b}}", "data.source: expected a text, found {'a': 'b'}"),
+    ("data: {strict: maybe}", "data.strict: expected true or false, found 'maybe'"),
+    (
+        "denoiser: {block_out_channels: [a]}",
+        "denoiser.block_out_channels, entry 1: expected an integer, found 'a'",
+    ),
+    ("denoiser: {block_out_channels: []}", "denoiser.block_out_channels: expected a list of 1 or more, found []"),
+    ("compensation: {p: -1}", "compensation.p: expected a number greater than or equal to 0, found -1"),
+    ("defense: {aa_draws: 0}", "defense.aa_draws: expected a number greater than or equal to 1, found 0"),
+    ("poison: {name: em, steps: many}", "poison.steps: expected an integer, found 'many'"),
+    ("victim: {momentum: x}", "victim.momentum: expected a number, found 'x'"),
+    ("evaluate: {seeds: -2}", "evaluate.seeds: expected a number greater than or equal to 1, found -2"),
+    (
+        "sweep: {space: {purify.t_star: 3}}",
+        "sweep.space.purify.t_star: expected a list or keys with values, found 3",
+    ),
+    ("sweep: {space: {purify.t_star: {low: 3}}}", "sweep.space.purify.t_star.high: no value is given; write one"),
+    (
+        "sweep: {space: {purify.t_star: {low: 1, high: 3, stp: 1}}}",
+        "sweep.space.purify.t_star.stp: unknown setting; did you mean sweep.space.purify.t_star.step?",
+    ),
+    (
+        "sweep: {space: {compensation.p: {low: 9, high: 3}}}",
+        "sweep.space.compensation.p: low 9 must lie below high 3",
+    ),
+    ("audit: {crop: 60}", "audit.crop: expected a multiple of 8, found 60"),
+    ("run: {loggers: [tensorboad]}", "run.loggers, entry 1: expected 'tensorboard', 'mlflow' or 'wandb', found"),
+    (
+        "run: {seed: x, log_format: 3}",
+        "run.seed: expected an integer, found 'x'; run.log_format: expected 'text' or",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), WRONG, ids=[text for text, _ in WRONG])
+def test_a_wrong_value_is_named_as_it_was_written_with_what_was_expected(text, sentence, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        resolve(str(tmp_path / "run.yaml"), None, {})
+    assert str(caught.value).startswith(sentence)
+
+
 def test_files_that_are_no_settings_or_missing_are_refused(tmp_path):
     for text in "- a\n- b\n", "purify: 3\n", "a: [1\n", "x: !!python/object/apply:os.system [ls]\n":
         (tmp_path / "bad.yaml").write_text(text)

@@ -259,37 +259,85 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str = "") ->
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(model, where, dict(item)) for item in error.errors())) from None
+        found: dict[tuple[Any, ...], list[Any]] = {}
+        for item in error.errors():
+            found.setdefault(_place(values, item), []).append(item)
+    # A wrong entry says more than that its list is none of what may be here.
+    last = [path for path in found if not any(path == one[: len(path)] != one for one in found)]
+    raise ConfigError("; ".join(_explain(model, where, path, found[path]) for path in last))
 
 
-def _explain(model: type[BaseModel], where: str, item: dict[str, Any]) -> str:
-    path = [str(part) for part in item["loc"]]
-    said = [where, *path] if where else path
-    if item["type"] == "string_too_short" or (item["input"] is None and item["type"] != "extra_forbidden"):
-        return f"{'.'.join(said)}: no value is given; write one, or leave the setting out"
-    if item["type"] != "extra_forbidden":
-        text = f"{'.'.join(said)}: {item['msg'].removeprefix('Value error, ')}"
+def _place(values: Any, item: Any) -> tuple[Any, ...]:
+    """Return where a wrong value stands: the place that pydantic says without the kinds that it tried there."""
+    path: list[Any] = []
+    # Of a key that is no text, what holds it.
+    of_key = 2 if item["loc"][-1] == "[key]" else item["type"] == "invalid_key"
+    for part in item["loc"][: len(item["loc"]) - of_key]:
+        here = isinstance(values, Mapping) and part in values
+        if here or (isinstance(values, list | tuple) and isinstance(part, int)):
+            values = values[part]
+            path.append(part)
+        elif item["type"] == "missing" and part == item["loc"][-1]:
+            path.append(part)
+    return tuple(path)
+
+
+def _explain(model: type[BaseModel], where: str, path: tuple[Any, ...], items: list[Any]) -> str:
+    """Return a sentence for the setting at `path`, which is none of the kinds that `items` tell of."""
+    said = where if path or where else "settings"
+    for part in path:
+        said = f"{said}, entry {part + 1}" if isinstance(part, int) else f"{said}.{part}".removeprefix(".")
+    kinds, value = {item["type"]: item for item in items}, items[0]["input"]
+    if "value_error" in kinds:
+        text = f"{said}: {kinds['value_error']['msg'].removeprefix('Value error, ')}"
         # What a whole section holds says nothing of which of its keys disagree.
-        whole = item["type"] == "value_error" and isinstance(item["input"], dict)
-        return text if whole else f"{text}, got {item['input']!r}"[:500] + _nearest_value(item)
-    close = difflib.get_close_matches(path[-1], _keys_at(model, path[:-1]), n=1, cutoff=0.0)
-    return f"{'.'.join(said)}: unknown setting; did you mean {'.'.join([*said[:-1], *close])}?"
+        return text if isinstance(value, dict) else f"{text}, found {value!r}"
+    if "extra_forbidden" in kinds:
+        close = difflib.get_close_matches(str(path[-1]), _keys_at(model, path), n=1, cutoff=0.0)
+        return f"{said}: unknown setting; did you mean {said.removesuffix(str(path[-1]))}{close[0]}?"
+    wanted = list(dict.fromkeys(map(_wanted, items)))
+    if "missing" in kinds:
+        return f"{said}: no value is given; write one"
+    if wanted != [_NAME] and (value is None or "string_too_short" in kinds):
+        return f"{said}: no value is given; write one, or leave the setting out"
+    return f"{said}: expected {' or '.join(wanted)}, found {value!r}"[:500] + _advice(kinds, wanted, value)
 
 
-def _nearest_value(item: dict[str, Any]) -> str:
-    """Return ", did you mean ...?" for a word that is none of the allowed ones."""
-    if item["type"] != "literal_error":
+_NAME, _TEXT, _LIST, _KEYS = "names as keys", "a text", "a list", "keys with values"
+_KINDS = {"invalid": _NAME, "string": _TEXT, "tuple": _LIST, "list": _LIST, "dict": _KEYS, "model": _KEYS}
+_KINDS |= {"int": "an integer", "float": "a number", "bool": "true or false"}
+
+
+def _wanted(item: Any) -> str:
+    """Return in words what an error of pydantic expected."""
+    kind = item["type"].partition("_")[0]
+    if item["type"] == "literal_error":
+        return str(item["ctx"]["expected"])
+    if item["type"] == "too_short":
+        return f"a list of {item['ctx']['min_length']} or more"
+    text = str(item["msg"]).removeprefix("Input should be ")
+    number = f"a number {text}" if kind in ("greater", "less") else text
+    return _NAME if item["loc"][-1] == "[key]" else _KINDS.get(kind, number)
+
+
+def _advice(kinds: Mapping[str, Any], wanted: list[str], value: Any) -> str:
+    """Return what to do about a value that is not what was `wanted`, if that is known."""
+    if "literal_error" in kinds:
+        allowed = re.findall(r"'([^']*)'", kinds["literal_error"]["ctx"]["expected"])
+        if close := difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.3):
+            return f"; did you mean {close[0]}?"
+    if isinstance(value, list | dict):
         return ""
-    allowed = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-    close = difflib.get_close_matches(str(item["input"]), allowed, n=1, cutoff=0.3)
-    return f"; did you mean {close[0]}?" if close else ""
+    return "; put it into quotes" if _TEXT in wanted else f"; write [{value}]" if _LIST in wanted else ""
 
 
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    if not path:
-        return list(model.model_fields)
-    section = model.model_fields[path[0]].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Return the names of the settings beside the one at `path`."""
+    if len(path) > 2:
+        # Only a range has keys so deep.
+        return list(sections.Range.model_fields)
+    section: Any = model.model_fields[path[0]].annotation if len(path) == 2 else model
+    return list(section.model_fields)
 
 
 # Passwords and tokens have no place in settings: settings are recorded beside every output and shown in logs.

@@ -24,7 +24,7 @@ import typer.core
 
 from eclipse_ray import results as made
 from eclipse_ray import verbs
-from eclipse_ray.config import Config
+from eclipse_ray.config import LOCATIONS, Config, require_everywhere
 from eclipse_ray.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
@@ -40,6 +40,7 @@ from eclipse_ray.errors import (
 from eclipse_ray.log import say
 from eclipse_ray.parameters import (
     OUTPUT,
+    PLACES,
     PLANS,
     RUN,
     VERBS,
@@ -185,12 +186,15 @@ def _interruptible() -> Iterator[None]:
 def _order(verb: str, words: list[str], again: bool) -> dict[str, Any]:
     """Return the arguments of `submit` that the command line of the submitted verb gives."""
     arguments, given = translated(verb, words)
+    # What an argument replaces is not read there, so it may lie anywhere.
+    replaced = [one.setting for name, (_, one) in declared(VERBS[verb].function).items() if given.get(name)]
+    unread = dict.fromkeys(LOCATIONS.intersection(replaced))
     return {
         "arguments": arguments,
         "again": again or bool(given.get("extend") or given.get("retry_failed")),
         "stop_on_interrupt": _ask,
         "config": given.get("config"),
-        "settings": given.get("settings"),
+        "settings": given["settings"] | unread,
     }
 
 
@@ -218,11 +222,9 @@ def translated(verb: str, words: list[str]) -> tuple[list[str], dict[str, Any]]:
 def _spelled(verb: str, parameter: Any, value: Any) -> list[str]:
     if value is None or value is False or value == parameter.default:
         return []
-    if parameter.metavar in ("SRC", "DST", "DIR", "FILE") and "://" not in str(value) and not os.path.isabs(value):
-        raise ConfigError(
-            f"submit {verb}: {value} is a path of this machine; name a URL, or the full path of a folder that "
-            "every node of the cluster sees"
-        )
+    *words, kind = (parameter.metavar or "").split("|")
+    if kind in PLACES and value not in words:
+        require_everywhere(f"submit {verb}: ", value)
     if isinstance(parameter, typer.core.TyperArgument):
         return [str(value)]
     return [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]

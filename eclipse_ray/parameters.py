@@ -28,6 +28,7 @@ R = TypeVar("R")
 
 # Groups of options in --help, in the order in which people ask: where, how, by what means, in which form.
 DATA, METHOD, RUN, OUTPUT = "Data", "Method", "Run", "Settings and output"
+PLACES = ("SRC", "DST", "DIR", "FILE")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Parameter:
     """What the command line and the reference say about a parameter, besides its name, type and default.
 
     `setting` is the setting that it sets, which gives the help unless there is another one. `option` is its name
-    on the command line where that differs. `pair` reads one NAME=VALUE of an option that fills a mapping.
+    on the command line where that differs. `pair` reads one NAME=VALUE of an option that fills a mapping. The
+    metavar of a location is one of PLACES, after words that the value may be instead.
     """
 
     help: str = ""
@@ -209,6 +211,8 @@ def section_fields(section: str) -> dict[str, FieldInfo]:
 
 def _kind(annotation: Any) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(parts[0])
     if origin is Literal:
         return " | ".join(str(part) for part in parts)
     if origin in (Union, types.UnionType):

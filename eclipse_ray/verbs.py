@@ -74,7 +74,7 @@ NewFolder = Annotated[str, Parameter("New folder.", "DST", "data.output")]
 def doctor(
     *,
     store: Annotated[
-        str | None, Parameter("Folder for outputs to test; one object is written and removed.", "URL")
+        str | None, Parameter("Folder for outputs to test; one object is written and removed.", "DIR")
     ] = None,
     config: ConfigFile = None,
     settings: Assignments = None,
@@ -436,7 +436,7 @@ def apply(
         str,
         Parameter(
             "order: row i belongs to image i; class: to label i; or a file of image numbers.",
-            "INDEX",
+            "order|class|FILE",
             panel=METHOD,
         ),
     ] = "order",

@@ -27,7 +27,17 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import eclipse_ray
 from eclipse_ray.cluster.connect import refuse_unsafe_environment, require_ray
-from eclipse_ray.config import Config, RunConfig, digest, holds_secret, is_secret_name, to_yaml, with_overrides
+from eclipse_ray.config import (
+    Config,
+    RunConfig,
+    digest,
+    holds_secret,
+    is_secret_name,
+    locations,
+    require_everywhere,
+    to_yaml,
+    with_overrides,
+)
 from eclipse_ray.contact import ANSWER_SECONDS, NoAnswerError, first_contact
 from eclipse_ray.errors import (
     EXIT_BAD_INPUT,
@@ -248,7 +258,9 @@ def _reason(details: JobDetails) -> str:
 
 
 def _check(order: Order) -> None:
-    """Refuse what would put a secret into the cluster's records."""
+    """Refuse what would put a secret into the cluster's records, and settings that are paths of this machine."""
+    for key, location in locations(order.config):
+        require_everywhere(f"submit {order.verb}: {key} ", location)
     for argument in order.arguments:
         if holds_secret(argument.partition("=")[2] or argument) or holds_secret(argument):
             raise ConfigError("an argument holds a password or token; give credentials to the nodes instead")

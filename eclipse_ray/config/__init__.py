@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import yaml
@@ -167,6 +168,42 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}{key}"
         flat.update(flatten(value, path + ".") if isinstance(value, Mapping) else {path: value})
     return flat
+
+
+_WORDS: dict[str, list[str]] = {
+    f"{section}.{name}": [word for one in get_args(kind) if get_origin(one) is Literal for word in get_args(one)]
+    for section in Config.model_fields
+    for name, kind in get_type_hints(Config.model_fields[section].annotation, include_extras=True).items()
+    if sections.Location in get_args(kind)
+} | {"poison.source": []}
+LOCATIONS = frozenset(_WORDS)
+"""Every setting that is a location; of the last one an entry of matrix.poisons has some."""
+
+
+def locations(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield the name and the value of every location of `config`, those in the entries of a grid included."""
+    named = [("", flatten(config.model_dump(mode="json")))]
+    for axis, section in (("poisons", "poison"), ("defenses", "defense")):
+        for item in getattr(config.matrix, axis):
+            own = item if isinstance(item, dict) else {}
+            full = {key if "." in key else f"{section}.{key}": value for key, value in own.items()}
+            named.append((f"matrix.{axis}: ", full))
+    for where, settings in named:
+        for key in LOCATIONS & settings.keys():
+            if isinstance(settings[key], str) and settings[key] not in _WORDS[key]:
+                yield where + key, settings[key]
+
+
+def require_everywhere(who: str, location: str) -> None:
+    """Raise ConfigError, which begins with `who`, for a relative path: no other machine finds what it names."""
+    # Of fsspec's chains (zip://x::PATH) the last link is the file.
+    path = location.rpartition("::")[2] if "://" in location else location
+    path = re.sub("^(file|local)://", "", path)
+    if "://" not in path and not os.path.isabs(path):
+        raise ConfigError(
+            f"{who}{location} is a path of this machine; name a URL, or the full path of a folder that every node "
+            "of the cluster sees"
+        )
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Settings = Mapping[str, Any]
+Location = Annotated[str, "location"]
+"""A path or an fsspec URL."""
 Recipe = Literal["quick", "paper", "modern"]
 Sampler = Literal["ddpm", "ddim"]
 Precision = Literal["float32", "bfloat16"]
@@ -128,15 +130,15 @@ BATCH_PIXELS = 2**18
 class DataConfig(Section):
     """Where images come from and how they are written; every location is a path or an fsspec URL."""
 
-    source: str | None = Field(None, description="Dataset to read.")
-    output: str | None = Field(None, description="Folder to write.")
-    clean: str | None = Field(None, description="Sparse clean set the denoiser is fitted on.")
-    test: str | None = Field(None, description="Clean labelled test set.")
+    source: Location | None = Field(None, description="Dataset to read.")
+    output: Location | None = Field(None, description="Folder to write.")
+    clean: Location | None = Field(None, description="Sparse clean set the denoiser is fitted on.")
+    test: Location | None = Field(None, description="Clean labelled test set.")
     image_column: str = Field(
         "image", description="Column, array or extension of tar members that holds the images."
     )
     label_column: str = Field("label", description="Parquet column holding the labels.")
-    labels: str | None = Field(
+    labels: Literal["folder", "none"] | Location | None = Field(
         None,
         description="folder: the class is the top folder; none: there are no labels; else a file with the labels "
         "of data.source, by name or in order; null: those that come with the images, and a question if in doubt.",
@@ -185,8 +187,8 @@ class DenoiserConfig(Section):
     """Network and training of the denoiser (arXiv 2406.15093, Algorithm 1)."""
 
     preset: Literal["debug", "small", "unet", "paper"] = Field("small", description="Named group of defaults.")
-    output: str | None = Field(None, description="Folder of the trained denoiser.")
-    against: str | None = Field(
+    output: Location | None = Field(None, description="Folder of the trained denoiser.")
+    against: Location | None = Field(
         None, description="Suspicious labelled set; the denoiser learns what networks trained on it have learned."
     )
     image_size: int = Field(32, ge=8, description="Training size in pixels.")
@@ -279,7 +281,7 @@ class DenoiserConfig(Section):
 class PurifyConfig(Section):
     """Absorb and eliminate (arXiv 2406.15093, Algorithm 1), and how the work is spread."""
 
-    denoiser: str | None = Field(None, description="Folder of the trained denoiser.")
+    denoiser: Location | None = Field(None, description="Folder of the trained denoiser.")
     t_star: int | None = Field(
         None, ge=1, description="Depth of purification; null: what the denoiser recommends."
     )
@@ -377,7 +379,7 @@ class PoisonConfig(Section):
     )
     scope: Literal["sample", "class"] | None = Field(None, description="One draw per image, or one per class.")
     variant: str | None = Field(None, description="sep: plain, fa_vr; efp: push, pull; adp: paper, strong.")
-    denoiser: str | None = Field(None, description="adp strong: folder of the denoiser that is attacked.")
+    denoiser: Location | None = Field(None, description="adp strong: folder of the denoiser that is attacked.")
     store_perturbation: bool = Field(False, description="Add a column `perturbation`: int16 differences, raw.")
     save_seconds: float = Field(60, ge=0, description="Least seconds between two saved states of a fit.")
     chunk_images: int = Field(512, ge=1, description="Images of one task of an optimised poison.")
@@ -553,10 +555,12 @@ class AuditConfig(Section):
         64, ge=16, multiple_of=8, description="Longest side in pixels of the central crop that is scored."
     )
     alpha: float = Field(0.01, gt=0, lt=1, description="False positive rate under the nulls of the scores.")
-    denoiser: str | None = Field(
+    denoiser: Location | None = Field(
         None, description="Folder of a denoiser whose residual is scored; null: a blur is used instead."
     )
-    output: str | None = Field(None, description="Folder for audit.json, audit.png and config.yaml; null: none.")
+    output: Location | None = Field(
+        None, description="Folder for audit.json, audit.png and config.yaml; null: none."
+    )
 
 
 class RunConfig(Section):

@@ -12,8 +12,10 @@ from eclipse_ray import cli as command
 from eclipse_ray.cluster import jobs as room
 from eclipse_ray.cluster.connect import Resources, require_gpus, require_place
 from eclipse_ray.cluster.jobs import Order, exit_code, find_token, open_cluster, pinned, runtime_env
-from eclipse_ray.config import load_config
+from eclipse_ray.config import LOCATIONS, load_config
 from eclipse_ray.errors import ConfigError, InterruptedRunError
+from eclipse_ray.parameters import VERBS, declared
+from tests.support import call
 
 
 def order(**changes) -> Order:
@@ -59,6 +61,71 @@ def test_arguments_are_spelled_in_one_way():
 def test_what_cannot_run_elsewhere_is_refused(verb, words, message):
     with pytest.raises(ConfigError, match=message):
         command.translated(verb, words)
+
+
+OPTIONS = [
+    (verb, name)
+    for verb in VERBS
+    if not VERBS[verb].here
+    for name, (_, one) in declared(VERBS[verb].function).items()
+    if one.setting in LOCATIONS or name in ("delta", "index", "labels_from", "store")
+]
+HERE = ("my/data", "~/data", "file://data", "zip://a::data.zip", ".")
+EVERYWHERE = ("/my/a::b", "s3://b/x", "file:///data", "zip://a::s3://b/x", "zip://a::/data.zip")
+
+
+@pytest.mark.parametrize(("verb", "name"), OPTIONS)
+def test_every_option_that_is_a_location_has_to_be_one_of_every_node(verb, name):
+    def given(place):
+        words = []
+        for key, (parameter, _) in declared(VERBS[verb].function).items():
+            option = [f"--{key.replace('_', '-')}"] if parameter.kind is parameter.KEYWORD_ONLY else []
+            if key == name or parameter.default is parameter.empty:
+                words += [*option, place if key == name else "5" if option and key == "clean" else "/shared"]
+        return command.translated(verb, words)[0]
+
+    for place in HERE:
+        with pytest.raises(ConfigError, match=f"^submit {verb}: {place} is a path of this machine"):
+            given(place)
+    for place in (*EVERYWHERE, *(["class"] if name == "index" else [])):
+        assert place in given(place)
+
+
+SETTINGS = [
+    *({key: "my/data"} for key in sorted(LOCATIONS - {"poison.source"})),
+    {"matrix.poisons": ["ar", {"name": "published", "source": "my/data"}]},
+    {"matrix.poisons": [{"name": "adp", "variant": "strong", "denoiser": "my/data"}]},
+    {"matrix.defenses": [{"name": "eclipse", "purify.denoiser": "my/data"}]},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_setting_that_is_a_location_has_to_be_one_of_every_node(settings):
+    where = r"(matrix\.\w+: )?\w+\.\w+"
+    with pytest.raises(ConfigError, match=f"^submit purify: {where} my/data is a path of this machine"):
+        room.submit(order(config=load_config(None, settings)), address="http://127.0.0.1:1", show=print)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "code"),
+    [
+        ("data: {source: my/data}", [], 2),
+        ("data: {source: s3://b/in}", ["--set", "purify.denoiser=my/denoiser"], 2),
+        # What an argument replaces is not read.
+        ("data: {source: my/data}", ["s3://b/in", "/shared/out", "--denoiser", "/shared/denoiser"], 75),
+        ("data: {labels: folder, source: 's3://b/in'}", ["--set", "data.output=/shared/out"], 75),
+    ],
+)
+def test_a_path_of_this_machine_is_refused_before_the_cluster_is_asked(
+    text, words, code, monkeypatch, capfd, tmp_path
+):
+    def nobody(*_given):
+        raise InterruptedRunError("nobody answers")
+
+    monkeypatch.setattr(room, "open_cluster", nobody)
+    (tmp_path / "run.yaml").write_text(text)
+    found, _, said = call(monkeypatch, capfd, "submit", "purify", *words, "--config", str(tmp_path / "run.yaml"))
+    assert (found, "is a path of this machine" in said) == (code, code == 2)
 
 
 def test_the_upload_is_the_package_and_all_settings_but_the_address(tmp_path):

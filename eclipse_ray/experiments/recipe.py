@@ -39,8 +39,10 @@ PUBLISHED = "published"
 # An experiment purifies whole sets in memory, so how a run is cut into shards does not matter.
 PURIFY_IN_KEY = PURIFY_IN_FINGERPRINT - {"shard_images", "shard_bytes"}
 RESERVED = ("name", "label", "published")
-DEFENSE_SECTIONS = ("defense", "purify", "compensation", "denoiser", "matrix")
-"""Sections whose settings a defense entry may override; a setting without a section belongs to the first."""
+DEFENSE_SECTIONS = ("defense", "purify", "compensation", "denoiser", "matrix.sparse_limit")
+"""What a defense entry may override, sections or settings; a setting without a section belongs to the first."""
+NAMED = ("poison.name", "victim.arch", "compensation.mode")
+"""What no entry overrides: the name of the entry says it, or the name of its defense."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,9 @@ def _entry(item: MatrixItem, sections: Sequence[str]) -> Entry:
         raise ConfigError(f"matrix: {name}: against is {against!r}; it is true or false")
     settings = {key if "." in key else f"{sections[0]}.{key}": value for key, value in own.items()}
     for key in settings:
-        if key.split(".")[0] not in sections:
+        if key in NAMED:
+            raise ConfigError(f"matrix: {name} cannot set {key}, which its name says; choose another name")
+        if not {key, key.split(".")[0]} & set(sections):
             raise ConfigError(f"matrix: {name} cannot set {key}; an entry sets keys of {', '.join(sections)}")
     label = str(item.get("label", f"{name} ({words})" if words else name))
     # A variant is compared with no number of the paper unless its entry names one.

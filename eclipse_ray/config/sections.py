@@ -482,8 +482,14 @@ class MatrixConfig(Section):
 Search = Literal["grid", "random", "optuna"]
 
 
+MOST_VALUES = 10_000
+"""Values of an axis of a sweep, which are all listed."""
+
+
 class Range(Section):
     """Numbers from `low` to `high`, both included; integers if low, high and step are integers."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     low: int | float
     high: int | float
@@ -494,6 +500,8 @@ class Range(Section):
     def _consistent(self) -> Range:
         if self.low >= self.high:
             raise ValueError(f"low {self.low} must lie below high {self.high}")
+        if self.step and self.high - self.low > MOST_VALUES * self.step:
+            raise ValueError(f"step {self.step} gives more than {MOST_VALUES:,} values; raise it")
         if self.log and (self.low <= 0 or self.step is not None):
             raise ValueError("a logarithmic range starts above 0 and has no step")
         return self

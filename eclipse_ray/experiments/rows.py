@@ -393,11 +393,10 @@ def denoisers_to_train(experiment: Experiment) -> dict[str, Config]:
 
 
 def _mean_steps(experiment: Experiment) -> float:
-    values = experiment.space.get("purify.num_inference_steps")
-    if values is None:
-        known = experiment.facts.of_denoiser(experiment.config)
-        return float(experiment.config.purify.num_inference_steps or known.num_inference_steps)
-    return statistics.fmean([values.low, values.high] if isinstance(values, Range) else values)
+    config = experiment.config
+    values = experiment.space.get("purify.num_inference_steps", [config.purify.num_inference_steps])
+    ends = [values.low, values.high] if isinstance(values, Range) else values
+    return statistics.fmean(one or experiment.facts.of_denoiser(config).num_inference_steps for one in ends)
 
 
 def _seconds_a_step(experiment: Experiment) -> float | None:

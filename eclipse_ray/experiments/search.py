@@ -94,8 +94,9 @@ def deepest_points(space: Space) -> list[Point]:
     for key, values in space.items():
         ends = [values.low, values.high] if isinstance(values, Range) else values
         first[key] = ends[0]
-        if key in ("purify.t_star", "purify.num_inference_steps"):
-            first[key] = max(ends) if key == "purify.t_star" else min(ends)
+        numbers = [one for one in ends if isinstance(one, int)]
+        if numbers and key in ("purify.t_star", "purify.num_inference_steps"):
+            first[key] = max(numbers) if key == "purify.t_star" else min(numbers)
     return [first | point for point in training_points(space)]
 
 

@@ -111,6 +111,9 @@ def test_trials_bound_a_grid_and_a_random_search():
         ({"compensation.p": [3]}, {}, "compensation.p"),
         ({"compensation.p": []}, {}, "no value"),
         ({"compensation.p": {"low": 1, "high": 0}}, {}, "must lie below"),
+        ({"compensation.p": {"low": 0, "high": float("inf"), "step": 1}}, {}, "high: expected a finite number"),
+        ({"compensation.p": {"low": float("nan"), "high": 1, "step": 1}}, {}, "low: expected a finite number"),
+        ({"compensation.p": {"low": 0, "high": 1, "step": 1e-9}}, {}, "more than 10,000 values; raise it"),
         ({}, {"asha": True, "seeds": 2}, "asha"),
         ({"purify.t_star": [2], "purify.num_inference_steps": [4]}, {}, "every point"),
         ({"purify.t_star": [50, 150]}, {}, r"t_star 150 is outside 1\.\.125"),
@@ -133,6 +136,9 @@ def test_denoisers_are_keyed_by_what_trains_them():
         for percent in (2.0, 4.0)
     ]
     assert deepest_points(space_of(config, TRAINED))[0]["purify.t_star"] == 100
+    # Null is what the denoiser recommends.
+    some = {"purify.t_star": [None, 50], "purify.num_inference_steps": [None]}
+    assert deepest_points(some) == [{"purify.t_star": 50, "purify.num_inference_steps": None}]
 
 
 def test_a_preset_is_an_axis_with_all_its_values():

@@ -56,8 +56,8 @@ class Manifest:
 def finalise(store: Store) -> Manifest:
     """Remove leftovers, then write the manifest. Calling it again changes nothing.
 
-    Raises InputError if there is no run or a shard is missing, StorageError if a status is damaged or contradicts
-    the plan.
+    Raises InputError if there is no run or a shard is missing, StorageError if a status is damaged, contradicts
+    the plan or names an object that is gone.
     """
     fingerprint = read_fingerprint(store).value
     while True:
@@ -65,15 +65,19 @@ def finalise(store: Store) -> Manifest:
         shards = read_plan(store).shards
         statuses = read_statuses(store)
         _require_complete(store, shards, statuses)
+        lost = _lost(store, statuses)
         manifest = Manifest(fingerprint, tuple(statuses[shard.name] for shard in shards))
         data = layout.table_bytes(manifest_table(manifest))
         if layout.read_optional(store, layout.MANIFEST) != data:
             store.write(layout.MANIFEST, data)
         # Another driver may have retried or extended the run and written its manifest just before this one.
         settled = newest_generations(store) == {s.shard: s.generation for s in statuses.values()}
-        if settled and len(read_plan(store).shards) == len(shards):
+        settled = settled and len(read_plan(store).shards) == len(shards)
+        if settled and not lost:
             return manifest
         store.delete(layout.MANIFEST)
+        if settled:
+            raise StorageError(lost[0])
 
 
 def collect(store: Store, idle: bool = False) -> int:
@@ -111,6 +115,21 @@ def _require_complete(store: Store, shards: Sequence[Shard], statuses: Mapping[s
     for shard in shards:
         for problem in _miscounted(store, shard, statuses[shard.name]):
             raise StorageError(problem)
+
+
+def _lost(store: Store, statuses: Mapping[str, Status]) -> list[str]:
+    """Return a sentence on each object that a status names and that is gone."""
+    there = {entry.key for folder in (layout.DATA, layout.ERRORS) for entry in store.list(folder, hidden=True)}
+    named = ((key, status.shard) for status in statuses.values() for key in (status.object, status.errors_object))
+    return [_missing(store, key, shard) for key, shard in named if key is not None and key not in there]
+
+
+def _missing(store: Store, key: str, shard: str) -> str:
+    return f"{store.path(key)}: missing; {_redo(shard)}"
+
+
+def _redo(shard: str) -> str:
+    return f"delete {layout.STATUS}/{shard} and run the same command again to redo the shard"
 
 
 def _miscounted(store: Store, shard: Shard, status: Status) -> list[str]:
@@ -203,12 +222,12 @@ def _check_object(
 
 def _read_ids(store: Store, key: str, sha256: str | None) -> list[object]:
     """Return the ids in an object. Raises StorageError if it is missing, damaged or cannot be read."""
-    path, shard = store.path(key), key.rpartition("/")[2].partition("-")[0]
-    redo = f"delete {layout.STATUS}/{shard} and run the same command again to redo the shard"
+    shard = key.rpartition("/")[2].partition("-")[0]
+    path, redo = store.path(key), _redo(shard)
     try:
         data = store.read(key)
     except FileNotFoundError as error:
-        raise StorageError(f"{path}: missing; {redo}") from error
+        raise StorageError(_missing(store, key, shard)) from error
     except (OSError, StorageError) as error:
         raise StorageError(f"{path}: cannot be read: {error}") from error
     if layout.hash_of(data) != sha256:

@@ -233,6 +233,20 @@ def test_crash_at_every_change_then_resume(kind, after, tmp_path):
         assert verify(store).ok, at
 
 
+@pytest.mark.parametrize("which", ["object", "errors_object"])
+def test_a_finished_run_that_lost_an_object_is_not_finished_again(which):
+    store, shards = memory_store(), make_shards()
+    complete(store, shards)
+    key = getattr(read_statuses(store)["000001"], which)
+    store.delete(key)
+    with pytest.raises(StorageError, match=rf"{key}: missing; delete _eclipse/status/000001 and run"):
+        finalise(store)
+    assert not store.exists("_eclipse/manifest.parquet")
+    store.delete("_eclipse/status/000001/0.json")
+    complete(store, shards)
+    assert verify(store).ok
+
+
 def test_finalise_leaves_what_others_put_there():
     store, shards = memory_store(), make_shards()
     complete(store, shards)

@@ -113,9 +113,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 class Section(BaseModel):
-    """A group of settings; unknown keys and empty texts are refused."""
+    """A group of settings; unknown keys, empty texts and infinite numbers are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, str_min_length=1)
+    model_config = ConfigDict(extra="forbid", validate_default=True, str_min_length=1, allow_inf_nan=False)
 
 
 # Side of a tile by network. Of 128 a U-Net has few pixels near a border, and self-attention, of cost tile**4, is

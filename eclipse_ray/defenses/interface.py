@@ -19,7 +19,7 @@ from eclipse_ray.victims.training import Augmentation
 class DefenseSettings(BaseModel):
     """The settings of a defense; the file of each defense derives its own. Defaults are the published numbers."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def of(cls, config: DefenseConfig) -> Self:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eclipse_ray.diffusion.network import Denoiser
 from eclipse_ray.diffusion.noise import check_labelled
-from eclipse_ray.errors import InputError
+from eclipse_ray.errors import ConfigError, InputError
 
 # First timesteps reserved for the draws of each poison, far above any diffusion timestep and apart from
 # those of compensation, so that no draw is ever shared. sep and adp need none.
@@ -43,7 +43,7 @@ class PoisonSettings(BaseModel):
     one of these wins over an earlier one, and a setting that was chosen wins over all. This class has no bound.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
     numbers: ClassVar[dict[str, dict[str, Any]]] = {}
 
     scope: Scope = Field("sample", description="One draw per image, or one per class.")
@@ -94,6 +94,7 @@ def store(images: Tensor, perturbation: Tensor, settings: PoisonSettings) -> Ten
     """Return `images`, uint8 (B, H, W, 3), plus `perturbation` (on [0, 1]), rounded and clamped to uint8.
 
     The bound is asserted on what is stored: L-inf holds exactly, L2 within sqrt(d)/510 for d values; cuda: none.
+    Raises ConfigError for an L2 bound so small that rounding leaves nothing of an image's perturbation.
     """
     norm, bound = settings.budget(tuple(images.shape[1:]))
     change = (perturbation.double() * 255).round()
@@ -101,6 +102,8 @@ def store(images: Tensor, perturbation: Tensor, settings: PoisonSettings) -> Ten
         # The slack only undoes float error in 255 * (eps_255 / 255).
         limit = math.floor(bound * 255 + 1e-9)
         change = change.clamp(-limit, limit)
+    elif norm == "l2" and bool((perturbation.flatten(1).any(dim=1) & ~change.flatten(1).any(dim=1)).any()):
+        raise ConfigError(f"poison.eps_255 {255 * bound:g}: nothing of it is left in an 8-bit image; raise it")
     stored = (images.double() + change).clamp(0, 255).to(torch.uint8)
     difference = (stored.double() - images.double()).flatten(1) / 255
     if len(difference) and norm == "linf":

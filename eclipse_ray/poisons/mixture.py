@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +17,7 @@ from eclipse_ray.poisons.interface import MIXTURE_T, ClosedForm, LabelledImages,
 class Mixture(PoisonSettings):
     """The settings of mixture, whose parts have the settings and bounds that are theirs by default."""
 
+    scope: Literal["sample"] = Field("sample", description="One part per image; the parts have their own scopes.")
     parts: tuple[str, ...] = Field(
         ("ar", "lsp", "urp", "shift"), min_length=2, description="Closed-form poisons, each as likely as another."
     )

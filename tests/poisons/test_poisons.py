@@ -196,6 +196,12 @@ def test_storage_rounds_and_never_truncates():
     assert float(difference.abs().max()) * 255 <= 0.5 + 1e-4
 
 
+@pytest.mark.parametrize("name", ["ar", "lsp"])
+def test_a_bound_of_which_rounding_leaves_nothing_is_refused(name):
+    with pytest.raises(ConfigError, match=r"poison\.eps_255 1: nothing of it is left"):
+        poisoned(tiny_images(4), name=name, eps_255=1)
+
+
 def test_an_empty_batch_stays_empty():
     images = torch.zeros(0, 32, 32, 3, dtype=torch.uint8)
     for name in POISONS:
@@ -257,6 +263,13 @@ def test_each_image_of_a_mixture_is_what_one_of_its_parts_alone_stores():
 def test_a_part_that_is_no_closed_form_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=rf"poison.parts: {name} is no closed-form poison; choose from urp"):
         poisoned(tiny_images(4), name="mixture", parts=("ar", name))
+
+
+def test_a_mixture_has_no_scope_and_no_bound_of_its_own():
+    with pytest.raises(ConfigError, match=r"poison\.scope: Input should be 'sample'"):
+        settings_of(PoisonConfig(name="mixture", scope="class"))
+    with pytest.raises(ConfigError, match=r"mixture has no such setting; did you mean poison\.(?!eps_255)"):
+        settings_of(PoisonConfig(name="mixture", eps_255=4))
 
 
 def test_each_class_has_one_filter_with_one_whole_tap():

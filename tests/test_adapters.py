@@ -13,6 +13,7 @@ from eclipse_ray import load_denoiser, purify_images
 from eclipse_ray.adapters import Compensate, PurifiedImages
 from eclipse_ray.config import CompensationConfig, load_config
 from eclipse_ray.datasets.memory import load_images
+from eclipse_ray.errors import InputError
 from tests.reports.material import purify_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,6 +89,27 @@ def test_a_plain_dataset_is_given_as_it_is_and_a_purified_one_compensated(world,
     assert label == int(stored.labels[0])
     assert torch.equal(image[0], image[2])
     assert not np.array_equal(stored.images[0][..., 0], stored.images[0][..., 2])
+
+
+def test_recorded_settings_that_cannot_be_read_end_in_one_sentence(world, tmp_path):
+    purify_here(world.poisoned, str(tmp_path), world.denoiser)
+    settings = tmp_path / "_eclipse/config.yaml"
+    for text in ("{{{", "hello", "compensation: hello", "compensation: {mode: foo}"):
+        settings.write_text(text)
+        with pytest.raises(InputError, match=r"config\.yaml: not settings of this version"):
+            PurifiedImages(str(tmp_path))
+    settings.write_text("compensation: {mode: baked, of_another_version: 3}")
+    assert PurifiedImages(str(tmp_path)).compensate is None
+    settings.unlink()
+    with pytest.raises(InputError, match=r"config\.yaml: missing; run the command of purify again"):
+        PurifiedImages(str(tmp_path))
+
+
+def test_a_transform_of_another_mode_than_augment_changes_nothing(world):
+    image = torch.rand(3, 16, 16)
+    for mode in ("none", "baked"):
+        assert torch.equal(Compensate(CompensationConfig(mode=mode))(image), image)
+    assert Compensate()(image.half()).dtype == torch.float16
 
 
 def test_batches_and_a_transform_of_ones_own(world):

@@ -27,11 +27,13 @@ class Compensate:
         self.config = config or CompensationConfig()
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return the image compensated. Raises ValueError for another shape or integer pixels."""
+        """Return the image, in mode `augment` compensated. Raises ValueError for another shape or integer pixels."""
         if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
             raise ValueError(f"expected float (3, H, W) in [0, 1], got {image.dtype} {tuple(image.shape)}")
+        if self.config.mode != "augment":
+            return image
         generator = torch.Generator(image.device).manual_seed(int(torch.randint(2**62, (1,))))
-        return compensation.augment(image[None], self.config, generator)[0]
+        return compensation.augment(image[None], self.config, generator)[0].to(image.dtype)
 
     def __repr__(self) -> str:
         return f"Compensate({self.config!r})"
@@ -50,7 +52,7 @@ class PurifiedImages(Dataset[tuple[Tensor, int]]):
         found = load_images(folder, load_config().data)
         self.ids, self.classes, self.images = found.ids, found.classes, torch.from_numpy(found.images)
         self.labels = [-1] * len(found.ids) if found.labels is None else found.labels.tolist()
-        config = CompensationConfig.model_validate(settings.get("compensation") or {"mode": "none"})
+        config = settings.compensation if settings else CompensationConfig(mode="none")
         self.compensate = Compensate(config) if config.mode == "augment" else None
         self.transform = transform
 

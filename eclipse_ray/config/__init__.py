@@ -64,12 +64,14 @@ def load_config(
     return _overridden({} if file is None else _parsed_yaml(file, read), overrides or {})
 
 
-def recorded_config(tree: Mapping[str, Any]) -> Config:
+def recorded_config(tree: Any) -> Config:
     """Return settings that an earlier version recorded, without those that this version no longer has."""
-    kept = {}
-    for section, values in tree.items():
-        model: Any = Config.model_fields[section].annotation if section in Config.model_fields else None
-        if model is not None:
+    if not isinstance(tree, Mapping):
+        return Config.model_validate(tree)
+    kept = {section: values for section, values in tree.items() if section in Config.model_fields}
+    for section, values in kept.items():
+        model: Any = Config.model_fields[section].annotation
+        if isinstance(values, Mapping):
             known = values if model.model_config.get("extra") == "allow" else model.model_fields
             kept[section] = {key: value for key, value in values.items() if key in known}
     return Config.model_validate(kept)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,20 +162,20 @@ def open_evaluation(config: Config) -> Experiment:
     recorded = ledger.recorded_settings(Store(data.source))
     sparse = load_images(data.clean, data) if data.clean else None
     sets = Sets(source, test, sparse, {}, len(source.ids))
-    used = (recorded.get("purify") or {}).get("denoiser")
+    used = recorded.purify.denoiser if recorded else None
     _refuse_shared(config, sets, {used} if used else ())
     grid = single_grid(config, evaluated_compensation(config, recorded, data.source))
     return Experiment(config, sets, Facts("", "", {}), grid, None)
 
 
-def evaluated_compensation(config: Config, recorded: dict[str, Any], source: str) -> CompensationConfig:
+def evaluated_compensation(config: Config, recorded: Config | None, source: str) -> CompensationConfig:
     """Return what a victim of one dataset trains with, as evaluate.compensation says.
 
-    `recorded` are the settings of the run that wrote `source`, empty if no run did.
+    `recorded` are the settings of the run that wrote `source`, None if no run did.
     """
     if config.evaluate.compensation != "recorded":
         return config.compensation.model_copy(update={"mode": config.evaluate.compensation})
-    found = CompensationConfig.model_validate(recorded.get("compensation") or {"mode": "none"})
+    found = recorded.compensation if recorded else CompensationConfig(mode="none")
     for name, value in config.compensation.model_dump(exclude_defaults=True).items():
         if getattr(found, name) != value or (found.mode == "none" and name != "mode"):
             say(

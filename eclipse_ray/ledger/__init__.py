@@ -26,6 +26,7 @@ from eclipse_ray.ledger.plan import plan_shards as plan_shards
 from eclipse_ray.ledger.plan import plan_source as plan_source
 from eclipse_ray.ledger.plan import read_fingerprint as read_fingerprint
 from eclipse_ray.ledger.plan import read_plan as read_plan
+from eclipse_ray.ledger.plan import read_settings as read_settings
 from eclipse_ray.ledger.plan import recorded_settings as recorded_settings
 from eclipse_ray.ledger.status import CHANGES_SCHEMA as CHANGES_SCHEMA
 from eclipse_ray.ledger.status import ImageFailure as ImageFailure

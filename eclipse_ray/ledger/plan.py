@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import yaml
+from pydantic import ValidationError
 
 from eclipse_ray import __version__
-from eclipse_ray.config import difference, digest
+from eclipse_ray.config import Config, difference, digest, recorded_config
 from eclipse_ray.datasets.table import Part
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import layout
@@ -331,12 +332,32 @@ def read_fingerprint(store: Store) -> Fingerprint:
     return parse_fingerprint(store, data)
 
 
-def recorded_settings(store: Store) -> dict[str, Any]:
-    """Return the settings of the finished run in the folder, or {} if there is no finished run."""
+def recorded_settings(store: Store) -> Config | None:
+    """Return the settings of the finished run in the folder, or None if there is no finished run.
+
+    Raises InputError if they are missing, and as `read_settings` does.
+    """
     if store.is_file() or not store.exists(layout.MANIFEST):
-        return {}
-    tree = yaml.safe_load(store.read(layout.CONFIG))
-    return tree if isinstance(tree, dict) else {}
+        return None
+    found = read_settings(store)
+    if found is None:
+        raise InputError(f"{store.path(layout.CONFIG)}: missing; run the command of purify again to write it")
+    return found
+
+
+def read_settings(store: Store, key: str = layout.CONFIG) -> Config | None:
+    """Return the settings of the run in `store`, None if none are recorded.
+
+    Settings that this version no longer has are left out. Raises InputError for a value that it does not know.
+    """
+    text = layout.read_optional(store, key)
+    if text is None:
+        return None
+    try:
+        return recorded_config(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{store.path(key)}: not settings of this version ({reason})") from error
 
 
 def parse_fingerprint(store: Store, data: bytes) -> Fingerprint:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from eclipse_ray import ledger
-from eclipse_ray.config import Config, DataConfig, Settings, recorded_config, with_overrides
+from eclipse_ray.config import Config, DataConfig, Settings, with_overrides
 from eclipse_ray.datasets.formats import FORMATS, PASSED_OVER, Source, open_source, read_parts
 from eclipse_ray.datasets.images import decode_required
 from eclipse_ray.datasets.memory import decode_resized
@@ -92,21 +92,6 @@ def open_folder(url: str) -> Folder:
 def kind_of(store: Store) -> str | None:
     """Return the kind of output in `store`, None if it is none."""
     return next((kind for kind, marks in MARKS.items() if all(map(store.exists, marks))), None)
-
-
-def read_config(store: Store, key: str = layout.CONFIG) -> Config | None:
-    """Return the settings of the run in `store`, None if none are recorded.
-
-    Settings that this version no longer has are left out. Raises InputError for a value that it does not know.
-    """
-    text = layout.read_optional(store, key)
-    if text is None:
-        return None
-    try:
-        return recorded_config(yaml.safe_load(text))
-    except (ValidationError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{store.path(key)}: not settings of this version ({reason})") from error
 
 
 def read_mapping(store: Store, key: str) -> dict[str, Any]:
@@ -204,7 +189,7 @@ class Purification:
     def __init__(self, store: Store, moved: Settings | None = None, origin: str | None = None) -> None:
         self.store = store
         self.plan, self.statuses = ledger.read_plan(store), ledger.read_statuses(store)
-        self.config = with_overrides(read_config(store) or Config(), moved or {})
+        self.config = with_overrides(ledger.read_settings(store) or Config(), moved or {})
         self.noise = _noise(store, self.config)
         self.passed_over = store.read(PASSED_OVER).decode() if store.exists(PASSED_OVER) else ""
         self.done = [self.statuses[shard.name] for shard in self.plan.shards if shard.name in self.statuses]

@@ -21,7 +21,7 @@ from eclipse_ray.detection.scores import class_means
 from eclipse_ray.detection.views import Images
 from eclipse_ray.diffusion.checkpoint import Card
 from eclipse_ray.errors import EclipseError, InputError
-from eclipse_ray.ledger import layout, read_fingerprint
+from eclipse_ray.ledger import layout, read_fingerprint, read_settings
 from eclipse_ray.reports import experiments, purified
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Picture, Section, Table, Text
 from eclipse_ray.reports.charts import draw, lines, png
@@ -34,7 +34,6 @@ from eclipse_ray.reports.folder import (
     now,
     open_folder,
     read_card,
-    read_config,
     read_mapping,
     software,
     without_credentials,
@@ -234,7 +233,7 @@ def verdicts(run: Purification, audits: Sequence[str]) -> list[str]:
     found: dict[str, list[str]] = {"before": [], "after": []}
     for url in audits:
         store = Store(url)
-        config = read_config(store, "config.yaml")
+        config = read_settings(store, "config.yaml")
         audited = config.data.source if config else None
         when = places.get(Store(audited).url) if audited else None
         if when is None:
@@ -326,7 +325,7 @@ def _of_run(run: Purification) -> list[Section]:
 
 KINDS: dict[str, Callable[[Folder], Section]] = {
     "train": lambda folder: denoiser(folder.store),
-    "matrix": lambda folder: experiments.matrix(folder.store, read_config(folder.store)),
+    "matrix": lambda folder: experiments.matrix(folder.store, read_settings(folder.store)),
     "evaluate": lambda folder: experiments.evaluation(folder.store),
     "sweep": lambda folder: experiments.sweep(folder.store),
     "audit": lambda folder: audit(folder.store),

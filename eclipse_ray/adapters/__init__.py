@@ -27,7 +27,7 @@ class Compensate:
         self.config = config or CompensationConfig()
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return the image, in mode `augment` compensated. Raises ValueError for another shape or integer pixels."""
+        """Return the image, compensated in mode `augment`. Raises ValueError for a bad shape or integer pixels."""
         if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
             raise ValueError(f"expected float (3, H, W) in [0, 1], got {image.dtype} {tuple(image.shape)}")
         if self.config.mode != "augment":

@@ -29,6 +29,8 @@ def check_batch(images: Tensor, ids: Sequence[str]) -> None:
         raise InputError(f"expected uint8 images (B, H, W, 3), got {images.dtype} {tuple(images.shape)}")
     if len(ids) != len(images):
         raise InputError(f"{len(images)} images came with {len(ids)} ids; give one id to each image")
+    if not all(isinstance(name, str) for name in ids):
+        raise InputError("expected ids that are texts, found others; turn each into one with str()")
 
 
 def check_labelled(images: Tensor, labels: Tensor, ids: Sequence[str]) -> None:
@@ -57,6 +59,8 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -
 
 def _identity_words(seed: int, ids: Sequence[str], device: torch.device | str | None) -> Tensor:
     """Return (B, 4) int64 words, a 128-bit hash of (seed, id) for each id."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"expected a seed from 0 to 2^63 - 1, got {seed}")
     prefix = seed.to_bytes(8, "little")
     digests = b"".join(hashlib.blake2b(prefix + text.encode(), digest_size=16).digest() for text in ids)
     words = torch.frombuffer(bytearray(digests), dtype=torch.int32).view(len(ids), 4)

@@ -7,7 +7,7 @@ index t_star - 1. Noise keys: absorb uses t_star, the reverse step at index t us
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 import torch
@@ -187,14 +187,19 @@ def purify_images(
     Filters that the denoiser knows of some images are undone first. Each image's result depends on (seed, its id)
     and, within 1/255, on nothing else. Both sides may have any length from 16 on; above `tile` they are covered
     by tiles overlapping by `tile_overlap`. An image whose three channels are equal everywhere keeps them equal.
-    Raises ConfigError for a depth that was not trained or an overlap of more than half a tile, and InputError for
-    a shape that cannot be purified.
+    Raises ConfigError for a depth that was not trained, an unknown sampler or an overlap of more than half a tile,
+    and InputError for a shape that cannot be purified.
     """
-    batch = torch.as_tensor(images)
+    # torch takes neither arrays that cannot be written nor negative strides, as of a flipped view.
+    batch = images if isinstance(images, Tensor) else torch.from_numpy(np.require(images, requirements=["C", "W"]))
     check_batch(batch, ids)
+    if sampler not in (None, *get_args(Sampler)):
+        raise ConfigError(f"purify.sampler {sampler}: expected one of {', '.join(get_args(Sampler))}")
     check_side(int(batch.shape[1]), int(batch.shape[2]))
     depth, steps = check_depth(denoiser, t_star, num_inference_steps)
     tile = check_tile(denoiser, tile, tile_overlap)
+    if not len(batch):
+        return batch.cpu()
     batch = undo_known(batch, denoiser.filters).to(denoiser.alphas_cumprod.device)
     purified = purify(
         to_model_range(batch).contiguous(memory_format=torch.channels_last),

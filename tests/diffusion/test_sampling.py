@@ -5,8 +5,10 @@ import itertools
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -325,7 +327,10 @@ def test_rounding_never_truncates():
     [
         (16, {"t_star": 6}, ConfigError, "trained on"),
         (16, {"num_inference_steps": 5}, ConfigError, "num_inference_steps"),
+        (16, {"sampler": "euler"}, ConfigError, "purify.sampler euler: expected one of ddpm, ddim"),
         (16, {"ids": ["only one"]}, InputError, "one id"),
+        (16, {"ids": [1, 2]}, InputError, "ids that are texts"),
+        (16, {"seed": -1}, InputError, "expected a seed from 0"),
         (15, {}, InputError, "40x15 pixels; purification needs at least 16"),
     ],
 )
@@ -333,6 +338,20 @@ def test_misuse_is_explained(denoiser, height, options, error, words):
     images = torch.zeros(2, height, 40, 3, dtype=torch.uint8)
     with pytest.raises(error, match=words):
         purify_images(images, denoiser, **{"ids": IDS, **options})
+
+
+def test_no_images_and_views_that_torch_does_not_take_are_purified(denoiser):
+    none = np.zeros((0, 16, 16, 3), np.uint8)
+    assert purify_images(none, denoiser, ids=[]).shape == none.shape
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    images.flags.writeable = False
+    expected = purify_images(torch.tensor(images), denoiser, ids=IDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(purify_images(images, denoiser, ids=IDS), expected)
+        assert torch.equal(purify_images(images[:, ::-1][:, ::-1], denoiser, ids=IDS), expected)
+        flipped = purify_images(images[:, ::-1], denoiser, ids=IDS)
+    assert torch.equal(flipped, purify_images(images[:, ::-1].copy(), denoiser, ids=IDS))
 
 
 # Reads its own high-water mark: ru_maxrss would begin with that of the process it was forked from.

@@ -151,7 +151,7 @@ def test_a_denoiser_of_its_own_belongs_to_its_row():
 def test_a_given_denoiser_is_known_by_its_content_whichever_row_names_it():
     depths = {"a": ("one", 125), "copy": ("one", 125), "b": ("two", 900)}
     given = {
-        place: Recommended(t_max, 100, 1, "ddpm", 512, alphas_cumprod=cosine_alphas_cumprod(4000), weights=weights)
+        place: Recommended(t_max, 100, 1, "ddpm", 512, True, cosine_alphas_cumprod(4000), weights)
         for place, (weights, t_max) in depths.items()
     }
     facts = replace(FACTS, denoisers=given)

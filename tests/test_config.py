@@ -117,8 +117,8 @@ def test_t_max_follows_t_star_unless_set():
         ({"denoiser.preset": "large"}, "'debug', 'small', 'unet' or 'paper'"),
         ({"seed": 1}, "section.key"),
         ({"compensation.p": 1.5}, "less than or equal to 1"),
-        ({"run.watchdog_seconds": float("inf")}, "watchdog_seconds: Input should be a finite number"),
-        ({"poison.eps_255": float("inf")}, "poison.eps_255: Input should be a finite number"),
+        ({"run.watchdog_seconds": float("inf")}, "watchdog_seconds: expected a finite number"),
+        ({"poison.eps_255": float("inf")}, "poison.eps_255: expected a finite number"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(settings, words):

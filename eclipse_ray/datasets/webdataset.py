@@ -175,17 +175,12 @@ def read_labels(
     store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
 ) -> NDArray[np.int64] | None:
     """Return the labels of one tar, -1 for none, or None if no sample has one; images are not read."""
-    where, size, noted = (
-        f"{store.url}/{key}",
-        store.entry(key).size,
-        noted_classes(store, config.label_column) is not None,
-    )
     with _reader(store, key) as read:
-        samples = group_members(where, _listed(store, key, size, read)[0], config.image_column)
-        labels = [_row_label(store, key, each, read, config, classes, noted) for each in samples]
-    if all(label is None for label in labels):
-        return None
-    return np.array([-1 if label is None else label for label in labels], np.int64)
+        found, _ = _listed(store, key, store.entry(key).size, read)
+        labels = _labels(
+            store, key, group_members(f"{store.url}/{key}", found, config.image_column), read, config, classes
+        )
+    return None if labels is None else np.array([-1 if label is None else label for label in labels], np.int64)
 
 
 def likely_labels(store: Store, key: str, config: DataConfig) -> str | None:
@@ -361,14 +356,12 @@ def _table(
     config: DataConfig,
     classes: Sequence[str] | None,
 ) -> pa.Table:
-    where, noted = f"{store.url}/{key}", noted_classes(store, config.label_column) is not None
-    names = [name for name, _ in samples]
+    where, names = f"{store.url}/{key}", [name for name, _ in samples]
     if read_note(store).get(ESCAPED_KEYS) is True:
         names = [unescape_key(name) for name in names]
     if config.tar_ids == "path":
         names = [f"{key}/{name}" for name in names]
     images = [_image_of(each, config) for _, each in samples]
-    labels = [_row_label(store, key, each, read, config, classes, noted) for each in samples]
     taken = {_class_member(each, config) for _, each in samples}
     taken |= {name for name in extensions if _may_be_image(name, config.image_column)}
     extras = {
@@ -382,7 +375,7 @@ def _table(
     return canonical_table(
         names,
         [b"" if image is None else read(image.offset, image.offset + image.size) for image in images],
-        None if all(label is None for label in labels) else labels,
+        _labels(store, key, samples, read, config, classes),
         pa.table(extras) if extras else None,
         classes,
         [None if image is None else image.name for image in images],
@@ -403,22 +396,24 @@ def _text(where: str, member: Member, data: bytes) -> str:
         raise InputError(f"{where}: member {member.name} is not UTF-8 text: {error}; mend it") from None
 
 
-def _row_label(
+def _labels(
     store: Store,
     key: str,
-    named: tuple[str, Sample],
+    samples: Iterable[tuple[str, Sample]],
     read: Read,
     config: DataConfig,
     classes: Sequence[str] | None,
-    noted: bool,
-) -> int | None:
-    """Return the label of one sample, that of its member; the class of its folder if no tar has such members."""
-    name, sample = named
-    label = _label(f"{store.url}/{key}", sample, read, config, classes, noted)
-    by_folder = config.labels == "folder" or (config.labels is None and not noted)
-    if label is None and classes is not None and by_folder and _image_of(sample, config) is not None:
-        return folder.folder_label(store, name, classes)
-    return label
+) -> list[int | None] | None:
+    """Return the labels of samples, None if no one has one: those of members, else the classes of folders."""
+    noted = noted_classes(store, config.label_column) is not None
+    by_folder = classes if config.labels == "folder" or (config.labels is None and not noted) else None
+    labels: list[int | None] = []
+    for name, sample in samples:
+        label = _label(f"{store.url}/{key}", sample, read, config, classes, noted)
+        if label is None and by_folder is not None and _image_of(sample, config) is not None:
+            label = folder.folder_label(store, name, by_folder)
+        labels.append(label)
+    return None if all(label is None for label in labels) else labels
 
 
 def _label(

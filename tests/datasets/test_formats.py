@@ -1,8 +1,6 @@
 import gzip
-import io
 import os
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.formats import chunk_spans, open_source, read_parts
+from eclipse_ray.datasets.formats import chunk_spans, open_source, read_parts, refuse_repeated_ids
 from eclipse_ray.datasets.table import Part, canonical_table, table_to_parquet
 from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import ImageFailure, commit_shard, finalise
 from eclipse_ray.storage.store import Store
-from tests.datasets.helpers import CONFIG, PNG, fill, read_all, refused
+from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, refused, tar_bytes
 from tests.ledger.helpers import commit_ids, make_shards, start
 
 FAILED = ImageFailure("c", "c.png", "not an image")
@@ -200,13 +198,25 @@ def test_a_name_that_is_no_unicode_is_refused_before_anything_is_read(tmp_path, 
     refused(tmp_path, r"\udcdf", "rename the file")
 
 
-def test_files_that_no_format_reads_are_counted_and_named(tmp_path, capsys):
-    fill(tmp_path, "a.png", "b.jfif", "c.jpe", "metadata.csv", "more.csv", "README")
-    assert open_source(str(tmp_path), CONFIG).images == 3
-    said = capsys.readouterr().err
-    assert "3 files are passed over: 2 .csv, 1 without a suffix, such as README" in said
-    open_source(str(tmp_path / "a.png"), CONFIG)
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize(("suffix", "what"), [("parquet", "column"), ("npz", "array")])
+def test_ids_that_occur_twice_are_named_with_their_files(tmp_path, suffix, what):
+    def ids_of(file, *ids):
+        if suffix == "npz":
+            np.savez(tmp_path / f"{file}.npz", images=noise(len(ids), 4), id=np.array(ids))
+        else:
+            put(tmp_path, {f"{file}.parquet": parquet(*ids)})
+
+    ids_of("x", "a", "b", "c")
+    ids_of("y", "d", "e", *([None] if suffix == "parquet" else []))
+    refuse_repeated_ids(open_source(str(tmp_path), CONFIG))
+    ids_of("y", "d", "b")
+    with pytest.raises(
+        InputError, match=f"id 'b' occurs twice, in x.{suffix} and y.{suffix}; .*drop the {what} id"
+    ):
+        refuse_repeated_ids(open_source(str(tmp_path), CONFIG))
+    ids_of("x", "a", "a")
+    with pytest.raises(InputError, match=f"id 'a' occurs twice, in x.{suffix} and x.{suffix}"):
+        refuse_repeated_ids(open_source(f"{tmp_path}/x.{suffix}", CONFIG))
 
 
 def test_an_output_inside_the_source_is_refused(tmp_path):
@@ -218,22 +228,13 @@ def test_an_output_inside_the_source_is_refused(tmp_path):
     assert open_source(f"{source}/a.png", DataConfig(output=f"{source}/out")).images == 1
 
 
-def _tar(name, data):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 @pytest.mark.parametrize(
     ("key", "data", "words"),
     [
-        ("train.tar", _tar("n01440764.tar", b"x" * 600), "holds archives, such as n01440764.tar"),
+        ("train.tar", tar_bytes(("n01440764.tar", b"x" * 600)), "holds archives, such as n01440764.tar"),
         ("a.tar", gzip.compress(b"x" * 2000, mtime=0), "compressed by gzip; unpack it"),
         ("archive.zip", b"PK\3\4", "a zip archive; unzip it"),
         ("images.7z", b"", "an archive; unpack it"),

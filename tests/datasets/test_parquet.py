@@ -449,27 +449,6 @@ def test_names_of_classes_are_those_of_all_files(tmp_path):
     refused(tmp_path, "labels of c.parquet are numbers and those of other files are names, such as cat; write")
 
 
-def test_names_of_classes_have_no_meaning_beside_data_labels(tmp_path):
-    url = put(tmp_path, pa.table({"image": [PNG], "label": ["dog"]}), "a.parquet")
-    assert read_all(url, labels="none").column_names == ["id", "image"]
-
-
-def test_ids_that_occur_twice_are_named_with_their_files(tmp_path):
-    def write(name, ids):
-        table = pa.table({"id": ids, "image": [{"bytes": PNG, "path": None}] * len(ids)})
-        pq.write_table(table, tmp_path / name)
-
-    write("x.parquet", ["a", "b", "c"])
-    write("y.parquet", ["d", "e", None])
-    refuse_repeated_ids(open_source(str(tmp_path), CONFIG))
-    write("y.parquet", ["d", "b"])
-    with pytest.raises(InputError, match=r"id 'b' occurs twice, in x.parquet and y.parquet; .*drop the column id"):
-        refuse_repeated_ids(open_source(str(tmp_path), CONFIG))
-    write("x.parquet", ["a", "a"])
-    with pytest.raises(InputError, match=r"id 'a' occurs twice, in x.parquet and x.parquet"):
-        refuse_repeated_ids(open_source(str(tmp_path / "x.parquet"), CONFIG))
-
-
 def test_a_wide_row_group_is_named_at_the_listing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parquet, "WIDE_GROUP", 20_000)
     table = pa.table({"image": [{"bytes": bytes([n]) * 5000, "path": None} for n in range(8)]})

@@ -66,9 +66,10 @@ UNREADABLE = {
     "ids": ([SMALL, SMALL], "id im/000 occurs more than once"),
 }
 UNLABELLED = {
-    "none": ([SMALL], None, "has no labels"),
-    "half": ([table_of(noise(2, 4), [1, None])], None, "row 1 of data/part-00000.parquet has no label"),
-    "beyond": ([table_of(noise(2, 4), [1, 3])], CLASSES, "label 3 is out of range, there are 3 classes"),
+    "none": ([SMALL], "has no labels"),
+    "half": ([table_of(noise(2, 4), [1, None])], "row 1 of data/part-00000.parquet has no label"),
+    "minus one": ([table_of(noise(2, 4), [-1, 1])], "row 0 of data/part-00000.parquet has no label"),
+    "both": ([table_of(noise(2, 4), [None, -1])], r"has no labels .*data\.labels=FILE"),
 }
 
 
@@ -81,8 +82,8 @@ def test_sets_that_cannot_be_loaded_are_refused_by_name(tmp_path, name):
 
 @pytest.mark.parametrize("name", UNLABELLED)
 def test_sets_whose_labels_are_needed_are_refused_by_name(tmp_path, name):
-    tables, classes, words = UNLABELLED[name]
-    url = write_set(tmp_path, *tables, classes=classes)
+    tables, words = UNLABELLED[name]
+    url = write_set(tmp_path, *tables)
     with pytest.raises(InputError, match=words):
         require_classes(url, open_source(url, CONFIG), CONFIG)
 

@@ -15,7 +15,7 @@ from eclipse_ray import ledger
 from eclipse_ray.datasets import published
 from eclipse_ray.datasets.formats import open_source, read_parts
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.memory import load_images, require_classes
+from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import InputError
@@ -143,18 +143,6 @@ def test_wrong_labels_are_named_before_a_run(tmp_path, labels, settings, words):
 def test_labels_out_of_range_without_statistics_are_named_by_their_reader(tmp_path):
     write_labels(tmp_path, [0, 7], write_statistics=False)
     refused(tmp_path, "image b: label 7 is out of range, there are 2 classes", reading=True)
-
-
-@pytest.mark.parametrize(
-    ("labels", "words"),
-    [([-1, 1], "row 0 of .* has no label"), ([None, -1], r"has no labels .*data\.labels=FILE")],
-)
-def test_missing_labels_are_named_by_whoever_needs_them(tmp_path, labels, words):
-    write_labels(tmp_path, labels)
-    source = open_source(str(tmp_path), CONFIG)
-    assert source.images == 2
-    with pytest.raises(InputError, match=words):
-        require_classes(str(tmp_path), source, CONFIG)
 
 
 def test_page_checksums_are_what_notices(tmp_path):

@@ -9,7 +9,7 @@ from eclipse_ray.datasets.formats import open_source, read_parts
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.errors import InputError
-from tests.datasets.helpers import CONFIG, fill, noise, read_all, refused
+from tests.datasets.helpers import CONFIG, fill, noise, read_all
 from tests.support import pixels_of
 
 
@@ -29,13 +29,6 @@ def test_a_folder_without_two_classes_has_no_labels(tmp_path, keys):
     source = open_source(fill(tmp_path, *keys), CONFIG)
     assert (source.classes, source.images) == (None, 2)
     assert read_all(source.url).column_names == ["id", "image"]
-
-
-@pytest.mark.parametrize("name", ["train", "dev", "Evaluation"])
-def test_a_folder_named_after_a_split_is_no_class(tmp_path, name):
-    url = fill(tmp_path, f"{name}/cat/a.png", f"{name}/dog/b.png")
-    refused(url, f"the split {name}, ", f" {url}/{name}")
-    assert open_source(f"{url}/{name}", CONFIG).classes == ["cat", "dog"]
 
 
 def test_images_and_classes_may_begin_with_an_underscore(tmp_path):

@@ -82,6 +82,7 @@ def test_training_a_denoiser_asks_nothing_about_labels(tmp_path):
         ("train2017", "val2017"),
         ("train_images", "test_images"),
         ("dev",),
+        ("Evaluation",),
         ("trainA", "trainB", "testA", "testB"),
         ("train images", "test images"),
         ("My Train", "My Test"),
@@ -94,7 +95,7 @@ def test_training_a_denoiser_asks_nothing_about_labels(tmp_path):
 def test_folders_named_after_splits_are_classes_only_if_a_setting_says_so(tmp_path, tops):
     url = fill(tmp_path, *(f"{top}/cat/0.png" for top in tops), *(f"{top}/dog/0.png" for top in tops))
     for labels in (None, "none"):
-        refused(url, "not classes", tops[0], "data.labels=folder", labels=labels)
+        refused(url, "not classes", f"example {url}/{max(tops)};", "data.labels=folder", labels=labels)
     assert open_source(f"{url}/{tops[0]}", CONFIG).classes == ["cat", "dog"]
     classes = sorted(top.removeprefix("split=") for top in tops)
     found, names = labels_at(url, labels="folder")
@@ -387,23 +388,39 @@ def test_many_classes_fit_one_line_and_empty_ones_are_named(tmp_path, capsys):
     assert "and 10 more, each 0 to 1; 1 without images, such as c29" in said
 
 
-def numbered(tmp_path, form, labels):
-    """Write one image per label, without names of classes, and return the location."""
-    if form == "parquet":
-        (tmp_path / "a.parquet").write_bytes(rows(*(f"i{place}" for place in range(len(labels))), labels=labels))
-    elif form == "npz":
-        np.savez(tmp_path / "a.npz", images=np.stack([PIXELS[0]] * len(labels)), labels=labels)
-    elif form == "tar":
-        members = [((f"{n:03d}.png", PNG), (f"{n:03d}.cls", b"%d" % label)) for n, label in enumerate(labels)]
-        tar(tmp_path / "a.tar", *(each for pair in members for each in pair))
+def written(folder, kind, labels, other=None):
+    """Write an image per label as a source of one `kind`: `labels` have their usual name, `other` is `named`."""
+    images, folder = PIXELS[: len(labels)], folder / kind
+    folder.mkdir()
+    second = {} if other is None else {"named": other}
+    if kind == "parquet":
+        columns = {"image": [encode_image(image, "png") for image in images], "label": labels, **second}
+        pq.write_table(pa.table(columns), folder / "a.parquet")
+    elif kind == "webdataset":
+        members = []
+        for row, image in enumerate(images):
+            members += [(f"{row}.png", encode_image(image, "png")), (f"{row}.cls", str(labels[row]).encode())]
+            members += [(f"{row}.{name}", str(each[row]).encode()) for name, each in second.items()]
+        tar(folder / "a.tar", *members)
+    elif kind == "npz":
+        np.savez(folder / "a.npz", images=images, label=np.array(labels), **second)
+    elif kind == "npy":
+        for name, values in {"images": images, "labels": np.array(labels), **second}.items():
+            np.save(folder / f"{name}.npy", values)
+    elif kind in ("pt", "pkl"):
+        content = {"data": torch.from_numpy(images) if kind == "pt" else images, "labels": labels, **second}
+        write = torch.save if kind == "pt" else lambda content, file: file.write_bytes(pickle.dumps(content))
+        write(content, folder / f"a.{kind}")
     else:
-        torch.save({"data": torch.zeros(len(labels), 3, 8, 8) + 0.5, "labels": list(labels)}, tmp_path / "a.pt")
-    return str(tmp_path)
+        planes = images.transpose(0, 3, 1, 2).reshape(len(labels), -1)
+        batch = {b"data": planes, b"labels": labels, **{key.encode(): value for key, value in second.items()}}
+        (folder / "data_batch_1").write_bytes(pickle.dumps(batch))
+    return str(folder / "images.npy" if kind == "npy" else folder)
 
 
-@pytest.mark.parametrize("form", ["parquet", "npz", "tar", "pt"])
-def test_numbers_that_do_not_begin_at_0_are_kept_and_the_class_without_images_is_named(tmp_path, form, capsys):
-    url = numbered(tmp_path, form, [*range(1, 11), 10])
+@pytest.mark.parametrize("kind", ["parquet", "npz", "webdataset", "pt"])
+def test_numbers_that_do_not_begin_at_0_are_kept_and_the_class_without_images_is_named(tmp_path, kind, capsys):
+    url = written(tmp_path, kind, [*range(1, 11), 10])
     assert require_classes(url, open_source(url, CONFIG), CONFIG).tolist() == [*range(1, 11), 10]
     said = capsys.readouterr().err
     assert "10 classes in 11 images: label 1 1, label 2 1," in said
@@ -411,16 +428,14 @@ def test_numbers_that_do_not_begin_at_0_are_kept_and_the_class_without_images_is
 
 
 def test_numbers_with_gaps_are_named_and_a_set_without_any_is_said_in_short(tmp_path, capsys):
-    (tmp_path / "gaps").mkdir()
-    gaps = numbered(tmp_path / "gaps", "npz", [0, 3, 11])
+    gaps = written(tmp_path, "npz", [0, 3, 11])
     assert require_classes(gaps, open_source(gaps, CONFIG), CONFIG).tolist() == [0, 3, 11]
     said = capsys.readouterr().err
     assert (
         "3 classes in 3 images: label 0 1, label 3 1, label 11 1; no image has label 1, label 2, label 4," in said
     )
     assert "label 6 ...: labels are kept as they are, so a classifier gets 12 classes" in said
-    (tmp_path / "whole").mkdir()
-    whole = numbered(tmp_path / "whole", "npz", [1, 0, 2])
+    whole = written(tmp_path, "pt", [1, 0, 2])
     require_classes(whole, open_source(whole, CONFIG), CONFIG)
     assert capsys.readouterr().err.endswith("3 classes in 3 images: label 0 1, label 1 1, label 2 1\n")
 
@@ -429,11 +444,13 @@ def test_numbers_with_gaps_are_named_and_a_set_without_any_is_said_in_short(tmp_
 
 
 def test_every_file_is_read_or_counted_and_strict_refuses(tmp_path, capsys):
-    url = fill(tmp_path / "set", "a.png", "b.png")
+    url = fill(tmp_path / "set", "a.png", "b.jfif", "c.jpe")
     for name in ("x.heic", "y.heic", "labels.csv", ".c.png", ".DS_Store"):
         (tmp_path / "set" / name).write_bytes(b"x")
     sentence = "5 files are passed over: 2 .heic, 1 without a suffix, 1 .png, 1 .csv, such as .DS_Store"
-    assert open_source(url, CONFIG).passed_over == sentence
+    source = open_source(url, CONFIG)
+    assert (source.passed_over, source.images) == (sentence, 3)
+    assert open_source(f"{url}/a.png", CONFIG).passed_over == ""
     said = capsys.readouterr().err
     assert f"{url}: {sentence}; if it holds labels, read them with --set data.labels={url}/labels.csv" in said
     refused(url, "5 files are passed over", "; take them out of the source, or leave out --strict", strict=True)
@@ -492,36 +509,6 @@ def test_a_list_of_files_may_name_classes(tmp_path):
     (tmp_path / "words.txt").write_text("9.jpg big cat\n10.jpg dog\n")
     found = read_label_file(str(tmp_path / "words.txt"))
     assert (found.names, found.classes) == (["9.jpg", "10.jpg"], ["big cat", "dog"])
-
-
-def written(folder, kind, labels, other=None):
-    """Write three images as a source of one `kind`: `labels` have their usual name, `other` is called `named`."""
-    images, folder = PIXELS[:3], folder / kind
-    folder.mkdir()
-    second = {} if other is None else {"named": other}
-    if kind == "parquet":
-        columns = {"image": [encode_image(image, "png") for image in images], "label": labels, **second}
-        pq.write_table(pa.table(columns), folder / "a.parquet")
-    elif kind == "webdataset":
-        members = []
-        for row, image in enumerate(images):
-            members += [(f"{row}.png", encode_image(image, "png")), (f"{row}.cls", str(labels[row]).encode())]
-            members += [(f"{row}.{name}", str(each[row]).encode()) for name, each in second.items()]
-        tar(folder / "a.tar", *members)
-    elif kind == "npz":
-        np.savez(folder / "a.npz", images=images, label=np.array(labels), **second)
-    elif kind == "npy":
-        for name, values in {"images": images, "labels": np.array(labels), **second}.items():
-            np.save(folder / f"{name}.npy", values)
-    elif kind in ("pt", "pkl"):
-        content = {"data": torch.from_numpy(images) if kind == "pt" else images, "labels": labels, **second}
-        write = torch.save if kind == "pt" else lambda content, file: file.write_bytes(pickle.dumps(content))
-        write(content, folder / f"a.{kind}")
-    else:
-        planes = images.transpose(0, 3, 1, 2).reshape(3, -1)
-        batch = {b"data": planes, b"labels": labels, **{key.encode(): value for key, value in second.items()}}
-        (folder / "data_batch_1").write_bytes(pickle.dumps(batch))
-    return str(folder / "images.npy" if kind == "npy" else folder)
 
 
 def test_space_around_labels_means_nothing(tmp_path):

@@ -46,15 +46,6 @@ def test_everything_comes_back(tmp_path_factory, ids, layout, data):
     assert image_bytes(table) == image_bytes(before)
 
 
-def test_pixels_labels_and_classes_come_back_from_a_folder(tmp_path):
-    source = put(tmp_path / "src", noise(7), [0, 1, 2, 2, 1, 0, 1])
-    convert(source, str(tmp_path / "out"), CONFIG, "folder")
-    before, after = load_images(source, CONFIG), load_images(str(tmp_path / "out"), CONFIG)
-    assert after.classes == CLASSES
-    pairs = [sorted(zip(each.hashes(), each.labels.tolist(), strict=True)) for each in (before, after)]
-    assert pairs[0] == pairs[1]
-
-
 def test_tars_are_what_their_readers_expect(tmp_path):
     source = put(tmp_path / "src", noise(3), [0, 1, 2], ["a", "b c", "d.e/f"], pa.table({"txt": ["x", None, "z"]}))
     convert(source, str(tmp_path / "out"), CONFIG, "webdataset")

@@ -464,16 +464,20 @@ def _fields(where: str, member: Member, read: Read) -> dict[str, object]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _class_member(sample: Sample, config: DataConfig) -> str | None:
-    """Return the extension of the member that holds the class: the one that data.label_column names, else .cls.
+def _class_members(sample: Sample, config: DataConfig) -> list[str]:
+    """Return the extensions that may hold the class: the one that data.label_column names, else .cls.
 
-    The last part of a compound extension counts (label.cls), as for images. None: there is none, or several, which
-    planning refuses unless data.labels says what the labels are.
+    Without .cls the last part of a compound extension counts (label.cls), as for images.
     """
     if config.label_column != _DEFAULT_LABEL_COLUMN:
-        return config.label_column if config.label_column in sample else None
-    found = [name for name in sample if name.rpartition(".")[2] == "cls"]
-    return "cls" if "cls" in sample else found[0] if len(found) == 1 else None
+        return [config.label_column] if config.label_column in sample else []
+    return ["cls"] if "cls" in sample else [name for name in sample if name.endswith(".cls")]
+
+
+def _class_member(sample: Sample, config: DataConfig) -> str | None:
+    # Planning refuses several unless data.labels says what the labels are.
+    found = _class_members(sample, config)
+    return found[0] if len(found) == 1 else None
 
 
 def _short(where: str, member: Member, read: Read, limit: int) -> str:
@@ -613,16 +617,11 @@ def _image_of(sample: Sample, config: DataConfig) -> Member | None:
 
 
 def _refuse_two_classes(where: str, sample: Sample, config: DataConfig) -> None:
-    found = [member.name for name, member in sample.items() if name.rpartition(".")[2] == "cls"]
-    if (
-        len(found) > 1
-        and "cls" not in sample
-        and config.label_column == _DEFAULT_LABEL_COLUMN
-        and not config.labels
-    ):
+    if len(found := _class_members(sample, config)) > 1 and not config.labels:
+        first, second = (sample[name].name for name in found[:2])
         raise InputError(
-            f"{where}: {found[0]} and {found[1]} may both be the class of one sample; say which, for example "
-            f"--set data.label_column={found[0].rpartition('/')[2].partition('.')[2]}, or data.labels=none"
+            f"{where}: {first} and {second} may both be the class of one sample; say which, for example "
+            f"--set data.label_column={found[0]}, or data.labels=none"
         )
 
 

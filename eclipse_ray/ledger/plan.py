@@ -85,7 +85,7 @@ class Plan:
 def plan_shards(parts: Sequence[Part], shard_images: int, first: int = 0) -> list[Shard]:
     """Cut `parts`, in their order, into shards of at most `shard_images` rows, numbered from `first`.
 
-    Raises InputError if two parts have the same key, or a key is not valid Unicode.
+    Raises InputError if two parts have the same key.
     """
     if shard_images < 1:
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
@@ -214,10 +214,6 @@ def _check_keys(parts: Sequence[Part]) -> None:
         if part.key in seen:
             raise InputError(f"{part.key}: the source lists this name twice; rename or remove one of the two")
         seen.add(part.key)
-        try:
-            part.key.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{part.key!a}: the name is not valid Unicode; rename the file") from error
 
 
 def _groups(parts: Sequence[Part], shard_images: int) -> Iterator[tuple[Span, ...]]:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from eclipse_ray.errors import StorageError
 from eclipse_ray.ledger import finalise, plan_shards, read_statuses, verify
 from eclipse_ray.ledger.layout import table_bytes
 from eclipse_ray.storage.store import Store
@@ -60,14 +61,18 @@ def test_missing_or_damaged_object_is_found_and_can_be_redone(tmp_path, which):
     store, shards = Store(str(tmp_path)), make_shards()
     complete(store, shards)
     key = getattr(read_statuses(store)["000001"], which)
-    for damage, words in ((lambda: store.delete(key), f"{key}: missing"), (lambda: store.write(key, b"x"), key)):
-        damage()
-        result = verify(store)
-        assert len(result.mismatched) == 1
-        assert words in result.mismatched[0]
+    store.delete(key)
+    for words in (f"{key}: missing; delete _eclipse/status/000001 and run", key):
+        (found,) = verify(store).mismatched
+        assert words in found
+        if words != key:
+            with pytest.raises(StorageError, match=words):
+                finalise(store)
+            assert not store.exists("_eclipse/manifest.parquet")
         store.delete("_eclipse/status/000001/0.json")
         complete(store, shards)
         assert verify(store).ok
+        store.write(key, b"x")
 
 
 def test_extra_object_is_found():

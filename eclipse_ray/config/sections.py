@@ -489,8 +489,6 @@ MOST_VALUES = 10_000
 class Range(Section):
     """Numbers from `low` to `high`, both included; integers if low, high and step are integers."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
-
     low: int | float
     high: int | float
     step: int | float | None = Field(None, gt=0, description="Distance between two values; null: any value.")

@@ -99,14 +99,12 @@ def list_parts(
             if file.labels is not None and not file.whole:
                 _check_labels(f"{store.url}/{entry.key}", file.labels(0, rows), classes)
         labelled[entry.key] = file.labels is not None
-        if (
-            _may_be_one(file.shape)
-            and config.label_file is None
-            and not _is_labelled(opened, store, entry, config)
-        ):
-            doubtful[entry.key] = file
-        elif len(file.shape) == 3 and rows > 1:
-            gray.add(file.shape[1:])
+        if len(file.shape) == 3:
+            one = config.label_file is None and (rows == 3 or file.shape[2] in (1, 3))
+            if one and not _is_labelled(opened, store, entry, config):
+                doubtful[entry.key] = file
+            elif rows > 1:
+                gray.add(file.shape[1:])
         if file.said:
             forms[Form(file.layout, file.dtype.name, file.said)] += rows
         parts.append(Part(entry.key, rows, entry.size, entry.version + file.version))
@@ -161,10 +159,6 @@ def read_labels(
         labels = None if file.labels is None else file.labels(0, file.shape[0])
     _check_labels(f"{store.url}/{key}", labels, classes)
     return labels
-
-
-def _may_be_one(shape: Sequence[int]) -> bool:
-    return len(shape) == 3 and (shape[0] == 3 or shape[2] in (1, 3))
 
 
 def _is_labelled(opened: Opener, store: Store, entry: Entry, config: DataConfig) -> bool:

@@ -208,12 +208,12 @@ _PARSERS: dict[str, Callable[[str, str, str], Named]] = {
 # ---- Which image gets which label
 
 
-def covers(config: DataConfig, url: str, key: str = "") -> bool:
-    """Return whether the label file of `config` is about the object `key` at `url`: it belongs to data.source."""
+def covers(config: DataConfig, url: str) -> bool:
+    """Return whether the label file of `config` is about the set or object at `url`: it belongs to data.source."""
     if config.label_file is None or config.source is None:
         return config.label_file is not None
-    named, full = Store(config.source).url, f"{url}/{key}" if key else url
-    return full == named or full.startswith(f"{named}/") or fnmatch.fnmatchcase(full, named)
+    named = Store(config.source).url
+    return url == named or url.startswith(f"{named}/") or fnmatch.fnmatchcase(url, named)
 
 
 def matched(found: LabelFile, url: str, format: str, parts: Sequence[Part]) -> tuple[list[Part], list[str] | None]:

@@ -38,23 +38,15 @@ def test_what_is_written_loads_again(tmp_path_factory, labels, cuts, layout):
     assert sorted(zip(loaded.hashes(), loaded.labels.tolist(), strict=True)) == written
 
 
-def test_parquet_keeps_the_order(tmp_path):
+def test_images_keep_their_order_and_a_limit_takes_the_first(tmp_path):
     pixels = noise(9, 4)
-    whole = table_of(pixels, [2, 0, 1] * 3)
-    write_set(tmp_path, whole.slice(0, 4), whole.slice(4), classes=CLASSES)
-    loaded = load_images(str(tmp_path), CONFIG)
-    assert loaded.ids == whole["id"].to_pylist()
-    assert np.array_equal(loaded.images, pixels)
-
-
-def test_limit_takes_the_first(tmp_path):
-    pixels = noise(9, 4)
-    write_set(tmp_path, table_of(pixels))
-    loaded = load_images(str(tmp_path), CONFIG, limit=4)
-    assert np.array_equal(loaded.images, pixels[:4])
-    assert loaded.labels is None
-    assert len(loaded.ids) == len(loaded.hashes()) == 4
-    assert len(load_images(str(tmp_path), CONFIG, limit=400).ids) == 9
+    whole = table_of(pixels)
+    write_set(tmp_path, whole.slice(0, 4), whole.slice(4))
+    for limit, count in ((None, 9), (5, 5), (400, 9)):
+        loaded = load_images(str(tmp_path), CONFIG, limit=limit)
+        assert (loaded.ids, loaded.labels) == (whole["id"].to_pylist()[:count], None)
+        assert np.array_equal(loaded.images, pixels[:count])
+        assert loaded.hashes() == [content_hash(image) for image in pixels[:count]]
     with pytest.raises(InputError, match="no images"):
         load_images(str(tmp_path), CONFIG, limit=0)
 

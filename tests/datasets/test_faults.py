@@ -127,17 +127,16 @@ def write_labels(folder, labels, **options):
 
 
 @pytest.mark.parametrize(
-    ("labels", "settings", "words"),
+    ("labels", "words"),
     [
-        ([0, 2], {}, "x.parquet: label 2 is out of range, there are 2 classes"),
-        ([-2, 1], {}, "label -2 is out of range"),
-        (pa.array([0, 1.5]), {}, "labels are not whole numbers: Float value 1.5"),
-        ([0, 1], {"label_column": "fine"}, "no column 'fine'"),
+        ([0, 2], "x.parquet: label 2 is out of range, there are 2 classes"),
+        ([-2, 1], "label -2 is out of range"),
+        (pa.array([0, 1.5]), "labels are not whole numbers: Float value 1.5"),
     ],
 )
-def test_wrong_labels_are_named_before_a_run(tmp_path, labels, settings, words):
+def test_wrong_labels_are_named_before_a_run(tmp_path, labels, words):
     write_labels(tmp_path, labels)
-    refused(tmp_path, words, **settings)
+    refused(tmp_path, words)
 
 
 def test_labels_out_of_range_without_statistics_are_named_by_their_reader(tmp_path):

@@ -431,17 +431,18 @@ def test_an_opened_denoiser_has_the_fast_precision_unless_one_is_set(world, monk
     assert open_denoiser(world.denoiser, "float32").precision == "float32"
 
 
-def test_int8_for_a_network_that_has_none_is_refused_before_anything_is_written(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"purify.precision": "int8"}, "int8 is for the default network"),
+        ({"purify.tile_overlap": 257}, "tile_overlap 257 exceeds half of a tile, which has 512 pixels"),
+    ],
+)
+def test_what_the_network_cannot_do_is_refused_before_anything_is_written(
+    world, tmp_path, monkeypatch, settings, words
+):
     monkeypatch.setattr(network, "ShuffledNetwork", type("Other", (), {}))
-    settings = {"purify.precision": "int8"}
-    with pytest.raises(ConfigError, match="int8 is for the default network"):
-        verbs.purify(world.poisoned, str(tmp_path / "new"), denoiser=world.denoiser, settings=settings)
-    assert not (tmp_path / "new").exists()
-
-
-def test_an_overlap_that_the_network_cannot_have_is_refused_before_anything_is_written(world, tmp_path):
-    settings = {"purify.tile_overlap": 257}
-    with pytest.raises(ConfigError, match="tile_overlap 257 exceeds half of a tile, which has 512 pixels"):
+    with pytest.raises(ConfigError, match=words):
         verbs.purify(world.poisoned, str(tmp_path / "new"), denoiser=world.denoiser, settings=settings)
     assert not (tmp_path / "new").exists()
 

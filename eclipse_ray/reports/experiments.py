@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 
 from eclipse_ray.config import Config, flatten
 from eclipse_ray.errors import InputError
+from eclipse_ray.ledger import layout
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Section, Table, Text, value_words
 from eclipse_ray.reports.charts import LIGHT, MARKERS, WIDE, draw, legible, lines
 from eclipse_ray.reports.folder import BEST, read_mapping
-from eclipse_ray.reports.tables import CLEAN, RESULTS, columns, read_table, read_view, tables_of, to_parquet
+from eclipse_ray.reports.tables import CLEAN, RESULTS, columns, read_table, read_view, tables_of
 from eclipse_ray.results import DEMO_FILE, EVALUATION_FILE, SweepView, sweep_order
 from eclipse_ray.storage.store import Store
 
@@ -176,7 +177,7 @@ OBJECTIVE, WORDS = "proxy_accuracy", "proxy accuracy, %"
 def write_sweep(output: str, view: SweepView) -> None:
     """Write results.parquet, and once there is a result best.yaml, pareto.png and heatmap.png into `output`."""
     store = Store(output)
-    store.write(RESULTS, to_parquet(pa.Table.from_pylist(view.rows, schema=SWEEP_TIDY)))
+    store.write(RESULTS, layout.table_bytes(pa.Table.from_pylist(view.rows, schema=SWEEP_TIDY)))
     if not view.rows:
         return
     head = f"# eclipse-ray purify SRC DST --config best.yaml\n# The best of {view.summary}.\n"

@@ -15,7 +15,6 @@ from importlib.resources import files
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import layout
@@ -51,7 +50,7 @@ def write_tables(output: str, view: MatrixView) -> str:
     store = Store(output)
     axes = {name: value for name, value in asdict(view).items() if name != "rows"}
     table = pa.Table.from_pylist(view.rows, schema=TIDY.with_metadata({AXES: json.dumps(axes)}))
-    store.write(RESULTS, to_parquet(table))
+    store.write(RESULTS, layout.table_bytes(table))
     text = io.StringIO()
     writer = csv.DictWriter(text, TIDY.names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -62,17 +61,10 @@ def write_tables(output: str, view: MatrixView) -> str:
     return markdown
 
 
-def to_parquet(table: pa.Table) -> bytes:
-    """Return a table as a Parquet file."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return bytes(sink.getvalue())
-
-
 def read_table(store: Store) -> pa.Table:
     """Return results.parquet. Raises InputError if it is damaged."""
     try:
-        return pq.read_table(io.BytesIO(store.read(RESULTS)))
+        return layout.open_parquet(store.read(RESULTS)).read()
     except layout.DAMAGE as error:
         raise InputError(f"{store.path(RESULTS)}: cannot be read ({error}); run its command again") from error
 

@@ -293,7 +293,8 @@ def write(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | 
         known = all_labels(store.url, table)
         labels: Sequence[int | None] = [None] * table.num_rows if known is None else known
         for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):
-            _create(store, name, _file_key(name, data, label, classes), data)
+            if not store.create(_file_key(name, data, label, classes), data):
+                raise InputError(f"{store.url}: two images would be named like {name}; use the parquet layout")
             images += 1
     return images
 
@@ -318,8 +319,3 @@ def _file_key(name: str, data: bytes, label: int | None, classes: Sequence[str] 
     # An id that came from a class folder already begins with the class name, escaped or not.
     first, slash, rest = file.partition("/")
     return f"{top}/{folder_name(rest if slash and first in (raw, top) else file)}"
-
-
-def _create(store: Store, name: str, key: str, data: bytes) -> None:
-    if not store.create(key, data):
-        raise InputError(f"{store.url}: two images would be named like {name}; use the parquet layout")

@@ -277,7 +277,7 @@ def make_defended(key: str, row: Row, cache: Cache, images: Pixels, original: Im
         compensation=config.compensation,
         seed=config.run.seed,
         device=device,
-        jpeg=_jpeg,
+        jpeg=lambda pixels, level: torch.from_numpy(jpeg_roundtrip(pixels.numpy(), level)),
     )
     transform = row.defense.transform
     assert transform is not None
@@ -323,7 +323,3 @@ def quality(images: Pixels, reference: Pixels) -> dict[str, float | None]:
         "psnr": float(np.mean(decibel)),
         "ssim": float(np.mean([ssim(draw, clean) for draw in draws])) if similar else None,
     }
-
-
-def _jpeg(images: torch.Tensor, level: int) -> torch.Tensor:
-    return torch.from_numpy(jpeg_roundtrip(images.numpy(), level))

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eclipse_ray.config import BATCH_PIXELS, TILE_OVERLAP, Sampler
+from eclipse_ray.config import BATCH_PIXELS, TILE_OVERLAP, PurifyConfig, Sampler
 from eclipse_ray.diffusion.filters import undo_known
-from eclipse_ray.diffusion.network import Denoiser, Network
+from eclipse_ray.diffusion.network import Denoiser, Network, check_precision
 from eclipse_ray.diffusion.noise import check_batch, noise
 from eclipse_ray.diffusion.process import ancestral_step, ddim_step, predict_x0, respaced_timesteps, split_output
 from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled
@@ -141,7 +141,15 @@ class Trained(Protocol):
     t_star: int
     num_inference_steps: int
     tile: int
+    int8: bool
     alphas_cumprod: Tensor
+
+
+def check_purification(denoiser: Trained, settings: PurifyConfig) -> tuple[int, int]:
+    """Return (t_star, num_inference_steps) of `settings`. Raises ConfigError for what `denoiser` would refuse."""
+    check_tile(denoiser, settings.tile, settings.tile_overlap)
+    check_precision(denoiser.int8, settings.precision)
+    return check_depth(denoiser, settings.t_star, settings.num_inference_steps)
 
 
 def check_depth(denoiser: Trained, t_star: int | None, num_inference_steps: int | None) -> tuple[int, int]:

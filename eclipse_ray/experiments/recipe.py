@@ -21,9 +21,8 @@ from eclipse_ray.config import TILES, CompensationConfig, Config, MatrixItem, Vi
 from eclipse_ray.defenses import DEFENSES, PURIFICATIONS, combine, resolved_defense
 from eclipse_ray.defenses.eclipse import Avatar, avatar_depth
 from eclipse_ray.defenses.interface import Defense
-from eclipse_ray.diffusion.network import check_precision
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
-from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, check_tile
+from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_purification
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.inversion import METHOD
 from eclipse_ray.poisons import resolved_poison
@@ -396,14 +395,14 @@ def _row(entry: Entry, chosen: Config, facts: Facts) -> Row:
     denoiser = ""
     if any(DEFENSES[one].transform in PURIFICATIONS for one in transforms(entry.name)):
         denoiser = denoiser_key(chosen, facts, chosen.matrix.sparse_limit)
+        # Here, because a grid would learn it from the denoiser only after that is trained.
         with _named(f"matrix: {entry.label}"):
+            known, purify = facts.of_denoiser(chosen), chosen.purify
             if "avatar" in transforms(entry.name):
                 # It has a depth and steps of its own.
-                known = facts.of_denoiser(chosen)
-                check_tile(known, chosen.purify.tile, chosen.purify.tile_overlap)
+                purify = purify.model_copy(update={"t_star": None, "num_inference_steps": None})
                 avatar_depth(Avatar.of(chosen.defense), known)
-            else:
-                check_purification(chosen, facts)
+            check_purification(known, purify)
     if entry.against and (not denoiser or chosen.purify.denoiser):
         raise ConfigError(
             f"matrix: {entry.label}: against is for a defense that purifies, without purify.denoiser"
@@ -421,17 +420,6 @@ def _named(who: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{who}: {error}") from None
-
-
-def check_purification(config: Config, facts: Facts) -> tuple[int, int]:
-    """Return (t_star, num_inference_steps) of a row. Raises ConfigError for what its denoiser would refuse.
-
-    Here, because a grid would learn it from the denoiser only after that is trained.
-    """
-    known, purify = facts.of_denoiser(config), config.purify
-    check_tile(known, purify.tile, purify.tile_overlap)
-    check_precision(known.int8, purify.precision)
-    return check_depth(known, purify.t_star, purify.num_inference_steps)
 
 
 def facing(row: Row, column: Column) -> Row:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eclipse_ray.config import Config, Range, with_overrides
+from eclipse_ray.diffusion.sampling import check_purification
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments.recipe import (
     Entry,
@@ -22,7 +23,6 @@ from eclipse_ray.experiments.recipe import (
     Recipe,
     Row,
     Victim,
-    check_purification,
     defended_key,
     denoiser_key,
     images_key,
@@ -196,9 +196,10 @@ def contains(space: Space, point: Point) -> bool:
 
 def _resolved(config: Config, facts: Facts) -> Config:
     """Return the settings with the denoiser's recommendations where purification has none."""
-    depth, steps = check_purification(config, facts)
+    known = facts.of_denoiser(config)
+    depth, steps = check_purification(known, config.purify)
     # With a single step all samplers give x0_pred.
-    sampler = "ddpm" if steps == 1 else config.purify.sampler or facts.of_denoiser(config).sampler
+    sampler = "ddpm" if steps == 1 else config.purify.sampler or known.sampler
     chosen = {"t_star": depth, "num_inference_steps": steps, "sampler": sampler}
     return config.model_copy(update={"purify": config.purify.model_copy(update=chosen)})
 

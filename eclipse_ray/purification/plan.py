@@ -35,8 +35,8 @@ from eclipse_ray.datasets.images import (
 )
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
-from eclipse_ray.diffusion.network import Denoiser, check_precision, default_device, set_precision
-from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_depth, check_tile, purify_images
+from eclipse_ray.diffusion.network import Denoiser, default_device, set_precision
+from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_purification, check_tile, purify_images
 from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled_pixels
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
@@ -161,9 +161,7 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
 
 def _resolved(config: Config, denoiser: Denoiser) -> Config:
     """Return the settings with the denoiser's recommendations where nothing was asked for."""
-    t_star, steps = check_depth(denoiser, config.purify.t_star, config.purify.num_inference_steps)
-    check_tile(denoiser, config.purify.tile, config.purify.tile_overlap)
-    check_precision(denoiser.int8, config.purify.precision)
+    t_star, steps = check_purification(denoiser, config.purify)
     chosen = {
         "t_star": t_star,
         "num_inference_steps": steps,

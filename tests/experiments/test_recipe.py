@@ -209,9 +209,13 @@ def test_a_given_denoiser_is_known_by_its_content_whichever_row_names_it():
             "a tile, which has 128",
         ),
         ({"matrix__defenses": [{"name": "eclipse-baked", "purify.tile_overlap": 257}]}, "a tile, which has"),
-        (
-            {"matrix__defenses": [{"name": "eclipse", "denoiser.preset": "unet", "purify.precision": "int8"}]},
-            "int8 is for the default network",
+        *(
+            (
+                {"defense__avatar_noise_255": 9, "matrix__defenses": [{"name": name, **int8}]},
+                "int8 is for the default",
+            )
+            for name in ("eclipse", "avatar")
+            for int8 in [{"denoiser.preset": "unet", "purify.precision": "int8"}]
         ),
         (
             {"matrix__defenses": [{"name": "avatar", "avatar_noise_255": 99}]},

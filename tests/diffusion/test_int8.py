@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from eclipse_ray.config import load_config
 from eclipse_ray.diffusion import network
 from eclipse_ray.diffusion.network import build_denoiser, build_unet, has_int8, set_precision
 from eclipse_ray.diffusion.process import predict_x0, split_output
@@ -13,6 +12,7 @@ from eclipse_ray.diffusion.sampling import purify_images
 from eclipse_ray.diffusion.shuffled import BLOCK, assembled
 from eclipse_ray.errors import ConfigError
 from tests.diffusion.test_shuffled import trained_like
+from tests.support import debug_config
 
 T = 399
 needs_vnni = pytest.mark.skipif(not has_int8(torch.device("cpu")), reason="this CPU has no AVX512-VNNI")
@@ -99,15 +99,7 @@ def test_each_step_has_its_own_scales_and_tiles_agree_with_the_whole(denoiser):
 @needs_vnni
 def test_a_trained_denoiser_loses_less_than_a_fifth_of_a_decibel():
     """Trained a little on smooth images; what it returns is nearer to them than what it is given."""
-    config = load_config(
-        None,
-        {
-            "denoiser.block_out_channels": [16],
-            "denoiser.layers_per_block": 2,
-            "denoiser.num_train_timesteps": 1000,
-            "denoiser.t_max": 500,
-        },
-    ).denoiser
+    config = debug_config(block_out_channels=[16], layers_per_block=2, num_train_timesteps=1000, t_max=500)
     torch.manual_seed(0)
     denoiser = build_denoiser(build_unet(config), config)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=3e-3)
@@ -135,6 +127,6 @@ def test_where_it_cannot_be_had_it_is_refused_in_one_sentence(denoiser, monkeypa
     monkeypatch.setattr(network, "_capabilities", dict)
     with pytest.raises(ConfigError, match="AVX512-VNNI"):
         set_precision(denoiser, "int8")
-    config = load_config(None, {"denoiser.preset": "unet"}).denoiser
+    config = debug_config(network="unet2d")
     with pytest.raises(ConfigError, match="network shuffled"):
         set_precision(build_denoiser(build_unet(config), config), "int8")

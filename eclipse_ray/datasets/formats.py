@@ -420,11 +420,9 @@ def _labels_of_folders(store: Store, parts: Sequence[Part], classes: Sequence[st
     return np.repeat([label_of[top] for top in tops], [part.rows for part in parts])
 
 
-def read_tables(
-    source: Source, data_config: DataConfig, max_images: int = 2048, max_bytes: int = 64 * 2**20
-) -> Iterator[pa.Table]:
-    """Yield all rows in order as canonical tables of at most `max_images` and about `max_bytes` each."""
-    for spans in chunk_spans(source.parts, max_images, max_bytes):
+def read_tables(source: Source, data_config: DataConfig, max_images: int = 2048) -> Iterator[pa.Table]:
+    """Yield all rows in order as canonical tables of at most `max_images` and about 64 MiB each."""
+    for spans in chunk_spans(source.parts, max_images, 64 * 2**20):
         yield read_parts(source.url, source.format, source.classes, spans, data_config)
 
 

@@ -189,7 +189,7 @@ def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
     hashes: list[str] = []
     sizes: list[tuple[int, ...]] = []
     pixels = bytearray()
-    for table in read_tables(source, data_config, max_images=2048):
+    for table in read_tables(source, data_config):
         ids += table["id"].to_pylist()
         for _, image, content in _decoded(url, table, data_config):
             hashes.append(content)
@@ -214,7 +214,7 @@ def load_squares(
     ids: list[str] = []
     squares: dict[int, tuple[NDArray[np.uint8], str]] = {}
     known: dict[str, list[int]] = defaultdict(list)
-    for table in read_tables(source, data_config, max_images=2048):
+    for table in read_tables(source, data_config):
         for row, image, content in _decoded(url, table, data_config, skip=True):
             place = len(ids) + row
             known[content].append(labels[place])

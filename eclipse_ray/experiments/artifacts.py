@@ -119,7 +119,7 @@ def part_of(
 
 def _rows(source: Source, config: Config, ids: frozenset[str]) -> Iterator[pa.Table]:
     left = len(ids)
-    for table in read_tables(source, config.data, max_images=2048):
+    for table in read_tables(source, config.data):
         wanted = table.filter(pa.array([name in ids for name in table["id"].to_pylist()], pa.bool_()))
         if wanted.num_rows:
             yield wanted.drop_columns([name for name in wanted.column_names if name not in CANONICAL])

@@ -18,13 +18,7 @@ from torch import Tensor, nn
 from eclipse_ray.attacks import pgd
 from eclipse_ray.diffusion.training import worker_slice
 from eclipse_ray.poisons.interface import LabelledImages, Session, State
-from eclipse_ray.poisons.surrogate import (
-    SMALL,
-    TrainedSettings,
-    keyed_generator,
-    load_surrogate,
-    train_surrogate,
-)
+from eclipse_ray.poisons.surrogate import SMALL, TrainedSettings, keyed_generator, load_surrogate, train_surrogate
 from eclipse_ray.victims.training import classify
 
 # None of these is a setting.

@@ -398,10 +398,7 @@ def _chunks(source: Source, images: int) -> Chunks:
 def _fingerprint(config: Config, source: Source) -> ledger.Fingerprint:
     tree = {
         "poison": config.poison.model_dump(mode="json", exclude=UNBOUND_POISON),
-        "data": {
-            **config.data.model_dump(mode="json", exclude=UNBOUND_DATA),
-            **config.data.deciding_labels(),
-        },
+        "data": {**config.data.model_dump(mode="json", exclude=UNBOUND_DATA), **config.data.deciding_labels()},
         "run": {"seed": config.run.seed},
     }
     denoiser = config.poison.denoiser

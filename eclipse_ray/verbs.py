@@ -58,8 +58,7 @@ Assignments = Annotated[
     ),
 ]
 Resize = Annotated[
-    int | None,
-    Parameter("Resize the central square of every image to N pixels", "N", "data.resize", METHOD),
+    int | None, Parameter("Resize the central square of every image to N pixels", "N", "data.resize", METHOD)
 ]
 Strict = Annotated[bool | None, Parameter(setting="data.strict")]
 OutputFolder = Annotated[str, Parameter("Output folder of purify.", "DST", "data.output")]
@@ -213,8 +212,7 @@ def gc(
     output: OutputFolder,
     *,
     idle: Annotated[
-        bool,
-        Parameter("No run is writing there: files and uploads of unfinished shards go too.", panel=RUN),
+        bool, Parameter("No run is writing there: files and uploads of unfinished shards go too.", panel=RUN)
     ] = False,
     config: ConfigFile = None,
     settings: Assignments = None,
@@ -596,12 +594,7 @@ def submit(
     check_arguments(submit, locals())
     order = room.Order(verb, tuple(arguments), resolve(config, settings, {}), again, image_has_deps, env)
     return room.submit(
-        order,
-        address=address,
-        insecure=insecure,
-        wait=wait,
-        stop_on_interrupt=stop_on_interrupt,
-        show=show,
+        order, address=address, insecure=insecure, wait=wait, stop_on_interrupt=stop_on_interrupt, show=show
     )
 
 

@@ -517,16 +517,10 @@ class SweepConfig(Section):
     trials: int = Field(36, ge=1, description="Most points tried; a larger grid is sampled.")
     images: int = Field(2000, ge=10, description="Images of data.source per point, stratified by class.")
     holdout: float = Field(
-        0.5,
-        gt=0,
-        lt=1,
-        description="Part of data.clean that only scores, when the sweep trains denoisers itself.",
+        0.5, gt=0, lt=1, description="Part of data.clean that only scores, when the sweep trains denoisers itself."
     )
     sparse_percent: float | None = Field(
-        None,
-        gt=0,
-        le=100,
-        description="B/N: images that train a denoiser here, in % of data.source; null: all.",
+        None, gt=0, le=100, description="B/N: images that train a denoiser here, in % of data.source; null: all."
     )
     seeds: int = Field(1, ge=1, description="Victims per point; their mean accuracy counts.")
     fidelity_weight: float = Field(
@@ -580,9 +574,7 @@ class RunConfig(Section):
     max_gpus: int | None = Field(None, ge=0, description="GPUs an autoscaler may reach; null: those there are.")
     progress_seconds: float = Field(10, gt=0, description="Seconds between progress lines off a terminal.")
     watchdog_seconds: float = Field(
-        1800,
-        gt=0,
-        description="Seconds without any finished work after which a run ends with exit 75.",
+        1800, gt=0, description="Seconds without any finished work after which a run ends with exit 75."
     )
     log_format: Literal["text", "json"] = Field(
         "text", description="Messages on standard error: for people, or one JSON object per line."

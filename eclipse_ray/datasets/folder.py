@@ -40,8 +40,7 @@ SPLITS = {
 _WORDS = "|".join(SPLITS)
 # To Hugging Face any NAME-00000-of-00001 is of the split NAME. Else such a word counts, between separators.
 SPLIT_NAME = re.compile(
-    rf"^(\w+(?:\.\w+)*)(?=-\d{{5}}-of-\d{{5}})|(?:^|[-_.=])({_WORDS})(?:set|data)?(?=[-_.\d]|$)",
-    re.IGNORECASE,
+    rf"^(\w+(?:\.\w+)*)(?=-\d{{5}}-of-\d{{5}})|(?:^|[-_.=])({_WORDS})(?:set|data)?(?=[-_.\d]|$)", re.IGNORECASE
 )
 # These name splits only beside others.
 _LABELLED = re.compile(r"^(?:un)?labell?ed(?=\.\w+$|$)", re.IGNORECASE)

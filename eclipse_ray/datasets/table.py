@@ -101,10 +101,7 @@ def with_classes(table: pa.Table, classes: Sequence[str] | None) -> pa.Table:
     if "label" in table.column_names and classes is not None:
         features["label"] = {"names": list(classes), "_type": "ClassLabel"}
     own = {"classes": None if classes is None else list(classes)}
-    metadata = {
-        METADATA_KEY: json.dumps(own),
-        b"huggingface": json.dumps({"info": {"features": features}}),
-    }
+    metadata = {METADATA_KEY: json.dumps(own), b"huggingface": json.dumps({"info": {"features": features}})}
     return table.replace_schema_metadata(metadata)
 
 

@@ -98,11 +98,7 @@ def strong_augmentation(config: DefenseConfig) -> Augmentation:
     module: nn.Module = library.AugmentationSequential(
         library.RandomRotation(own.op_rotation, resample="nearest", p=1.0),
         library.RandomAffine(
-            0.0,
-            shear=own.op_shear,
-            scale=(1 - own.op_scale, 1 + own.op_scale),
-            resample="nearest",
-            p=1.0,
+            0.0, shear=own.op_shear, scale=(1 - own.op_scale, 1 + own.op_scale), resample="nearest", p=1.0
         ),
         library.ColorJitter(own.op_jitter, own.op_jitter, own.op_jitter, 0.0, p=1.0),
     )

@@ -25,13 +25,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from eclipse_ray.config import ScheduleName, digest
-from eclipse_ray.diffusion.checkpoint import (
-    CARD_FILE,
-    DENOISER_FILES,
-    Card,
-    read_card,
-    save_denoiser,
-)
+from eclipse_ray.diffusion.checkpoint import CARD_FILE, DENOISER_FILES, Card, read_card, save_denoiser
 from eclipse_ray.diffusion.network import Denoiser, parameter_count
 from eclipse_ray.diffusion.process import (
     IMAGE_CHANNELS,
@@ -116,13 +110,7 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-ATTENTION = (
-    ("norm", "group_norm"),
-    ("qkv", "to_q"),
-    ("qkv", "to_k"),
-    ("qkv", "to_v"),
-    ("proj_out", "to_out.0"),
-)
+ATTENTION = (("norm", "group_norm"), ("qkv", "to_q"), ("qkv", "to_k"), ("qkv", "to_v"), ("proj_out", "to_out.0"))
 OUTSIDE = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -368,12 +356,7 @@ _UNREADABLE = (
 
 
 def import_checkpoint(
-    file: str | Path,
-    *,
-    out: str | Path,
-    heads: int = 4,
-    timesteps: int = 4000,
-    schedule: ScheduleName = "cosine",
+    file: str | Path, *, out: str | Path, heads: int = 4, timesteps: int = 4000, schedule: ScheduleName = "cosine"
 ) -> ImportResult:
     """Write the U-Net of a local `file` (such as ema_0.9999_250000.pt) as the local denoiser folder `out`.
 

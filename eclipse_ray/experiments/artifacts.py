@@ -89,12 +89,7 @@ class Cache:
 
 
 def part_of(
-    config: Config,
-    cache: Cache,
-    url: str,
-    ids: Sequence[str] | None,
-    key: str,
-    labelled: ImageSet | None = None,
+    config: Config, cache: Cache, url: str, ids: Sequence[str] | None, key: str, labelled: ImageSet | None = None
 ) -> Settings:
     """Return the settings that read the images `ids` of `url` (None: all of them), whose identity is `key`.
 

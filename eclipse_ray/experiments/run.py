@@ -61,13 +61,7 @@ from eclipse_ray.experiments.search import feasible, make_trial, tuned_point
 from eclipse_ray.log import say
 from eclipse_ray.poisoning import fits_at_once
 from eclipse_ray.progress import ProgressLine
-from eclipse_ray.results import (
-    EvaluateResult,
-    MatrixResult,
-    MatrixView,
-    SweepResult,
-    SweepView,
-)
+from eclipse_ray.results import EvaluateResult, MatrixResult, MatrixView, SweepResult, SweepView
 from eclipse_ray.storage.store import Store
 from eclipse_ray.victims.training import train_victim
 

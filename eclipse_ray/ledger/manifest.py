@@ -198,12 +198,7 @@ def _read_claim(store: Store) -> tuple[list[Shard], str | None, list[str]]:
 
 
 def _check_object(
-    store: Store,
-    key: str | None,
-    sha256: str | None,
-    rows: int,
-    seen: set[bytes],
-    problems: list[str],
+    store: Store, key: str | None, sha256: str | None, rows: int, seen: set[bytes], problems: list[str]
 ) -> int:
     """Check one object, append its problems to `problems`, and return its number of images."""
     if key is None:

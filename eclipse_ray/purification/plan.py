@@ -162,11 +162,7 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
 def _resolved(config: Config, denoiser: Denoiser) -> Config:
     """Return the settings with the denoiser's recommendations where nothing was asked for."""
     t_star, steps = check_purification(denoiser, config.purify)
-    chosen = {
-        "t_star": t_star,
-        "num_inference_steps": steps,
-        "sampler": config.purify.sampler or denoiser.sampler,
-    }
+    chosen = {"t_star": t_star, "num_inference_steps": steps, "sampler": config.purify.sampler or denoiser.sampler}
     return config.model_copy(update={"purify": config.purify.model_copy(update=chosen)}, deep=True)
 
 

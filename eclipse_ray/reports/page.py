@@ -249,12 +249,7 @@ def audit(store: Store) -> Section:
     try:
         verdict, _, evidence = str(found["words"]).partition(". ")
         scores = [
-            [
-                score["name"].replace("_", " "),
-                f"{score['effect']:.3f}",
-                f"{score['p_value']:.2g}",
-                score["detail"],
-            ]
+            [score["name"].replace("_", " "), f"{score['effect']:.3f}", f"{score['p_value']:.2g}", score["detail"]]
             for score in found["evidence"]
             # Older audits also hold scores that the verdict does not use.
             if score.get("counted", True)

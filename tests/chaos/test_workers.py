@@ -38,14 +38,7 @@ def undisturbed(world, tmp_path_factory):
 
 
 def command(world, output, *more: str, **settings) -> list[str]:
-    words = [
-        sys.executable,
-        "-m",
-        "eclipse_ray",
-        "purify",
-        world.poisoned,
-        str(output),
-    ]
+    words = [sys.executable, "-m", "eclipse_ray", "purify", world.poisoned, str(output)]
     words += ["--denoiser", world.denoiser, "--json", *more]
     for key, value in {**SETTINGS, **settings}.items():
         words += ["--set", f"{key}={value}"]

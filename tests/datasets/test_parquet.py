@@ -28,10 +28,7 @@ def put(folder, table, name="x.parquet"):
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    ids=st.lists(st.text(max_size=8), min_size=1, max_size=20, unique=True),
-    data=st.data(),
-)
+@given(ids=st.lists(st.text(max_size=8), min_size=1, max_size=20, unique=True), data=st.data())
 def test_canonical_tables_survive_the_file(tmp_path_factory, ids, data):
     folder = tmp_path_factory.mktemp("canonical")
     count = len(ids)

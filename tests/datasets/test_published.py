@@ -128,8 +128,7 @@ def test_a_pickle_that_is_a_cifar_batch_keeps_its_other_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names",
-    ["data targets", "data labels", "X y", "x y", "x_train y_train", "images labels", "X_train y_train"],
+    "names", ["data targets", "data labels", "X y", "x y", "x_train y_train", "images labels", "X_train y_train"]
 )
 @pytest.mark.parametrize("values", [IMAGES, CHW, FLOATS, IMAGES.astype(np.float64), CHW.reshape(12, -1)])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -7,14 +7,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod, learned_variance
-from eclipse_ray.diffusion.training import (
-    add_noise,
-    decoder_nll,
-    gaussian_kl,
-    loss_hybrid,
-    loss_simple,
-    loss_vlb,
-)
+from eclipse_ray.diffusion.training import add_noise, decoder_nll, gaussian_kl, loss_hybrid, loss_simple, loss_vlb
 
 SCHEDULE = cosine_alphas_cumprod(20)
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1

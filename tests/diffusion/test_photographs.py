@@ -28,10 +28,7 @@ SETTINGS = {
 }
 NETWORKS = {
     "unet2d": {f"denoiser.{key}": value for key, value in UNET.items()},
-    "shuffled": {
-        "denoiser.block_out_channels": [16],
-        "denoiser.iterations": 500,
-    },
+    "shuffled": {"denoiser.block_out_channels": [16], "denoiser.iterations": 500},
 }
 IDS = ["a", "b", "c", "d"]
 

@@ -26,13 +26,7 @@ from eclipse_ray.diffusion.process import (
     predict_x0,
     respaced_timesteps,
 )
-from eclipse_ray.diffusion.sampling import (
-    absorb,
-    eliminate,
-    purify_images,
-    to_model_range,
-    to_uint8,
-)
+from eclipse_ray.diffusion.sampling import absorb, eliminate, purify_images, to_model_range, to_uint8
 from eclipse_ray.errors import ConfigError, InputError
 from tests.support import debug_config, untrained_denoiser
 

@@ -10,11 +10,7 @@ from eclipse_ray.config import load_config
 from eclipse_ray.diffusion.network import build_denoiser, build_unet
 from eclipse_ray.diffusion.shuffled import WAVES, ShuffledNetwork, _waves
 
-SHUFFLED = {
-    "denoiser.network": "shuffled",
-    "denoiser.block_out_channels": [32],
-    "denoiser.layers_per_block": 3,
-}
+SHUFFLED = {"denoiser.network": "shuffled", "denoiser.block_out_channels": [32], "denoiser.layers_per_block": 3}
 
 
 def trained_like(**settings):

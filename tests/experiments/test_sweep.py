@@ -16,14 +16,7 @@ from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.experiments import rows as tidy
 from eclipse_ray.experiments import run
-from eclipse_ray.experiments.experiment import (
-    Experiment,
-    Sets,
-    of_classes,
-    open_sweep,
-    sweep_notes,
-    sweep_sets,
-)
+from eclipse_ray.experiments.experiment import Experiment, Sets, of_classes, open_sweep, sweep_notes, sweep_sets
 from eclipse_ray.experiments.recipe import Measured
 from eclipse_ray.experiments.run import Bench, defend, measure
 from eclipse_ray.experiments.search import Trial

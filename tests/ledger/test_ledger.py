@@ -48,16 +48,7 @@ def store(request, tmp_path):
 
 
 def test_plan_cuts_tables_and_groups_images():
-    parts = [
-        part("a"),
-        part("b"),
-        part("t1", 5),
-        part("empty", 0),
-        part("t2", 2),
-        part("c"),
-        part("d"),
-        part("e"),
-    ]
+    parts = [part("a"), part("b"), part("t1", 5), part("empty", 0), part("t2", 2), part("c"), part("d"), part("e")]
     shards = plan_shards(parts, 2)
     cut = [(s.name, [(p.key, p.start, p.stop) for p in s.spans]) for s in shards]
     assert cut == [
@@ -141,13 +132,7 @@ def test_status_refuses_names_that_lead_elsewhere():
     start(store, shards)
     tree = commit(store, shards[0]).model_dump()
     assert Status.model_validate_json(Status(**tree).model_dump_json()) == Status(**tree)
-    for change in [
-        {"object": "../../etc/passwd"},
-        {"object": None},
-        {"ok": 0},
-        {"shard": "../x"},
-        {"extra": 1},
-    ]:
+    for change in [{"object": "../../etc/passwd"}, {"object": None}, {"ok": 0}, {"shard": "../x"}, {"extra": 1}]:
         with pytest.raises(ValueError, match="validation error"):
             Status(**{**tree, **change})
 

@@ -23,7 +23,7 @@ from eclipse_ray.datasets.formats import (
     read_tables,
 )
 from eclipse_ray.datasets.images import centre_crop, decode_required, resize_image
-from eclipse_ray.datasets.table import Part, Span, image_bytes, labels_or_none
+from eclipse_ray.datasets.table import Part, Span, image_bytes, labels_or_none, refuse_repeated
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say_once
 
@@ -163,7 +163,7 @@ def load_images(url: str, data_config: DataConfig, *, limit: int | None = None) 
         if len(ids) == count:
             break
     assert images is not None
-    _refuse_repeated_ids(url, ids)
+    refuse_repeated(url, ids)
     return ImageSet(ids, images, np.array(labels, np.int64) if labelled else None, source.classes, hashes)
 
 
@@ -195,7 +195,7 @@ def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
             hashes.append(content)
             sizes.append(image.shape[:2])
             pixels += image.data
-    _refuse_repeated_ids(url, ids)
+    refuse_repeated(url, ids)
     return MixedSet(ids, np.frombuffer(pixels, np.uint8), np.array(sizes, np.int64).reshape(-1, 2), hashes)
 
 
@@ -221,7 +221,7 @@ def load_squares(
             if place in chosen and min(image.shape[:2]) >= side:
                 squares[place] = centre_crop(image, side), content
         ids += table["id"].to_pylist()
-    _refuse_repeated_ids(url, ids)
+    refuse_repeated(url, ids)
     if not squares:
         raise InputError(
             f"{url}: no image has {side}x{side} pixels, on which the denoiser trains; "
@@ -263,7 +263,7 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
     for table in _tables(source, chunks, data_config):
         ids += table["id"].to_pylist()
         labels += labels_or_none(table)
-    _refuse_repeated_ids(url, ids)
+    refuse_repeated(url, ids)
     chosen = np.ones(len(ids), np.bool_)
     if count < len(ids):
         chosen = choose_clean(list(ids), list(labels), count, seed)
@@ -348,14 +348,6 @@ def _decoded(
                 continue
             raise
         yield row, resize_image(stored, data_config.resize), content_hash(stored)
-
-
-def _refuse_repeated_ids(url: str, ids: list[str]) -> None:
-    seen: set[str] = set()
-    for name in ids:
-        if name in seen:
-            raise InputError(f"{url}: id {name} occurs more than once; give every image its own id")
-        seen.add(name)
 
 
 def _tables(source: Source, chunks: list[list[Span]], data_config: DataConfig) -> Iterator[pa.Table]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -146,6 +147,13 @@ def image_bytes(table: pa.Table) -> list[bytes]:
 def extra_columns(table: pa.Table) -> pa.Table:
     """Return the extra columns of a canonical table, which are all but id, image and label."""
     return table.drop_columns([name for name in CANONICAL if name in table.column_names])
+
+
+def refuse_repeated(url: str, ids: Sequence[str]) -> None:
+    """Raise InputError for an id that occurs twice."""
+    if len(set(ids)) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise InputError(f"{url}: id {twice} occurs more than once; give every image its own id")
 
 
 def refuse_extras(url: str, table: pa.Table, what: str) -> None:

@@ -24,7 +24,7 @@ from eclipse_ray.cluster.connect import open_denoiser
 from eclipse_ray.config import PurifyConfig, content_hash
 from eclipse_ray.datasets.formats import read_parts
 from eclipse_ray.datasets.images import ImageError, LargeImageError, decode_stored, encode_image, resize_image
-from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
+from eclipse_ray.datasets.table import canonical_table, image_bytes, refuse_repeated, table_to_parquet
 from eclipse_ray.errors import EclipseError, InputError, StorageError, note_of_error
 from eclipse_ray.purification.shard import (
     BUSY_COLUMN,
@@ -79,7 +79,7 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     places = [(span.key, row) for span in spans for row in range(span.start, span.stop)]
     encoded, order, labels = image_bytes(table), table["id"].to_pylist(), _labels(table)
     metrics.count("read_bytes", sum(map(len, encoded)), job.run)
-    _refuse_repeated_ids(job, order)
+    refuse_repeated(job.source, order)
     state = hashlib.sha256()
     for data in encoded:
         state.update(len(data).to_bytes(8, "little") + data)
@@ -203,12 +203,6 @@ def _given_up(task: Task, job: Job) -> pa.Table:
 def _nothing(failures: Sequence[FailureRow] = (), fatal: str = "") -> pa.Table:
     columns = {"input_sha256": [""], "order": ["[]"]}
     return pack(columns, pa.table({"id": pa.array([], pa.string())}), [], list(failures), fatal)
-
-
-def _refuse_repeated_ids(job: Job, ids: Sequence[str]) -> None:
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise InputError(f"{job.source}: two images have the id {twice}; give every image an id of its own")
 
 
 Outcome = Pixels | Failure

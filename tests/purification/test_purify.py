@@ -474,7 +474,7 @@ def test_two_images_of_one_id_are_refused(world, tmp_path):
     fatal = decode(*first_shard(world, tmp_path / "out", tmp_path / "source"))["fatal"][0].as_py()
     error = error_of_note(fatal)
     assert isinstance(error, InputError)
-    assert "two images have the id b" in str(error)
+    assert "id b occurs more than once" in str(error)
 
 
 def test_what_cannot_be_read_becomes_error_rows_of_its_own(world, tmp_path):

@@ -279,7 +279,8 @@ def open_sweep(config: Config) -> Experiment:
     places = {"data.output": config.data.output, "purify.denoiser": config.purify.denoiser}
     config = with_overrides(config, {key: Store(place).url for key, place in places.items() if place})
     sets = sweep_sets(config)
-    facts = _facts(sets, _given(given_denoisers(config)))
+    # Not those of a grid in the same file.
+    facts = _facts(sets, _given([config.purify.denoiser] if config.purify.denoiser else ()))
     space = search.space_of(config, facts)
     for note in sweep_notes(config, sets):
         say(f"sweep: {note}")

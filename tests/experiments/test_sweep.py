@@ -72,6 +72,11 @@ def swept(world, half, tmp_path_factory) -> OneRun:
     return OneRun(settings, plan, verbs.sweep(settings=settings), output)
 
 
+def test_the_denoisers_of_a_grid_in_the_same_file_are_not_opened(world, half):
+    grid = [{"name": "eclipse", "purify.denoiser": "/nowhere"}]
+    assert list(opened(world, half, matrix__defenses=grid).facts.denoisers) == [half]
+
+
 def test_trials_find_what_was_named_by_relative_paths(world, half, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(half).parent)
     settings = settings_for(world, Path("out"), "denoiser")

@@ -96,12 +96,19 @@ class Denoised:
         torch.set_num_threads(1)
         folder, self.settings, self.seed = job.config.audit.denoiser, job.config.purify, job.config.run.seed
         assert folder is not None
-        self.denoiser = open_denoiser(folder, self.settings.precision)
+        self.refused: EclipseError | None = None
+        try:
+            self.denoiser = open_denoiser(folder, self.settings.precision)
+        except EclipseError as error:
+            # Ray would lose it here.
+            self.refused = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the row with each crop followed, in a second half of the images, by its denoised form."""
         if batch["fatal"][0].as_py():
             return batch
+        if self.refused:
+            return _fatal(self.refused)
         table, crops, failures = unpack(batch)
         ids: list[str] = table["id"].to_pylist()
         denoised: list[Pixels] = list(crops)
@@ -163,7 +170,7 @@ def audit(config: Config) -> Audit:
     if config.audit.output:
         Store(config.audit.output).require_writable()
     if config.audit.denoiser:
-        # An actor that cannot open it ends without a word.
+        # Found here, it takes no start of Ray.
         load_denoiser(local_denoiser(config.audit.denoiser))
     # A poison is what images of one label share.
     opened = open_source(source, config.data)

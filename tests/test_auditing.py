@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from eclipse_ray import auditing, verbs
 from eclipse_ray.auditing import Crop, balanced, common_side
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.synthetic import write_synthetic
-from eclipse_ray.errors import ConfigError, InputError, InterruptedRunError
+from eclipse_ray.diffusion import network
+from eclipse_ray.errors import ConfigError, InputError, InterruptedRunError, error_of_note
 from tests.support import run_cli
 
 
@@ -62,6 +64,16 @@ def test_an_audit_whose_workers_hang_or_are_lost_ends_with_75_and_a_sentence(wor
     with pytest.raises(InterruptedRunError, match=words + ".*; run the same command again to resume") as caught:
         verbs.audit(world.rest, settings={"run.watchdog_seconds": 0.5})
     assert caught.value.exit_code == 75
+
+
+def test_a_worker_that_cannot_open_the_denoiser_says_so(world, monkeypatch):
+    monkeypatch.setattr(network, "_capabilities", dict)
+    config = load_config(None, {"audit.denoiser": world.denoiser, "purify.precision": "int8"})
+    crops = auditing.pack({"read": [0]}, auditing.CROPS_SCHEMA.empty_table(), [], [])
+    actor = auditing.Denoised(SimpleNamespace(config=config))
+    error = error_of_note(actor(crops)["fatal"][0].as_py())
+    assert isinstance(error, ConfigError)
+    assert "needs a CPU with AVX512-VNNI" in str(error)
 
 
 def test_refusals(world, tmp_path):

@@ -240,13 +240,20 @@ class Purifier:
         self.job = job
         self.note = ""
         self.idle_since = time.monotonic()
-        self.denoiser = open_denoiser(job.denoiser, job.purify.precision)
+        self.refused = ""
+        try:
+            self.denoiser = open_denoiser(job.denoiser, job.purify.precision)
+        except EclipseError as error:
+            # Said with the first shard, because Ray would lose it here.
+            self.refused = note_of_error(error)
         self._tell("", 0)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the shard with its images purified; those that are too small or kill the actor fail."""
         if batch["fatal"][0].as_py():
             return batch
+        if self.refused:
+            return batch.set_column(batch.schema.get_field_index("fatal"), "fatal", pa.array([self.refused]))
         started = time.monotonic()
         waited = started - self.idle_since
         table, images, failures = unpack(batch)

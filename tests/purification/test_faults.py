@@ -11,8 +11,8 @@ import torch
 
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import ImageError, encode_image
-from eclipse_ray.diffusion import sampling
-from eclipse_ray.errors import StorageError, error_of_note
+from eclipse_ray.diffusion import network, sampling
+from eclipse_ray.errors import ConfigError, StorageError, error_of_note
 from eclipse_ray.ledger import open_run, plan_shards, read_statuses, session
 from eclipse_ray.parameters import resolve
 from eclipse_ray.progress import ProgressLine
@@ -110,6 +110,17 @@ def test_an_image_without_memory_alone_becomes_an_error_row(world, tmp_path, mon
     row = encode_and_commit(purified, job).to_pylist()[0]
     assert (row["ok"], row["failed"], row["fatal"]) == (15, 1, "")
     assert read_statuses(job.store())[task.shard.name].failed == 1
+
+
+def test_a_worker_that_cannot_open_the_denoiser_says_so_with_its_first_shard(world, tmp_path, monkeypatch):
+    job, task = first_shard(world, tmp_path / "out")
+    monkeypatch.setattr(network, "_capabilities", dict)
+    job = replace(job, purify=job.purify.model_copy(update={"precision": "int8"}))
+    row = encode_and_commit(Purifier(job)(decode(job, task)), job).to_pylist()[0]
+    error = error_of_note(row["fatal"])
+    assert isinstance(error, ConfigError)
+    assert "needs a CPU with AVX512-VNNI" in str(error)
+    assert row["ok"] == 0
 
 
 def test_other_errors_of_the_network_are_not_taken_for_want_of_memory(world, tmp_path, monkeypatch):

@@ -218,6 +218,13 @@ def test_a_given_denoiser_is_known_by_its_content_whichever_row_names_it():
             for int8 in [{"denoiser.preset": "unet", "purify.precision": "int8"}]
         ),
         (
+            {
+                "matrix__defenses": [{"name": "avatar", "denoiser.preset": "unet", "purify.precision": "int8"}],
+                "defense__avatar_noise_255": 9,
+            },
+            "int8 is for the default network",
+        ),
+        (
             {"matrix__defenses": [{"name": "avatar", "avatar_noise_255": 99}]},
             r"avatar .*noises by 99 of 255, which is t_star \d+",
         ),

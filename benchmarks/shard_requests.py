@@ -27,7 +27,7 @@ from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table, table_to_parquet
 from eclipse_ray.parameters import resolve
-from eclipse_ray.purification.shard import Job, Task, pack, task_rows, unpack
+from eclipse_ray.purification.shard import BUSY_COLUMN, Job, Task, pack, task_rows, unpack
 from eclipse_ray.purification.stages import CHANGE_COLUMNS, encode_and_commit, read_and_decode
 from eclipse_ray.storage.store import Store
 
@@ -59,6 +59,7 @@ def purify_one(job: Job, task: Task) -> None:
     for name in CHANGE_COLUMNS:
         table = table.append_column(f".{name}", pa.nulls(len(images), pa.float32()))
     columns = {name: decoded[name].to_pylist() for name in ("task", "input_sha256", "order", "seconds")}
+    columns[BUSY_COLUMN] = [0.0]
     found = encode_and_commit(pack(columns, table, images, failures), job).to_pylist()[0]
     assert (found["ok"], found["fatal"]) == (ROWS, ""), found
 

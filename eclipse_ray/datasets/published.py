@@ -141,7 +141,8 @@ def _images_and_labels(
 def _from_dict(where: str, content: dict[Any, Any], label_column: str | None) -> tuple[Values, object | None]:
     named = {text_of(key).lower(): value for key, value in content.items() if isinstance(key, str | bytes)}
     images = [array for name in IMAGES if (array := values_of(named.get(name))) is not None]
-    labels = [named[name] for name in _label_names(where, list(named), label_column, LABELS)]
+    wanted = label_column and label_column.lower()
+    labels = [named[name] for name in _label_names(where, list(named), wanted, LABELS)]
     if len(images) != 1 or len(labels) > 1:
         known = ", ".join(list(named)[:10]) or "nothing"
         raise InputError(

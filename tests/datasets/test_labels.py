@@ -545,6 +545,11 @@ def test_the_named_labels_win_in_every_format(tmp_path, kind):
     refused(url, "data.label" if kind == "npy" else "data.label_column", label_column="absent")
 
 
+def test_labels_in_a_dict_are_found_as_they_are_written_there(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"X": PIXELS[:3], "Y": [0, 1, 2], "Coarse": [2, 0, 1]}))
+    assert list(labels_at(str(tmp_path), label_column="Coarse")[0].values()) == [2, 0, 1]
+
+
 @pytest.mark.parametrize("layout", ["parquet", "npz", "webdataset"])
 def test_other_labels_do_not_have_the_names_of_the_classes(tmp_path, layout):
     name, values = ("txt", ["3", "1", "0"]) if layout == "webdataset" else ("coarse", [3, 1, 0])

@@ -222,7 +222,8 @@ def classes_in_tars(store: Store, keys: Sequence[str], config: DataConfig) -> li
     if classes and len({folder_label(store, key, classes) for key in keys}) < len(tops):
         raise InputError(
             f"{store.url}: all images in its tars lie in a folder that is named like one of the classes "
-            f"{', '.join(classes[:20])} in it; write the tars anew without that folder"
+            f"{', '.join(classes[:20])} in it; write the tars anew without that folder, or read them "
+            "without labels: --set data.labels=none"
         )
     return classes
 

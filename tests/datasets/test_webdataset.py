@@ -176,7 +176,8 @@ def test_folders_in_tars_are_doubtful_as_folders_are_and_a_setting_answers(tmp_p
         assert open_source(url, DataConfig(labels="folder")).classes == tops
         assert read_all(url, labels="folder")["label"].to_pylist() == list(range(len(keys)))
     refused(
-        tar(tmp_path / "twice/a.tar", *sample("dog/cat/0"), *sample("dog/dog/1")), "named like one of the classes"
+        tar(tmp_path / "twice/a.tar", *sample("dog/cat/0"), *sample("dog/dog/1")),
+        "without labels: --set data.labels=none",
     )
     one = tar(tmp_path / "one/a.tar", *sample("dog/0"), *sample("dog/1"))
     assert "label" not in read_all(one).column_names

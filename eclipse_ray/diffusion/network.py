@@ -169,7 +169,8 @@ def set_precision(denoiser: Denoiser, precision: Computed | None) -> None:
     device = denoiser.alphas_cumprod.device
     check_precision(denoiser.int8, precision)
     if precision == "int8" and not has_int8(device):
-        where = "a CPU without it" if device.type == "cpu" else device.type
+        cpu = "a CPU without it" if _capabilities() else f"a CPU of which torch {torch.__version__} cannot tell"
+        where = cpu if device.type == "cpu" else device.type
         raise ConfigError(
             f"purify.precision int8 needs a CPU with AVX512-VNNI, and this machine computes on {where}; "
             "leave it null"

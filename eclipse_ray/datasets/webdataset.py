@@ -136,11 +136,24 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             "name one that is there with --set data.label_column=NAME"
         )
     if by_folder:
+        _refuse_numbered(store, entries, looks, config)
         classes = folder.classes_in_tars(store, inside, config)
     if config.tar_ids == "key":
         _refuse_repeated_keys(store, entries, looks)
     parts = [Part(e.key, len(look.keys), e.size, e.version) for e, look in zip(entries, looks, strict=True)]
     return [part for part in parts if part.rows], classes
+
+
+def _refuse_numbered(store: Store, entries: Sequence[Entry], looks: Sequence[_Look], config: DataConfig) -> None:
+    # 00000.tar with 00000/1.jpg: the number may be that of a part, as img2dataset writes them, and not of a class.
+    names = [entry.key.rpartition("/")[2][: -len(".tar")] for entry in entries]
+    tops = [{folder.top_folder(key) for key in look.folders.values()} for look in looks]
+    if config.labels is None and all(
+        name.isdecimal() and top == {name} for name, top in zip(names, tops, strict=True)
+    ):
+        raise folder.question(
+            store, f"the images of {entries[0].key} lie in a folder of its number, as all others do"
+        )
 
 
 def read_rows(

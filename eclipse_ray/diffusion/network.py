@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from eclipse_ray.config import TILES, Computed, DenoiserConfig, Precision, Sampler
-from eclipse_ray.diffusion.int8 import Int8Network
 from eclipse_ray.diffusion.process import IMAGE_CHANNELS, cosine_alphas_cumprod
-from eclipse_ray.diffusion.shuffled import ShuffledConfig, ShuffledNetwork
+from eclipse_ray.diffusion.shuffled import Int8Network, ShuffledConfig, ShuffledNetwork
 from eclipse_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,6 +104,10 @@ class Denoiser(nn.Module):
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             output: Tensor = self.unet(x_t, shown).sample
         return output.to(x_t.dtype)
+
+    def __getstate__(self) -> dict[str, object]:
+        # Packed weights can be neither copied nor pickled; they are made again.
+        return {**self.__dict__, "networks": {}}
 
     def _in_int8(self, x_t: Tensor, t: Tensor) -> Tensor:
         (step,) = set(t.tolist())

@@ -158,6 +158,14 @@ def test_folders_in_tars_without_labels_are_classes_as_in_a_folder(tmp_path, sha
     assert "label" not in read_all(tmp_path, labels="none").column_names
 
 
+def test_numbered_tars_that_hold_a_folder_of_their_number_may_be_parts(tmp_path):
+    for number in ("00000", "00001"):
+        tar(tmp_path / f"{number}.tar", *sample(f"{number}/a{number}"))
+    refused(tmp_path, "00000.tar lie in a folder of its number", "data.labels=folder")
+    assert "label" not in read_all(tmp_path, labels="none").column_names
+    assert read_all(tmp_path, labels="folder")["label"].to_pylist() == [0, 1]
+
+
 def test_folders_in_tars_are_doubtful_as_folders_are_and_a_setting_answers(tmp_path):
     cases = {
         ("0/a", "2/b"): "numbered with gaps",

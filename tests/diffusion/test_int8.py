@@ -1,5 +1,7 @@
 """The default network in integers of 8 bits: near the floats, the same for each image in any batch, or refused."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,8 @@ def test_an_image_is_the_same_alone_in_another_batch_and_a_second_time(denoiser)
     assert torch.equal(together, again)
     alone = purify_images(images[3:4], denoiser, t_star=T + 1, num_inference_steps=1, ids=ids[3:4])
     assert torch.equal(together[3:4], alone)
+    copied = purify_images(images, copy.deepcopy(denoiser), t_star=T + 1, num_inference_steps=1, ids=ids)
+    assert torch.equal(together, copied)
 
 
 @needs_vnni

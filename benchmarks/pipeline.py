@@ -1,11 +1,11 @@
 """Where the time of `eclipse-ray purify` goes, beside JPEG purification and a plain loop around the same network.
 
-    python benchmarks/pipeline.py --data ../shared/data --out runs/pipeline [--sets cifar10,photographs]
+    python benchmarks/pipeline.py --data ../shared/data --out runs/pipeline [--precision int8]
 
 Two sets: the 50,000 training images of CIFAR-10, and 2,000 photographs of their own size (100 files of 20 names).
 The steps are measured alone on one core first, in the same run; `bound` is their sum, shared by all cores, and no
 pipeline can take less. Each case is a process of its own, so its start counts. The network is the default one with
-drawn weights, in the precision that is fast here.
+drawn weights, in the precision that is fast here unless one is named.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ from common import machine, markdown, write_untrained
 from torch.utils.data import DataLoader, Dataset
 
 from eclipse_ray.cluster.connect import open_denoiser
-from eclipse_ray.config import DataConfig, PurifyConfig
+from eclipse_ray.config import Computed, DataConfig, PurifyConfig
 from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.table import image_bytes
@@ -55,11 +55,11 @@ def sources(data: Path, out: Path) -> dict[str, str]:
     return {"cifar10": f"{data}/cifar10/train-*.parquet", "photographs": str(folder)}
 
 
-def steps(name: str, url: str, denoiser_folder: str) -> dict[str, float]:
+def steps(name: str, url: str, denoiser_folder: str, precision: Computed | None) -> dict[str, float]:
     """Return seconds of one core for each image: decode, noise (a part of the next), denoise, encode, JPEG."""
     torch.set_num_threads(1)
     data, settings = spread_images(url, TIMED[name]), PurifyConfig()
-    denoiser = open_denoiser(denoiser_folder, None)
+    denoiser = open_denoiser(denoiser_folder, precision)
     images: list[Pixels] = []
     found: dict[str, float] = {}
 
@@ -115,11 +115,11 @@ class Shard(Dataset[list[Pixels]]):
         return [decode_image(each, 10**8) for each in self.tables[index]]
 
 
-def plain_loop(case: str, url: str, out: Path, denoiser_folder: str) -> None:
+def plain_loop(case: str, url: str, out: Path, denoiser_folder: str, precision: Computed | None) -> None:
     """Read, decode in a worker, denoise (or JPEG) and encode in this process; no ledger, no resume, no errors."""
     out.mkdir(parents=True)
     tables = [image_bytes(table) for table in _tables(url)]
-    denoiser = open_denoiser(denoiser_folder, None)
+    denoiser = open_denoiser(denoiser_folder, precision)
     loader: Any = DataLoader(Shard(tables), batch_size=None, collate_fn=list, num_workers=max(1, CORES - 1))
     for number, images in enumerate(loader):
         if case == "JPEG loop":
@@ -129,14 +129,16 @@ def plain_loop(case: str, url: str, out: Path, denoiser_folder: str) -> None:
         (out / f"{number}.bin").write_bytes(b"".join(encode_image(image, "png") for image in images))
 
 
-def run(case: str, url: str, out: Path, denoiser_folder: str) -> dict[str, float]:
+def run(case: str, url: str, out: Path, denoiser_folder: str, precision: Computed | None) -> dict[str, float]:
     """Run one case in a process of its own; return its wall time, and of purify the start and the end."""
     shutil.rmtree(out, ignore_errors=True)
     if case == "eclipse-ray purify":
         command = ["-m", "eclipse_ray", "purify", url, str(out), "--denoiser", denoiser_folder]
         command += ["--set", "data.labels=none", "--set", "compensation.mode=none"]
+        command += ["--set", f"purify.precision={precision or 'null'}"]
     else:
         command = [__file__, "--loop", case, "--source", url, "--out", str(out), "--denoiser", denoiser_folder]
+        command += ["--precision", precision] if precision else []
     began = time.time()
     subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     found = {"seconds": time.time() - began}
@@ -146,14 +148,22 @@ def run(case: str, url: str, out: Path, denoiser_folder: str) -> dict[str, float
     return found
 
 
-def measure(name: str, url: str, out: Path) -> dict[str, Any]:
+def measure(name: str, url: str, out: Path, precision: Computed | None) -> dict[str, Any]:
     """Measure the steps and every case for one set."""
     denoiser = str(out / "denoiser")
-    alone = steps(name, url, denoiser)
+    alone = steps(name, url, denoiser, precision)
     count = open_source(url, DataConfig()).images
     bound = count * (alone["decode"] + alone["denoise"] + alone["encode"]) / CORES
-    cases = {case: run(case, url, out / f"{name}-{case.replace(' ', '-')}", denoiser) for case in CASES}
-    return {"set": name, "images": count, "steps": alone, "bound": bound, "cases": cases, "load": os.getloadavg()}
+    cases = {case: run(case, url, out / f"{name}-{case.replace(' ', '-')}", denoiser, precision) for case in CASES}
+    return {
+        "set": name,
+        "images": count,
+        "steps": alone,
+        "precision": precision,
+        "bound": bound,
+        "cases": cases,
+        "load": os.getloadavg(),
+    }
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -191,20 +201,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/pipeline"))
     parser.add_argument("--sets", default="cifar10,photographs")
+    parser.add_argument("--precision", choices=get_args(Computed), help="of the network; not given: the fast one")
     parser.add_argument("--loop", choices=CASES[1:], help=argparse.SUPPRESS)
     parser.add_argument("--source", help=argparse.SUPPRESS)
     parser.add_argument("--denoiser", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loop:
         torch.set_num_threads(1)
-        plain_loop(options.loop, options.source, options.out, options.denoiser)
+        plain_loop(options.loop, options.source, options.out, options.denoiser, options.precision)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     write_untrained(str(options.out / "denoiser"), {})
     urls = sources(options.data, options.out)
     rows = []
     for name in options.sets.split(","):
-        rows.append(measure(name, urls[name], options.out))
+        rows.append(measure(name, urls[name], options.out, options.precision))
         (options.out / "pipeline.json").write_text(json.dumps({"machine": machine(), "sets": rows}, indent=1))
         print(f"\n## {name} ({machine()}; load {rows[-1]['load'][0]:.1f})\n\n{tables(rows[-1])}\n", flush=True)
 

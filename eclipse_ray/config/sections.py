@@ -137,7 +137,9 @@ class DataConfig(Section):
     image_column: str = Field(
         "image", description="Column, array or extension of tar members that holds the images."
     )
-    label_column: str = Field("label", description="Parquet column holding the labels.")
+    label_column: str = Field(
+        "label", description="Column, tar member, .json field or array that holds the labels."
+    )
     labels: Literal["folder", "none"] | Location | None = Field(
         None,
         description="folder: the class is the top folder; none: there are no labels; else a file with the labels "
@@ -370,12 +372,14 @@ class PoisonConfig(Section):
     # How a poison is computed and stored does not decide its pixels.
     OF_A_RUN: ClassVar = ("denoiser", "store_perturbation", "save_seconds", "chunk_images")
 
-    name: str = Field("ar", description="urp, lsp, ar, cuda, shift, mixture, ops, em, tap, rem, sep, efp or adp.")
+    name: str = Field(
+        "ar", description="urp, lsp, ar, ar-published, cuda, shift, mixture, ops, em, tap, rem, sep, efp or adp."
+    )
     cost: Literal["full", "reduced"] = Field(
         "full", description="Numbers of optimised poisons: as published, or for two CPU cores."
     )
     eps_255: float | None = Field(
-        None, gt=0, description="Bound in 1/255: L2 for lsp and ar, none for cuda, else L-inf."
+        None, gt=0, description="Bound in 1/255: L2 for lsp and ar, none for cuda, ops and mixture, else L-inf."
     )
     scope: Literal["sample", "class"] | None = Field(None, description="One draw per image, or one per class.")
     variant: str | None = Field(None, description="sep: plain, fa_vr; efp: push, pull; adp: paper, strong.")

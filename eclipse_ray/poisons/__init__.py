@@ -103,10 +103,9 @@ def check_poison(config: PoisonConfig) -> None:
 def _refuse_unknown(chosen: Collection[str], known: Collection[str], sentence: str) -> None:
     for key in chosen:
         if key not in known:
-            close = difflib.get_close_matches(
-                key, [*known, "name", "cost", *PoisonConfig.OF_A_RUN], n=1, cutoff=0.0
-            )[0]
-            raise ConfigError(f"poison.{key}: {sentence}; did you mean poison.{close}?")
+            close = difflib.get_close_matches(key, [*known, "name", "cost", *PoisonConfig.OF_A_RUN], n=1)
+            named = ", ".join(f"poison.{one}" for one in close or known)
+            raise ConfigError(f"poison.{key}: {sentence}; {'did you mean' if close else 'there are'} {named}")
 
 
 def cost_of(config: PoisonConfig) -> str:

@@ -187,6 +187,11 @@ def refuse_existing(store: Store, doing: str = "") -> None:
 
     Raises StorageError if it cannot be written to: the next step may take hours.
     """
+    _refuse_taken(store, doing)
+    store.require_writable()
+
+
+def _refuse_taken(store: Store, doing: str) -> None:
     if store.is_file():
         raise InputError(f"{store.url}: is a file; name a new folder to write to")
     if store.exists(UNFINISHED):
@@ -194,14 +199,14 @@ def refuse_existing(store: Store, doing: str = "") -> None:
             raise InputError(f"{store.url}: holds a dataset whose writing was interrupted; delete it first")
     elif taken := next(itertools.chain(store.list(), store.list("_eclipse")), None):
         raise InputError(f"{store.url}: already holds data ({taken.key}); delete it or name another folder")
-    store.require_writable()
 
 
 def _begin(store: Store, doing: str, resume: bool = False) -> bytes:
     """Mark a folder as one that is being written, after what an interrupted `doing` left is removed."""
     mark, left = f"{doing}\n{uuid4().hex}".encode(), []
     if not resume:
-        refuse_existing(store, doing)
+        # Writing the mark shows whether it can be written to.
+        _refuse_taken(store, doing)
         left = [entry.key for entry in store.list(hidden=True)] if store.exists(UNFINISHED) else []
     store.write(UNFINISHED, mark)
     for key in left:

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -245,11 +246,10 @@ class Int8Network:
         first, *blocks = self.layers
         step, zero = first.source
         stream = first(_bytes(pixels / step + zero), self.streams[0])
-        for index in range(0, len(blocks), 2):
-            inside = blocks[index](stream, blocks[index + 1].source, relu=True)
-            stream = blocks[index + 1].added(
-                inside, stream, self.streams[index // 2], self.streams[index // 2 + 1]
-            )
+        pairs = zip(blocks[::2], blocks[1::2], strict=True)
+        for (outer, inner), (before, after) in zip(pairs, pairwise(self.streams), strict=True):
+            inside = outer(stream, inner.source, relu=True)
+            stream = inner.added(inside, stream, before, after)
         # The ReLU is that bytes do not go below zero.
         features = _bytes(torch.addcmul(self.shift, stream.float(), self.gain))
         return assembled(pixels, self.last(features, None), self.skip)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -271,10 +271,6 @@ def _unit(noise: _Delta, unit: Unit) -> Unit:
 # ---- Which perturbation an image gets
 
 
-# Of a table that begins at an image number: the rows of its perturbations, None for an image that stays as it is.
-Place = Callable[[int, pa.Table], Sequence[int | None]]
-
-
 def _numbers(source: Source) -> NDArray[np.int64]:
     """Return the number (N) of each image, in the order in which they are read.
 
@@ -294,24 +290,26 @@ def _numbers(source: Source) -> NDArray[np.int64]:
     return np.argsort(np.concatenate(meant))
 
 
-def _placing(
-    noise: _Delta, source: Source, data_config: DataConfig, index: str, numbers: NDArray[np.int64]
-) -> tuple[str, Place]:
-    """Return what kind of perturbation it is, and the function that says which image gets which of its rows."""
+def _rows(noise: _Delta, source: Source, data_config: DataConfig, index: str) -> tuple[str, NDArray[np.int64]]:
+    """Return what kind of perturbation it is, and the row of each image (N).
+
+    The row is -1 for an image that stays as it is, and the number of rows for one whose row is not there.
+    """
+    rows, ordered, numbers = noise.shape[0], index == "order", _numbers(source)
     if index == "class":
-        return "class-wise", _by_class(noise, source, data_config, numbers)
-    rows, ordered = noise.shape[0], index == "order"
-    named = range(source.images) if ordered else _read_index(index, source.images)
+        return "class-wise", _rows_by_class(noise, source, data_config, numbers, noise.labels)
+    named = np.arange(source.images) if ordered else _read_index(index, source.images)
     some = "" if ordered else f" (of {len(named):,} images)"
+    row_of = np.full(source.images, -1)
     if rows == len(named):
-        kind, row_of = "sample-wise", {image: row for row, image in enumerate(named)}
+        kind, row_of[named] = "sample-wise", np.arange(rows)
     elif rows == source.images:
-        kind, row_of = "sample-wise", {image: image for image in named}
+        kind, row_of[named] = "sample-wise", named
     elif rows == 1:
-        kind, row_of = "universal", dict.fromkeys(named, 0)
+        kind, row_of[named] = "universal", 0
     elif rows == _count_classes(source, data_config):
-        chosen = None if ordered else set(named)
-        return f"class-wise{some}", _by_class(noise, source, data_config, numbers, chosen)
+        by_class = _rows_by_class(noise, source, data_config, numbers, noise.labels if ordered else None)
+        return f"class-wise{some}", np.where(np.isin(numbers, named), by_class, -1)
     elif ordered:
         raise InputError(
             f"{noise.where}: holds {rows} perturbations for {source.images} images; name the clean set for which "
@@ -323,25 +321,26 @@ def _placing(
             f"{noise.where}: holds {rows} perturbations, {index} names {len(named)} of {source.images} images; "
             "name the files that belong together"
         )
-
-    def place(start: int, table: pa.Table) -> list[int | None]:
-        return [row_of.get(number) for number in numbers[start : start + table.num_rows].tolist()]
-
-    return f"{kind}{some}", place
+    return f"{kind}{some}", row_of[numbers]
 
 
 def _chooser(noise: _Delta, source: Source, data_config: DataConfig, index: str, seed: int) -> tuple[str, Chooser]:
     """Return what kind of perturbation it is, and the function that gives the perturbations of a table."""
-    numbers = _numbers(source)
-    kind, place = _placing(noise, source, data_config, index, numbers)
-    as_read = bool((numbers == np.arange(len(numbers))).all())
-    if (index, kind, noise.draws) == ("order", "sample-wise", 1) and as_read:
+    kind, rows = _rows(noise, source, data_config, index)
+    if noise.draws == 1 and np.array_equal(rows, np.arange(noise.shape[0])):
         return kind, lambda start, table: noise.rows(start, start + table.num_rows)
     whole = noise.whole()
 
     def choose(start: int, table: pa.Table) -> list[NDArray[Any] | None]:
-        rows = zip(table["id"].to_pylist(), place(start, table), strict=True)
-        return [None if row is None else whole[_draw(noise.draws, seed, name), row] for name, row in rows]
+        names, chosen = table["id"].to_pylist(), rows[start : start + table.num_rows].tolist()
+        if noise.shape[0] in chosen:
+            lost = chosen.index(noise.shape[0])
+            raise InputError(
+                f"{noise.where}: holds no perturbation for image {names[lost]} with label {table['label'][lost]}; "
+                "name the clean set for which it was made"
+            )
+        named = zip(names, chosen, strict=True)
+        return [None if row < 0 else whole[_draw(noise.draws, seed, name), row] for name, row in named]
 
     return kind, choose
 
@@ -351,50 +350,39 @@ def _draw(draws: int, seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") % draws
 
 
-def _by_class(
+def _rows_by_class(
     noise: _Delta,
     source: Source,
     data_config: DataConfig,
     numbers: NDArray[np.int64],
-    chosen: set[int] | None = None,
-) -> Place:
-    """Return the row of each image by its label; of the images `chosen` by number, if only these are perturbed."""
-    row_of: NDArray[np.int64] | None = None
-    labels = None if noise.labels is None or chosen is not None else read_labels(source, data_config)
-    if noise.labels is not None and labels is not None:
-        # LSP: the k-th perturbation of a label belongs to the k-th image of that label.
-        row_of, order = np.full(len(labels), -1), np.argsort(numbers)
-        for label in np.unique(labels):
-            images, rows = order[labels[order] == label], np.flatnonzero(noise.labels == label)
-            row_of[images[: len(rows)]] = rows[: len(images)]
+    labels: NDArray[np.int64] | None,
+) -> NDArray[np.int64]:
+    """Return the row of each image by its label, the number of rows where there is none.
 
-    def place(start: int, table: pa.Table) -> list[int | None]:
-        rows: list[int | None] = []
-        named = zip(table["id"].to_pylist(), _labels(source, table), strict=True)
-        for image, (name, label) in enumerate(named, start):
-            if chosen is not None and numbers[image] not in chosen:
-                rows.append(None)
-                continue
-            row = label if row_of is None else int(row_of[image])
-            if not 0 <= row < noise.shape[0]:
-                raise InputError(
-                    f"{noise.where}: holds no perturbation for image {name} with label {label}; name the clean "
-                    "set for which it was made"
-                )
-            rows.append(row)
-        return rows
-
-    return place
+    With `labels` of the rows, the k-th row of a label belongs to the k-th image of that label, as in LSP.
+    """
+    known = read_labels(source, data_config)
+    if known is None or (known < 0).any():
+        raise InputError(
+            f"{source.url}: has images without labels, which a class-wise perturbation needs; label them"
+        )
+    if labels is None:
+        return np.minimum(known, noise.shape[0])
+    row_of, order = np.full(len(known), noise.shape[0]), np.argsort(numbers)
+    for label in np.unique(known):
+        images, rows = order[known[order] == label], np.flatnonzero(labels == label)
+        row_of[images[: len(rows)]] = rows[: len(images)]
+    return row_of
 
 
-def _read_index(url: str, images: int) -> list[int]:
+def _read_index(url: str, images: int) -> NDArray[np.int64]:
     found = read_label_file(url)
     numbers: list[int] = [] if found.names or found.classes else found.labels.tolist()
     if not numbers or len(set(numbers)) != len(numbers) or not 0 <= min(numbers) <= max(numbers) < images:
         raise InputError(
             f"{url}: expected different image numbers from 0 to {images - 1}, one per perturbed image"
         )
-    return numbers
+    return found.labels
 
 
 def _count_classes(source: Source, data_config: DataConfig) -> int | None:
@@ -402,15 +390,6 @@ def _count_classes(source: Source, data_config: DataConfig) -> int | None:
         return len(source.classes)
     labels = read_labels(source, data_config)
     return None if labels is None else int(labels.max()) + 1
-
-
-def _labels(source: Source, table: pa.Table) -> list[int]:
-    labels: list[int] = table["label"].to_pylist() if "label" in table.column_names else []
-    if not labels or None in labels:
-        raise InputError(
-            f"{source.url}: has images without labels, which a class-wise perturbation needs; label them"
-        )
-    return labels
 
 
 # ---- Adding

@@ -140,8 +140,8 @@ def table_to_parquet(table: pa.Table) -> bytes:
 
 def image_bytes(table: pa.Table) -> list[bytes]:
     """Return the encoded images of a canonical table, one bytes object per row."""
-    encoded: list[bytes] = table["image"].combine_chunks().field("bytes").to_pylist()
-    return encoded
+    # Chunk by chunk, because one chunk cannot hold more than two gigabytes.
+    return [data for chunk in table["image"].chunks for data in chunk.field("bytes").to_pylist()]
 
 
 def extra_columns(table: pa.Table) -> pa.Table:

@@ -112,21 +112,13 @@ def _write_whole(
     config: DataConfig,
     files_of: Callable[[str, Arrays], dict[str, bytes]],
 ) -> int:
-    images: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    labelled = False
-    for table in tables:
-        refuse_extras(store.url, table, "an array file")
-        images.append(npz.stack_images(store.url, table, config))
-        known = all_labels(store.url, table)
-        labelled = labelled or known is not None
-        labels += known or []
-    if len({each.shape[1:] for each in images}) > 1:
-        raise InputError(f"{store.url}: images differ in size; bring them to one size with --resize")
-    whole = np.concatenate(images)
-    for name, data in files_of(store.url, (whole, np.array(labels, np.int64) if labelled else None)).items():
+    table = pa.concat_tables(tables, promote_options="default")
+    refuse_extras(store.url, table, "an array file")
+    images, labels = npz.stack_images(store.url, table, config), all_labels(store.url, table)
+    whole = images, None if labels is None else np.array(labels, np.int64)
+    for name, data in files_of(store.url, whole).items():
         store.write(name, data)
-    return len(whole)
+    return len(images)
 
 
 def _npy_files(url: str, arrays: Arrays) -> dict[str, bytes]:

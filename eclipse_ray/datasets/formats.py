@@ -94,12 +94,16 @@ Lister = Callable[[Store, Sequence[Entry], DataConfig], tuple[list[Part], list[s
 
 
 class Format(NamedTuple):
-    """The functions of one format."""
+    """The functions of one format; `claims` says whether it reads an object of a name."""
 
     claims: Claims
     list_parts: Lister
     read_rows: Callable[[Store, str, int, int, DataConfig, Sequence[str] | None], pa.Table]
     read_labels: Callable[[Store, str, DataConfig, Sequence[str] | None], NDArray[np.int64] | None]
+
+
+def _ends(*suffixes: str) -> Claims:
+    return lambda key: key.lower().endswith(suffixes)
 
 
 def _array_format(claims: Claims, opened: arrays.Opener, list_parts: Lister | None = None) -> Format:
@@ -112,12 +116,14 @@ def _array_format(claims: Claims, opened: arrays.Opener, list_parts: Lister | No
 
 
 FORMATS: dict[str, Format] = {
-    "parquet": Format(parquet.claims, parquet.list_parts, parquet.read_rows, parquet.read_labels),
+    "parquet": Format(_ends(".parquet"), parquet.list_parts, parquet.read_rows, parquet.read_labels),
     "folder": Format(folder.claims, folder.list_parts, folder.read_rows, lambda *_: None),
-    "webdataset": Format(webdataset.claims, webdataset.list_parts, webdataset.read_rows, webdataset.read_labels),
-    "npz": _array_format(npz.claims, npz.opened, npz.list_parts),
+    "webdataset": Format(
+        _ends(*webdataset.TAR_SUFFIXES), webdataset.list_parts, webdataset.read_rows, webdataset.read_labels
+    ),
+    "npz": _array_format(_ends(".npz", ".npy"), npz.opened, npz.list_parts),
     "cifar": _array_format(published.claims_batch, published.opened_batch),
-    "published": _array_format(published.claims, published.opened),
+    "published": _array_format(_ends(*published.SUFFIXES), published.opened),
 }
 
 

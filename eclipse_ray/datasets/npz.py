@@ -59,11 +59,6 @@ class Array(NamedTuple):
     header: int
 
 
-def claims(key: str) -> bool:
-    """Return whether this format reads an object of this name."""
-    return key.lower().endswith((".npz", ".npy"))
-
-
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part per file of images, from the array headers only, and the class names if there are any."""
     beside = {_labels_beside(store, entry.key, config) for entry in entries}

@@ -66,11 +66,6 @@ _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
 
 
-def claims(key: str) -> bool:
-    """Return whether this format reads an object of this name."""
-    return key.lower().endswith(".parquet")
-
-
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part per file that has rows, from the footers, and the class names if a footer has them.
 

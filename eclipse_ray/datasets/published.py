@@ -39,11 +39,6 @@ class Opened(NamedTuple):
     layout: Layout
 
 
-def claims(key: str) -> bool:
-    """Return whether this format reads an object of this name."""
-    return key.lower().endswith(SUFFIXES)
-
-
 @contextmanager
 def opened(store: Store, entry: Entry, config: DataConfig) -> Iterator[ArrayFile]:
     """Yield what one file holds. Raises InputError for no images, a perturbation, and what could run code."""

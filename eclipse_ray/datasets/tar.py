@@ -49,26 +49,16 @@ class _Header(NamedTuple):
     is_folder: bool
 
 
-def members(where: str, read: Read, begin: int, end: int) -> Iterator[Member]:
-    """Yield the files whose records fill bytes `begin` to `end` exactly; `read` returns bytes start to stop.
+def members(where: str, read: Read, place: int, end: int, *, whole: bool = False) -> Iterator[Member]:
+    """Yield the files whose records fill bytes `place` to `end` exactly; `read` returns bytes start to stop.
 
-    Raises InputError for a damaged or truncated archive, links, devices, and names that lead out of the archive.
+    Of a `whole` tar they end at an end mark. Raises InputError for a damaged or truncated archive, links,
+    devices, and names that lead out of the archive.
     """
-    place = begin
-    while place < end:
+    while (not is_end(where, read, place, end)) if whole else place < end:
         member = next_member(where, read, place, end)
         if member.offset + member.size > end:
             raise InputError(f"{where}: member {member.name!r} is cut short; copy the archive again")
-        place = member.end
-        if not member.name.endswith("/"):
-            yield member
-
-
-def all_members(where: str, read: Read, size: int) -> Iterator[Member]:
-    """Yield the files of a tar of `size` bytes. Raises InputError as `members` does, or without an end mark."""
-    place = 0
-    while not is_end(where, read, place, size):
-        member = next_member(where, read, place, size)
         place = member.end
         if not member.name.endswith("/"):
             yield member

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets import folder
+from eclipse_ray.datasets import folder, tar
 from eclipse_ray.datasets.images import SUFFIXES, suffix_of
 from eclipse_ray.datasets.table import (
     CANONICAL,
@@ -41,21 +41,15 @@ from eclipse_ray.datasets.table import (
     read_note,
     regroup,
 )
-from eclipse_ray.datasets.tar import (
-    BLOCK,
-    Member,
-    Read,
-    all_members,
-    header_block,
-    is_end,
-    members,
-    next_member,
-    padding,
-)
+from eclipse_ray.datasets.tar import Member, Read
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
-_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$", re.IGNORECASE)
+# Compressed tars count, in order to be refused.
+TAR_SUFFIXES = (
+    *(".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4"),
+    *(".tgz", ".tbz", ".tbz2", ".txz"),
+)
 _DEFAULT_IMAGE_COLUMN = DataConfig.model_fields["image_column"].default
 _DEFAULT_LABEL_COLUMN = DataConfig.model_fields["label_column"].default
 # Tars whose headers are read at the same time.
@@ -89,11 +83,6 @@ class _Look(NamedTuple):
     texts: set[str]
     number: str | None
     folders: dict[str, str]
-
-
-def claims(key: str) -> bool:
-    """Return whether this format reads an object of this name; compressed tars count, in order to be refused."""
-    return key.lower().endswith(".tar") or _COMPRESSED.search(key) is not None
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
@@ -175,7 +164,7 @@ def read_rows(
     def cut(first: int, last: int) -> bytes:
         return data[first - begin : last - begin]
 
-    samples = list(group_members(where, members(where, cut, begin, end), config.image_column))
+    samples = list(group_members(where, tar.members(where, cut, begin, end), config.image_column))
     if [name for name, _ in samples] != keys[start:stop] or len(data) != end - begin:
         raise InputError(
             f"{where}: rows {start} to {stop} are not the ones its index or listing names; "
@@ -314,7 +303,9 @@ def _index(url: str, key: str, size: int, version: str, image_column: str) -> _I
 def _listed(store: Store, key: str, size: int, read: Read) -> tuple[Iterable[Member], bool]:
     """Return the members of a tar in their order, and whether the index beside it names them."""
     indexed = _indexed(store, key, size, read)
-    return (all_members(f"{store.url}/{key}", read, size), False) if indexed is None else (indexed, True)
+    if indexed is not None:
+        return indexed, True
+    return tar.members(f"{store.url}/{key}", read, 0, size, whole=True), False
 
 
 def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | None:
@@ -343,20 +334,20 @@ def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | No
             raise misfit
         member = Member(path.removeprefix("./"), place, int(offset), int(length))
         # One block is the header of the member. Further blocks may hold a member that the index leaves out.
-        if member.offset - place > BLOCK and _visible(where, read, place, size)[1:] != member[2:]:
+        if member.offset - place > tar.BLOCK and _visible(where, read, place, size)[1:] != member[2:]:
             raise misfit
         found.append(member)
         place = member.end
-    if not is_end(where, read, place, size):
+    if not tar.is_end(where, read, place, size):
         raise misfit
     return found
 
 
 def _visible(where: str, read: Read, place: int, size: int) -> tuple[str, int, int]:
     """Return name, offset and size of the next member that is neither a folder nor hidden."""
-    member = next_member(where, read, place, size)
+    member = tar.next_member(where, read, place, size)
     while member.name.endswith("/") or member.name.rpartition("/")[2].startswith("."):
-        member = next_member(where, read, member.end, size)
+        member = tar.next_member(where, read, member.end, size)
     return member.name, member.offset, member.size
 
 
@@ -511,7 +502,7 @@ def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | Non
     seen: set[str] = set()
     for number, table in enumerate(regroup(tables, FILE_IMAGES, FILE_BYTES)):
         _check_columns(store, table)
-        tar, index = io.BytesIO(), [f"v1.2 {table.num_rows}"]
+        archive, index = io.BytesIO(), [f"v1.2 {table.num_rows}"]
         for name, own in zip(table["id"].to_pylist(), _members(store, table), strict=True):
             if name in seen:
                 raise InputError(f"{store.url}: id {name} occurs more than once; give every image its own id")
@@ -519,12 +510,12 @@ def write(store: Store, tables: Iterable[pa.Table], classes: Sequence[str] | Non
             words: list[str] = []
             for extension, data in own.items():
                 member = f"{escape_key(name)}.{extension}"
-                tar.write(header_block(member, len(data)))
-                words += [extension, str(tar.tell()), str(len(data)), member]
-                tar.write(data + padding(len(data)))
+                archive.write(tar.header_block(member, len(data)))
+                words += [extension, str(archive.tell()), str(len(data)), member]
+                archive.write(data + tar.padding(len(data)))
             index.append(" ".join(words))
-        tar.write(bytes(1024))
-        store.write(f"part-{number:05d}.tar", tar.getvalue())
+        archive.write(bytes(1024))
+        store.write(f"part-{number:05d}.tar", archive.getvalue())
         store.write(f"part-{number:05d}.idx", ("\n".join(index) + "\n").encode())
     return len(seen)
 

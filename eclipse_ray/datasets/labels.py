@@ -90,7 +90,7 @@ def _unpickled(store: Store, key: str, where: str) -> Any:
         content = read_file(where, file, _ADVICE)
         found = values_of(content)
         if found is not None:
-            return found if isinstance(found, np.ndarray) else published.whole_of(where, found, file)
+            return published.whole_of(where, file, found)
     if not isinstance(content, list | tuple):
         raise InputError(f"{where}: holds {type(content).__name__}; {_ADVICE}")
     return list(content)

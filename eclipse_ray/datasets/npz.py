@@ -260,14 +260,13 @@ def _labels_beside(store: Store, key: str, config: DataConfig) -> str | None:
 
 def _labels_of(store: Store, key: str, rows: int) -> NDArray[np.int64]:
     where = f"{store.url}/{key}"
-    with store.open(key) as file:
-        array = _arrays(store, key, file)[""]
-        if not are_labels(array.shape, array.dtype, rows):
-            raise InputError(
-                f"{where}: holds {array.dtype} {array.shape} where the labels of {rows} images are expected; "
-                "mend it, or move it elsewhere to read the images without labels"
-            )
-        return to_labels(where, _rows(where, file, array, 0, rows))
+    array, read = read_array(store, key)
+    if not are_labels(array.shape, array.dtype, rows):
+        raise InputError(
+            f"{where}: holds {array.dtype} {array.shape} where the labels of {rows} images are expected; "
+            "mend it, or move it elsewhere to read the images without labels"
+        )
+    return to_labels(where, read(0, rows))
 
 
 # A file is sampled once per process, not once per shard; `version` tells that it is still the same file.
@@ -360,10 +359,7 @@ def label_files(key: str, *, shared: bool = True) -> Iterator[str]:
 def labels_beside(store: Store, key: str) -> NDArray[np.int64] | None:
     """Return the labels in a file beside the .npy file `key` that is named after it, None if there is none."""
     label_key = next((name for name in label_files(key, shared=False) if store.exists(name)), None)
-    if label_key is None:
-        return None
-    with store.open(key) as file:
-        return _labels_of(store, label_key, _arrays(store, key, file)[""].shape[0])
+    return None if label_key is None else _labels_of(store, label_key, read_array(store, key)[0].shape[0])
 
 
 def read_array(store: Store, key: str) -> tuple[Array, Callable[[int, int], NDArray[np.generic]]]:

@@ -20,16 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets import folder, is_of_the_store
+from eclipse_ray.datasets import extensions, folder, is_of_the_store
 from eclipse_ray.datasets.arrays import Form, Layout, state
-from eclipse_ray.datasets.extensions import (
-    check_images,
-    images_of,
-    muted,
-    order_of_tensors,
-    refuse_unknown,
-    tensors_of,
-)
 from eclipse_ray.datasets.table import (
     CANONICAL,
     FILE_BYTES,
@@ -87,8 +79,8 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             say_left_out(store.url, schema.names, config.image_column, label, config)
             _refuse_paths(where, metadata, file, config)
             labelled[entry.key] = label is not None
-            tensors = tensors_of(where, schema.field(config.image_column))
-            if tensors and (order := order_of_tensors(tensors)):
+            tensors = extensions.tensors_of(where, schema.field(config.image_column))
+            if tensors and (order := extensions.order_of_tensors(tensors)):
                 form = Form(Layout(order, 255), "uint8", "without labels" if label is None else "with labels")
                 forms.append((form, metadata.num_rows))
             _warn_of_wide_groups(where, metadata)
@@ -247,7 +239,7 @@ def _metadata(where: str, file: BinaryIO) -> tuple[pq.FileMetaData, pa.Schema]:
     if tail[4:] != _MAGIC or length > size - 8:
         raise InputError(f"{where}: not a whole Parquet file; copy it again or leave it out")
     file.seek(size - 8 - length)
-    footer = muted(file.read(length))
+    footer = extensions.muted(file.read(length))
     with _reading(where):
         metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
         return metadata, metadata.schema.to_arrow_schema()
@@ -292,12 +284,9 @@ class _Stream:
     def take(self, start: int, stop: int) -> pa.Table:
         """Return rows `start` to `stop` of the file, or fewer if it ends before; earlier ones are skipped."""
         found: list[pa.RecordBatch] = []
-        while self.place < stop:
-            self.held = self.held if self.held is not None and self.held.num_rows else next(self.batches, None)
-            if self.held is None:
-                break
-            taken, skipped = self.held.slice(0, stop - self.place), max(0, start - self.place)
-            self.held = self.held.slice(taken.num_rows)
+        while self.place < stop and (held := self.held or next(self.batches, None)) is not None:
+            taken, skipped = held.slice(0, stop - self.place), max(0, start - self.place)
+            self.held = held.slice(taken.num_rows)
             self.place += taken.num_rows
             if skipped < taken.num_rows:
                 found.append(taken.slice(skipped))
@@ -305,9 +294,12 @@ class _Stream:
             raise pa.ArrowInvalid(f"it ends before row {start}")
         return pa.Table.from_batches(found)
 
+    def __del__(self) -> None:
+        self.file.close()
+
 
 # The streams that this process may go on with, by file and columns. Each is used by one thread at a time, because
-# a thread takes it out.
+# a thread takes it out. A stream that nobody holds any more closes its file.
 _STREAMS: dict[tuple[str, ...], _Stream] = {}
 _STREAMS_LOCK = Lock()
 
@@ -326,26 +318,15 @@ def _streamed(
     name = (store.url, key, store.entry(key).version, *(columns or ()))
     with _STREAMS_LOCK:
         stream = _STREAMS.pop(name, None)
-    if stream is not None and not skipped <= stream.place <= start:
-        stream.file.close()
-        stream = None
-    if stream is None:
+    if stream is None or not skipped <= stream.place <= start:
         stream = _Stream(store.open(key), metadata, groups[0], skipped, columns)
-    try:
-        table = stream.take(start, stop)
-    except BaseException:
-        stream.file.close()
-        raise
-    if stream.place == stream.rows:
-        stream.file.close()
-        return table
-    with _STREAMS_LOCK:
-        left = [_STREAMS.pop(name, None)]
-        _STREAMS[name] = stream
-        left += [_STREAMS.pop(each) for each in list(_STREAMS)[:-_STREAMS_KEPT]]
-    for each in left:
-        if each is not None:
-            each.file.close()
+    table = stream.take(start, stop)
+    if stream.place < stream.rows:
+        with _STREAMS_LOCK:
+            _STREAMS.pop(name, None)
+            _STREAMS[name] = stream
+            for each in list(_STREAMS)[:-_STREAMS_KEPT]:
+                del _STREAMS[each]
     return table
 
 
@@ -359,12 +340,12 @@ def _columns(where: str, schema: pa.Schema, config: DataConfig) -> list[str] | N
 
 def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
     _require_column(where, schema, "data.image_column", config.image_column)
-    refuse_unknown(where, schema, _columns(where, schema, config))
+    extensions.refuse_unknown(where, schema, _columns(where, schema, config))
     image = schema.field(config.image_column)
-    if (tensors := tensors_of(where, image)) is None:
+    if (tensors := extensions.tensors_of(where, image)) is None:
         _check_image_type(where, config.image_column, image.type)
     else:
-        check_images(where, image, tensors)
+        extensions.check_images(where, image, tensors)
     label = _label_column(where, schema, config)
     if label is not None and not _may_be_labels(schema.field(label).type):
         raise InputError(
@@ -484,8 +465,8 @@ def _encoded(
     """
     images = table[config.image_column].combine_chunks()
     field = table.schema.field(config.image_column)
-    if (tensors := tensors_of(where, field)) is not None:
-        return images_of(where, field, images, tensors, start), None
+    if (tensors := extensions.tensors_of(where, field)) is not None:
+        return extensions.images_of(where, field, images, tensors, start), None
     encoded, paths = images, None
     if pa.types.is_struct(images.type):
         # Unlike `field`, `flatten` passes the nulls of the struct on to its children.

@@ -21,7 +21,7 @@ from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import damage_named
 from eclipse_ray.datasets.arrays import ADVICE, ArrayFile, Layout, are_labels, check_sides, layout_of, to_labels
 from eclipse_ray.datasets.folder import split_of
-from eclipse_ray.datasets.pickles import Tensor, Values, read_file, text_of, values_of
+from eclipse_ray.datasets.pickles import Values, read_file, text_of, values_of
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
 
@@ -63,15 +63,15 @@ def opened(store: Store, entry: Entry, config: DataConfig) -> Iterator[ArrayFile
 
 def rows_of(where: str, values: Values, file: BinaryIO, start: int, stop: int) -> NDArray[Any]:
     """Return rows `start` to `stop` of an array in memory or a tensor in `file`. Raises InputError for damage."""
+    return whole_of(where, file, values[start:stop])
+
+
+def whole_of(where: str, file: BinaryIO, values: Values) -> NDArray[Any]:
+    """Return an array in memory, or the values of a tensor in `file`. Raises InputError for damage."""
     if isinstance(values, np.ndarray):
-        return values[start:stop]
-    return whole_of(where, values[start:stop], file)
-
-
-def whole_of(where: str, tensor: Tensor, file: BinaryIO) -> NDArray[Any]:
-    """Return the values of a tensor in `file`. Raises InputError for damage."""
+        return values
     with damage_named(f"{where}: the file is damaged", "copy it again"):
-        return tensor.read(file)
+        return values.read(file)
 
 
 # A pickle has to be read as a whole for each shard of it; the last one is kept.
@@ -83,10 +83,7 @@ def _open(url: str, key: str, version: str, label_column: str | None) -> Opened 
         content = read_file(where, file, ADVICE)
         if _is_batch(content):
             return None
-
-        def read(values: Values) -> NDArray[Any]:
-            return values if isinstance(values, np.ndarray) else whole_of(where, values, file)
-
+        read = partial(whole_of, where, file)
         images, held = _images_and_labels(where, content, read, label_column)
         labels = None if held is None or label_column is None else _label_array(where, held, read)
         layout = layout_of(

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import BinaryIO, NamedTuple, cast
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -148,11 +148,11 @@ def _arrays(store: Store, key: str, file: BinaryIO) -> dict[str, Array]:
                 if not name or name in found or name == info.filename:
                     raise ValueError(f"member {info.filename!r} is no array of its own")
                 with archive.open(info) as member:
-                    found[name] = _header(name, cast(BinaryIO, member))
+                    found[name] = _header(name, member)
             return found
 
 
-def _header(name: str, file: BinaryIO) -> Array:
+def _header(name: str, file: IO[bytes]) -> Array:
     version = npy.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"its header has version {version}")
@@ -307,7 +307,7 @@ def _rows(where: str, file: BinaryIO, array: Array, start: int, stop: int) -> ND
 
 
 @contextmanager
-def _values_of(file: BinaryIO, array: Array) -> Iterator[BinaryIO]:
+def _values_of(file: BinaryIO, array: Array) -> Iterator[IO[bytes]]:
     # Yields a stream positioned at the first value of an array.
     if array.name == "":
         file.seek(array.header)
@@ -324,7 +324,7 @@ def _values_of(file: BinaryIO, array: Array) -> Iterator[BinaryIO]:
         else:
             with archive.open(info) as member:
                 member.seek(array.header)
-                yield cast(BinaryIO, member)
+                yield member
 
 
 def _own_classes(where: str, file: BinaryIO, held: dict[str, Array], config: DataConfig) -> list[str] | None:
@@ -404,7 +404,7 @@ def _column_array(url: str, name: str, column: pa.ChunkedArray) -> NDArray[np.ge
     if column.null_count == 0 and (
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
     ):
-        return cast(NDArray[np.generic], column.to_numpy())
+        return column.to_numpy()
     raise InputError(
         f"{url}: column {name!r} ({kind}, {column.null_count} empty) cannot be an array of an npz; use the "
         "parquet layout, or leave such columns out with --set data.extra_columns=drop"

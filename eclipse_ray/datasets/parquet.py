@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 from uuid import UUID
 
 import numpy as np
@@ -192,7 +192,7 @@ def read_labels(
         if label is None:
             return None
         column = _whole_labels(where, _read_column(where, metadata, file, label), classes)
-    return cast(NDArray[np.int64], pc.fill_null(column, -1).to_numpy())
+    return pc.fill_null(column, -1).to_numpy()
 
 
 def write(
@@ -566,7 +566,7 @@ def _ids(where: str, table: pa.Table, key: str, start: int) -> Sequence[str]:
     ids = _text_ids(where, table[CANONICAL[0]]).combine_chunks()
     if ids.null_count:
         raise InputError(f"{where}: column 'id' has empty cells; give every row an id or drop the column")
-    return cast(Sequence[str], ids)
+    return ids
 
 
 def _text_ids(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -7,7 +7,7 @@ shape identifies the class.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -144,7 +144,7 @@ def _clouds(rng: np.random.Generator, size: int, strength: float) -> Array:
     weights[np.arange(size), low] = 1 - part
     weights[np.arange(size), low + 1] = part
     rows = np.matmul(weights, coarse)
-    return cast(Array, np.matmul(rows, weights.T))
+    return np.matmul(rows, weights.T)
 
 
 def _specks(rng: np.random.Generator, x: Array, y: Array, softness: float) -> Array:
@@ -179,7 +179,7 @@ def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
 def _dots(x: Array, y: Array) -> Array:
     centres = ((0.0, 0.52), (-0.45, -0.26), (0.45, -0.26))
     distances = [np.hypot(x - across, y - down) for across, down in centres]
-    return cast(Array, np.minimum.reduce(distances) - np.float32(0.31))
+    return np.minimum.reduce(distances) - np.float32(0.31)
 
 
 def _star(x: Array, y: Array) -> Array:
@@ -196,7 +196,7 @@ def _star(x: Array, y: Array) -> Array:
 
 def _triangle(x: Array, y: Array) -> Array:
     sides = (y, -0.866 * x - 0.5 * y, 0.866 * x - 0.5 * y)
-    return cast(Array, np.maximum.reduce(sides) - np.float32(0.46))
+    return np.maximum.reduce(sides) - np.float32(0.46)
 
 
 _SHAPES: dict[str, Callable[[Array, Array], Array]] = {

@@ -9,7 +9,7 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage import Entry, is_hidden, join
@@ -59,7 +59,7 @@ class LocalFolder:
 
     def open(self, key: str) -> BinaryIO:
         with _explained(self.path(key), "read"):
-            return cast(BinaryIO, io.BufferedReader(_File(self.path(key))))
+            return io.BufferedReader(_File(self.path(key)))
 
     def entry(self, key: str) -> Entry:
         with _explained(self.path(key), "read"):

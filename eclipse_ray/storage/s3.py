@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from eclipse_ray.errors import StorageError
@@ -69,7 +69,7 @@ class S3Folder:
 
     def open(self, key: str) -> BinaryIO:
         entry = self.entry(key)
-        return cast(BinaryIO, io.BufferedReader(ObjectFile(self.read_part, entry), _BUFFER_BYTES))
+        return io.BufferedReader(ObjectFile(self.read_part, entry), _BUFFER_BYTES)
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         return self._get(key, {"Range": f"bytes={start}-{stop - 1}"})
@@ -196,7 +196,7 @@ class S3Folder:
 
         def call() -> Mapping[str, Any]:
             try:
-                return cast(Mapping[str, Any], self.fs.call_s3("head_object", **parameters))
+                return self.fs.call_s3("head_object", **parameters)
             except OSError as error:
                 if (http_answer(error) or (0,))[0] in (400, 403):
                     # The answer to HEAD has no body and so no reason. The answer to GET has one.
@@ -242,10 +242,7 @@ class S3Folder:
             parameters.update(marks)
 
     def _request(self, action: Action, method: str, key: str, parameters: Parameters) -> Mapping[str, Any]:
-        def call() -> Mapping[str, Any]:
-            return cast(Mapping[str, Any], self.fs.call_s3(method, parameters, Bucket=self.bucket))
-
-        return self._retried(action, key, call)
+        return self._retried(action, key, lambda: self.fs.call_s3(method, parameters, Bucket=self.bucket))
 
     def _retried(self, action: Action, key: str, call: Callable[[], T]) -> T:
         used: list[Any] = [None]
@@ -296,4 +293,4 @@ def _in_order(entries: Iterator[Entry], where: str) -> Iterator[Entry]:
 
 async def _read_body(body: Any) -> bytes:
     async with body:
-        return cast(bytes, await body.read())
+        return await body.read()

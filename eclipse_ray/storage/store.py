@@ -11,7 +11,7 @@ from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -174,22 +174,20 @@ class AnyFolder:
         return f"{self.root}/{key}" if key else self.root
 
     def where(self, key: str) -> str:
-        return cast(str, self.fs.unstrip_protocol(self.path(key)))
+        return self.fs.unstrip_protocol(self.path(key))
 
     def exists(self, key: str) -> bool:
         # Not fs.exists, which is also false for a server that does not answer.
-        try:
-            self._info(key)
-        except FileNotFoundError:
-            return False
-        return True
+        with suppress(FileNotFoundError):
+            return bool(self._info(key))
+        return False
 
     def is_file(self) -> bool:
         return self.exists("") and self._info("").get("type") == "file"
 
     def read(self, key: str) -> bytes:
         def call() -> bytes:
-            data = cast(bytes, self.fs.cat_file(self.path(key)))
+            data = self.fs.cat_file(self.path(key))
             size = self.fs.info(self.path(key)).get("size")
             if size is not None and len(data) != size:
                 raise ShortReadError(f"{len(data)} bytes came, {size} were expected")
@@ -199,21 +197,21 @@ class AnyFolder:
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         path = self.path(key)
-        return retried(READ, self.where(key), lambda: cast(bytes, self.fs.cat_file(path, start=start, end=stop)))
+        return retried(READ, self.where(key), lambda: self.fs.cat_file(path, start=start, end=stop))
 
     def open(self, key: str) -> BinaryIO:
         info = self._info(key)
         # A web server that does not send parts sends the whole, once.
         if info.get("size") is None or not info.get("partial", True):
-            return retried(READ, self.where(key), lambda: cast(BinaryIO, self.fs.open(self.path(key), "rb")))
+            return retried(READ, self.where(key), lambda: self.fs.open(self.path(key), "rb"))
         entry = Entry(key, int(info["size"]), _version(info))
-        return cast(BinaryIO, io.BufferedReader(ObjectFile(self.read_part, entry), _BUFFER_BYTES))
+        return io.BufferedReader(ObjectFile(self.read_part, entry), _BUFFER_BYTES)
 
     def read_part(self, entry: Entry, start: int, stop: int) -> bytes:
         """Return bytes `start` to `stop`, neither more nor fewer."""
 
         def call() -> bytes:
-            data = cast(bytes, self.fs.cat_file(self.path(entry.key), start=start, end=stop))
+            data = self.fs.cat_file(self.path(entry.key), start=start, end=stop)
             if len(data) > stop - start:
                 raise InputError(f"{self.where(entry.key)}: this server sends whole files only; download it first")
             if len(data) < stop - start:
@@ -230,7 +228,11 @@ class AnyFolder:
         """Yield the objects below a folder, sorted by key; memory holds the whole listing."""
         base = self.path(prefix)
         self.fs.invalidate_cache()
-        for path, info in sorted(retried(LIST, self.where(prefix), lambda: self._find(base)).items()):
+
+        def find() -> dict[str, dict[str, Any]]:
+            return self.fs.find(base, detail=True) if self.fs.isdir(base) else {}
+
+        for path, info in sorted(retried(LIST, self.where(prefix), find).items()):
             relative = path[len(base) :].lstrip("/")
             if hidden or not is_hidden(relative):
                 yield Entry(join(prefix, relative), int(info["size"]), _version(info))
@@ -257,23 +259,18 @@ class AnyFolder:
 
     def _info(self, key: str) -> dict[str, Any]:
         try:
-            return retried(READ, self.where(key), lambda: cast(dict[str, Any], self.fs.info(self.path(key))))
+            return retried(READ, self.where(key), lambda: self.fs.info(self.path(key)))
         except (ValueError, NotImplementedError) as error:  # Hugging Face refuses a name of a repository so.
             raise InputError(f"{self.where(key)}: is no location of this kind: {error}; correct it") from error
-
-    def _find(self, base: str) -> dict[str, dict[str, Any]]:
-        if not self.fs.isdir(base):
-            return {}
-        return cast(dict[str, dict[str, Any]], self.fs.find(base, detail=True))
 
 
 def _open(url: str) -> tuple[Any, str]:
     protocol = fsspec.utils.get_protocol(url)
     if protocol in ("file", "local", "memory"):
-        return cast(tuple[Any, str], fsspec.core.url_to_fs(url))
+        return fsspec.core.url_to_fs(url)
     if protocol not in ("s3", "s3a"):
         # Some, such as ftp and sftp, connect at once.
-        return cast(tuple[Any, str], first_contact(f"{url} to answer", lambda: fsspec.core.url_to_fs(url)))
+        return first_contact(f"{url} to answer", lambda: fsspec.core.url_to_fs(url))
     settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
     fs = _connect_s3(settings, os.getpid())
     return fs, fs._strip_protocol(url)

@@ -216,39 +216,31 @@ def test_files_of_which_some_have_labels_are_a_question(tmp_path, suffix):
 # ---- Label files
 
 
-def write_text(name, text):
-    return lambda folder: (folder / name).write_text(text)
-
-
+# What each file holds, or how it is made; the labels of a.png and b.png, or of 0.png and 1.png; the classes.
 FILES = {
-    "names.csv": (write_text("names.csv", "file_name,label\na.png,2\nb.png,0\n"), [2, 0], None),
-    "kaggle.csv": (write_text("kaggle.csv", "id,breed\na,pug\nb,beagle\n"), [1, 0], ["beagle", "pug"]),
-    "floats.tsv": (write_text("floats.tsv", "path\tclass\na.png\t2.0\nb.png\t0.0\n"), [2, 0], None),
-    "pairs.txt": (write_text("pairs.txt", "a.png 2\nb.png 0\n"), [2, 0], None),
-    "metadata.jsonl": (
-        write_text(
-            "metadata.jsonl", '{"file_name": "a.png", "label": "cat"}\n{"file_name": "b.png", "label": "ape"}\n'
-        ),
-        [1, 0],
-        ["ape", "cat"],
-    ),
-    "dataset.json": (write_text("dataset.json", '{"labels": [["a.png", 2], ["b.png", 0]]}'), [2, 0], None),
-    "names.json": (write_text("names.json", '{"a.png": 2, "b.png": 0}'), [2, 0], None),
-    "order.csv": (write_text("order.csv", "label\n2\n0\n"), [2, 0], None),
-    "order.txt": (write_text("order.txt", "cat\nape\n"), [1, 0], ["ape", "cat"]),
-    "order.json": (write_text("order.json", "[2, 0]"), [2, 0], None),
-    "order.npy": (lambda folder: np.save(folder / "order.npy", np.array([[2], [0]])), [2, 0], None),
-    "onehot.npy": (lambda folder: np.save(folder / "onehot.npy", np.eye(3)[[2, 0]]), [2, 0], None),
-    "text.npy": (lambda folder: np.save(folder / "text.npy", np.array(["cat", "ape"])), [1, 0], ["ape", "cat"]),
-    "order.pt": (lambda folder: torch.save(torch.tensor([2, 0]), folder / "order.pt"), [2, 0], None),
-    "order.pkl": (lambda folder: (folder / "order.pkl").write_bytes(pickle.dumps([2, 0])), [2, 0], None),
+    "names.csv": ("file_name,label\na.png,2\nb.png,0\n", [2, 0], None),
+    "kaggle.csv": ("id,breed\na,pug\nb,beagle\n", [1, 0], ["beagle", "pug"]),
+    "floats.tsv": ("path\tclass\na.png\t2.0\nb.png\t0.0\n", [2, 0], None),
+    "pairs.txt": ("a.png 2\nb.png 0\n", [2, 0], None),
+    "a.jsonl": ('{"file": "a.png", "label": "cat"}\n{"file": "b.png", "label": "ape"}\n', [1, 0], ["ape", "cat"]),
+    "dataset.json": ('{"labels": [["a.png", 2], ["b.png", 0]]}', [2, 0], None),
+    "names.json": ('{"a.png": 2, "b.png": 0}', [2, 0], None),
+    "order.csv": ("label\n2\n0\n", [2, 0], None),
+    "order.txt": ("cat\nape\n", [1, 0], ["ape", "cat"]),
+    "order.json": ("[2, 0]", [2, 0], None),
+    "order.npy": (lambda file: np.save(file, np.array([[2], [0]])), [2, 0], None),
+    "onehot.npy": (lambda file: np.save(file, np.eye(3)[[2, 0]]), [2, 0], None),
+    "text.npy": (lambda file: np.save(file, np.array(["cat", "ape"])), [1, 0], ["ape", "cat"]),
+    "order.pt": (lambda file: torch.save(torch.tensor([2, 0]), file), [2, 0], None),
+    "order.pkl": (lambda file: file.write_bytes(pickle.dumps([2, 0])), [2, 0], None),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_label_file_gives_the_labels_of_a_folder(tmp_path, name):
-    make, expected, names = FILES[name]
-    make(tmp_path)
+    content, expected, names = FILES[name]
+    make = content if callable(content) else lambda file: file.write_text(content)
+    make(tmp_path / name)
     by_name = read_label_file(str(tmp_path / name)).names is not None
     keys = ("a.png", "b.png") if by_name else ("0.png", "1.png")
     url = fill(tmp_path / "set", *keys)

@@ -1,6 +1,5 @@
 """A plan is made from listings, footers and headers, never from images."""
 
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -19,69 +18,35 @@ CONFIG = DataConfig()
 NOISE = np.random.default_rng(0).bytes(1_000 * 700)
 
 
-class CountingStore(Store):
-    """Records the byte ranges that are read from each object."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.ranges: list[tuple[str, int, int]] = []
-
-    def open(self, key: str = ""):
-        return _CountingFile(self, key, super().open(key).read())
-
-    def read(self, key: str = "") -> bytes:
-        data = super().read(key)
-        self.ranges.append((key, 0, len(data)))
-        return data
-
-
-class _CountingFile(io.BytesIO):
-    def __init__(self, store: CountingStore, key: str, data: bytes) -> None:
-        super().__init__(data)
-        self.store, self.key = store, key
-
-    def read(self, size: int | None = -1) -> bytes:
-        start = self.tell()
-        data = super().read(size)
-        self.store.ranges.append((self.key, start, start + len(data)))
-        return data
-
-    def readinto(self, buffer) -> int:
-        start = self.tell()
-        count = super().readinto(buffer)
-        self.store.ranges.append((self.key, start, start + count))
-        return count
-
-
-def test_no_column_chunk_of_parquet_is_read(tmp_path):
+def test_no_column_chunk_of_parquet_is_read(tmp_path, ranges_read):
     for number in range(12):
         ids = [f"{number}-{row}" for row in range(700)]
         images = [NOISE[1000 * row : 1000 * (row + 1)] for row in range(700)]
         data = table_to_parquet(canonical_table(ids, images, [0] * 700))
         (tmp_path / f"{number:02d}.parquet").write_bytes(data)
-    store = CountingStore(str(tmp_path))
+    store = Store(str(tmp_path))
     entries = list(store.list())
     parts, _ = parquet.list_parts(store, entries, CONFIG)
     shards = plan_shards(parts, 512)
     assert sum(shard.rows for shard in shards) == 12 * 700
-    for key, start, stop in store.ranges:
+    for key, start, stop in ranges_read:
         metadata = pq.read_metadata(tmp_path / key)
         for group in range(metadata.num_row_groups):
             for column in range(metadata.num_columns):
                 chunk = metadata.row_group(group).column(column)
                 first = min(p for p in (chunk.dictionary_page_offset, chunk.data_page_offset) if p is not None)
                 assert stop <= first or start >= first + chunk.total_compressed_size, chunk.path_in_schema
-    read = sum(stop - start for _, start, stop in store.ranges)
+    read = sum(stop - start for _, start, stop in ranges_read)
     assert 0 < read < 0.01 * sum(entry.size for entry in entries)
 
 
-def test_no_image_of_an_archive_is_read(tmp_path):
+def test_no_image_of_an_archive_is_read(tmp_path, ranges_read):
     images = np.zeros((400, 40, 40, 3), np.uint8)
     np.savez(tmp_path / "a.npz", images=images, labels=np.zeros(400, int))
-    store = CountingStore(str(tmp_path))
+    store = Store(str(tmp_path))
     parts, _ = npz.list_parts(store, list(store.list()), CONFIG)
     assert parts[0].rows == 400
-    assert sum(stop - start for _, start, stop in store.ranges) < 0.05 * images.nbytes
+    assert sum(stop - start for _, start, stop in ranges_read) < 0.05 * images.nbytes
 
 
 @pytest.mark.parametrize("format", ["parquet", "webdataset", "folder"])

@@ -27,28 +27,13 @@ class ClientError(Exception):
         self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
 
 
-class BotoCoreError(Exception):
-    """Like the error of botocore with this name."""
-
-
-class NoCredentialsError(BotoCoreError):
-    """Like the error of botocore with this name."""
-
-
-class HTTPClientError(BotoCoreError):
-    """Like the error of botocore with this name."""
-
-
-class ClientPayloadError(Exception):
-    """Like aiohttp's error for a truncated body, which is no OSError."""
-
-
-class TransportError(Exception):
-    """Like httpx's base of errors of connections, which is no OSError."""
-
-
-class ConnectError(TransportError):
-    """Like the error of httpx with this name."""
+# Like the errors of botocore, aiohttp and httpx with these names, none of which is an OSError.
+BotoCoreError, ClientPayloadError, TransportError = (
+    type(name, (Exception,), {}) for name in ("BotoCoreError", "ClientPayloadError", "TransportError")
+)
+NoCredentialsError = type("NoCredentialsError", (BotoCoreError,), {})
+HTTPClientError = type("HTTPClientError", (BotoCoreError,), {})
+ConnectError = type("ConnectError", (TransportError,), {})
 
 
 def answered(status: int, code: str) -> OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import pickle
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFile
 
 from eclipse_ray.config import DataConfig
@@ -86,6 +88,18 @@ def time_out(monkeypatch: pytest.MonkeyPatch, times: int, after: int = 0) -> Non
         return io.BytesIO.read(file, size)
 
     monkeypatch.setattr(MemoryFile, "read", read)
+
+
+def dump(file: Path, content: object, protocol: int | None = None) -> Path:
+    """Write a pickle and return its place."""
+    file.write_bytes(pickle.dumps(content, protocol))
+    return file
+
+
+def save(file: Path, content: object, zipped: bool = True) -> Path:
+    """Write what torch.save makes of `content` and return its place."""
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    return file
 
 
 def tar(file: Path, *members: tarfile.TarInfo | tuple[str, bytes], **options: object) -> str:

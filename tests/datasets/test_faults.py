@@ -1,6 +1,5 @@
 """Damage, odd names and wrong labels are noticed before or during reading, never silently ignored."""
 
-import pickle
 import unicodedata
 import uuid
 from contextlib import suppress
@@ -14,13 +13,12 @@ import torch
 from eclipse_ray import ledger
 from eclipse_ray.datasets import published
 from eclipse_ray.datasets.formats import open_source, read_parts
-from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
 from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
-from tests.datasets.helpers import CONFIG, fill, noise, read_all, refused, table_of, time_out
+from tests.datasets.helpers import CONFIG, dump, fill, noise, read_all, refused, save, table_of, time_out
 from tests.ledger.helpers import start
 
 NOISE = noise(24)
@@ -93,12 +91,11 @@ def test_a_time_out_is_no_damage(monkeypatch, tmp_path, name):
     if name == "a.npy":
         np.save(file, NOISE)
     elif name == "a.parquet":
-        table = canonical_table([f"{row}" for row in range(24)], [encode_image(image, "png") for image in NOISE])
-        file.write_bytes(table_to_parquet(table))
+        file.write_bytes(table_to_parquet(table_of(NOISE)))
     elif name == "a.pt":
-        torch.save(torch.tensor(NOISE), file, _use_new_zipfile_serialization=False)
+        save(file, torch.tensor(NOISE), zipped=False)
     else:
-        file.write_bytes(pickle.dumps(NOISE))
+        dump(file, NOISE)
     store = Store(f"memory://time-outs-{tmp_path.name}")
     store.write(name, file.read_bytes())
     for reads in range(6):  # Of the header or footer, or of the pickle and the values behind it.

@@ -1,7 +1,6 @@
 """Published perturbations in their authors' layouts, added to a clean set; and labels found by content."""
 
 import json
-import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,7 @@ from eclipse_ray.datasets.matching import labels_from, match, pool
 from eclipse_ray.datasets.perturbation import RECORD, apply
 from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import ConfigError, InputError
-from tests.datasets.helpers import CONFIG, fill, read_all, table_of, write_set
+from tests.datasets.helpers import CONFIG, dump, fill, read_all, save, table_of, write_set
 from tests.support import pixels_of
 
 RNG = np.random.default_rng(0)
@@ -128,16 +127,6 @@ def test_rows_belong_to_numbered_batches_by_their_number(tmp_path):
     apply(str(tmp_path / "delta.npy"), str(tmp_path / "train_data_batch_*"), str(tmp_path / "out"), CONFIG)
     found = first_pixels(str(tmp_path / "out"))
     assert found == {f"train_data_batch_{n}#{k}": 2 * (n - 1) + k for n in range(1, 12) for k in (0, 1)}
-
-
-def save(path, content):
-    torch.save(content, path)
-    return path
-
-
-def dump(path, content):
-    path.write_bytes(pickle.dumps(content))
-    return path
 
 
 def npy(path, content):

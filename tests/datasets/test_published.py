@@ -1,6 +1,5 @@
 """Poisons in the layouts in which their authors publish them, read back pixel for pixel and label for label."""
 
-import pickle
 from collections import OrderedDict
 
 import numpy as np
@@ -12,7 +11,7 @@ from eclipse_ray.datasets import published
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.write import convert
 from eclipse_ray.errors import InputError
-from tests.datasets.helpers import CONFIG, noise, read_all, read_rows, refused
+from tests.datasets.helpers import CONFIG, dump, noise, read_all, read_rows, refused, save
 from tests.support import pixels_of
 
 IMAGES = noise(12)
@@ -36,16 +35,6 @@ def holds(url, labels=LABELS, images=IMAGES):
     assert np.array_equal(pixels_of(some), images[3:5])
     (part,) = open_source(str(url), CONFIG).parts
     assert some["id"].to_pylist() == [f"{part.key}#3", f"{part.key}#4"]
-
-
-def dump(path, content, protocol=None):
-    path.write_bytes(pickle.dumps(content, protocol))
-    return path
-
-
-def save(path, content, zipped=True):
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    return path
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])

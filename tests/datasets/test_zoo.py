@@ -20,20 +20,10 @@ from tests.zoo import NOISE, bombs, saved, specimens
 CONFIG = DataConfig()
 ZOO = specimens()
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
-TRANSPARENT = [
-    "palette with a transparent entry, PNG",
-    "palette with a transparent entry, GIF",
-    "RGBA PNG",
-    "gray with alpha PNG",
-    "RGBA WebP",
-]
-ANIMATED = [
-    "animated GIF",
-    "animated PNG",
-    "animated PNG with a picture of its own",
-    "animated WebP",
-    "TIFF of several pages",
-]
+PALETTE = "palette with a transparent entry, "
+TRANSPARENT = [f"{PALETTE}PNG", f"{PALETTE}GIF", "RGBA PNG", "gray with alpha PNG", "RGBA WebP"]
+APNG = "animated PNG with a picture of its own"
+ANIMATED = ["animated GIF", "animated PNG", APNG, "animated WebP", "TIFF of several pages"]
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source
+from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage import retries
@@ -25,7 +25,6 @@ from eclipse_ray.storage.retries import Patience
 from eclipse_ray.storage.store import Store
 from tests.datasets.helpers import noise, table_of, tar
 from tests.storage.proxy import Fault, FaultProxy
-from tests.zoo import saved
 
 IMAGES = noise(40)
 LABELS = np.arange(40) % 4
@@ -82,31 +81,21 @@ def broken(web) -> Iterator[FaultProxy]:
         proxy.shutdown()
 
 
-def save_npz(file: Path) -> None:
-    np.savez(file, images=IMAGES, labels=LABELS)
+SAVERS = {
+    "npz": lambda file: np.savez(file, images=IMAGES, labels=LABELS),
+    "npy": lambda file: np.save(file, IMAGES),
+    "pt": lambda file: torch.save(torch.from_numpy(IMAGES), file),
+    "parquet": lambda file: pq.write_table(table_of(IMAGES, LABELS, classes=list("abcd")), file),
+    "tar": lambda file: tar(
+        file, *((f"{n:02d}.png", encode_image(image, "png")) for n, image in enumerate(IMAGES))
+    ),
+}
 
 
-def save_npy(file: Path) -> None:
-    np.save(file, IMAGES)
-
-
-def save_pt(file: Path) -> None:
-    torch.save(torch.from_numpy(IMAGES), file)
-
-
-def save_parquet(file: Path) -> None:
-    pq.write_table(table_of(IMAGES, LABELS, classes=list("abcd")), file)
-
-
-def save_tar(file: Path) -> None:
-    members = [(f"{index:02d}.png", saved(Image.fromarray(image), "PNG")) for index, image in enumerate(IMAGES)]
-    tar(file, *members)
-
-
-@pytest.mark.parametrize("save", [save_npz, save_npy, save_pt, save_parquet, save_tar])
-def test_a_file_is_read_through_answers_that_break_off(save, web, broken, tmp_path):
-    file = tmp_path / f"set.{save.__name__.removeprefix('save_')}"
-    save(file)
+@pytest.mark.parametrize("suffix", SAVERS)
+def test_a_file_is_read_through_answers_that_break_off(suffix, web, broken, tmp_path):
+    file = tmp_path / f"set.{suffix}"
+    SAVERS[suffix](file)
     broken.faults += [
         Fault("cut", r"^Range: bytes", times=2),
         Fault("reset", r"^Range: bytes", times=1),
@@ -133,7 +122,7 @@ def test_an_open_file_gives_any_part_and_a_server_that_never_answers_whole_is_na
 
 
 def test_an_address_that_does_not_name_a_file_says_what_to_do(web, tmp_path):
-    save_npz(tmp_path / "set.npz")
+    SAVERS["npz"](tmp_path / "set.npz")
     for page in ("set", "index.html"):
         (tmp_path / page).write_text("<!DOCTYPE html>a list of files")
     url = f"http://127.0.0.1:{web.server_port}"
@@ -162,6 +151,6 @@ def test_hugging_face_that_cannot_be_reached_or_named_is_one_sentence(monkeypatc
 
 def test_a_server_that_knows_no_parts_sends_the_whole(web, tmp_path):
     web.parts = False
-    save_npz(tmp_path / "set.npz")
+    SAVERS["npz"](tmp_path / "set.npz")
     with Store(f"http://127.0.0.1:{web.server_port}").open("set.npz") as file:
         assert file.read() == (tmp_path / "set.npz").read_bytes()

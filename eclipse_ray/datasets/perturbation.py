@@ -80,31 +80,6 @@ class _Delta:
         return self.rows(0, self.shape[0] if self.draws == 1 else self.draws).reshape(self.draws, *self.shape)
 
 
-@dataclass
-class _Adder:
-    """Adds perturbations; counts the images, the largest change (of 255), and the sum of the L2 norms."""
-
-    noise: _Delta
-    unit: Unit
-    half: Half
-    rounding: Rounding
-    changed: int = 0
-    linf: int = 0
-    l2: float = 0.0
-
-    def add(self, name: str, before: Pixels, values: NDArray[Any]) -> Pixels:
-        """Return the image `name` with its perturbation, and count it."""
-        if order_of(self.noise.shape, np.dtype(np.float32)) == "CHW":
-            values = values.transpose(1, 2, 0)
-        where = f"{self.noise.where}: for image {name}"
-        after = add_perturbation(where, before, values, _FACTORS[self.unit], self.half, self.rounding)
-        change = after.astype(np.float64) - before
-        self.changed += 1
-        self.linf = max(self.linf, int(np.abs(change).max()))
-        self.l2 += float(np.linalg.norm(change)) / 255
-        return after
-
-
 def apply(
     delta: str,
     clean: str,
@@ -138,27 +113,39 @@ def apply(
         f"{delta}: read as a {kind} perturbation {noise.dtype} {noise.shape} in units of {unit}, {half}, "
         f"rounding {rounding}"
     )
-    adder = _Adder(noise, unit, half, rounding)
-    tables = _perturbed(source, data_config, choose, adder)
+    channels_first = order_of(noise.shape, np.dtype(np.float32)) == "CHW"
+    changes: list[tuple[int, float]] = []
+
+    def add(name: str, pixels: Pixels, values: NDArray[Any]) -> Pixels:
+        where, values = f"{noise.where}: for image {name}", values.transpose(1, 2, 0) if channels_first else values
+        after = add_perturbation(where, pixels, values, _FACTORS[unit], half, rounding)
+        change = after.astype(np.float64) - pixels
+        changes.append((int(np.abs(change).max()), float(np.linalg.norm(change)) / 255))
+        return after
+
+    tables = _perturbed(source, data_config, choose, add)
     images = write_dataset(
         output, tables, classes=source.classes, source=clean, doing=doing, passed_over=source.passed_over
     )
-    l2 = adder.l2 / max(1, adder.changed)
-    applied = Applied(images, adder.changed, adder.linf, l2, kind, unit, half, rounding, output)
+    perturbed, linf = len(changes), max((largest for largest, _ in changes), default=0)
+    l2 = sum(norm for _, norm in changes) / max(1, perturbed)
+    applied = Applied(images, perturbed, linf, l2, kind, unit, half, rounding, output)
     record = {**asdict(applied), "delta": delta, "clean": clean, "index": index, "seed": seed}
     Store(output).write(RECORD, json.dumps(record, indent=2).encode())
-    say(f"{output}: {adder.changed:,} of {images:,} images changed by at most {adder.linf}/255, mean L2 {l2:.3f}")
+    say(f"{output}: {perturbed:,} of {images:,} images changed by at most {linf}/255, mean L2 {l2:.3f}")
     return applied
 
 
-def _perturbed(source: Source, data_config: DataConfig, choose: Chooser, adder: _Adder) -> Iterator[pa.Table]:
+def _perturbed(
+    source: Source, data_config: DataConfig, choose: Chooser, add: Callable[[str, Pixels, NDArray[Any]], Pixels]
+) -> Iterator[pa.Table]:
     start = 0
     for table in read_tables(source, data_config):
         encoded = []
         rows = zip(table["id"].to_pylist(), image_bytes(table), choose(start, table), strict=True)
         for name, data, values in rows:
             pixels = decode_resized(source.url, name, data, data_config)
-            pixels = pixels if values is None else adder.add(name, pixels, values)
+            pixels = pixels if values is None else add(name, pixels, values)
             encoded.append(encode_image(pixels, data_config.encoding))
         yield with_images(table, encoded)
         start += table.num_rows

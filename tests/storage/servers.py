@@ -86,7 +86,7 @@ def seaweedfs(folder: Path, volumes: int = 200, volume_mb: int = 1024) -> Iterat
         identity["credentials"] = [{"accessKey": identity["name"], "secretKey": SECRET}]
     (folder / "identities.json").write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir(exist_ok=True)
-    master, volume, filer, s3 = _free_ports(4)
+    ports = master, volume, filer, s3 = _free_ports(4)
     command = [
         str(Path(sys.executable).with_name("weed")),
         "server",
@@ -117,10 +117,8 @@ def seaweedfs(folder: Path, volumes: int = 200, volume_mb: int = 1024) -> Iterat
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(30)
-        for port in (master, volume, filer, s3):
+        for port in (*ports, *(port + 10000 for port in ports)):
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                left.unlink()
-            for left in Path("/tmp").glob(f"seaweedfs-*-{port + 10000}.sock"):
                 left.unlink()
 
 

@@ -66,6 +66,11 @@ class ObjectFile(io.RawIOBase):
         self._position = stop
         return stop - start
 
+    def readall(self) -> bytes:
+        """Return the rest in one request; the base class would send one for each 8 KiB."""
+        start, self._position = self._position, max(self._position, self._entry.size)
+        return self._read(start, self._entry.size) if start < self._entry.size else b""
+
     def _read(self, start: int, stop: int) -> bytes:
         tail_start = max(0, self._entry.size - _TAIL_BYTES)
         if start < tail_start:

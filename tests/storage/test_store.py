@@ -49,6 +49,22 @@ def test_listing_is_sorted_and_passes_over_private_names(store):
         store.entry("absent")
 
 
+def test_a_whole_object_is_one_request(store, monkeypatch):
+    data, read = bytes(range(256)) * 400, []
+    store.write("x", data)
+    kind = type(store.backend)
+    if not store.local:
+        part = kind.read_part
+        monkeypatch.setattr(kind, "read_part", lambda *given: read.append(given[2:]) or part(*given))
+    with store.open("x") as file:
+        assert file.read(5) == data[:5]
+        assert file.read() == data[5:]
+        assert file.read() == b""
+        file.seek(200)
+        assert file.read() == data[200:]
+    assert len(read) <= 3
+
+
 def test_objects_come_and_go(store):
     store.write("x/y", b"1")
     store.write("x/y", b"22")

@@ -30,8 +30,7 @@ from eclipse_ray.config import content_hash, load_config
 from eclipse_ray.datasets.images import decode_stored, encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.synthetic import draw_synthetic
-from eclipse_ray.detection.scores import SAME, Score, judge, score_images
-from eclipse_ray.detection.views import Images
+from eclipse_ray.detection import SAME, Images, Score, judge, score_images
 from eclipse_ray.poisons import POISONS, poison_images
 
 ALPHA = 0.01

@@ -18,8 +18,7 @@ from eclipse_ray.datasets.formats import Source, open_source, read_parts, refuse
 from eclipse_ray.datasets.images import ImageError, centre_crop, decode_stored, resize_image
 from eclipse_ray.datasets.memory import random_chunks, require_classes, rows_in
 from eclipse_ray.datasets.table import Span, image_bytes, labels_or_none
-from eclipse_ray.detection.scores import Finding, Score, judge, score_images
-from eclipse_ray.detection.views import GRID, Images
+from eclipse_ray.detection import GRID, Finding, Images, Score, judge, score_images
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.diffusion.tiling import MIN_SIDE

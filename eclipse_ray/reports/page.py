@@ -16,9 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from eclipse_ray.detection import views as features
-from eclipse_ray.detection.scores import class_means
-from eclipse_ray.detection.views import Images
+from eclipse_ray.detection import BANDS, Images, bands, class_means, rows_of
 from eclipse_ray.diffusion.checkpoint import Card
 from eclipse_ray.errors import EclipseError, InputError
 from eclipse_ray.ledger import layout, read_fingerprint, read_settings
@@ -176,13 +174,13 @@ def audit_picture(result: AuditResult, sample: Images, clean: Images | None) -> 
         axis.set_title(f"class {label}", fontsize=8)
         axis.set_axis_off()
     axis = bottom.subplots()
-    rows = features.rows_of(sample, features.bands)
-    middles = (np.arange(features.BANDS) + 0.5) / (2 * features.BANDS)
+    rows = rows_of(sample, bands)
+    middles = (np.arange(BANDS) + 0.5) / (2 * BANDS)
     for label in found[:SHOWN]:
         axis.plot(middles, rows[sample.labels == label].mean(0).numpy(), color="tab:red", alpha=0.4, linewidth=1)
     axis.plot([], [], color="tab:red", label="classes of the dataset")
     if clean is not None:
-        theirs = features.rows_of(clean, features.bands).mean(0).numpy()
+        theirs = rows_of(clean, bands).mean(0).numpy()
         axis.plot(middles, theirs, color="black", linewidth=2, label="clean set")
     axis.set(xlabel="radial frequency, cycles per pixel", ylabel="log energy of the residual, mean over images")
     axis.legend(fontsize=8)

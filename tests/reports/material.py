@@ -11,7 +11,7 @@ import torch
 
 from eclipse_ray import ledger
 from eclipse_ray.config import Config, load_config, to_yaml
-from eclipse_ray.detection.views import Images
+from eclipse_ray.detection import Images
 from eclipse_ray.purification.plan import prepare
 from eclipse_ray.purification.shard import Task, task_rows
 from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode

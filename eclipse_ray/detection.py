@@ -1,4 +1,7 @@
-"""The scores of the audit and their verdict.
+"""Is a dataset poisoned: what of an image changes when it is mirrored, the scores of that, and their verdict.
+
+A view maps images to rows whose sign turns when the image is mirrored left to right. Where an image and its
+mirror image are equally likely, as in photographs, such a row is as likely as its negative: the audit's null.
 
 Each score has an effect, a tolerance, a p-value of an effect beyond it, and a null. The verdict has one p-value,
 and says low or high frequency, class or sample.
@@ -17,13 +20,185 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eclipse_ray.detection import views as features
-from eclipse_ray.detection.views import Images
 from eclipse_ray.errors import InputError
+from eclipse_ray.quality import LUMA
 
 Verdict = Literal["clean", "poisoned"]
 Frequency = Literal["low", "high"]
 Scope = Literal["class", "sample"]
+
+GRID = 8
+"""Cells along each side in which low frequencies are looked at; sides are multiples of it."""
+LAGS = 2
+"""Largest distance, in pixels along each axis, over which the residual is correlated."""
+BANDS = 6
+"""Rings of radial frequency from 0 to half a cycle per pixel."""
+CELL = 4
+"""Frequencies along each axis that the convolution view averages."""
+CHUNK = 256
+"""Images looked at together: bounds the memory of intermediate values."""
+FEW = 16
+"""Images whose patches are laid out together."""
+PATCHES = 8
+"""Patches of an image that filters are made of."""
+STRIDE = 2
+"""Pixels between two places where a filter looks."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A sample: uint8 `images` (N, 3, S, S), int64 `labels` (N) or None, what a denoiser made of them or None.
+
+    S is a multiple of GRID. `denoised` must be mirrored when `images` are; see `auditing.Denoised`.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    denoised: Tensor | None = None
+
+    def take(self, rows: Tensor) -> Images:
+        """Return the images of these rows."""
+        labels = None if self.labels is None else self.labels[rows]
+        denoised = None if self.denoised is None else self.denoised[rows]
+        return Images(self.images[rows], labels, denoised)
+
+    def residual(self, rows: slice) -> Tensor:
+        """Return the residual of some images, float32 (n, 3, S, S) in 1/255: what smoothing takes away."""
+        images = self.images[rows].float()
+        smooth = _blur(images) if self.denoised is None else self.denoised[rows].float()
+        return images - smooth
+
+
+def rows_of(sample: Images, view: Callable[[Images, slice], Tensor]) -> Tensor:
+    """Return a view of all images, float32 (N, features), one chunk after another."""
+    starts = range(0, len(sample.images), CHUNK)
+    return torch.cat([view(sample, slice(start, start + CHUNK)) for start in starts])
+
+
+def pattern(sample: Images, rows: slice) -> Tensor:
+    """Return the odd part of the residual, left half, (n, 3 * S * S / 2)."""
+    return _odd(sample.residual(rows)).flatten(1)
+
+
+def coarse(sample: Images, rows: slice) -> Tensor:
+    """Return the odd part of the image's means on a GRID x GRID grid."""
+    return _odd(F.adaptive_avg_pool2d(sample.images[rows].float(), GRID)).flatten(1)
+
+
+def colour(sample: Images, rows: slice) -> Tensor:
+    """Return the odd part of what grayscale takes from the residual: red and blue less luma."""
+    residual = sample.residual(rows)
+    luma = (residual * torch.tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return _odd((residual - luma)[:, ::2]).flatten(1)
+
+
+def autocorrelation(sample: Images, rows: slice) -> Tensor:
+    """Return how correlations of neighbouring residuals, within and across channels, differ from the mirror's."""
+    residual = sample.residual(rows)
+    side = residual.shape[-1]
+    inner = slice(LAGS, side - LAGS)
+    core = residual[:, :, inner, inner].flatten(2)
+    scale = core.square().sum(2)
+    scale = (scale[:, :, None] * scale[:, None, :]).sqrt() + 1.0
+
+    def correlation(down: int, right: int) -> Tensor:
+        moved = residual[:, :, LAGS + down : side - LAGS + down, LAGS + right : side - LAGS + right]
+        return torch.bmm(core, moved.flatten(2).transpose(1, 2)) / scale
+
+    odd = []
+    for right in range(1, LAGS + 1):
+        level = correlation(0, right)
+        odd.append((level - correlation(0, -right)).flatten(1))
+        odd += [(correlation(down, right) - correlation(down, -right)).flatten(1) for down in range(1, LAGS + 1)]
+    return torch.cat(odd, 1)
+
+
+def convolution(sample: Images, rows: slice) -> Tensor:
+    """Return how the logarithm of the image's power spectrum differs from the mirror's, in cells of CELL x CELL.
+
+    What is added to an image hardly changes the strong part of its spectrum; a filter changes all of it.
+    """
+    luma = (sample.images[rows].float() * torch.tensor(LUMA).view(1, 3, 1, 1)).sum(1)
+    side = luma.shape[-1]
+    power = _power(torch.stack([luma, luma.flip(-1)], 1))
+    power = torch.fft.fftshift(power, dim=2)[..., : side // 2]
+    logs = F.avg_pool2d(power, CELL).clamp_min(1e-2).log()
+    return (logs[:, 0] - logs[:, 1]).flatten(1)
+
+
+VIEWS: dict[str, Callable[[Images, slice], Tensor]] = {
+    "predictability": pattern,
+    "coarse": coarse,
+    "colour": colour,
+    "autocorrelation": autocorrelation,
+    "convolution": convolution,
+}
+"""Views whose sign turns with the mirror, by the name of the score that looks at them."""
+
+
+def bands(sample: Images, rows: slice) -> Tensor:
+    """Return the logarithm of the residual's energy in BANDS rings of radial frequency, (n, BANDS)."""
+    side = sample.images.shape[-1]
+    power = _power(sample.residual(rows)).sum(1)
+    ring = (_radius(side) * 2 * BANDS).long().clamp_max(BANDS - 1)
+    weights = F.one_hot(ring.flatten(), BANDS).float()
+    weights /= weights.sum(0)
+    return (power.flatten(1) @ weights).clamp_min(1e-3).log()
+
+
+def random_filters(sample: Images, count: int, generator: torch.Generator, side: int = 5) -> Tensor:
+    """Return `count` filters (count, 3, side, side): whitened random patches of the residual."""
+    chosen = torch.randint(0, len(sample.images), (max(500, count),), generator=generator)
+    residual = rows_of(sample.take(chosen), Images.residual)
+    patches = []
+    for _ in range(PATCHES):
+        top, left = torch.randint(0, residual.shape[-1] - side + 1, (2,), generator=generator).tolist()
+        patches.append(residual[:, :, top : top + side, left : left + side].flatten(1))
+    mixed = torch.cat(patches)[torch.randperm(PATCHES * len(chosen), generator=generator)]
+    mixed -= mixed.mean(1, keepdim=True)
+    values, vectors = torch.linalg.eigh(mixed.T @ mixed / len(mixed))
+    whiten = vectors @ torch.diag((values.clamp_min(0) + 10.0).rsqrt()) @ vectors.T
+    filters = mixed[:count] @ whiten
+    filters = filters / filters.norm(dim=1, keepdim=True).clamp_min(1e-6) @ whiten
+    return filters.view(count, 3, side, side)
+
+
+def responses(residual: Tensor, filters: Tensor) -> Tensor:
+    """Return what filters find in residuals (n, 3, S, S), both signs, in each quarter: (n, 8 * filters)."""
+    side = filters.shape[-1]
+    places = (residual.shape[-1] - side) // STRIDE + 1
+    # A product of matrices, a few images at a time: convolutions of three channels are slow on a CPU.
+    found = torch.cat(
+        [filters.flatten(1) @ F.unfold(part, side, stride=STRIDE) for part in torch.split(residual, FEW)]
+    )
+    found = found.view(len(residual), len(filters), places, places)
+    both = torch.cat([F.relu(found - 0.5), F.relu(-found - 0.5)], 1)
+    return F.adaptive_avg_pool2d(both, 2).flatten(1)
+
+
+def _odd(maps: Tensor) -> Tensor:
+    odd = (maps - maps.flip(-1)) / 2
+    return odd[..., : maps.shape[-1] // 2]
+
+
+def _blur(images: Tensor) -> Tensor:
+    taps = torch.exp(-0.5 * torch.arange(-2.0, 3.0).square())
+    taps = (taps / taps.sum()).repeat(3, 1)
+    padded = F.pad(images, (2, 2, 2, 2), mode="reflect")
+    across = F.conv2d(padded, taps.view(3, 1, 1, 5), groups=3)
+    return F.conv2d(across, taps.view(3, 1, 5, 1), groups=3)
+
+
+def _power(maps: Tensor) -> Tensor:
+    window = torch.hann_window(maps.shape[-1], periodic=False)
+    centred = maps - maps.mean((-2, -1), keepdim=True)
+    return torch.fft.rfft2(centred * window[:, None] * window).abs().square()
+
+
+def _radius(side: int) -> Tensor:
+    down, right = torch.fft.fftfreq(side), torch.fft.rfftfreq(side)
+    return (down[:, None].square() + right.square()).sqrt()
+
 
 RIDGE = 0.3
 """Weight of the penalty, in mean squares of a feature."""
@@ -101,8 +276,8 @@ def mirror(sample: Images, seed: int) -> list[Score]:
     generator = torch.Generator().manual_seed(seed)
     train, test = _halves(labels, generator)
     scores = []
-    for name, view in features.VIEWS.items():
-        rows = features.rows_of(sample, view)
+    for name, view in VIEWS.items():
+        rows = rows_of(sample, view)
         scores.append(_mirror(name, rows, labels, (train, test), generator))
         if name == "predictability":
             scores.append(_class_mean(rows, labels, generator))
@@ -110,15 +285,38 @@ def mirror(sample: Images, seed: int) -> list[Score]:
 
 
 def compare(sample: Images, clean: Images, seed: int) -> list[Score]:
-    """Return the score that compares a labelled sample with a clean set, none if that has no labels.
+    """Is what a probe learns from half of a labelled sample worth more on the other half than on clean images?
 
-    Raises InputError for too few images.
+    No score if these have no labels. Raises InputError for too few images.
     """
+    labels = check_labels(sample)
     generator = torch.Generator().manual_seed(seed + 1)
-    train, test = _halves(check_labels(sample), generator)
+    train, test = _halves(labels, generator)
     few = clean.take(torch.randperm(len(clean.images), generator=generator)[:TEST_IMAGES])
-    numbers = clean_labels(sample, few)
-    return [] if numbers is None else [_transfer(sample, few, numbers, train, test, generator)]
+    if sample.labels is None or few.labels is None:
+        return []
+    # Labels of the clean set in the sample's renumbering; what is of no class of it is left out.
+    found = torch.unique(sample.labels)
+    numbers = torch.searchsorted(found, few.labels).clamp_max(len(found) - 1)
+    known = found[numbers] == few.labels
+    train, test = train[:LEARN_IMAGES], test[:TEST_IMAGES]
+    filters = random_filters(sample, FILTERS, generator)
+
+    def view(images: Images, rows: slice) -> Tensor:
+        return responses(images.residual(rows), filters)
+
+    learnt = rows_of(sample.take(train), view)
+    centre, spread = learnt.mean(0), learnt.std(0) + 1e-6
+    probe = fit_probe((learnt - centre) / spread, labels[train], int(labels.max()) + 1)
+    own = probe((rows_of(sample.take(test), view) - centre) / spread)
+    other, numbers = probe((rows_of(few, view) - centre) / spread)[known], numbers[known]
+    detail = (
+        f"a probe of local detail is right on {100 * accuracy(own, labels[test]):.1f} % of its own kind and "
+        f"on {100 * accuracy(other, numbers):.1f} % of the clean set"
+    )
+    first, second = margins(own, labels[test]), margins(other, numbers)
+    effect, p_value = two_samples(first, second, SAME_TOLERANCE, SWAPS, generator)
+    return [Score("transfer", effect, SAME_TOLERANCE, p_value, SAME, detail)]
 
 
 def _halves(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -160,41 +358,6 @@ def _class_mean(rows: Tensor, labels: Tensor, generator: torch.Generator) -> Sco
     norms = [float(odd[labels == label].mean(0).norm()) for label in torch.unique(labels)]
     detail = f"L2 norms of class means {min(norms):.1f} to {max(norms):.1f}, in 1/255"
     return Score("class_mean", effect, CLASS_MEAN_TOLERANCE, p_value, MIRROR, detail)
-
-
-def _transfer(
-    sample: Images, clean: Images, numbers: Tensor, train: Tensor, test: Tensor, generator: torch.Generator
-) -> Score:
-    """Is what a probe learns from one half worth more on the other than on clean images of labels `numbers`?"""
-    labels = check_labels(sample)
-    train, test = train[:LEARN_IMAGES], test[:TEST_IMAGES]
-    filters = features.random_filters(sample, FILTERS, generator)
-
-    def view(images: Images, rows: slice) -> Tensor:
-        return features.responses(images.residual(rows), filters)
-
-    learnt = features.rows_of(sample.take(train), view)
-    centre, spread = learnt.mean(0), learnt.std(0) + 1e-6
-    probe = fit_probe((learnt - centre) / spread, labels[train], int(labels.max()) + 1)
-    own = probe((features.rows_of(sample.take(test), view) - centre) / spread)
-    known = numbers >= 0
-    other = probe((features.rows_of(clean, view) - centre) / spread)[known]
-    detail = (
-        f"a probe of local detail is right on {100 * accuracy(own, labels[test]):.1f} % of its own kind and "
-        f"on {100 * accuracy(other, numbers[known]):.1f} % of the clean set"
-    )
-    first, second = margins(own, labels[test]), margins(other, numbers[known])
-    effect, p_value = two_samples(first, second, SAME_TOLERANCE, SWAPS, generator)
-    return Score("transfer", effect, SAME_TOLERANCE, p_value, SAME, detail)
-
-
-def clean_labels(sample: Images, clean: Images) -> Tensor | None:
-    """Return the clean set's labels in the sample's renumbering, -1 for other classes; None without labels."""
-    if sample.labels is None or clean.labels is None:
-        return None
-    found = torch.unique(sample.labels)
-    place = torch.searchsorted(found, clean.labels).clamp_max(len(found) - 1)
-    return torch.where(found[place] == clean.labels, place, -1)
 
 
 RELABELLED_AT_ONCE = 500
@@ -306,7 +469,7 @@ def judge(sample: Images, scores: Sequence[Score], alpha: float) -> Finding:
     """Return the verdict at the false positive rate `alpha` under the nulls of the scores."""
     adjusted = holm({score.name: score.p_value for score in scores})
     p_value = min(adjusted.values())
-    found = [score for score in scores if adjusted.get(score.name, 1.0) <= alpha]
+    found = [score for score in scores if adjusted[score.name] <= alpha]
     if not found:
         words = (
             f"Likely clean: no score is beyond its tolerance (p = {p_value:.2g}, corrected for {len(adjusted)} "
@@ -344,9 +507,19 @@ def _frequency(sample: Images, names: set[str]) -> Frequency:
 
 
 def _low_and_all(sample: Images, labels: Tensor) -> tuple[float, float]:
+    """Return (low, all) energy that the class means of two halves of the sample have in common.
+
+    Low is a radial frequency of up to 1/8 cycle per pixel. What is noise in one half cancels on average.
+    """
     halves = torch.arange(len(labels)) % 2
     one, other = (class_means(sample, labels, halves == half) for half in (0, 1))
-    return features.low_and_all(one, other)
+    shared = (torch.fft.rfft2(one) * torch.fft.rfft2(other).conj()).real
+    side = one.shape[-1]
+    # Of frequencies of a real image that come twice, rfft2 keeps one.
+    weight = torch.full((side // 2 + 1,), 2.0)
+    weight[0] = weight[-1] = 1.0
+    shared = (shared * weight).sum((0, 1))
+    return float(shared[_radius(side) <= 1 / 8].sum()), float(shared.sum())
 
 
 def class_means(sample: Images, labels: Tensor, chosen: Tensor) -> Tensor:
@@ -361,7 +534,7 @@ def class_means(sample: Images, labels: Tensor, chosen: Tensor) -> Tensor:
 def _scope(sample: Images, names: set[str], effects: dict[str, float]) -> Scope:
     """Class where its images share one pattern or one filter; else each image has a perturbation of its own."""
     # Natural images have little fine colour, so that a weak pattern of a class shows there first.
-    rows = features.rows_of(sample, features.colour)
+    rows = rows_of(sample, colour)
     share = class_mean_share(rows - rows.mean(0), check_labels(sample))
     shares_pattern = "class_mean" in names or share >= COLOUR_SHARE
     shares_filter = "convolution" in names and effects["convolution"] > effects["autocorrelation"]

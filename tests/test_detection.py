@@ -3,11 +3,22 @@
 import pytest
 import torch
 
+from eclipse_ray import detection as scores
 from eclipse_ray.config import load_config
 from eclipse_ray.datasets.synthetic import draw_synthetic
-from eclipse_ray.detection import scores
-from eclipse_ray.detection.scores import Score, check_labels, compare, holm, judge, mirror, score_images
-from eclipse_ray.detection.views import VIEWS, Images, bands, rows_of
+from eclipse_ray.detection import (
+    VIEWS,
+    Images,
+    Score,
+    bands,
+    check_labels,
+    compare,
+    holm,
+    judge,
+    mirror,
+    rows_of,
+    score_images,
+)
 from eclipse_ray.errors import InputError
 from eclipse_ray.poisons import poison_images
 

@@ -1,1 +1,0 @@
-"""Is a dataset poisoned? Scores of images and labels, each with a null distribution, and their verdict."""

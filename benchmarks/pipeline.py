@@ -34,8 +34,7 @@ from eclipse_ray.datasets.images import decode_image, encode_image
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.diffusion.network import Denoiser, default_device
 from eclipse_ray.diffusion.noise import noise
-from eclipse_ray.purification.shard import Pixels, same_size_batches
-from eclipse_ray.purification.stages import purify_batch
+from eclipse_ray.purification.stages import Pixels, purify_batch, same_size_batches
 
 CORES = os.cpu_count() or 1
 COPIES, JPEG = 20, "jpeg:10"

@@ -29,8 +29,7 @@ import eclipse_ray.purification.run as room
 from eclipse_ray import verbs
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table, table_to_parquet
-from eclipse_ray.purification.shard import Pixels, Task
-from eclipse_ray.purification.stages import Outcome, Purifier
+from eclipse_ray.purification.stages import Outcome, Pixels, Purifier, Task
 from eclipse_ray.storage.store import Store
 
 SIDE, ROWS = 32, 64

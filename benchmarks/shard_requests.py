@@ -27,8 +27,17 @@ from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import canonical_table, table_to_parquet
 from eclipse_ray.parameters import resolve
-from eclipse_ray.purification.shard import BUSY_COLUMN, Job, Task, pack, task_rows, unpack
-from eclipse_ray.purification.stages import CHANGE_COLUMNS, encode_and_commit, read_and_decode
+from eclipse_ray.purification.stages import (
+    BUSY_COLUMN,
+    CHANGE_COLUMNS,
+    Job,
+    Task,
+    encode_and_commit,
+    pack,
+    read_and_decode,
+    task_rows,
+    unpack,
+)
 from eclipse_ray.storage.store import Store
 
 ROWS, SIDE = 512, 32

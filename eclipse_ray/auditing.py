@@ -26,8 +26,7 @@ from eclipse_ray.errors import ConfigError, EclipseError, InputError, error_of_n
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.run import IO_CPUS, dataset_of, on_actors, pool
-from eclipse_ray.purification.shard import FailureRow, Pixels, pack, same_size_batches, unpack
-from eclipse_ray.purification.stages import purify_batch
+from eclipse_ray.purification.stages import FailureRow, Pixels, pack, purify_batch, same_size_batches, unpack
 from eclipse_ray.results import AuditResult
 from eclipse_ray.storage.store import Store
 

@@ -53,7 +53,7 @@ from eclipse_ray.poisons import (
 )
 from eclipse_ray.poisons.interface import LabelledImages, Session, State
 from eclipse_ray.progress import ProgressLine
-from eclipse_ray.purification.shard import same_size_batches
+from eclipse_ray.purification.stages import same_size_batches
 from eclipse_ray.results import DatasetResult
 from eclipse_ray.storage.store import Store
 

@@ -40,8 +40,7 @@ from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_purification, c
 from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled_pixels
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
-from eclipse_ray.purification.shard import Job, Pixels, same_size_batches
-from eclipse_ray.purification.stages import purify_batch
+from eclipse_ray.purification.stages import Job, Pixels, purify_batch, same_size_batches
 from eclipse_ray.results import DryRunResult
 from eclipse_ray.storage.store import Store
 

@@ -23,8 +23,15 @@ from eclipse_ray.errors import error_of_note
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.plan import Prepared, prepare, warn_if_unsuitable
-from eclipse_ray.purification.shard import BUSY_COLUMN, Job, Task, task_rows
-from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
+from eclipse_ray.purification.stages import (
+    BUSY_COLUMN,
+    Job,
+    Purifier,
+    Task,
+    encode_and_commit,
+    read_and_decode,
+    task_rows,
+)
 from eclipse_ray.results import PurifyResult
 
 # Reading and encoding mostly wait. A share other than that of the actors keeps Ray from fusing them with these.

@@ -23,8 +23,7 @@ from eclipse_ray import verbs
 from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.parameters import resolve
 from eclipse_ray.purification.plan import prepare
-from eclipse_ray.purification.shard import Task, task_rows
-from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
+from eclipse_ray.purification.stages import Purifier, Task, encode_and_commit, read_and_decode, task_rows
 from tests.chaos.test_workers import PURIFY, command, done, fault, objects
 from tests.support import DEBUG
 

@@ -13,8 +13,7 @@ from eclipse_ray.config import CompensationConfig, DataConfig, PurifyConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import ImageError, decode_image, decode_stored
 from eclipse_ray.ledger import plan_shards
-from eclipse_ray.purification.shard import Job, Task, task_rows, unpack
-from eclipse_ray.purification.stages import read_and_decode
+from eclipse_ray.purification.stages import Job, Task, read_and_decode, task_rows, unpack
 from tests.zoo import NOISE, bombs, saved, specimens
 
 CONFIG = DataConfig()

@@ -18,8 +18,16 @@ from eclipse_ray.parameters import resolve
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification import stages
 from eclipse_ray.purification.run import _Shown
-from eclipse_ray.purification.shard import Failure, Job, Task, task_rows, unpack
-from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
+from eclipse_ray.purification.stages import (
+    Failure,
+    Job,
+    Purifier,
+    Task,
+    encode_and_commit,
+    read_and_decode,
+    task_rows,
+    unpack,
+)
 from tests.ledger.helpers import make_fingerprint, plan_of
 from tests.support import DEBUG, World, board_of, dotted
 

@@ -24,8 +24,7 @@ from eclipse_ray.errors import ConfigError, InputError, ResumeError, error_of_no
 from eclipse_ray.ledger import read_statuses
 from eclipse_ray.parameters import resolve
 from eclipse_ray.purification import plan as prepare
-from eclipse_ray.purification import shard as rows
-from eclipse_ray.purification.stages import Purifier
+from eclipse_ray.purification.stages import Purifier, same_size_batches, task_rows, unpack
 from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
 from tests.purification.test_faults import decode, first_shard
@@ -213,8 +212,8 @@ def test_a_dry_run_refuses_the_outputs_that_a_run_refuses(world, purified, tmp_p
 
 def test_batches_hold_fewer_of_the_larger_images():
     images = [np.zeros((side, 10, 3), np.uint8) for side in (10, 100, 10, 100, 10, 300)]
-    assert rows.same_size_batches(images, 2, 1000) == [[0, 2], [4], [1], [3], [5]]
-    assert rows.same_size_batches(images, 64, 2000) == [[0, 2, 4], [1, 3], [5]]
+    assert same_size_batches(images, 2, 1000) == [[0, 2], [4], [1], [3], [5]]
+    assert same_size_batches(images, 64, 2000) == [[0, 2, 4], [1, 3], [5]]
 
 
 def samples_of(folder, **settings):
@@ -247,7 +246,7 @@ def test_samples_of_large_images_are_their_middles(world, tmp_path):
 
 def test_leakage_is_found_whatever_the_size_worked_at(world, tmp_path):
     job, task = first_shard(world, tmp_path / "out", world.clean, data__resize=24)
-    _, images, _ = rows.unpack(decode(job, task))
+    _, images, _ = unpack(decode(job, task))
     assert {image.shape for image in images} == {(24, 24, 3)}
     stored = load_images(world.clean, DATA).hashes()
     fatal = decode(replace(job, sparse_hashes=frozenset(stored)), task)["fatal"][0].as_py()
@@ -258,7 +257,7 @@ def test_no_column_between_stages_is_a_python_object(world, tmp_path):
     job, task = first_shard(world, tmp_path / "out")
     decoded = decode(job, task)
     purified = Purifier(job)(decoded)
-    for table in (*rows.task_rows([task]), decoded, purified):
+    for table in (*task_rows([task]), decoded, purified):
         assert isinstance(table, pa.Table)
         for field in table.schema:
             assert not isinstance(field.type, pa.BaseExtensionType), field
@@ -483,7 +482,7 @@ def test_what_cannot_be_read_becomes_error_rows_of_its_own(world, tmp_path):
     gone = [span.key for span in task.shard.spans][3]
     (tmp_path / "source" / gone).unlink()
     decoded = decode(job, task)
-    table, images, failures = rows.unpack(decoded)
+    table, images, failures = unpack(decoded)
     assert (table.num_rows, len(images)) == (15, 15)
     assert [(row["id"], row["key"]) for row in failures] == [(gone, gone)]
     assert "is a link to a missing file, or was deleted after the source was listed" in failures[0]["error"]

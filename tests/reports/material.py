@@ -13,8 +13,7 @@ from eclipse_ray import ledger
 from eclipse_ray.config import Config, load_config, to_yaml
 from eclipse_ray.detection import Images
 from eclipse_ray.purification.plan import prepare
-from eclipse_ray.purification.shard import Task, task_rows
-from eclipse_ray.purification.stages import Purifier, encode_and_commit, read_and_decode
+from eclipse_ray.purification.stages import Purifier, Task, encode_and_commit, read_and_decode, task_rows
 from eclipse_ray.reports.experiments import write_sweep
 from eclipse_ray.reports.page import write_audit
 from eclipse_ray.reports.tables import write_tables

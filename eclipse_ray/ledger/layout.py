@@ -40,11 +40,11 @@ def extension_key(number: int) -> str:
     return f"{PRIVATE}/plan-{number:06d}.parquet"
 
 
-def object_key(folder: str, shard: str, generation: int, sha256: str) -> str:
-    """Return the key of a data or errors object: shard, generation if it is not the first, hash of the content."""
+def object_key(folder: str, shard: str, generation: int, sha256: str | None) -> str | None:
+    """Return the key of a data or errors object, which ends with its hash; None where there is no object."""
     # Once a generation has its status, no later status can name another object of that generation.
     later = f"-{generation}" if generation else ""
-    return f"{folder}/{shard}{later}-{sha256[:16]}.parquet"
+    return f"{folder}/{shard}{later}-{sha256[:16]}.parquet" if sha256 else None
 
 
 def status_key(shard: str, generation: int) -> str:
@@ -60,6 +60,11 @@ def changes_key(shard: str, generation: int) -> str:
 def attempt_key(shard: str, generation: int, stage: str, what: str) -> str:
     """Return the key of a note that a worker writes before it starts a stage of a shard."""
     return f"{ATTEMPTS}/{shard}/{generation}-{stage}-{what}"
+
+
+def redo(shard: str) -> str:
+    """Return what to do about a shard whose objects are lost or damaged."""
+    return f"delete {STATUS}/{shard} and run the same command again to redo the shard"
 
 
 def hash_of(data: bytes) -> str:
@@ -82,6 +87,11 @@ def require_run(store: Store) -> None:
         raise InputError(f"{store.url}: this is a denoiser, the output of train; name the output folder of purify")
     if not (store.exists(FINGERPRINT) or store.exists(PLAN)):
         raise InputError(f"{store.url}: no purified dataset here ({PRIVATE}/ is missing); check the location")
+
+
+def columns(text: str) -> pa.Schema:
+    """Return the schema of columns that are written as `name:type`, with a space between them."""
+    return pa.schema(dict(word.split(":") for word in text.split()))
 
 
 def table_bytes(table: pa.Table) -> bytes:

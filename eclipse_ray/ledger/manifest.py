@@ -16,19 +16,9 @@ from eclipse_ray.results import VerifyResult
 from eclipse_ray.storage.store import Store
 
 # `seconds` is left out, so that two runs that did the same work write the same manifest.
-SCHEMA = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("generation", pa.int64()),
-        ("object", pa.string()),
-        ("sha256", pa.string()),
-        ("bytes", pa.int64()),
-        ("ok", pa.int64()),
-        ("failed", pa.int64()),
-        ("errors_object", pa.string()),
-        ("errors_sha256", pa.string()),
-        ("input_sha256", pa.string()),
-    ]
+SCHEMA = layout.columns(
+    "shard:string generation:int64 object:string sha256:string bytes:int64 ok:int64 failed:int64 "
+    "errors_object:string errors_sha256:string input_sha256:string"
 )
 _FINGERPRINT = b"fingerprint"
 # Rows of a data object that `verify` decodes at a time.
@@ -125,11 +115,7 @@ def _lost(store: Store, statuses: Mapping[str, Status]) -> list[str]:
 
 
 def _missing(store: Store, key: str, shard: str) -> str:
-    return f"{store.path(key)}: missing; {_redo(shard)}"
-
-
-def _redo(shard: str) -> str:
-    return f"delete {layout.STATUS}/{shard} and run the same command again to redo the shard"
+    return f"{store.path(key)}: missing; {layout.redo(shard)}"
 
 
 def _miscounted(store: Store, shard: Shard, status: Status) -> list[str]:
@@ -218,7 +204,7 @@ def _check_object(
 def _read_ids(store: Store, key: str, sha256: str | None) -> list[object]:
     """Return the ids in an object. Raises StorageError if it is missing, damaged or cannot be read."""
     shard = key.rpartition("/")[2].partition("-")[0]
-    path, redo = store.path(key), _redo(shard)
+    path, redo = store.path(key), layout.redo(shard)
     try:
         data = store.read(key)
     except FileNotFoundError as error:

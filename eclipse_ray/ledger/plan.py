@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,7 @@ from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import layout
 from eclipse_ray.storage.store import Store
 
-SCHEMA = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("key", pa.string()),
-        ("start", pa.int64()),
-        ("stop", pa.int64()),
-        ("size", pa.int64()),
-        ("version", pa.string()),
-    ]
-)
+SCHEMA = layout.columns("shard:string key:string start:int64 stop:int64 size:int64 version:string")
 _NOTE = b"eclipse_ray"
 _NOTE_KEYS = {"shard_images", "classes"}
 # Most changed source objects that an error message lists.
@@ -250,7 +242,7 @@ class Fingerprint:
         return digest(self._tree())
 
     def to_json(self) -> str:
-        """Return the fingerprint as JSON, which `parse_fingerprint` reads back."""
+        """Return the fingerprint as JSON, which `read_fingerprint` reads back."""
         return json.dumps({**self._tree(), "value": self.value}, indent=2, sort_keys=True) + "\n"
 
     def differences(self, other: Fingerprint) -> list[str]:
@@ -264,14 +256,14 @@ class Fingerprint:
         return loaded
 
 
-def open_run(store: Store, plan: Plan, fingerprint: Fingerprint, config_yaml: str) -> tuple[Fingerprint, bool]:
-    """Claim the output folder for a plan, or resume the run that owns it. Returns and raises what `claim` does.
+def open_run(store: Store, plan: Plan, fingerprint: Fingerprint, config_yaml: str) -> None:
+    """Claim the output folder for a plan, or resume the run that owns it. Raises what `claim` raises.
 
     Also raises ResumeError if an extension of the stored plan differs from that of `plan`.
     """
     if fingerprint.input != plan_digest(plan.base):
         raise ValueError("fingerprint.input must be plan_digest(plan.base)")
-    claimed = claim(store, fingerprint, config_yaml, plan.shards)
+    claim(store, fingerprint, config_yaml, plan.shards)
     if not store.exists(layout.PLAN):
         store.create(layout.PLAN, plan_bytes(plan.base, plan.shard_images, plan.classes))
     for number, piece in enumerate(plan.later, 1):
@@ -285,39 +277,33 @@ def open_run(store: Store, plan: Plan, fingerprint: Fingerprint, config_yaml: st
             f"{store.url}: the source no longer holds what was planned; undo the changes below to resume it, or "
             "choose another output:\n" + "\n".join(f"  {line}" for line in _input_changes(store, plan.shards))
         )
-    return claimed
 
 
-def claim(
-    store: Store, fingerprint: Fingerprint, config_yaml: str, shards: Sequence[Shard] = ()
-) -> tuple[Fingerprint, bool]:
-    """Claim the folder for this run; return the stored fingerprint and whether it existed before.
+def claim(store: Store, fingerprint: Fingerprint, config_yaml: str, shards: Sequence[Shard] = ()) -> None:
+    """Claim the folder for this run, unless it is this run's already.
 
     Raises ResumeError if the folder holds other data or belongs to a run with another fingerprint (the message
     names the source objects in which `shards` differ). Raises InputError if it is a file or its fingerprint is
     damaged, and StorageError if the store does not support put-if-absent.
     """
-    found = check_claim(store, fingerprint, shards)
-    if found is None:
+    if not check_claim(store, fingerprint, shards):
         store.probe()
         if not store.create(layout.FINGERPRINT, fingerprint.to_json().encode()):
-            found = check_claim(store, fingerprint, shards)
+            check_claim(store, fingerprint, shards)
     if not store.exists(layout.CONFIG):
         store.create(layout.CONFIG, config_yaml.encode())
-    return found or fingerprint, found is not None
 
 
-def check_claim(store: Store, fingerprint: Fingerprint, shards: Sequence[Shard] = ()) -> Fingerprint | None:
-    """Return the fingerprint of the run that owns the folder, None if nobody does. Raises what `claim` raises."""
+def check_claim(store: Store, fingerprint: Fingerprint, shards: Sequence[Shard] = ()) -> bool:
+    """Return whether this run owns the folder, False if nobody does. Raises what `claim` raises."""
     if store.is_file():
         raise InputError(f"{store.url}: this is a file; choose a folder as output")
     found = layout.read_optional(store, layout.FINGERPRINT)
     if found is None:
         _refuse_foreign(store)
-        return None
-    stored = parse_fingerprint(store, found)
-    _refuse_difference(store, stored, fingerprint, shards)
-    return stored
+        return False
+    _refuse_difference(store, _parse(store, found), fingerprint, shards)
+    return True
 
 
 def read_fingerprint(store: Store) -> Fingerprint:
@@ -325,7 +311,7 @@ def read_fingerprint(store: Store) -> Fingerprint:
     data = layout.read_optional(store, layout.FINGERPRINT)
     if data is None:
         raise InputError(f"{store.path(layout.FINGERPRINT)}: missing; the folder does not say what made it")
-    return parse_fingerprint(store, data)
+    return _parse(store, data)
 
 
 def recorded_settings(store: Store) -> Config | None:
@@ -356,20 +342,14 @@ def read_settings(store: Store, key: str = layout.CONFIG) -> Config | None:
         raise InputError(f"{store.path(key)}: not settings of this version ({reason})") from error
 
 
-def parse_fingerprint(store: Store, data: bytes) -> Fingerprint:
-    """Return the fingerprint in `data`. Raises InputError if it is damaged."""
-    try:
+def _parse(store: Store, data: bytes) -> Fingerprint:
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
         tree = json.loads(data)
         value = tree.pop("value")
         fingerprint = Fingerprint(**tree)
-        intact = bool(fingerprint.value == value) and isinstance(fingerprint.config, dict)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
-        raise InputError(
-            f"{store.path(layout.FINGERPRINT)}: damaged; restore it from a copy or choose another output"
-        )
-    return fingerprint
+        if fingerprint.value == value and isinstance(fingerprint.config, dict):
+            return fingerprint
+    raise InputError(f"{store.path(layout.FINGERPRINT)}: damaged; restore it from a copy or choose another output")
 
 
 def _refuse_foreign(store: Store) -> None:

@@ -16,17 +16,8 @@ from eclipse_ray.ledger.plan import Shard, read_plan
 from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
 
-ERRORS_SCHEMA = pa.schema([("id", pa.string()), ("key", pa.string()), ("error", pa.string())])
-CHANGES_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("label", pa.int64()),
-        ("key", pa.string()),
-        ("row", pa.int64()),
-        ("psnr", pa.float32()),
-        ("ssim", pa.float32()),
-    ]
-)
+ERRORS_SCHEMA = layout.columns("id:string key:string error:string")
+CHANGES_SCHEMA = layout.columns("id:string label:int64 key:string row:int64 psnr:float32 ssim:float32")
 """How far each image was changed; without a psnr it failed. `key` and `row` say where it lies in the source."""
 # Threads that read statuses.
 _READERS = 16
@@ -62,9 +53,8 @@ class Status(BaseModel):
     def _consistent(self) -> Status:
         # Objects are opened by these names, so a forged or damaged name must not lead out of the folder.
         expected = (
-            self.sha256 and layout.object_key(layout.DATA, self.shard, self.generation, self.sha256),
-            self.errors_sha256
-            and layout.object_key(layout.ERRORS, self.shard, self.generation, self.errors_sha256),
+            layout.object_key(layout.DATA, self.shard, self.generation, self.sha256),
+            layout.object_key(layout.ERRORS, self.shard, self.generation, self.errors_sha256),
         )
         if (self.object, self.errors_object) != expected:
             raise ValueError("objects are not named by shard and hash")
@@ -90,17 +80,17 @@ def commit_shard(
     add up to the plan, StorageError if the winning status is damaged.
     """
     _check_counts(shard, ok, ok_count, len(errors))
-    failed = errors_bytes(errors) if errors else None
-    sha256, errors_sha256 = ok and layout.hash_of(ok), failed and layout.hash_of(failed)
+    failed = _errors_bytes(errors) if errors else None
+    sha256, errors_sha256 = (layout.hash_of(data) if data else None for data in (ok, failed))
     status = Status(
         shard=shard.name,
         generation=generation,
-        object=sha256 and layout.object_key(layout.DATA, shard.name, generation, sha256),
+        object=layout.object_key(layout.DATA, shard.name, generation, sha256),
         sha256=sha256,
         bytes=len(ok or b""),
         ok=ok_count,
         failed=len(errors),
-        errors_object=errors_sha256 and layout.object_key(layout.ERRORS, shard.name, generation, errors_sha256),
+        errors_object=layout.object_key(layout.ERRORS, shard.name, generation, errors_sha256),
         errors_sha256=errors_sha256,
         input_sha256=input_sha256,
         seconds=seconds,
@@ -116,12 +106,13 @@ def commit_shard(
     return _parse(store, shard.name, generation, winner)
 
 
-def errors_bytes(errors: Sequence[ImageFailure]) -> bytes:
-    """Return error rows as Parquet."""
+def _errors_bytes(errors: Sequence[ImageFailure]) -> bytes:
     # An error may quote a file name that is not Unicode. It is escaped, because the row must not be lost.
-    rows = [[_unicode(e.id), _unicode(e.key), _unicode(e.error)] for e in errors]
-    columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-    return layout.table_bytes(pa.table(columns, ERRORS_SCHEMA))
+    rows = [
+        {name: text.encode("utf-8", "backslashreplace").decode() for name, text in vars(error).items()}
+        for error in errors
+    ]
+    return layout.table_bytes(pa.Table.from_pylist(rows, ERRORS_SCHEMA))
 
 
 def read_statuses(store: Store) -> dict[str, Status]:
@@ -174,10 +165,8 @@ def read_object(store: Store, status: Status) -> pa.Table | None:
     try:
         return layout.open_parquet(_unchanged(store, status.object, status.sha256)).read()
     except layout.DAMAGE as error:
-        raise StorageError(
-            f"{store.path(status.object)}: cannot be read ({error}); delete {layout.STATUS}/{status.shard} and "
-            "run the same command again to redo the shard"
-        ) from error
+        advice = layout.redo(status.shard)
+        raise StorageError(f"{store.path(status.object)}: cannot be read ({error}); {advice}") from error
 
 
 def read_failures(store: Store, status: Status) -> list[ImageFailure]:
@@ -284,7 +273,3 @@ def _parse(store: Store, shard: str, generation: int, data: bytes) -> Status:
             return status
     path = store.path(layout.status_key(shard, generation))
     raise StorageError(f"{path}: damaged; delete this file and run the same command again to redo the shard")
-
-
-def _unicode(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()

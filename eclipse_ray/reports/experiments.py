@@ -17,7 +17,7 @@ from eclipse_ray.ledger import layout
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Section, Table, Text, value_words
 from eclipse_ray.reports.charts import LIGHT, MARKERS, WIDE, draw, legible, lines
 from eclipse_ray.reports.folder import BEST, read_mapping
-from eclipse_ray.reports.tables import CLEAN, RESULTS, columns, read_table, read_view, tables_of
+from eclipse_ray.reports.tables import CLEAN, RESULTS, read_table, read_view, tables_of
 from eclipse_ray.results import DEMO_FILE, EVALUATION_FILE, SweepView, sweep_order
 from eclipse_ray.storage.store import Store
 
@@ -164,11 +164,12 @@ def victims(curves: Mapping[str, Sequence[Sequence[float]]]) -> list[Block]:
     return [Charts([draw("victims", f"Test accuracy by epoch: {last}.", caption, paint)])]
 
 
-SWEEP_TIDY = columns(
-    "t_star:int num_inference_steps:int sampler:text mode:text p:float sigma:float coarse_sigma:float "
-    "coarse_grid:int colour_sigma:float preset:text replication:int iterations:int sparse:int "
-    "sparse_percent:float point:text proxy_accuracy:float psnr:float score:float pareto:bool stopped:bool "
-    "epochs:int images:int scored_images:int seconds:float device:text fingerprint:text"
+SWEEP_TIDY = layout.columns(
+    "t_star:int64 num_inference_steps:int64 sampler:string mode:string p:float64 sigma:float64 "
+    "coarse_sigma:float64 coarse_grid:int64 colour_sigma:float64 preset:string replication:int64 iterations:int64 "
+    "sparse:int64 sparse_percent:float64 point:string proxy_accuracy:float64 psnr:float64 score:float64 "
+    "pareto:bool stopped:bool epochs:int64 images:int64 scored_images:int64 seconds:float64 device:string "
+    "fingerprint:string"
 )
 """Columns of results.parquet, one row per trial: accuracies, score and sparse_percent in per cent, psnr in dB."""
 OBJECTIVE, WORDS = "proxy_accuracy", "proxy accuracy, %"

@@ -24,19 +24,11 @@ from eclipse_ray.storage.store import Store
 
 RESULTS, RESULTS_CSV, TABLE = "results.parquet", "results.csv", "table.md"
 UNFINISHED = "·"
-_TYPES = {"text": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
-
-
-def columns(text: str) -> pa.Schema:
-    """Return the schema of columns that are written as `name:type`, with a space between them."""
-    return pa.schema([(name, _TYPES[kind]) for name, _, kind in (word.partition(":") for word in text.split())])
-
-
-TIDY = columns(
-    "poison:text variant:text budget:text cost:text poison_seconds:float defense:text victim:text "
-    "recipe:text epochs:int seed:int n:int sparse:int b_over_n:float test_images:int test_accuracy:float "
-    "best_epoch_accuracy:float best_epoch:int seconds:float defense_seconds:float images_per_second:float "
-    "psnr:float ssim:float rho:float device:text fingerprint:text"
+TIDY = layout.columns(
+    "poison:string variant:string budget:string cost:string poison_seconds:float64 defense:string victim:string "
+    "recipe:string epochs:int64 seed:int64 n:int64 sparse:int64 b_over_n:float64 test_images:int64 "
+    "test_accuracy:float64 best_epoch_accuracy:float64 best_epoch:int64 seconds:float64 defense_seconds:float64 "
+    "images_per_second:float64 psnr:float64 ssim:float64 rho:float64 device:string fingerprint:string"
 )
 """Columns of results.parquet: accuracies and b_over_n in per cent, psnr in dB; one row is one trained victim."""
 

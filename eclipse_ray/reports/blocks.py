@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A paragraph; with `note`, one that must not be overlooked."""
 
     text: str
     note: bool = False
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """A heading inside a section."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """Questions of a reader, each with the sentences that answer it."""
 
     rows: Sequence[tuple[str, Sequence[str]]]
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table; the first cell of a row names it. With `numeric` all other cells are aligned right."""
 
     caption: str
@@ -38,8 +34,7 @@ class Table:
     numeric: bool = True
 
 
-@dataclass(frozen=True)
-class Code:
+class Code(NamedTuple):
     """Preformatted text, folded away unless `open`."""
 
     title: str
@@ -47,8 +42,7 @@ class Code:
     open: bool = False
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """A drawing for a light and a dark page as SVG, and a PNG of the light one; files are named `name`."""
 
     name: str
@@ -61,15 +55,13 @@ class Chart:
     """Whether the chart is wider than a phone, where it is then scrolled."""
 
 
-@dataclass(frozen=True)
-class Charts:
+class Charts(NamedTuple):
     """Charts that stand side by side where there is room."""
 
     charts: Sequence[Chart]
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A PNG that was drawn elsewhere, wider than a phone."""
 
     alt: str
@@ -77,8 +69,7 @@ class Picture:
     png: bytes
 
 
-@dataclass(frozen=True)
-class Pixels:
+class Pixels(NamedTuple):
     """A small image, enlarged pixel by pixel: PNG bytes, width and height in pixels, and words for it."""
 
     png: bytes
@@ -87,8 +78,7 @@ class Pixels:
     alt: str
 
 
-@dataclass(frozen=True)
-class Specimen:
+class Specimen(NamedTuple):
     """One dataset image in all its versions, its id, its class, and a word on it."""
 
     id: str
@@ -97,8 +87,7 @@ class Specimen:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Slider:
+class Slider(NamedTuple):
     """Specimens before and after (two versions each), all of them under one slider; `name` is unique on a page."""
 
     name: str
@@ -106,8 +95,7 @@ class Slider:
     specimens: Sequence[Specimen]
 
 
-@dataclass(frozen=True)
-class Gallery:
+class Gallery(NamedTuple):
     """Rows of versions (clean, poisoned, ...) by columns of specimens; every specimen can be enlarged."""
 
     caption: str
@@ -118,8 +106,7 @@ class Gallery:
 Block = Text | Heading | Facts | Table | Code | Charts | Picture | Slider | Gallery
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A part of the report; `leads` are the sentences that the summary takes from it."""
 
     id: str

@@ -11,9 +11,9 @@ import pyarrow as pa
 import yaml
 from matplotlib.axes import Axes
 
-from eclipse_ray.config import Config, flatten
+from eclipse_ray.config import flatten
 from eclipse_ray.errors import InputError
-from eclipse_ray.ledger import layout
+from eclipse_ray.ledger import layout, read_settings
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Section, Table, Text, value_words
 from eclipse_ray.reports.charts import LIGHT, MARKERS, WIDE, draw, legible, lines
 from eclipse_ray.reports.folder import BEST, read_mapping
@@ -59,10 +59,10 @@ def demo(store: Store) -> Section:
     return Section("accuracy", TITLE, [table, *curves], [lead])
 
 
-def matrix(store: Store, config: Config | None) -> Section:
-    """Return the section with all tables of a matrix; its `config` may name the paper's dataset."""
-    dataset = config.matrix.published if config else None
-    view = read_view(store, dataset)
+def matrix(store: Store) -> Section:
+    """Return the section with all tables of a matrix; its settings may name the paper's dataset."""
+    config = read_settings(store)
+    view = read_view(store, config.matrix.published if config else None)
     rows, blocks = view.rows, tables_of(view)
     charts = [_dots(rows, name) for name in _unique(rows, "victim")]
     best = _best(rows)

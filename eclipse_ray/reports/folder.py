@@ -8,11 +8,10 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -58,8 +57,7 @@ PACKAGES = ("eclipse-ray", "torch", "diffusers", "ray", "pyarrow", "numpy", "pil
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
-@dataclass(frozen=True)
-class Folder:
+class Folder(NamedTuple):
     """An output folder and its kind."""
 
     store: Store
@@ -152,8 +150,7 @@ FAILURES_SHOWN = 200
 """At most this many failed images are listed."""
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One image (H, W, 3) before and after purification, clean if a clean copy is known, and its change in dB."""
 
     id: str
@@ -164,8 +161,7 @@ class Sample:
     psnr: float = math.nan
 
 
-@dataclass(frozen=True)
-class Noise:
+class Noise(NamedTuple):
     """How the run added noise: alphas_cumprod (T,), depth, steps, sampler; `note` says what is assumed."""
 
     alphas_cumprod: Floats
@@ -230,7 +226,7 @@ class Purification:
             for row in shown:
                 places.setdefault(row["shard"], []).append((row["key"], row["row"], row["row"] + 1))
             images = {sample.id: sample for found in self._read(places).values() for sample in found}
-        found = [replace(images[row["id"]], psnr=row["psnr"]) if row["id"] in images else None for row in shown]
+        found = [images[row["id"]]._replace(psnr=row["psnr"]) if row["id"] in images else None for row in shown]
         most, least = found[:MOST], found[: MOST - 1 : -1]
         return [sample for sample in most if sample], [sample for sample in least if sample]
 
@@ -261,7 +257,7 @@ class Purification:
         except (EclipseError, OSError) as error:
             self.notes.append(f"What the source was made from cannot be read any more: {error}.")
         if all(sample.clean is None or np.array_equal(sample.clean, sample.before) for sample in samples):
-            return [replace(sample, clean=None) for sample in samples]
+            return [sample._replace(clean=None) for sample in samples]
         return samples
 
     def _read(self, places: Mapping[str, Sequence[Span]]) -> dict[str, list[Sample]]:
@@ -313,7 +309,7 @@ def _with_clean(drawn: Sequence[Sample], clean: Source, data: DataConfig, offset
     for sample in drawn:
         copy = decode_resized(clean.url, sample.id, encoded[sample.id], data) if sample.id in encoded else None
         fits = copy is not None and copy.shape == sample.before.shape
-        found.append(replace(sample, clean=copy if fits else None))
+        found.append(sample._replace(clean=copy if fits else None))
     return found
 
 

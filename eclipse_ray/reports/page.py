@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
@@ -41,15 +41,6 @@ from eclipse_ray.storage.store import Store
 
 TEMPLATES, REPORT = "templates", "report"
 PAGE = f"{REPORT}/index.html"
-TITLES = {
-    "demo": "Demonstration",
-    "train": "Denoiser",
-    "purify": "Purification",
-    "matrix": "Evaluation matrix",
-    "evaluate": "Evaluation",
-    "sweep": "Sweep",
-    "audit": "Audit",
-}
 
 
 def write_report(url: str, audits: Sequence[str] = ()) -> ReportResult:
@@ -60,7 +51,7 @@ def write_report(url: str, audits: Sequence[str] = ()) -> ReportResult:
     """
     folder = open_folder(url)
     sections = sections_of(folder, audits)
-    page = to_html(TITLES[folder.kind], without_credentials(folder.store.url), sections)
+    page = to_html(KINDS[folder.kind][0], without_credentials(folder.store.url), sections)
     blocks = [block for section in sections for block in section.blocks]
     for chart in (chart for block in blocks if isinstance(block, Charts) for chart in block.charts):
         folder.store.write(f"{REPORT}/{chart.name}.svg", chart.light)
@@ -275,15 +266,16 @@ def sections_of(folder: Folder, audits: Sequence[str] = ()) -> list[Section]:
 
     Raises InputError or StorageError.
     """
-    if folder.kind in ("purify", "demo"):
+    section_of = KINDS[folder.kind][1]
+    if section_of is None:
         summary, sections = _purified(folder, audits)
         return [Section("summary", "Summary", summary), *sections]
     if audits:
         raise InputError(f"{folder.store.url}: audits are shown with a purification, this is a {folder.kind}")
-    section = KINDS[folder.kind](folder)
+    section = section_of(folder.store)
     # A first sentence that the summary consists of is not said twice.
     repeated = [Text(lead) for lead in section.leads] == list(section.blocks[:1])
-    shown = replace(section, blocks=section.blocks[1:]) if repeated else section
+    shown = section._replace(blocks=section.blocks[1:]) if repeated else section
     return [Section("summary", "Summary", [Text(lead) for lead in section.leads]), shown, provenance(folder)]
 
 
@@ -316,11 +308,13 @@ def _of_run(run: Purification) -> list[Section]:
         return found
 
 
-KINDS: dict[str, Callable[[Folder], Section]] = {
-    "train": lambda folder: denoiser(folder.store),
-    "matrix": lambda folder: experiments.matrix(folder.store, read_settings(folder.store)),
-    "evaluate": lambda folder: experiments.evaluation(folder.store),
-    "sweep": lambda folder: experiments.sweep(folder.store),
-    "audit": lambda folder: audit(folder.store),
+KINDS: dict[str, tuple[str, Callable[[Store], Section] | None]] = {
+    "demo": ("Demonstration", None),
+    "train": ("Denoiser", denoiser),
+    "purify": ("Purification", None),
+    "matrix": ("Evaluation matrix", experiments.matrix),
+    "evaluate": ("Evaluation", experiments.evaluation),
+    "sweep": ("Sweep", experiments.sweep),
+    "audit": ("Audit", audit),
 }
-"""Kind of folder: the function that returns the section on what it holds."""
+"""Kind of folder: title of its page, and what returns the section on what it holds (None: there are several)."""

@@ -274,8 +274,6 @@ def _table(cells: Cells, title: str, head: Sequence[str], row: Callable[[MatrixA
     return Table(title, ["defense", *head], [[defense.label, *row(defense)] for defense in cells.view.defenses])
 
 
-POISONS = ("em", "tap", "rem", "sep", "efp", "urp", "lsp", "ar", "adp")
-AVERAGE = "avg"
 CLEAN = "clean"
 
 _PUBLISHED: dict[str, Any] = json.loads(

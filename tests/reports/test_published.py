@@ -3,29 +3,22 @@
 import pytest
 
 from eclipse_ray.defenses import DEFENSES
-from eclipse_ray.reports.tables import AVERAGE, CLEAN, CLEAN_ACCURACY, POISONS, SAME_ROW, TABLES, published
+from eclipse_ray.reports.tables import CLEAN, CLEAN_ACCURACY, SAME_ROW, TABLES, published
+
+PRINTED = {
+    (dataset, victim, name): row
+    for dataset, victims in (*TABLES.items(), ("cifar10", {"clean": CLEAN_ACCURACY}))
+    for victim, rows in victims.items()
+    for name, row in rows.items()
+}
 
 
-@pytest.mark.parametrize(
-    ("dataset", "victim", "name"),
-    [
-        (dataset, victim, name)
-        for dataset, victims in TABLES.items()
-        for victim, rows in victims.items()
-        for name in rows
-    ],
-)
-def test_every_row_has_the_average_that_the_paper_prints(dataset, victim, name):
-    row = TABLES[dataset][victim][name]
-    mean = sum(value for column, value in row.items() if column != AVERAGE) / (len(row) - 1)
-    half_a_digit = 0.05 if dataset == "imagenet" else 0.005
-    assert row[AVERAGE] == pytest.approx(mean, abs=half_a_digit + 1e-9)
-
-
-def test_clean_accuracies_have_the_averages_that_the_paper_prints():
-    for row in CLEAN_ACCURACY.values():
-        mean = sum(value for column, value in row.items() if column != AVERAGE) / (len(row) - 1)
-        assert row[AVERAGE] == pytest.approx(mean, abs=0.005 + 1e-9)
+@pytest.mark.parametrize("place", PRINTED)
+def test_every_row_has_the_average_that_the_paper_prints(place):
+    *values, average = sorted(PRINTED[place].items(), key=lambda cell: cell[0] == "avg")
+    half_a_digit = 0.05 if place[0] == "imagenet" else 0.005
+    mean = sum(value for _, value in values) / len(values)
+    assert average == ("avg", pytest.approx(mean, abs=half_a_digit + 1e-9))
 
 
 def test_a_cell_finds_its_number_and_others_find_none():
@@ -47,4 +40,3 @@ def test_rows_of_table_1_are_defenses_of_ours():
     assert [name for name in main if name not in DEFENSES] == []
     assert set(SAME_ROW.values()) <= set(main)
     assert set(TABLES["cifar10"]["vgg19"]) == set(main)
-    assert len(POISONS) == 9

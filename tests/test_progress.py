@@ -35,36 +35,32 @@ def clock(monkeypatch):
     close_all()
 
 
-def test_nothing_is_promised_before_anything_is_done(clock):
-    with ProgressLine("purify", "images", 1000, 10) as line:
-        clock.now += 95
-        assert line.numbers() == "0/1,000 images, 1m35s gone, none done yet"
-        assert line.seconds_left(clock.now) is None
+WORK = ("train", "iterations", 1000, 10)
 
 
-def test_time_left_comes_from_the_rate_measured_here(clock):
-    with ProgressLine("purify", "images", 1000, 10, done=500) as line:
-        clock.now += 10
-        line.advance(100, failed=3)
-        assert line.numbers() == "600/1,000 images, 10.0/s, up to 40s left, 3 failed"
-
-
-def test_what_the_start_is_a_part_of_is_only_a_bound(clock):
-    with ProgressLine("train", "iterations", 1000, 10) as line:
-        clock.now += 90
-        line.advance(10)
-        assert line.numbers() == "10/1,000 iterations, 6.7/min, up to 2h28m left"
-        for _ in range(91):
-            clock.now += 1
-            line.advance(1)
-        assert line.numbers() == "101/1,000 iterations, 1.0/s, 14m59s left"
-
-
-def test_what_is_slow_is_counted_by_the_minute(clock):
-    with ProgressLine("transform", "sets", 6, 10) as line:
-        clock.now += 40
-        line.advance(1)
-        assert line.numbers() == "1/6 sets, 1.5/min, up to 3m20s left"
+@pytest.mark.parametrize(
+    ("line", "steps", "said"),
+    [
+        # Nothing is promised before anything is done.
+        (WORK, [(95, None)], "0/1,000 iterations, 1m35s gone, none done yet"),
+        # The time left comes from the rate that was measured here.
+        ((*WORK, 500), [(10, (100, 3))], "600/1,000 iterations, 10.0/s, up to 40s left, 3 failed"),
+        # What the start is a part of is only a bound.
+        (WORK, [(90, (10,))], "10/1,000 iterations, 6.7/min, up to 2h28m left"),
+        (WORK, [(90, (10,)), *[(1, (1,))] * 91], "101/1,000 iterations, 1.0/s, 14m59s left"),
+        # What is slow is counted by the minute.
+        (("transform", "sets", 6, 10), [(40, (1,))], "1/6 sets, 1.5/min, up to 3m20s left"),
+    ],
+)
+def test_a_line_says_how_far_it_is_and_how_long_still(clock, line, steps, said):
+    with ProgressLine(*line) as shown:
+        for seconds, done in steps:
+            clock.now += seconds
+            if done:
+                shown.advance(*done)
+            else:
+                assert shown.seconds_left(clock.now) is None
+        assert shown.numbers() == said
 
 
 def test_a_slow_start_is_forgotten_and_a_stall_is_not(clock):

@@ -212,17 +212,10 @@ def test_a_given_denoiser_is_known_by_its_content_whichever_row_names_it():
         *(
             (
                 {"defense__avatar_noise_255": 9, "matrix__defenses": [{"name": name, **int8}]},
-                "int8 is for the default",
+                "int8 is for the default network",
             )
             for name in ("eclipse", "avatar")
             for int8 in [{"denoiser.preset": "unet", "purify.precision": "int8"}]
-        ),
-        (
-            {
-                "matrix__defenses": [{"name": "avatar", "denoiser.preset": "unet", "purify.precision": "int8"}],
-                "defense__avatar_noise_255": 9,
-            },
-            "int8 is for the default network",
         ),
         (
             {"matrix__defenses": [{"name": "avatar", "avatar_noise_255": 99}]},

@@ -142,8 +142,6 @@ def test_cleaning_up_spares_what_a_retry_may_be_about_to_commit():
 
 def test_cleaning_up_an_unfinished_run_touches_no_shard_in_flight():
     store, shards = memory_store(), make_shards()
-    complete(store, shards[:0])
-    store = memory_store()
     open_run(store, Plan(tuple(shards), 4), make_fingerprint(shards), "")
     commit(store, shards[0])
     store.create("data/000002-0123456789abcdef.parquet", b"in flight")

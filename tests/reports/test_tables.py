@@ -1,4 +1,7 @@
-"""Tables of a matrix from tidy rows: layout, spread, averages, unfinished cells."""
+"""Tables of a matrix from tidy rows: layout, spread, averages, unfinished cells; and the paper's numbers.
+
+What can be checked of these is that the paper's rows add up to its own averages.
+"""
 
 import csv
 import io
@@ -7,7 +10,19 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray.reports.tables import TIDY, read_view, spread, tables_of, write_tables
+from eclipse_ray.defenses import DEFENSES
+from eclipse_ray.reports.tables import (
+    CLEAN,
+    CLEAN_ACCURACY,
+    SAME_ROW,
+    TABLES,
+    TIDY,
+    published,
+    read_view,
+    spread,
+    tables_of,
+    write_tables,
+)
 from eclipse_ray.reports.tables import to_markdown as written
 from eclipse_ray.results import MatrixAxis, MatrixView
 from eclipse_ray.storage.store import Store
@@ -154,3 +169,40 @@ def test_a_poison_with_reduced_numbers_is_called_so_in_every_table():
 @pytest.mark.parametrize(("values", "text"), [([], "·"), ([50.0], "50.0"), ([49.0, 51.0], "50.0 ± 1.4")])
 def test_spread_is_the_deviation_of_a_sample(values, text):
     assert spread(values) == text
+
+
+PRINTED = {
+    (dataset, victim, name): row
+    for dataset, victims in (*TABLES.items(), ("cifar10", {"clean": CLEAN_ACCURACY}))
+    for victim, rows in victims.items()
+    for name, row in rows.items()
+}
+
+
+@pytest.mark.parametrize("place", PRINTED)
+def test_every_row_has_the_average_that_the_paper_prints(place):
+    *values, average = sorted(PRINTED[place].items(), key=lambda cell: cell[0] == "avg")
+    half_a_digit = 0.05 if place[0] == "imagenet" else 0.005
+    mean = sum(value for _, value in values) / len(values)
+    assert average == ("avg", pytest.approx(mean, abs=half_a_digit + 1e-9))
+
+
+def test_a_cell_finds_its_number_and_others_find_none():
+    assert published("cifar10", "resnet18", "eclipse", "em") == 82.80
+    assert published("cifar10", "resnet18", "eclipse-published", "adp") == 82.62
+    assert published("cifar10", "small", "iss-j", "tap") == 80.77
+    assert published("cifar10", "vgg19", "none", "lsp") == 21.80
+    assert published("cifar10", "densenet121", "eclipse", CLEAN) == 89.35
+    assert published("imagenet", "densenet121", "at", CLEAN) == 71.9
+    assert published("cifar10", "resnet18", "t_star 150", "ar") == 84.37
+    assert published("cifar10", "vgg19", "none", "sep") is None
+    assert published("cifar10", "resnet18", "dilution", "em") is None
+    assert published("cifar10", "resnet18", "avatar", "em") is None
+    assert published(None, "resnet18", "eclipse", "em") is None
+
+
+def test_rows_of_table_1_are_defenses_of_ours():
+    main = [name for name, row in TABLES["cifar10"]["resnet18"].items() if "adp" in row]
+    assert [name for name in main if name not in DEFENSES] == []
+    assert set(SAME_ROW.values()) <= set(main)
+    assert set(TABLES["cifar10"]["vgg19"]) == set(main)

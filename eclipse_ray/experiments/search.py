@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from eclipse_ray.config import Config, Range, with_overrides
 from eclipse_ray.diffusion.sampling import check_purification
 from eclipse_ray.errors import ConfigError
@@ -134,10 +136,13 @@ def _candidates(space: Space, search: str, trials: int, seed: int) -> Iterator[P
             raise ConfigError(
                 f"sweep.space: a grid needs the values of {key}: list them, or give the range a step"
             )
-    places = range(math.prod(len(listed(values)) for values in space.values()))
+    axes = [listed(values) for values in space.values()]
+    sides = [len(axis) for axis in axes]
+    places = range(math.prod(sides))
     few = len(places) <= trials
     for place in places if few else rng.sample(places, min(len(places), DRAWS_PER_TRIAL * trials)):
-        yield _grid_point(space, place)
+        chosen = zip(axes, np.unravel_index(place, sides), strict=True)
+        yield dict(zip(space, (axis[index] for axis, index in chosen), strict=True))
 
 
 def listed(values: list[Any] | Range) -> list[Any]:
@@ -207,14 +212,6 @@ def _resolved(config: Config, facts: Facts) -> Config:
 def _trains(key: str) -> bool:
     section, _, name = key.partition(".")
     return key == SPARSE_PERCENT or (section == "denoiser" and name not in NO_DENOISER_AXES)
-
-
-def _grid_point(space: Space, place: int) -> Point:
-    point: Point = {}
-    for key, values in reversed(space.items()):
-        place, index = divmod(place, len(listed(values)))
-        point[key] = listed(values)[index]
-    return {key: point[key] for key in space}
 
 
 def _draw(values: list[Any] | Range, rng: random.Random) -> Any:

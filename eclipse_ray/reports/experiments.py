@@ -17,7 +17,7 @@ from eclipse_ray.ledger import layout, read_settings
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Section, Table, Text, value_words
 from eclipse_ray.reports.charts import LIGHT, MARKERS, WIDE, draw, legible, lines
 from eclipse_ray.reports.folder import BEST, read_mapping
-from eclipse_ray.reports.tables import CLEAN, RESULTS, read_table, read_view, tables_of
+from eclipse_ray.reports.tables import CLEAN, RESULTS, Cells, read_table, read_view, tables_of
 from eclipse_ray.results import DEMO_FILE, EVALUATION_FILE, SweepView, sweep_order
 from eclipse_ray.storage.store import Store
 
@@ -63,23 +63,21 @@ def matrix(store: Store) -> Section:
     """Return the section with all tables of a matrix; its settings may name the paper's dataset."""
     config = read_settings(store)
     view = read_view(store, config.matrix.published if config else None)
-    rows, blocks = view.rows, tables_of(view)
-    charts = [_dots(rows, name) for name in _unique(rows, "victim")]
-    best = _best(rows)
-    return Section("accuracy", TITLE, [Charts(charts), *blocks], [best] if best else [])
+    measured = [cells for victim in view.victims if (cells := Cells(view, victim)).rows]
+    charts = [_dots(cells, place) for place, cells in enumerate(measured, 1)]
+    best = _best(measured[0]) if measured else "No cell is measured yet."
+    return Section("accuracy", TITLE, [Charts(charts), *tables_of(view)], [best])
 
 
-def _best(rows: Sequence[Result]) -> str:
-    """Return a sentence on the best defense of the first victim, on average over all poisons."""
-    if not rows:
-        return "No cell is measured yet."
-    victim = rows[0]["victim"]
+def _best(cells: Cells) -> str:
+    """Return a sentence on the best defense of a victim, on average over all poisons."""
+    rows, victim = cells.view.rows, cells.victim.label
     poisons = [name for name in _unique(rows, "poison") if name != CLEAN]
     means: dict[str, float] = {}
     for defense in _unique(rows, "defense"):
-        cells = [_accuracies(rows, victim, defense, poison) for poison in poisons]
-        if cells and all(cells):
-            means[defense] = statistics.fmean(map(statistics.fmean, cells))
+        found = [cells.values(defense, poison) for poison in poisons]
+        if found and all(found):
+            means[defense] = statistics.fmean(map(statistics.fmean, found))
     if not means:
         return f"{len(rows):,} victims are trained; no defense has met every poison yet."
     best = max(means, key=lambda name: means[name])
@@ -92,14 +90,15 @@ def _best(rows: Sequence[Result]) -> str:
     )
 
 
-def _dots(rows: Sequence[Result], victim: str) -> Chart:
+def _dots(cells: Cells, place: int) -> Chart:
+    rows, victim = cells.view.rows, cells.victim.label
     defenses, poisons = _drawn(_unique(rows, "defense")), _unique(rows, "poison")
 
     def paint(axes: Axes) -> None:
         for index, name in enumerate(defenses):
             shift = (index - (len(defenses) - 1) / 2) * 0.13
-            cells = [_accuracies(rows, victim, name, poison) for poison in poisons]
-            found = {place + shift: values for place, values in enumerate(cells) if values}
+            accuracies = [cells.values(name, poison) for poison in poisons]
+            found = {across + shift: values for across, values in enumerate(accuracies) if values}
             axes.errorbar(
                 [*found],
                 [statistics.fmean(values) for values in found.values()],
@@ -117,7 +116,6 @@ def _dots(rows: Sequence[Result], victim: str) -> Chart:
     left_out = len(_unique(rows, "defense")) > len(defenses)
     some = f", {DEFENSES_OF_A_CHART} of the defenses" if left_out else ""
     caption = f"Victim {victim}: mean and standard deviation over seeds{some}."
-    place = _unique(rows, "victim").index(victim) + 1
     alt = f"Test accuracy of victim {victim} by poison and defense; the tables below hold every number."
     return draw(f"accuracy-{place}", alt, caption, paint, WIDE)
 
@@ -126,14 +124,6 @@ def _drawn(defenses: Sequence[str]) -> list[str]:
     """Return at most DEFENSES_OF_A_CHART names in their order; rivals are left out before "none" and our own."""
     ranked = sorted(defenses, key=lambda name: name != "none" and not name.startswith("eclipse"))
     return [name for name in defenses if name in ranked[:DEFENSES_OF_A_CHART]]
-
-
-def _accuracies(rows: Sequence[Result], victim: str, defense: str, poison: str) -> list[float]:
-    return [
-        row["test_accuracy"]
-        for row in rows
-        if (row["victim"], row["defense"], row["poison"]) == (victim, defense, poison)
-    ]
 
 
 def _unique(rows: Sequence[Result], column: str) -> list[str]:

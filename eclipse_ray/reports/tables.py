@@ -133,7 +133,7 @@ class Cells:
             if row["victim"] == victim.label:
                 self.rows.setdefault((row["defense"], row["poison"]), []).append(row)
         plain = next((defense.label for defense in view.defenses if defense.published == "none"), "none")
-        clean = self.values(plain, CLEAN, "test_accuracy")
+        clean = self.values(plain, CLEAN)
         self.reference = statistics.fmean(clean) if clean else None
         """Accuracy without a defense on clean images, None if it is not measured."""
 

@@ -51,7 +51,6 @@ class Shard:
 
     @property
     def rows(self) -> int:
-        """Number of images in the shard."""
         return sum(span.stop - span.start for span in self.spans)
 
 

@@ -32,7 +32,6 @@ from eclipse_ray.errors import (
     EXIT_RUN_AGAIN,
     EXIT_TOO_MANY_FAILED,
     STOPPED,
-    ConfigError,
     EclipseError,
     InterruptedRunError,
     end_at_once,
@@ -50,6 +49,7 @@ from eclipse_ray.parameters import (
     declared,
     describe,
     resolved,
+    submittable,
 )
 from eclipse_ray.progress import close_all, duration, last_words, pace, volume
 from eclipse_ray.results import Result
@@ -204,14 +204,12 @@ def translated(verb: str, words: list[str]) -> tuple[list[str], dict[str, Any]]:
     Raises ConfigError for a command that cannot be submitted, or a local path that means nothing elsewhere; a
     wrong argument ends the process as it would here.
     """
-    known = [name for name, one in VERBS.items() if not one.here]
-    if verb not in known:
-        raise ConfigError(f"submit {verb}: expected one of {', '.join(known)}")
+    function = submittable(verb).function
     group = typer.main.get_command(app)
     assert isinstance(group, typer.core.TyperGroup)
     command = group.commands[verb]
     given = command.make_context(verb, list(words)).params
-    check_arguments(VERBS[verb].function, given)
+    check_arguments(function, given)
     arguments: list[str] = []
     for parameter in command.params:
         if parameter.name not in ("config", "settings", "json", "help"):

@@ -54,7 +54,8 @@ class Verb:
     """A function as a command, its group in --help and its examples.
 
     `report`: it leaves a report in its output folder. `here`: it works on files of this machine, so it cannot be
-    submitted. `interruptible`: it decides itself what Ctrl-C means.
+    submitted. `interruptible`: it decides itself what Ctrl-C means. `also`: locations that it reads besides those
+    of its parameters, see `config.locations`.
     """
 
     function: Callable[..., Any]
@@ -63,6 +64,12 @@ class Verb:
     report: bool = False
     here: bool = False
     interruptible: bool = False
+    also: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> set[str]:
+        """The settings that it has parameters for, and those of `also`: it reads the locations among them."""
+        return {one.setting for _, one in declared(self.function).values()}.union(self.also)
 
 
 VERBS: dict[str, Verb] = {}
@@ -72,17 +79,30 @@ PLANS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def verb(
-    group: str, *examples: str, report: bool = False, here: bool = False, interruptible: bool = False
+    group: str,
+    *examples: str,
+    report: bool = False,
+    here: bool = False,
+    interruptible: bool = False,
+    also: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function a verb. Examples are what follows `eclipse-ray VERB`; a test parses them, and wants two."""
 
     def declare(function: Callable[P, R]) -> Callable[P, R]:
         name = function.__name__.replace("_", "-")
         lines = tuple(f"eclipse-ray {name} {example}".rstrip() for example in examples)
-        VERBS[name] = Verb(function, group, lines, report, here, interruptible)
+        VERBS[name] = Verb(function, group, lines, report, here, interruptible, also)
         return function
 
     return declare
+
+
+def submittable(name: str) -> Verb:
+    """Return a verb that a cluster can run. Raises ConfigError for any other name."""
+    known = {one: found for one, found in VERBS.items() if not found.here}
+    if name not in known:
+        raise ConfigError(f"submit {name}: expected one of {', '.join(known)}")
+    return known[name]
 
 
 def plan_of(verb: Callable[P, Any]) -> Callable[[Callable[[Config, dict[str, Any]], R]], Callable[P, R]]:

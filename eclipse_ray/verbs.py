@@ -268,7 +268,13 @@ def _pictures() -> Iterator[None]:
         raise ConfigError(f"a report needs {error.name}: pip install 'eclipse-ray[report]'") from error
 
 
-@verb("Judge and tune", "my/purified --test my/test", "--config configs/quick.yaml --dry-run", report=True)
+@verb(
+    "Judge and tune",
+    "my/purified --test my/test",
+    "--config configs/quick.yaml --dry-run",
+    report=True,
+    also=("matrix",),
+)
 def evaluate(
     source: Annotated[str | None, Parameter("Training set.", "SRC", "data.source")] = None,
     *,
@@ -487,7 +493,12 @@ def split(
     return _recorded(found, results.DatasetResult(sum(sizes.values()), out, dict(sizes)))
 
 
-@verb("Datasets and weights", "ar my/dataset my/poisoned", "em my/dataset my/poisoned --set poison.cost=reduced")
+@verb(
+    "Datasets and weights",
+    "ar my/dataset my/poisoned",
+    "em my/dataset my/poisoned --set poison.cost=reduced",
+    also=("poison.denoiser",),
+)
 def poison(
     name: Annotated[str, Parameter("Its name, such as ar or em (docs/poisons.md).", "NAME", "poison.name")],
     source: LabelledSource,

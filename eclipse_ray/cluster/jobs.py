@@ -49,6 +49,7 @@ from eclipse_ray.errors import (
     InterruptedRunError,
 )
 from eclipse_ray.log import listen, say
+from eclipse_ray.parameters import submittable
 from eclipse_ray.results import SubmitResult
 
 TOKEN_HELP = (
@@ -258,8 +259,8 @@ def _reason(details: JobDetails) -> str:
 
 
 def _check(order: Order) -> None:
-    """Refuse what would put a secret into the cluster's records, and settings that are paths of this machine."""
-    for key, location in locations(order.config):
+    """Refuse what would put a secret into the cluster's records, and paths of this machine that the verb reads."""
+    for key, location in locations(order.config, submittable(order.verb).reads):
         require_everywhere(f"submit {order.verb}: {key} ", location)
     for argument in order.arguments:
         if holds_secret(argument.partition("=")[2] or argument) or holds_secret(argument):

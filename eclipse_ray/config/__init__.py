@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -182,16 +182,26 @@ LOCATIONS = frozenset(_WORDS)
 """Every setting that is a location; of the last one an entry of matrix.poisons has some."""
 
 
-def locations(config: Config) -> Iterator[tuple[str, str]]:
-    """Yield the name and the value of every location of `config`, those in the entries of a grid included."""
+def locations(config: Config, read: Set[str]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the value of every location of `config` that is among `read`.
+
+    "matrix" in `read` stands for the locations of a grid, those in its entries included, where there is a grid.
+    """
+    grid = "matrix" in read and config.matrix.on
+    if grid:
+        read = read | {"purify.denoiser", "poison.denoiser", "poison.source"}
+    # The file of data.labels is about data.source, and without that about every set.
+    about = (None, config.data.clean, config.denoiser.against)
+    if "data.source" in read or ("data.clean" in read and config.data.source in about):
+        read = read | {"data.labels"}
     named = [("", flatten(config.model_dump(mode="json")))]
-    for axis, section in (("poisons", "poison"), ("defenses", "defense")):
+    for axis, section in (("poisons", "poison"), ("defenses", "defense")) if grid else ():
         for item in getattr(config.matrix, axis):
             own = item if isinstance(item, dict) else {}
             full = {key if "." in key else f"{section}.{key}": value for key, value in own.items()}
             named.append((f"matrix.{axis}: ", full))
     for where, settings in named:
-        for key in LOCATIONS & settings.keys():
+        for key in LOCATIONS & read & settings.keys():
             if isinstance(settings[key], str) and settings[key] not in _WORDS[key]:
                 yield where + key, settings[key]
 

@@ -1,6 +1,7 @@
 """What `submit` sends, to whom, and how it ends, against a dashboard that only answers."""
 
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -91,19 +92,55 @@ def test_every_option_that_is_a_location_has_to_be_one_of_every_node(verb, name)
         assert place in given(place)
 
 
+GRID = {"matrix.clean": True}
+# What reads each location.
 SETTINGS = [
-    *({key: "my/data"} for key in sorted(LOCATIONS - {"poison.source"})),
-    {"matrix.poisons": ["ar", {"name": "published", "source": "my/data"}]},
-    {"matrix.poisons": [{"name": "adp", "variant": "strong", "denoiser": "my/data"}]},
-    {"matrix.defenses": [{"name": "eclipse", "purify.denoiser": "my/data"}]},
+    ({"data.source": "my/data"}, "purify audit evaluate sweep convert apply split poison"),
+    ({"data.labels": "my/data"}, "purify audit evaluate sweep convert apply split poison train"),
+    ({"data.labels": "my/data", "data.source": "/s"}, "purify audit evaluate sweep convert apply split poison"),
+    ({"data.output": "my/data"}, "purify status verify gc evaluate sweep convert apply split poison"),
+    ({"data.clean": "my/data"}, "train audit evaluate sweep"),
+    ({"data.test": "my/data"}, "evaluate"),
+    ({"denoiser.output": "my/data"}, "train"),
+    ({"denoiser.against": "my/data"}, "train"),
+    ({"purify.denoiser": "my/data"}, "purify sweep"),
+    ({"purify.denoiser": "my/data", **GRID}, "purify sweep evaluate"),
+    ({"poison.denoiser": "my/data"}, "poison"),
+    ({"poison.denoiser": "my/data", **GRID}, "poison evaluate"),
+    ({"audit.denoiser": "my/data"}, "audit"),
+    ({"audit.output": "my/data"}, "audit"),
+    ({"matrix.poisons": ["ar", {"name": "published", "source": "my/data"}]}, "evaluate"),
+    ({"matrix.poisons": [{"name": "adp", "variant": "strong", "denoiser": "my/data"}]}, "evaluate"),
+    ({"matrix.defenses": [{"name": "eclipse", "purify.denoiser": "my/data"}], **GRID}, "evaluate"),
+    ({"matrix.defenses": [{"name": "eclipse", "purify.denoiser": "my/data"}]}, ""),
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_every_setting_that_is_a_location_has_to_be_one_of_every_node(settings):
-    where = r"(matrix\.\w+: )?\w+\.\w+"
-    with pytest.raises(ConfigError, match=f"^submit purify: {where} my/data is a path of this machine"):
-        room.submit(order(config=load_config(None, settings)), address="http://127.0.0.1:1", show=print)
+def test_every_setting_that_is_a_location_is_tried():
+    assert LOCATIONS - {"poison.source"} <= {key for settings, _ in SETTINGS for key in settings}
+
+
+@pytest.mark.parametrize(("settings", "verbs"), SETTINGS, ids=str)
+def test_a_location_that_a_verb_reads_and_no_other_has_to_be_one_of_every_node(settings, verbs, monkeypatch):
+    def nobody(*_given):
+        raise InterruptedRunError("nobody answers")
+
+    monkeypatch.setattr(room, "open_cluster", nobody)
+    config = load_config(None, settings)
+    refused = []
+    for verb in [name for name, one in VERBS.items() if not one.here]:
+        with pytest.raises((ConfigError, InterruptedRunError)) as raised:
+            room.submit(order(verb=verb, config=config), show=print)
+        if raised.type is ConfigError:
+            refused.append(verb)
+            assert re.match(rf"submit {verb}: (matrix\.\w+: )?\w+\.\w+ my/data is a path of", str(raised.value))
+    assert sorted(refused) == sorted(verbs.split())
+
+
+def test_only_a_verb_of_a_cluster_is_submitted():
+    for verb in ("nothing", "demo"):
+        with pytest.raises(ConfigError, match=f"submit {verb}: expected one of doctor, train, "):
+            room.submit(order(verb=verb), show=print)
 
 
 @pytest.mark.parametrize(

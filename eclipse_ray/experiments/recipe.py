@@ -25,7 +25,7 @@ from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_purification
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.inversion import METHOD
-from eclipse_ray.poisons import resolved_poison
+from eclipse_ray.poisons import OPTIMISED, cost_of, resolved_poison
 from eclipse_ray.poisons.adp import Adp, check_attacked
 from eclipse_ray.purification.plan import PURIFY_IN_FINGERPRINT
 
@@ -316,9 +316,16 @@ def _entry(item: MatrixItem, sections: Sequence[str]) -> Entry:
             raise ConfigError(f"matrix: {name} cannot set {key}, which its name says; choose another name")
         if not {key, key.split(".")[0]} & set(sections):
             raise ConfigError(f"matrix: {name} cannot set {key}; an entry sets keys of {', '.join(sections)}")
-    label = str(item.get("label", f"{name} ({words})" if words else name))
+    label = _text(item, "label", f"{name} ({words})" if words else name)
     # A variant is compared with no number of the paper unless its entry names one.
-    return Entry(label, name, str(item.get("published", "" if words else name)), settings, against=against)
+    return Entry(label, name, _text(item, "published", "" if words else name), settings, against=against)
+
+
+def _text(item: dict[str, Any], key: str, default: str) -> str:
+    value = item.get(key)
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise ConfigError(f"matrix: {item['name']}: {key} is {value!r}; write a text, in quotes, or leave it out")
+    return default if value is None else value
 
 
 def _published(item: dict[str, Any]) -> Entry:
@@ -329,8 +336,8 @@ def _published(item: dict[str, Any]) -> Entry:
             f"matrix.poisons: {item!r}: a poison that others published is written as `name: published` and "
             "`source: SRC`, with an optional `label` and `published`; it is read as it is and has no settings"
         )
-    label = str(item.get("label", PurePosixPath(source).name))
-    return Entry(label, PUBLISHED, str(item.get("published", "")), {}, source)
+    label = _text(item, "label", PurePosixPath(source).name)
+    return Entry(label, PUBLISHED, _text(item, "published", ""), {}, source)
 
 
 def _plain(name: str) -> Entry:
@@ -359,6 +366,13 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
             continue
         chosen = with_overrides(config, {"poison.name": entry.name, **entry.settings})
         poison = resolved_poison(chosen.poison)
+        kept = {
+            "denoiser": attacks_denoiser(chosen),
+            "cost": cost_of(poison),
+            "save_seconds": entry.name in OPTIMISED,
+        }
+        kept["chunk_images"] = kept["save_seconds"]
+        _refuse_unused(entry, {f"poison.{key}" for key in poison.model_dump() if kept.get(key, True)})
         numbers = poison.model_dump(mode="json", exclude=set(poison.OF_A_RUN))
         parts = ["poison", VERSION, facts.source, numbers, config.run.seed]
         if attacks_denoiser(chosen):
@@ -410,7 +424,37 @@ def _row(entry: Entry, chosen: Config, facts: Facts) -> Row:
     if defense.dilution:
         sparse_of(facts, chosen.matrix.sparse_limit, entry.label)
     compensation = defense.compensation(chosen) if defense.compensation else CompensationConfig(mode="none")
-    return Row(entry, chosen, compensation, denoiser)
+    row = Row(entry, chosen, compensation, denoiser)
+    _refuse_unused(entry, _used(row))
+    return row
+
+
+def _used(row: Row) -> set[str]:
+    """Return the settings that decide how the images of a row are made, and how its victim is trained on them."""
+    own, used = row.config, transforms(row.entry.name)
+    parts = [DEFENSES[name].settings for name in row.entry.name.split("+")]
+    found = {f"defense.{key}" for part in parts if part for key in part.model_fields}
+    if row.denoiser:
+        # Avatar has a depth and steps of its own.
+        depth = {"t_star", "num_inference_steps", "sampler"} if "avatar" in used else set()
+        found |= {f"purify.{key}" for key in (PURIFY_IN_KEY | {"denoiser"}) - depth}
+    if row.denoiser and not own.purify.denoiser:
+        found |= {f"denoiser.{key}" for key in own.denoiser.model_dump() if key != "output"}
+    if row.defense.dilution or (row.denoiser and not own.purify.denoiser):
+        found.add("matrix.sparse_limit")
+    added = own.compensation if "eclipse-baked" in used else row.compensation
+    if "eclipse-baked" in used or row.defense.compensation:
+        # What an ablation leaves out is 0 in `added`, and without coarse noise there is no grid of it.
+        same = {key for key, value in own.compensation if getattr(added, key) == value}
+        found |= {f"compensation.{key}" for key in same - ({"coarse_grid"} if not added.coarse_sigma else set())}
+    return found
+
+
+def _refuse_unused(entry: Entry, used: set[str]) -> None:
+    """Raise ConfigError for a setting of an entry that changes nothing: its label would tell of it."""
+    for key in entry.settings:
+        if key not in used:
+            raise ConfigError(f"matrix: {entry.label}: {key} has no effect on {entry.name} here; leave it out")
 
 
 @contextmanager

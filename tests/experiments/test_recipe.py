@@ -233,6 +233,59 @@ def test_what_cannot_be_measured_is_said_at_once(changes, words):
         grid(**changes)
 
 
+GIVEN = {"given": Recommended(5, 4, 1, "ddpm", 512, True, cosine_alphas_cumprod(20), "weights")}
+NO_EFFECT = [
+    ("defenses", "iss-j", {"purify.t_star": 2}, "eclipse"),
+    ("defenses", "none", {"compensation.p": 0.4}, "eclipse"),
+    ("defenses", "iss-g", {"denoiser.iterations": 7}, "iss-g+eclipse"),
+    ("defenses", "cutout", {"purify.denoiser": None}, "eclipse"),
+    ("defenses", "cutmix", {"matrix.sparse_limit": 5}, "dilution"),
+    ("defenses", "iss-g", {"iss_jpeg_quality": 50}, "iss-j"),
+    ("defenses", "iss-j", {"aa_draws": 2}, "iss-j+aa"),
+    ("defenses", "eclipse", {"purify.actors": 2}, None),
+    ("defenses", "eclipse", {"denoiser.output": "x"}, None),
+    ("defenses", "avatar", {"purify.t_star": 2}, "eclipse-draws"),
+    ("defenses", "avatar", {"purify.sampler": "ddim"}, "eclipse-a"),
+    ("defenses", "eclipse-a", {"compensation.sigma": 0.3}, "eclipse-c"),
+    ("defenses", "eclipse-ab", {"compensation.sigma": 0.3}, "eclipse-bc"),
+    ("defenses", "eclipse-ac", {"compensation.p": 0.3}, "eclipse-ab"),
+    ("defenses", "eclipse-published", {"compensation.colour_sigma": 0.3}, "eclipse"),
+    ("defenses", "eclipse-bc", {"compensation.coarse_grid": 7}, "eclipse-baked"),
+    ("defenses", "eclipse", {"compensation.coarse_sigma": 0, "compensation.coarse_grid": 7}, None),
+    ("defenses", "eclipse", {"purify.denoiser": "given", "denoiser.iterations": 7}, None),
+    ("defenses", "eclipse", {"purify.denoiser": "given", "matrix.sparse_limit": 5}, "eclipse+dilution"),
+    ("poisons", "em", {"denoiser": "given"}, None),
+    ("poisons", "urp", {"cost": "reduced"}, "em"),
+    ("poisons", "urp", {"save_seconds": 5}, "em"),
+    ("poisons", "cuda", {"chunk_images": 5}, "em"),
+    ("poisons", "urp", {"rounds": 5}, "em"),
+    ("victims", "small", {"purify.t_star": 5}, None),
+]
+
+
+@pytest.mark.parametrize(("axis", "name", "settings", "uses"), NO_EFFECT, ids=str)
+def test_a_setting_without_effect_on_its_entry_is_refused(axis, name, settings, uses):
+    facts = replace(FACTS, denoisers=GIVEN)
+    setting = list(settings)[-1]
+    with pytest.raises(ConfigError, match=rf"^(matrix: .*)?({axis[:-1]}\.)?{setting}\b.*"):
+        grid(facts, defense__avatar_noise_255=9, **{f"matrix__{axis}": [{"name": name, **settings}]})
+    if uses:
+        assert grid(facts, **{f"matrix__{axis}": [{"name": uses, **settings}]}).recipes
+
+
+@pytest.mark.parametrize("key", ["label", "published"])
+@pytest.mark.parametrize(
+    "entry", [{"name": "ar"}, {"name": "urp", "eps_255": 4}, {"name": "published", "source": "sets/tap"}], ids=str
+)
+def test_a_label_is_a_text_and_null_stands_for_the_usual_one(entry, key):
+    usual = grid(matrix__poisons=[entry]).columns[1].entry
+    assert grid(matrix__poisons=[{**entry, key: None}]).columns[1].entry == usual
+    assert getattr(grid(matrix__poisons=[{**entry, key: "x"}]).columns[1].entry, key) == "x"
+    for wrong in ("", " ", [1], 5, True, {}):
+        with pytest.raises(ConfigError, match=f"^matrix: {entry['name']}: {key} is .*; write a text"):
+            grid(matrix__poisons=[{**entry, key: wrong}])
+
+
 @pytest.mark.parametrize("name", ["avatar", "iss-g+avatar", "iss-g", "none"])
 @pytest.mark.parametrize("setting", ["purify__t_star", "purify__num_inference_steps"])
 def test_a_depth_that_a_defense_does_not_use_is_not_checked(name, setting):

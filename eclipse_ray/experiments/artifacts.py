@@ -190,7 +190,7 @@ def ensure_poison(
         if config.poison.name in POISONS:
             # These begin anew; optimised ones continue with what is there.
             _clear(folder)
-        own = {"poison.denoiser": local_denoiser(denoiser)} if denoiser and not config.poison.denoiser else {}
+        own = {"poison.denoiser": local_denoiser(denoiser)} if denoiser else {}
         poison(with_overrides(config, {**part, **own, "data.output": folder}), show_classes=False)
     seconds = time.monotonic() - began
     images = open_source(folder, DataConfig()).images

@@ -25,6 +25,7 @@ from eclipse_ray.experiments.recipe import (
     Measured,
     Recipe,
     Recommended,
+    attacked_denoisers,
     build_grid,
     given_denoisers,
     published_sources,
@@ -195,8 +196,10 @@ def open_matrix(config: Config) -> Experiment:
             raise ConfigError(f"{name} is not set: a matrix needs data.source, data.test and data.output")
     # Once without images, so that a wrong entry is found before minutes of reading.
     unread: dict[float | None, str] = dict.fromkeys(sparse_counts(config), "") if data.clean else {}
-    given = _given(given_denoisers(config))
-    build_grid(config, Facts("", "", unread, given, dict.fromkeys(published_sources(config), "")))
+    given = given_denoisers(config)
+    # What a poison attacks may have been trained on any image: no victim sees what it makes of clean ones.
+    denoisers = _given(given | attacked_denoisers(config))
+    build_grid(config, Facts("", "", unread, denoisers, dict.fromkeys(published_sources(config), "")))
     check_labels(config, str(data.source), str(data.test))
     for url in published_sources(config):
         opened = open_source(url, data)
@@ -222,7 +225,7 @@ def open_matrix(config: Config) -> Experiment:
     sets = Sets(source, test, sparse, parts, total)
     _refuse_shared(config, sets, given)
     identities, names = _published(config, sets, given)
-    sets, facts = replace(sets, published=names), replace(_facts(sets, given), published=identities)
+    sets, facts = replace(sets, published=names), replace(_facts(sets, denoisers), published=identities)
     grid = build_grid(config, facts)
     if any(row.defense.dilution for row in grid.rows) and (sparse is None or sparse.labels is None):
         raise InputError(

@@ -356,7 +356,7 @@ def images_key(identity: str) -> str:
 
 def _columns(config: Config, facts: Facts) -> list[Column]:
     columns = [source_column(facts, CLEAN)] if config.matrix.clean else []
-    for entry in entries(config.matrix.poisons, ("poison",)):
+    for entry, chosen in column_configs(config):
         if entry.label == CLEAN:
             raise ConfigError("matrix.poisons: `clean` is no poison; set matrix.clean: true")
         if entry.source:
@@ -364,10 +364,9 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
             parts = ["published", VERSION, facts.source, facts.published[entry.source]]
             columns.append(Column(entry, None, digest(parts)))
             continue
-        chosen = with_overrides(config, {"poison.name": entry.name, **entry.settings})
-        poison = resolved_poison(chosen.poison)
+        poison, denoised = resolved_poison(chosen.poison), attacked(chosen)
         kept = {
-            "denoiser": attacks_denoiser(chosen),
+            "denoiser": denoised is not None,
             "cost": cost_of(poison),
             "save_seconds": entry.name in OPTIMISED,
         }
@@ -375,13 +374,19 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
         _refuse_unused(entry, {f"poison.{key}" for key in poison.model_dump() if kept.get(key, True)})
         numbers = poison.model_dump(mode="json", exclude=set(poison.OF_A_RUN))
         parts = ["poison", VERSION, facts.source, numbers, config.run.seed]
-        if attacks_denoiser(chosen):
-            if not chosen.poison.denoiser:
-                with _named(f"matrix: {entry.label}"):
-                    check_attacked(Adp.model_validate(poison.own()).t_star, facts.of_denoiser(chosen))
-            parts.append(chosen.poison.denoiser or denoiser_key(chosen, facts, chosen.matrix.sparse_limit))
+        if denoised:
+            with _named(f"matrix: {entry.label}"):
+                check_attacked(Adp.model_validate(poison.own()).t_star, facts.of_denoiser(denoised))
+            parts.append(denoiser_key(denoised, facts, chosen.matrix.sparse_limit))
         columns.append(Column(entry, chosen.model_copy(update={"poison": poison}), digest(parts)))
     return columns
+
+
+def column_configs(config: Config) -> list[tuple[Entry, Config]]:
+    """Return the poisons of a matrix, each with all its settings; one that others published has none."""
+    found = entries(config.matrix.poisons, ("poison",))
+    named = [{} if entry.source else {"poison.name": entry.name, **entry.settings} for entry in found]
+    return [(entry, with_overrides(config, own)) for entry, own in zip(found, named, strict=True)]
 
 
 def published_sources(config: Config) -> list[str]:
@@ -389,9 +394,15 @@ def published_sources(config: Config) -> list[str]:
     return [entry.source for entry in entries(config.matrix.poisons, ("poison",)) if entry.source]
 
 
-def attacks_denoiser(config: Config) -> bool:
-    """Return whether the poison is made against a denoiser, which must be there first."""
-    return config.poison.name == "adp" and config.poison.variant == "strong"
+def attacked(config: Config) -> Config | None:
+    """Return the settings of the denoiser that a poison is made against, which must be there first; None if none.
+
+    It is that of poison.denoiser, else the defender's own.
+    """
+    if config.poison.name != "adp" or config.poison.variant != "strong":
+        return None
+    purify = config.purify.model_copy(update={"denoiser": config.poison.denoiser or config.purify.denoiser})
+    return config.model_copy(update={"purify": purify})
 
 
 def row_configs(config: Config) -> list[tuple[Entry, Config]]:
@@ -515,6 +526,12 @@ def given_denoisers(config: Config) -> set[str]:
     """Return the location of every denoiser that the config or a row of the matrix names."""
     own = [chosen for _, chosen in row_configs(config)]
     return {one.purify.denoiser for one in (config, *own) if one.purify.denoiser}
+
+
+def attacked_denoisers(config: Config) -> set[str]:
+    """Return the location of every given denoiser that a poison of the matrix attacks."""
+    found = [attacked(chosen) for entry, chosen in column_configs(config) if not entry.source]
+    return {one.purify.denoiser for one in found if one and one.purify.denoiser}
 
 
 def defended_key(images: str, row: Row) -> str:

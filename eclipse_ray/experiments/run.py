@@ -56,7 +56,7 @@ from eclipse_ray.experiments.experiment import (
     result_json,
     score_of,
 )
-from eclipse_ray.experiments.recipe import Column, Facts, Measured, Need, Recipe, attacks_denoiser, denoiser_key
+from eclipse_ray.experiments.recipe import Column, Facts, Measured, Need, Recipe, attacked, denoiser_key
 from eclipse_ray.experiments.search import feasible, make_trial, tuned_point
 from eclipse_ray.log import say
 from eclipse_ray.poisoning import fits_at_once
@@ -296,8 +296,8 @@ class _Runner:
                     artifacts.load_published(url, sets.source, self.config, sets.published[url])[0].images
                 )
             denoiser = None
-            if attacks_denoiser(config):
-                denoiser = self.denoiser(config, denoiser_key(config, facts, config.matrix.sparse_limit))
+            if denoised := attacked(config):
+                denoiser = self.denoiser(denoised, denoiser_key(denoised, facts, config.matrix.sparse_limit))
             ids = None if len(sets.source.ids) == sets.total else sets.source.ids
             artifacts.ensure_poison(column, experiment.cache, denoiser, ids, facts)
         except EclipseError as error:

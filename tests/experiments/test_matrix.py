@@ -156,6 +156,23 @@ def test_rows_with_given_denoisers_are_each_measured_with_their_own(world, tmp_p
         assert first == same != other
 
 
+def test_a_denoiser_that_a_poison_attacks_may_be_moved_and_needs_no_clean_set(world, tmp_path):
+    def column_at(place: Path) -> str:
+        adp = {"name": "adp", "variant": "strong", "denoiser": str(place), "label": "adp"}
+        changes = {"matrix__poisons": [adp], "matrix__defenses": ["none"], "purify__denoiser": None}
+        settings = settings_for(world, tmp_path / "out", **changes, data__clean=None, poison__cost="reduced")
+        (column,) = open_matrix(load_config(None, settings)).grid.columns
+        return column.key
+
+    first = column_at(world.denoiser)
+    shutil.copytree(world.denoiser, tmp_path / "moved")
+    assert column_at(tmp_path / "moved") == first
+    change_json(tmp_path / "moved" / "eclipse.json", t_max=9)
+    assert column_at(tmp_path / "moved") != first
+    with pytest.raises(InputError, match="there is no such denoiser folder"):
+        column_at(tmp_path / "nowhere")
+
+
 def test_only_a_matrix_can_be_planned_and_a_matrix_needs_a_folder(world, tmp_path):
     with pytest.raises(ConfigError, match=r"matrix\.poisons"):
         verbs.evaluate_plan(world.rest, test=world.test)

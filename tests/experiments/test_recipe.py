@@ -13,6 +13,7 @@ from eclipse_ray.experiments.recipe import Facts, Grid, Recommended, build_grid,
 from tests.support import dotted
 
 FACTS = Facts("source", "test", {None: "sparse", 5: "five"}, published={"sets/tap": "tap"})
+GIVEN = {"given": Recommended(5, 4, 1, "ddpm", 512, True, cosine_alphas_cumprod(20), "weights")}
 BASE = {
     "denoiser.preset": "debug",
     "evaluate.seeds": 2,
@@ -169,6 +170,19 @@ def test_a_given_denoiser_is_known_by_its_content_whichever_row_names_it():
         grid(facts, matrix__defenses=[deep | {"purify.denoiser": "copy"}])
 
 
+def test_a_denoiser_that_a_poison_attacks_is_known_by_its_content_wherever_it_is_named():
+    def column_of(given: str | None, weights: str, **changes: object) -> str:
+        facts = replace(FACTS, denoisers={given: replace(GIVEN["given"], weights=weights)} if given else {})
+        entry = {"name": "adp", "variant": "strong", "label": "adp"}
+        return grid(facts, matrix__poisons=[entry | changes], matrix__defenses=["none"]).columns[1].key
+
+    own, trained = column_of("a", "one", denoiser="a"), column_of(None, "")
+    assert own == column_of("moved", "one", denoiser="moved")
+    assert len({own, trained, column_of("a", "other", denoiser="a")}) == 3
+    with pytest.raises(ConfigError, match=r"^matrix: adp: poison\.t_star 6: this denoiser is trained up to 5"):
+        column_of("a", "one", denoiser="a", t_star=6)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -233,7 +247,6 @@ def test_what_cannot_be_measured_is_said_at_once(changes, words):
         grid(**changes)
 
 
-GIVEN = {"given": Recommended(5, 4, 1, "ddpm", 512, True, cosine_alphas_cumprod(20), "weights")}
 NO_EFFECT = [
     ("defenses", "iss-j", {"purify.t_star": 2}, "eclipse"),
     ("defenses", "none", {"compensation.p": 0.4}, "eclipse"),

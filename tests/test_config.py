@@ -175,6 +175,57 @@ WRONG = [
         "sweep: {space: {compensation.p: {low: 9, high: 3}}}",
         "sweep.space.compensation.p: low 9 must lie below high 3",
     ),
+    (
+        "sweep: {space: {purify.t_star: {low: {int: 3, Range: 4}, high: 3}}}",
+        "sweep.space.purify.t_star.low: expected an integer or a number, found {'int': 3, 'Range': 4}",
+    ),
+    (
+        "sweep: {space: {Range: {Range: 1, low: 1, high: 2}}}",
+        "sweep.space.Range.Range: unknown setting; did you mean",
+    ),
+    ("sweep: {space: {Range: {low: 1}}}", "sweep.space.Range.high: no value is given; write one"),
+    ("sweep: {space: {7: {low: 1}}}", "sweep.space.7.high: no value is given; write one"),
+    (
+        "sweep: {space: {purify.t_star: {low: true, high: 3}}}",
+        "sweep.space.purify.t_star.low: expected a number, fo",
+    ),
+    *(
+        (f"{section}: {{{more}{key}: {value}}}", f"{section}.{key}{where}: expected a number, found True")
+        for section, more, key, value, where in [
+            ("purify", "", "t_star", "true", ""),
+            ("run", "", "seed", "yes", ""),
+            ("run", "", "max_cpus", "on", ""),
+            ("compensation", "", "p", "true", ""),
+            ("denoiser", "", "block_out_channels", "[true]", ", entry 1"),
+            ("poison", "", "eps_255", "true", ""),
+            ("poison", "name: em, ", "steps", "true", ""),
+            ("poison", "name: efp, ", "surrogate_milestones", "[7, true]", ", entry 2"),
+            ("defense", "", "aa_draws", "true", ""),
+            ("defense", "", "aa_roughness", "[0, true]", ", entry 2"),
+        ]
+    ),
+    *(
+        (
+            f"{section}: {{{key}: {value}}}",
+            f"{section}.{key.rpartition(' ')[2]}, entry {where}: expected a number g",
+        )
+        for section, key, value, where in [
+            ("denoiser", "block_out_channels", "[0]", 1),
+            ("denoiser", "network: unet2d, block_out_channels", "[8, -8]", 2),
+            ("denoiser", "attention_levels", "[-1]", 1),
+            ("poison", "name: adp, unet_channels", "[16, 0]", 2),
+            ("poison", "name: efp, surrogate_milestones", "[-3]", 1),
+            ("defense", "aa_intensity", "[-1, 1]", 1),
+        ]
+    ),
+    (
+        "denoiser: {network: unet2d, block_out_channels: [8, 8], attention_levels: [2]}",
+        "denoiser: attention_levels [2]: the levels of block_out_channels are 0 to 1",
+    ),
+    (
+        "defense: {aa_roughness: [0.7, 0.3]}",
+        "defense.aa_roughness: expected the smaller number first, found [0.7, 0",
+    ),
     ("audit: {crop: 60}", "audit.crop: expected a multiple of 8, found 60"),
     ("run: {loggers: [tensorboad]}", "run.loggers, entry 1: expected 'tensorboard', 'mlflow' or 'wandb', found"),
     (
@@ -190,6 +241,21 @@ def test_a_wrong_value_is_named_as_it_was_written_with_what_was_expected(text, s
     with pytest.raises(ConfigError) as caught:
         resolve(str(tmp_path / "run.yaml"), None, {})
     assert str(caught.value).startswith(sentence)
+
+
+RIGHT = """
+sweep: {space: {purify.t_star: {low: 1, high: 3, log: true}, compensation.p: [1], denoiser.ema_warmup: [true]}}
+data: {strict: true}
+denoiser: {network: unet2d, block_out_channels: [8, 16], attention_levels: [0, 1], use_gpu: true}
+poison: {name: efp, surrogate_milestones: [1, 2], surrogate_augment: true}
+defense: {aa_roughness: [0.5, 0.5], aa_intensity: [0, 1]}
+"""
+
+
+def test_the_right_values_beside_the_wrong_ones_are_taken(tmp_path):
+    (tmp_path / "run.yaml").write_text(RIGHT)
+    found = resolve(str(tmp_path / "run.yaml"), None, {})
+    assert (found.data.strict, found.denoiser.use_gpu, found.denoiser.attention_levels) == (True, True, (0, 1))
 
 
 def test_files_that_are_no_settings_or_missing_are_refused(tmp_path):

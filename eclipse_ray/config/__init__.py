@@ -306,14 +306,31 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str = "") ->
     Raises ConfigError that names each wrong setting, and the nearest right one.
     """
     try:
-        return model.model_validate(values)
+        made = model.model_validate(values)
+        wrong: list[Any] = list(_numbers_of_booleans(values, made))
     except ValidationError as error:
-        found: dict[tuple[Any, ...], list[Any]] = {}
-        for item in error.errors():
-            found.setdefault(_place(values, item), []).append(item)
+        wrong = error.errors()
+    if not wrong:
+        return made
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for item in wrong:
+        found.setdefault(_place(values, item), []).append(item)
     # A wrong entry says more than that its list is none of what may be here.
     last = [path for path in found if not any(path == one[: len(path)] != one for one in found)]
     raise ConfigError("; ".join(_explain(model, where, path, found[path]) for path in last))
+
+
+def _numbers_of_booleans(values: Any, made: Any, loc: tuple[Any, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Yield an error for each boolean of `values` that is a number in `made`: pydantic takes true for 1."""
+    if isinstance(values, bool) and not isinstance(made, bool):
+        yield {"type": "float_type", "loc": loc, "input": values, "msg": ""}
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            known = made.get(key, value) if isinstance(made, Mapping) else getattr(made, key, value)
+            yield from _numbers_of_booleans(value, known, (*loc, key))
+    elif isinstance(values, list | tuple):
+        for number, pair in enumerate(zip(values, made, strict=False)):
+            yield from _numbers_of_booleans(*pair, (*loc, number))
 
 
 def _place(values: Any, item: Any) -> tuple[Any, ...]:
@@ -322,13 +339,16 @@ def _place(values: Any, item: Any) -> tuple[Any, ...]:
     # Of a key that is no text, what holds it.
     of_key = 2 if item["loc"][-1] == "[key]" else item["type"] == "invalid_key"
     for part in item["loc"][: len(item["loc"]) - of_key]:
-        here = isinstance(values, Mapping) and part in values
-        if here or (isinstance(values, list | tuple) and isinstance(part, int)):
+        if values is item["input"]:
+            # What follows are kinds, which may be called like the keys of the value.
+            break
+        if isinstance(values, Mapping) and part in values:
+            values = values[part]
+            path.append(str(part))
+        elif isinstance(values, list | tuple) and isinstance(part, int):
             values = values[part]
             path.append(part)
-        elif item["type"] == "missing" and part == item["loc"][-1]:
-            path.append(part)
-    return tuple(path)
+    return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)
 
 
 def _explain(model: type[BaseModel], where: str, path: tuple[Any, ...], items: list[Any]) -> str:

@@ -197,11 +197,13 @@ class DenoiserConfig(Section):
     network: Literal["shuffled", "unet2d"] = Field(
         "shuffled", description="shuffled: ours, on blocks of 2 x 2 pixels, fast; unet2d: diffusers' UNet2DModel."
     )
-    block_out_channels: tuple[int, ...] = Field(
+    block_out_channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (64,), min_length=1, description="Channels of each level; shuffled has one level."
     )
     layers_per_block: int = Field(4, ge=1, description="Residual blocks of each level.")
-    attention_levels: tuple[int, ...] = Field((), description="unet2d: levels with self-attention, 0 = full size.")
+    attention_levels: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="unet2d: levels with self-attention, 0 = full size."
+    )
     attention_head_dim: int = Field(8, ge=1, description="unet2d: channels of one attention head.")
     norm_num_groups: int = Field(8, ge=1, description="unet2d: groups of every normalisation.")
     resnet_time_scale_shift: Literal["default", "scale_shift"] = Field(
@@ -269,6 +271,12 @@ class DenoiserConfig(Section):
             raise ValueError(
                 "network shuffled has one entry in block_out_channels, no attention_levels and no dropout; "
                 "set network to unet2d for more"
+            )
+        levels = len(self.block_out_channels)
+        if max(self.attention_levels, default=0) >= levels:
+            raise ValueError(
+                f"attention_levels {list(self.attention_levels)}: the levels of block_out_channels are 0 to "
+                f"{levels - 1}"
             )
         if self.network == "unet2d" and any(
             channels % self.norm_num_groups for channels in self.block_out_channels

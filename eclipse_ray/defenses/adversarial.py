@@ -7,9 +7,11 @@ with the highest loss is trained on. at is adversarial training (Madry et al., a
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from eclipse_ray.attacks import frozen, pgd
@@ -17,6 +19,16 @@ from eclipse_ray.config import DefenseConfig
 from eclipse_ray.defenses.interface import DefenseSettings
 from eclipse_ray.defenses.simple import augmentations, seeded
 from eclipse_ray.victims.training import Augmentation, classify
+
+
+def _in_order(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("expected the smaller number first")
+    return ends
+
+
+End = Annotated[float, Field(ge=0)]
+Interval = Annotated[tuple[End, End], AfterValidator(_in_order)]
 
 
 class Aa(DefenseSettings):
@@ -27,8 +39,8 @@ class Aa(DefenseSettings):
         0.3, ge=0, le=1, description="aa: part of training with that many draws, one after it; 60 of 200 epochs."
     )
     aa_p: float = Field(0.5, ge=0, le=1, description="Probability of each operation before TrivialAugment.")
-    aa_roughness: tuple[float, float] = Field((0.3, 0.7), description="Range of the plasma's roughness.")
-    aa_intensity: tuple[float, float] = Field((0.5, 1.0), description="Range of plasma brightness.")
+    aa_roughness: Interval = Field((0.3, 0.7), description="Range of the plasma's roughness.")
+    aa_intensity: Interval = Field((0.5, 1.0), description="Range of plasma brightness.")
 
 
 def ueraser(config: DefenseConfig) -> Augmentation:

@@ -274,6 +274,7 @@ def open_sweep(config: Config) -> Experiment:
     """
     if config.sweep.search == "optuna":
         search.require_optuna()
+    search.check_space(config)
     # Ray Tune gives each trial a working directory of its own, where a relative path leads nowhere.
     places = {"data.output": config.data.output, "purify.denoiser": config.purify.denoiser}
     config = with_overrides(config, {key: Store(place).url for key, place in places.items() if place})

@@ -57,10 +57,15 @@ class Trial:
 
 
 def space_of(config: Config, facts: Facts) -> Space:
-    """Return the space of the section `sweep`, or the default one. Raises ConfigError for an impossible axis."""
-    space = dict(config.sweep.space) or default_space(config, facts)
+    """Return the space of the section `sweep`, or the default one. Raises as `check_space` does."""
+    check_space(config)
+    return dict(config.sweep.space) or default_space(config, facts)
+
+
+def check_space(config: Config) -> None:
+    """Raise ConfigError for an impossible axis, which needs no image to be seen."""
     named = {f"purify.{name}" for name in PURIFY_AXES} | {f"compensation.{name}" for name in COMPENSATION_AXES}
-    for key, values in space.items():
+    for key, values in config.sweep.space.items():
         if key not in named and not _trains(key):
             raise ConfigError(
                 f"sweep.space: {key} is no axis; vary purify.{', '.join(PURIFY_AXES)}, "
@@ -71,7 +76,8 @@ def space_of(config: Config, facts: Facts) -> Space:
                 raise ConfigError(f"sweep.space varies {key}, which a given denoiser cannot: leave --denoiser out")
             if isinstance(values, Range) and values.step is None:
                 raise ConfigError(f"sweep.space: {key} needs listed values or a step, as each trains a denoiser")
-    return space
+    for percent in listed(config.sweep.space.get(SPARSE_PERCENT, [])):
+        with_overrides(config, {SPARSE_PERCENT: percent})
 
 
 def default_space(config: Config, facts: Facts) -> Space:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -46,7 +46,7 @@ class Adp(Em):
     variant: Literal["paper", "strong"] = Field("paper", description="Against compensation, or purification too.")
     scope: Literal["sample"] = Field("sample", description="One noise per image.")
     eot_draws: int = Field(1, ge=1, description="Draws of the defender that a gradient is averaged over.")
-    unet_channels: tuple[int, ...] = Field(
+    unet_channels: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (64, 128, 256), min_length=1, description="paper: channels of each level of the U-Net."
     )
     t_star: int | None = Field(

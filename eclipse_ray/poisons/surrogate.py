@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,9 @@ class SurrogateSettings(LinfSettings):
     surrogate_schedule: Literal["constant", "linear", "milestones"] = Field(
         "constant", description="linear falls to 0 over the training; milestones divide by 10."
     )
-    surrogate_milestones: tuple[int, ...] = Field((), description="In epochs; rem: in optimiser steps.")
+    surrogate_milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="In epochs; rem: in optimiser steps."
+    )
     surrogate_weight_decay: float = Field(5e-4, ge=0, description="Of the surrogate's SGD.")
     max_grad_norm: float = Field(0.0, ge=0, description="Longer gradients are cut to this norm; 0: none are cut.")
     steps: int = Field(ge=1, description="Sign steps when noise is made once.")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -293,7 +293,8 @@ def _parsed_yaml(file: str, read: Callable[[str], bytes]) -> dict[str, Any]:
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     section, separator, name = key.partition(".")
     if not separator:
-        raise ConfigError(f"{key}: settings are named section.key, for example purify.t_star")
+        example = " or ".join(meant("", key, ())) or "purify.t_star"
+        raise ConfigError(f"{key}: settings are named section.key, for example {example}")
     fields = tree.setdefault(section, {})
     if not isinstance(fields, dict):
         raise ConfigError(f"{section}: expected a section with keys, found {fields!r}")
@@ -362,14 +363,29 @@ def _explain(model: type[BaseModel], where: str, path: tuple[Any, ...], items: l
         # What a whole section holds says nothing of which of its keys disagree.
         return text if isinstance(value, dict) else f"{text}, found {value!r}"
     if "extra_forbidden" in kinds:
-        close = difflib.get_close_matches(str(path[-1]), _keys_at(model, path), n=1, cutoff=0.0)
-        return f"{said}: unknown setting; did you mean {said.removesuffix(str(path[-1]))}{close[0]}?"
+        name, known = str(path[-1]), _keys_at(model, path)
+        within = said.removesuffix(name)
+        # Only a range has keys so deep.
+        close = meant(within, name, known) if len(path) < 3 else []
+        close = close or [within + one for one in difflib.get_close_matches(name, known, n=1, cutoff=0.0)]
+        return f"{said}: unknown setting; did you mean {' or '.join(close)}?"
     wanted = list(dict.fromkeys(map(_wanted, items)))
     if "missing" in kinds:
         return f"{said}: no value is given; write one"
     if wanted != [_NAME] and (value is None or "string_too_short" in kinds):
         return f"{said}: no value is given; write one, or leave the setting out"
     return f"{said}: expected {' or '.join(wanted)}, found {value!r}"[:500] + _advice(kinds, wanted, value)
+
+
+def meant(within: str, name: str, known: Iterable[str]) -> list[str]:
+    """Return the settings that an unknown `name` may mean: a like one of `known`, and those so called elsewhere.
+
+    `within` is the section of `known` and a dot, or empty.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    sections: dict[str, Any] = {f"{key}.": field.annotation for key, field in Config.model_fields.items()}
+    others = [key for key, model in sections.items() if key != within and name in model.model_fields]
+    return [within + one for one in close] + [key + name for key in others]
 
 
 _NAME, _TEXT, _LIST, _KEYS = "names as keys", "a text", "a list", "keys with values"

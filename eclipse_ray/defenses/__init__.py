@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Generator, Tensor, nn
 
-from eclipse_ray.config import DefenseConfig
+from eclipse_ray.config import DefenseConfig, meant
 from eclipse_ray.defenses import simple as iss
 from eclipse_ray.defenses.adversarial import Aa, At, adversarial_training, ueraser, ueraser_max
 from eclipse_ray.defenses.eclipse import Avatar, Draws, avatar, compensate, purify, purify_and_bake, purify_draws
@@ -70,7 +70,8 @@ def resolved_defense(config: DefenseConfig) -> DefenseConfig:
     for key in config.model_extra or {}:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"defense.{key}: unknown setting; did you mean defense.{close}?")
+            named = " or ".join(meant("defense.", key, known) or [f"defense.{close}"])
+            raise ConfigError(f"defense.{key}: unknown setting; did you mean {named}?")
     parts = [model.of(config).model_dump(mode="json") for model in models]
     return DefenseConfig.model_validate({key: value for part in parts for key, value in part.items()})
 

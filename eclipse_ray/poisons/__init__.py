@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eclipse_ray.config import PoisonConfig, validated
+from eclipse_ray.config import PoisonConfig, meant, validated
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.adp import Adp, fit_adp
 from eclipse_ray.poisons.ar import Ar, ar_perturbation
@@ -103,8 +103,8 @@ def check_poison(config: PoisonConfig) -> None:
 def _refuse_unknown(chosen: Collection[str], known: Collection[str], sentence: str) -> None:
     for key in chosen:
         if key not in known:
-            close = difflib.get_close_matches(key, [*known, "name", "cost", *PoisonConfig.OF_A_RUN], n=1)
-            named = ", ".join(f"poison.{one}" for one in close or known)
+            close = meant("poison.", key, [*known, "name", "cost", *PoisonConfig.OF_A_RUN])
+            named = ", ".join(close or [f"poison.{one}" for one in known])
             raise ConfigError(f"poison.{key}: {sentence}; {'did you mean' if close else 'there are'} {named}")
 
 

@@ -29,7 +29,7 @@ from eclipse_ray.datasets.memory import decode_resized
 from eclipse_ray.datasets.table import Span, image_bytes, read_note
 from eclipse_ray.diffusion.checkpoint import CARD_FILE, SCHEDULER_FILE, Card, parse_schedule
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
-from eclipse_ray.errors import EclipseError, InputError
+from eclipse_ray.errors import EclipseError, InputError, did_you_mean
 from eclipse_ray.ledger import layout
 from eclipse_ray.quality import changes
 from eclipse_ray.reports.tables import RESULTS, TABLE
@@ -81,8 +81,8 @@ def open_folder(url: str) -> Folder:
     kind = kind_of(store)
     if kind is None:
         raise InputError(
-            f"{url}: no output of train, purify, evaluate, sweep, audit or demo here that could be reported; "
-            "check the location, or run its command to the end"
+            f"{url}: no output of train, purify, evaluate, sweep, audit or demo here that could be reported"
+            f"{did_you_mean(url) or '; check the location, or run its command to the end'}"
         )
     return Folder(store, kind)
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from eclipse_ray.detection import BANDS, Images, bands, class_means, rows_of
 from eclipse_ray.diffusion.checkpoint import Card
-from eclipse_ray.errors import EclipseError, InputError
+from eclipse_ray.errors import EclipseError, InputError, did_you_mean
 from eclipse_ray.ledger import layout, read_fingerprint, read_settings
 from eclipse_ray.reports import experiments, purified
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Picture, Section, Table, Text
@@ -216,14 +216,22 @@ def _history(card: Card, name: str, words: str, caption: str, **columns: str) ->
 
 
 def verdicts(run: Purification, audits: Sequence[str]) -> list[str]:
-    """Return a sentence per audit: what it said of the data before or after. Raises InputError for other data."""
+    """Return a sentence per audit: what it said of the data before or after.
+
+    Raises InputError for a folder without an audit, and for an audit of other data.
+    """
     source, output = run.config.data.source, run.store.url
     places = {Store(source).url if source else "": "before", output: "after"}
     found: dict[str, list[str]] = {"before": [], "after": []}
     for url in audits:
         store = Store(url)
         config = read_settings(store, "config.yaml")
-        audited = config.data.source if config else None
+        if config is None or not store.exists(AUDIT):
+            raise InputError(
+                f"{url}: no audit here ({AUDIT} and config.yaml are expected)"
+                f"{did_you_mean(url) or '; name the folder that `eclipse-ray audit SRC --out DIR` has written'}"
+            )
+        audited = config.data.source
         when = places.get(Store(audited).url) if audited else None
         if when is None:
             raise InputError(f"{url}: an audit of {audited}, which is neither the source of {output} nor {output}")

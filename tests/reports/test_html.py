@@ -163,6 +163,23 @@ def test_verdicts_of_audits_stand_on_the_first_page_before_and_after(world, fold
         write_report(str(folders["train"]), [after])
 
 
+def test_an_audit_that_is_not_there_is_refused_by_its_folder_with_what_is_expected(folders, tmp_path):
+    own = {name: tmp_path / name for name in ("nothing", "empty", "half", "file")}
+    own["empty"].mkdir()
+    own["half"].mkdir()
+    (own["half"] / "audit.json").write_text("{}")
+    own["file"].write_text("{}")
+    for place in (*own.values(), folders["train"]):
+        with pytest.raises(
+            InputError, match=rf"^{place}: no audit here \(audit.json and config.yaml are expected\); "
+        ):
+            write_report(str(folders["purify"]), [str(place)])
+    with pytest.raises(InputError, match=r"did you mean .*/empty\?$"):
+        write_report(str(folders["purify"]), [str(tmp_path / "emty")])
+    with pytest.raises(InputError, match=r"could be reported; did you mean .*/empty\?$"):
+        write_report(str(tmp_path / "emty"))
+
+
 def test_a_sweep_and_an_audit_begin_with_what_they_found(folders):
     swept = page_of(folders["sweep"]).text
     assert (

@@ -11,7 +11,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, open_denoiser, refuse_process_local
+from eclipse_ray.cluster.connect import (
+    Resources,
+    check_denoiser,
+    connect,
+    local_denoiser,
+    open_denoiser,
+    refuse_process_local,
+)
 from eclipse_ray.cluster.work import Watch, reaching, watched
 from eclipse_ray.config import Config, content_hash
 from eclipse_ray.datasets.formats import Source, open_source, read_parts, refuse_output_inside
@@ -169,7 +176,7 @@ def audit(config: Config) -> Audit:
         Store(config.audit.output).require_writable()
     if config.audit.denoiser:
         # Found here, it takes no start of Ray.
-        load_denoiser(local_denoiser(config.audit.denoiser))
+        check_denoiser(load_denoiser(local_denoiser(config.audit.denoiser)), config)
     # A poison is what images of one label share.
     opened = open_source(source, config.data)
     require_classes(source, opened, config.data, 2, partly=True)

@@ -1,6 +1,7 @@
 """`audit` end to end on Ray: the command line, what it leaves behind, a denoiser's residual, refusals."""
 
 import json
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -74,6 +75,38 @@ def test_a_worker_that_cannot_open_the_denoiser_says_so(world, monkeypatch):
     error = error_of_note(actor(crops)["fatal"][0].as_py())
     assert isinstance(error, ConfigError)
     assert "needs a CPU with AVX512-VNNI" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"purify.precision": "int8"}, "needs a CPU with AVX512-VNNI, and this machine computes on"),
+        ({"purify.t_star": 999}, r"purify.t_star 999 is outside 1\.\."),
+        ({"purify.tile_overlap": 300}, "purify.tile_overlap 300 exceeds half of a tile"),
+    ],
+    ids=str,
+)
+def test_what_a_denoiser_or_this_machine_would_refuse_is_refused_before_ray_starts(
+    world, tmp_path, monkeypatch, settings, words
+):
+    def no_cluster(*_given):
+        raise InterruptedRunError("Ray starts")
+
+    monkeypatch.setattr(network, "_capabilities", dict)
+    monkeypatch.setattr(auditing, "connect", no_cluster)
+    monkeypatch.setattr("eclipse_ray.purification.run.connect", no_cluster)
+    for use in (
+        lambda own: verbs.audit(world.rest, denoiser=world.denoiser, settings=own),
+        lambda own: verbs.purify(world.rest, str(tmp_path / "out"), denoiser=world.denoiser, settings=own),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            use(settings)
+        assert not (tmp_path / "out").exists()
+        if "purify.precision" in settings:
+            # What other machines are like is not known here.
+            with pytest.raises(InterruptedRunError, match="Ray starts"):
+                use({**settings, "run.address": "auto"})
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_refusals(world, tmp_path):

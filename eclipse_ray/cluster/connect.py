@@ -38,6 +38,7 @@ from eclipse_ray.storage.store import Store
 if TYPE_CHECKING:
     from eclipse_ray.config import Computed
     from eclipse_ray.diffusion.network import Denoiser
+    from eclipse_ray.diffusion.sampling import Trained
 
 _CONNECTING = threading.Lock()
 
@@ -312,6 +313,21 @@ def local_denoiser(url: str) -> str:
             partial.write_bytes(store.read(file))
             partial.replace(folder / file)
     return str(folder)
+
+
+def check_denoiser(denoiser: Trained, config: Config) -> tuple[int, int]:
+    """Return (t_star, num_inference_steps) of section `purify`, before a worker opens the denoiser.
+
+    Raises ConfigError for what the denoiser would refuse, or the processors of this machine if it is the cluster.
+    """
+    import torch
+
+    from eclipse_ray.diffusion.network import check_device
+    from eclipse_ray.diffusion.sampling import check_purification
+
+    if address_of(config) == "local":
+        check_device(torch.device("cpu"), config.purify.precision)
+    return check_purification(denoiser, config.purify)
 
 
 def open_denoiser(url: str, precision: Computed | None) -> Denoiser:

@@ -171,6 +171,12 @@ def set_precision(denoiser: Denoiser, precision: Computed | None) -> None:
     """
     device = denoiser.alphas_cumprod.device
     check_precision(denoiser.int8, precision)
+    check_device(device, precision)
+    denoiser.precision = precision or fast_precision(device)
+
+
+def check_device(device: torch.device, precision: Computed | None) -> None:
+    """Raise ConfigError for int8 if `device` has no instructions for it."""
     if precision == "int8" and not has_int8(device):
         cpu = "a CPU without it" if _capabilities() else f"a CPU of which torch {torch.__version__} cannot tell"
         where = cpu if device.type == "cpu" else device.type
@@ -178,7 +184,6 @@ def set_precision(denoiser: Denoiser, precision: Computed | None) -> None:
             f"purify.precision int8 needs a CPU with AVX512-VNNI, and this machine computes on {where}; "
             "leave it null"
         )
-    denoiser.precision = precision or fast_precision(device)
 
 
 def check_precision(int8: bool, precision: Computed | None) -> None:

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 import numpy as np
 
 from eclipse_ray import ledger
-from eclipse_ray.cluster.connect import local_denoiser, refuse_process_local
+from eclipse_ray.cluster.connect import check_denoiser, local_denoiser, refuse_process_local
 from eclipse_ray.config import Config, DataConfig, content_hash, to_yaml
 from eclipse_ray.datasets.formats import (
     PASSED_OVER,
@@ -36,7 +36,7 @@ from eclipse_ray.datasets.images import (
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
 from eclipse_ray.diffusion.network import Denoiser, default_device, set_precision
-from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_purification, check_tile, purify_images
+from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_tile, purify_images
 from eclipse_ray.diffusion.tiling import MIN_SIDE, tiled_pixels
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
@@ -160,7 +160,7 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
 
 def _resolved(config: Config, denoiser: Denoiser) -> Config:
     """Return the settings with the denoiser's recommendations where nothing was asked for."""
-    t_star, steps = check_purification(denoiser, config.purify)
+    t_star, steps = check_denoiser(denoiser, config)
     chosen = {"t_star": t_star, "num_inference_steps": steps, "sampler": config.purify.sampler or denoiser.sampler}
     return config.model_copy(update={"purify": config.purify.model_copy(update=chosen)}, deep=True)
 

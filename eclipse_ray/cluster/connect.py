@@ -98,11 +98,11 @@ def connect(config: Config) -> Resources:
     with _CONNECTING:
         if not ray.is_initialized():
             listen("ray", "ray.data")
-            with _plain_failure(config, address):
-                if address == "local":
-                    _start(cores)
-                else:
-                    first_contact(f"the Ray cluster at {address} to answer", lambda: _join(address))
+        with _plain_failure(config, address):
+            if address != "local":
+                first_contact(f"the Ray cluster at {address} to answer", lambda: _join(address))
+            elif not ray.is_initialized():
+                _start(cores)
     return _counted(ray.cluster_resources(), _nodes(), config, cores, address == "local")
 
 
@@ -145,13 +145,16 @@ def busy(cores: int) -> str:
 
 
 def _join(address: str) -> None:
-    if address == "auto":
+    """Join a cluster; a process that has one already keeps it, but only if somebody answers at `address`."""
+    if address == "auto" and not ray.is_initialized():
         # Ray writes down where its last cluster was, and after a crash nobody listens there any more.
         address = canonicalize_bootstrap_address(address) or address
     host, _, port = address.removeprefix("ray://").rpartition(":")
     knocked = bool(host) and port.isdigit()
     if knocked:
         _knock(host.strip("[]"), int(port))
+    if ray.is_initialized():
+        return
     # Of a time-out; the error says the same.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.util\.client")
     try:

@@ -54,7 +54,12 @@ def test_an_old_library_is_named_with_the_command_that_mends_it():
     assert room._version("torch", "2.13.0+cpu", ">=2.6").verdict == "ok"
 
 
-def test_a_cluster_that_does_not_answer_is_found_without_waiting():
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_cluster_that_does_not_answer_is_found_without_waiting(connected, monkeypatch):
+    # As after another verb in the same process, whose cluster was taken for the one that is named.
+    monkeypatch.setattr("ray.is_initialized", lambda: connected)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4})
+    monkeypatch.setattr("ray.nodes", lambda: [])
     found = checks("ray", run__address="127.0.0.1:9")[-1]
     assert found.verdict == "failed"
     assert "run.address=127.0.0.1:9: no Ray cluster answers there ([Errno 111] Connection refused)" in found.found

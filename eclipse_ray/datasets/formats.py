@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import arrays, folder, labels, npz, parquet, published, webdataset
-from eclipse_ray.datasets.table import Part, Span, extra_columns, labels_or_none, noted_classes, with_classes
+from eclipse_ray.datasets.table import (
+    NOTE,
+    Part,
+    Span,
+    extra_columns,
+    labels_or_none,
+    noted_classes,
+    read_note,
+    with_classes,
+)
 from eclipse_ray.errors import InputError, did_you_mean
 from eclipse_ray.log import say_once
 from eclipse_ray.storage import is_hidden
@@ -154,7 +163,7 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     with data.strict if a file would be passed over.
     """
     refuse_output_inside(url, data_config.output)
-    store, entries, strangers = _look(url)
+    store, entries, strangers, noted = _look(url)
     _refuse_bad_names(entries)
     given, data_config = _given_labels(Store(url).url, data_config)
     own = [entry for entry in entries if entry.key not in strangers and not _is_given(store, entry, given)]
@@ -172,6 +181,11 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     parts, classes = _listed(url, name, store, claimed, data_config)
     if not parts:
         raise InputError(f"{url}: has no images in it; name a dataset with at least one")
+    if noted is not None and noted != (found := sum(part.rows for part in parts)):
+        raise InputError(
+            f"{url}: its files hold {found:,} images, and {noted} were written; make this dataset again, or, if "
+            f"you changed its files yourself, set images to {found} in its {NOTE}"
+        )
     if given is not None:
         parts, classes = labels.matched(given, store.url, name, parts)
         say_once(f"{url}: the labels are those of {given.where}")
@@ -517,23 +531,35 @@ def _hint(store: Store, left: Sequence[str], data_config: DataConfig) -> str:
     return f"; if it holds labels, read them with --set data.labels={store.url}/{table}"
 
 
-def _look(url: str) -> tuple[Store, list[Entry], set[str]]:
-    """Return where a source lies, its files, and the keys of those that a purification did not write."""
+class _Looked(NamedTuple):
+    """Where a source lies, its files, the keys of those that a purification did not write, and how many images its
+    note counts, None without a note or if only some of its files are named.
+    """
+
+    store: Store
+    entries: list[Entry]
+    strangers: set[str]
+    images: int | None = None
+
+
+def _look(url: str) -> _Looked:
     store = Store(url)
     if store.is_file():
         base, _, name = store.url.rpartition("/")
         if base.endswith(":/"):
             _refuse_no_file_name(url)
         parent = Store(base or "/")
-        return parent, [parent.entry(name)], set()
+        return _Looked(parent, [parent.entry(name)], set())
     if store.exists():
         if store.exists(UNFINISHED):
             raise InputError(f"{url}: writing this dataset was interrupted; run its command again, or delete it")
         if not store.exists(RUN_PLAN):
-            return store, _foreign(store.list(hidden=True)), set()
+            listed = list(store.list(hidden=True))
+            note = read_note(store) if any(entry.key == NOTE for entry in listed) else {}
+            return _Looked(store, _foreign(listed), set(), note.get("images"))
         # A purification may hold a report beside its data. Its pictures are not part of the dataset.
         entries = list(store.list("data", hidden=True))
-        return store, entries, _strangers(url, store, entries)
+        return _Looked(store, entries, _strangers(url, store, entries))
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):
         _refuse_no_file_name(url)
@@ -541,7 +567,7 @@ def _look(url: str) -> tuple[Store, list[Entry], set[str]]:
         listed = _foreign(parent.list(hidden=True))
         entries = [e for e in listed if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
         if entries:
-            return parent, entries, set()
+            return _Looked(parent, entries, set())
         raise InputError(f"{url}: no file matches this pattern; check it")
     raise InputError(f"{url}: there is nothing here{did_you_mean(url) or '; check the path or URL'}")
 

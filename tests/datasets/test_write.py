@@ -1,18 +1,21 @@
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import npz, parquet, webdataset
 from eclipse_ray.datasets.formats import open_source, read_tables
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import choose_clean, load_images
 from eclipse_ray.datasets.perturbation import apply
-from eclipse_ray.datasets.table import canonical_table, image_bytes
+from eclipse_ray.datasets.table import canonical_table, image_bytes, regroup
 from eclipse_ray.datasets.write import convert, split
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage.local import LocalFolder
-from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, table_of, write_set
+from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, refused, table_of, write_set
 
 ROWS = st.lists(st.tuples(st.integers(0, 15), st.none() | st.integers(0, 2)), min_size=2, max_size=40)
 
@@ -161,3 +164,21 @@ def test_what_an_interrupted_command_left_is_written_anew_by_the_same_one(verb, 
     assert not [path for path in files if path.name in ("unfinished", "left.png")]
     parts = [tmp_path / "out/clean", tmp_path / "out/rest"] if verb == "split" else [tmp_path / "out"]
     assert sum(read_all(part).num_rows for part in parts) == 9
+
+
+@pytest.mark.parametrize("layout", ["parquet", "folder", "webdataset", "npz", "npy"])
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_dataset_with_a_part_too_few_or_too_many_is_refused(layout, lost, tmp_path, monkeypatch):
+    for module in (parquet, webdataset, npz):
+        monkeypatch.setattr(module, "regroup", lambda tables, *_: regroup(tables, 5, 2**20))
+    convert(source(tmp_path / "in", 9), str(tmp_path / "out"), CONFIG, layout)
+    assert read_all(tmp_path / "out").num_rows == 9
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and "_eclipse" not in path.parts]
+    last = max(path for path in files if path.suffix != ".idx" and path.name != "labels.npy")
+    if lost:
+        # Images in an .npy are one file, so a shorter one takes its place.
+        np.save(last, np.load(last)[:8]) if layout == "npy" else last.unlink()
+        (tmp_path / "out/labels.npy").unlink(missing_ok=True)
+    else:
+        shutil.copy(last, last.with_name(f"copy{last.suffix}"))
+    refused(tmp_path / "out", "9 were written; make this dataset again", "_eclipse/dataset.json", tar_ids="path")

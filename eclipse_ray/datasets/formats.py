@@ -40,6 +40,8 @@ from eclipse_ray.storage.store import Entry, Store
 UNFINISHED = "_eclipse/unfinished"
 # A purification writes its plan first and its manifest last. Only then data/ holds each image exactly once.
 RUN_PLAN, RUN_MANIFEST = "_eclipse/plan.parquet", "_eclipse/manifest.parquet"
+# Names of the files in the folder data/ of a purification, and of a dataset that was written.
+_OWN_NAME = re.compile(r"(?:[0-9]{6,}(?:-[0-9]+)?-[0-9a-f]{16}|part-[0-9]{5,})\.parquet")
 # What a purification leaves for its report: a sentence on the files of the source that were not read.
 PASSED_OVER = "_eclipse/passed_over.txt"
 # What a file in a form that is not read is, and the next step: by its first bytes, then by its name.
@@ -551,25 +553,38 @@ def _look(url: str) -> _Looked:
         parent = Store(base or "/")
         return _Looked(parent, [parent.entry(name)], set())
     if store.exists():
-        if store.exists(UNFINISHED):
-            raise InputError(f"{url}: writing this dataset was interrupted; run its command again, or delete it")
-        if not store.exists(RUN_PLAN):
-            listed = list(store.list(hidden=True))
-            note = read_note(store) if any(entry.key == NOTE for entry in listed) else {}
-            return _Looked(store, _foreign(listed), set(), note.get("images"))
-        # A purification may hold a report beside its data. Its pictures are not part of the dataset.
-        entries = list(store.list("data", hidden=True))
-        return _Looked(store, entries, _strangers(url, store, entries))
+        return _look_in(url, store)
     base, _, pattern = store.url.rpartition("/")
     if set(pattern) & set("*?["):
         _refuse_no_file_name(url)
         parent = Store(base or "/")
-        listed = _foreign(parent.list(hidden=True))
-        entries = [e for e in listed if fnmatch.fnmatchcase(e.key, pattern) and "/" not in e.key]
+        looked = _look_in(base, parent)
+        inside = f"{parent.url}/".removeprefix(f"{looked.store.url}/")
+        names = {entry.key.removeprefix(inside): entry for entry in looked.entries if entry.key.startswith(inside)}
+        entries = [names[name] for name in names if fnmatch.fnmatchcase(name, pattern) and "/" not in name]
         if entries:
-            return _Looked(parent, entries, set())
+            all_match = len(entries) == len(looked.entries)
+            return looked._replace(entries=entries, images=looked.images if all_match else None)
         raise InputError(f"{url}: no file matches this pattern; check it")
     raise InputError(f"{url}: there is nothing here{did_you_mean(url) or '; check the path or URL'}")
+
+
+def _look_in(url: str, store: Store) -> _Looked:
+    if store.exists(UNFINISHED):
+        raise InputError(f"{url}: writing this dataset was interrupted; run its command again, or delete it")
+    if store.exists(RUN_PLAN):
+        # A purification may hold a report beside its data. Its pictures are not part of the dataset.
+        entries = list(store.list("data", hidden=True))
+        return _Looked(store, entries, _strangers(url, store, entries))
+    listed = list(store.list(hidden=True))
+    base, _, name = store.url.rpartition("/")
+    if name == "data" and any(_OWN_NAME.fullmatch(entry.key) for entry in listed):
+        # What its files should be lies beside the folder data/ that this package writes.
+        parent = Store(base or "/")
+        if any(parent.exists(key) for key in (RUN_PLAN, NOTE, UNFINISHED)):
+            return _look_in(base, parent)
+    note = read_note(store) if any(entry.key == NOTE for entry in listed) else {}
+    return _Looked(store, _foreign(listed), set(), note.get("images"))
 
 
 def _strangers(url: str, store: Store, entries: Sequence[Entry]) -> set[str]:

@@ -15,7 +15,7 @@ from eclipse_ray.datasets.table import Part, canonical_table, table_to_parquet
 from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import ImageFailure, commit_shard, finalise
 from eclipse_ray.storage.store import Store
-from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, refused, tar_bytes
+from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, refused, table_of, tar_bytes, write_set
 from tests.ledger.helpers import commit_ids, make_shards, start
 
 FAILED = ImageFailure("c", "c.png", "not an image")
@@ -118,27 +118,57 @@ def purified(tmp_path):
     return finalise(store).statuses[0].object
 
 
-def test_a_purification_reads_as_the_files_of_its_manifest(purified, tmp_path, capsys):
-    assert open_source(str(tmp_path), CONFIG).passed_over == ""
-    put(tmp_path, {"data/other.parquet": parquet("x"), "data/x.png": PNG, "report/curve.png": PNG})
-    source = open_source(str(tmp_path), CONFIG)
+NAMED = pytest.mark.parametrize("name", ["", "/data", "/data/", "/data/*", "/data/0*.parquet"])
+
+
+@NAMED
+def test_a_purification_reads_as_the_files_of_its_manifest(purified, tmp_path, capsys, name):
+    url = f"{tmp_path}{name}"
+    assert open_source(url, CONFIG).passed_over == ""
+    strange = f"data/{purified[5:11]}-{'0' * 16}.parquet"
+    put(tmp_path, {strange: parquet("x"), "data/0.png": PNG, "report/curve.png": PNG})
+    source = open_source(url, CONFIG)
     assert [part.key for part in source.parts] == [purified]
-    said = "2 files are passed over: 1 .parquet, 1 .png, such as data/other.parquet"
+    said = "2 files are passed over: 1 .png, 1 .parquet, such as data/0.png"
+    said = said if "*.p" not in name else f"1 file is passed over: 1 .parquet, such as {strange}"
     assert source.passed_over == said
     assert said in capsys.readouterr().err
-    refused(tmp_path, said, strict=True)
+    refused(url, said, strict=True)
 
 
-@pytest.mark.parametrize("foreign", [{}, {"data/other.parquet": parquet("x")}])
-def test_a_file_of_a_purification_that_is_gone_or_cut_is_named(purified, tmp_path, foreign):
+@NAMED
+@pytest.mark.parametrize("foreign", [{}, {"data/000000-0000000000000000.parquet": parquet("x")}])
+def test_a_file_of_a_purification_that_is_gone_or_cut_is_named(purified, tmp_path, foreign, name):
     put(tmp_path, foreign)
-    whole = (tmp_path / purified).read_bytes()
+    url, whole = f"{tmp_path}{name}", (tmp_path / purified).read_bytes()
     (tmp_path / purified).write_bytes(whole[:-1])
-    refused(
-        tmp_path, f"{purified} has {len(whole) - 1:,} bytes", f"{len(whole):,} were written", "eclipse-ray verify"
-    )
-    (tmp_path / purified).unlink()
-    refused(tmp_path, f"{purified} is missing", "eclipse-ray verify")
+    refused(url, f"{purified} has {len(whole) - 1:,} bytes", f"{len(whole):,} were written", "eclipse-ray verify")
+    (tmp_path / purified).rename(tmp_path / "data/000009-0000000000000000.parquet")
+    refused(url, f"{tmp_path}: {purified} is missing", f"`eclipse-ray verify {tmp_path}`")
+    (tmp_path / "_eclipse/manifest.parquet").unlink()
+    refused(url, f"{tmp_path}: this purification is not finished")
+
+
+@pytest.mark.parametrize("base", ["memory://formats/own", ""])
+def test_the_folder_data_of_a_dataset_is_read_as_the_dataset(tmp_path, base):
+    url = base or str(tmp_path)
+    write_set(url, table_of(noise(3, 4), [0, 1, 0]), classes=["cat", "dog"])
+    store = Store(url)
+    (key,) = (entry.key for entry in store.list())
+    assert open_source(f"{url}/data", CONFIG) == open_source(f"{url}/data/*", CONFIG) == open_source(url, CONFIG)
+    store.write("data/part-00001.parquet", store.read(key))
+    for name in ("", "/data", "/data/*.parquet"):
+        refused(f"{url}{name}", "hold 6 images, and 3 were written")
+    assert open_source(f"{url}/data/part-00000*", CONFIG).images == 3
+    store.write("_eclipse/unfinished", b"")
+    for name in ("", "/data", "/data/*.parquet", "/data/part-00000*"):
+        refused(f"{url}{name}", "interrupted")
+
+
+def test_a_folder_data_of_others_is_read_as_it_is(tmp_path):
+    put(tmp_path, {"plan.txt": b""})
+    put(tmp_path / "data", {"part-00000.parquet": parquet("a"), "000000-0123456789abcdef.parquet": parquet("b")})
+    assert open_source(f"{tmp_path}/data", CONFIG).url == f"{tmp_path}/data"
 
 
 @pytest.mark.parametrize("content", [b"", b"no table", parquet("a")])

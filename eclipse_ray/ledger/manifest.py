@@ -202,21 +202,23 @@ def _check_object(
 def _read_ids(store: Store, key: str, sha256: str | None) -> list[object]:
     """Return the ids in an object. Raises StorageError if it is missing, damaged or cannot be read."""
     shard = key.rpartition("/")[2].partition("-")[0]
-    path, redo = store.path(key), layout.redo(shard)
+    path, advice = store.path(key), layout.redo(shard)
     try:
         data = store.read(key)
     except FileNotFoundError as error:
         raise StorageError(_missing(store, key, shard)) from error
-    except (OSError, StorageError) as error:
-        raise StorageError(f"{path}: cannot be read: {error}") from error
+    except InputError as error:
+        raise StorageError(f"{error}; then {advice}") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error}; check the store, or {advice}") from error
     if layout.hash_of(data) != sha256:
-        raise StorageError(f"{path}: its bytes have changed since it was written; {redo}")
+        raise StorageError(f"{path}: its bytes have changed since it was written; {advice}")
     try:
         # All columns are read, so that the checksum of every page is verified.
         batches = layout.open_parquet(data).iter_batches(batch_size=_BATCH)
         return [value for batch in batches for value in batch.column("id").to_pylist()]
     except layout.DAMAGE as error:
-        raise StorageError(f"{path}: not a readable table with an `id` column ({error}); {redo}") from error
+        raise StorageError(f"{path}: not a readable table with an `id` column ({error}); {advice}") from error
 
 
 def _check_ids(path: str, ids: Sequence[object], seen: set[bytes], problems: list[str]) -> None:
@@ -238,11 +240,13 @@ def _check_ids(path: str, ids: Sequence[object], seen: set[bytes], problems: lis
 
 def _check_manifest(store: Store, manifest: Manifest) -> list[str]:
     path = store.path(layout.MANIFEST)
-    data = layout.read_optional(store, layout.MANIFEST)
-    if data is None:
-        return [f"{path}: missing; run the same command again to finish the run"]
     try:
+        data = layout.read_optional(store, layout.MANIFEST)
+        if data is None:
+            return [f"{path}: missing; run the same command again to finish the run"]
         table = layout.read_table(data, SCHEMA)
+    except InputError as error:
+        return [str(error)]
     except layout.DAMAGE as error:
         return [f"{path}: damaged ({error}); run the same command again to rewrite it"]
     stored = (table.schema.metadata or {}).get(_FINGERPRINT)

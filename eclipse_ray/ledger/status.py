@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eclipse_ray.errors import StorageError
+from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.ledger import layout
 from eclipse_ray.ledger.plan import Shard, read_plan
 from eclipse_ray.results import StatusResult
@@ -177,7 +177,8 @@ def read_failures(store: Store, status: Status) -> list[ImageFailure]:
         data = _unchanged(store, status.errors_object, status.errors_sha256)
         rows = layout.read_table(data, ERRORS_SCHEMA).to_pylist()
     except layout.DAMAGE as error:
-        raise StorageError(f"{store.path(status.errors_object)}: cannot be read ({error})") from error
+        path = store.path(status.errors_object)
+        raise StorageError(f"{path}: cannot be read ({error}); {layout.redo(status.shard)}") from error
     return [ImageFailure(**row) for row in rows]
 
 
@@ -256,14 +257,13 @@ def _write_object(store: Store, key: str | None, data: bytes | None) -> None:
 
 
 def _read(store: Store, shard: str, generation: int) -> Status | str:
+    key = layout.status_key(shard, generation)
     try:
-        data = store.read(layout.status_key(shard, generation))
-    except (OSError, StorageError) as error:
-        return f"{store.path(layout.status_key(shard, generation))}: cannot be read: {error}"
-    try:
-        return _parse(store, shard, generation, data)
-    except StorageError as error:
+        return _parse(store, shard, generation, store.read(key))
+    except (InputError, StorageError) as error:
         return str(error)
+    except OSError as error:
+        return f"{store.path(key)}: cannot be read: {error}; check the store, and run this command again"
 
 
 def _parse(store: Store, shard: str, generation: int, data: bytes) -> Status:

@@ -21,6 +21,7 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BAD_NAMES = {
     errno.ENAMETOOLONG: "too long to name a file here; choose a shorter name, or for images the parquet layout",
     errno.ELOOP: "its links lead in a circle; delete or mend them",
+    errno.EISDIR: "is a folder where a file should be; name a file, or move the folder elsewhere",
 }
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray.errors import StorageError
+from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.ledger import finalise, plan_shards, read_statuses, verify
 from eclipse_ray.ledger.layout import table_bytes
 from eclipse_ray.storage.store import Store
@@ -73,6 +73,51 @@ def test_missing_or_damaged_object_is_found_and_can_be_redone(tmp_path, which):
         complete(store, shards)
         assert verify(store).ok
         store.write(key, b"x")
+
+
+@pytest.mark.parametrize(
+    "key", ["object", "errors_object", "manifest.parquet", "plan.parquet", "fingerprint.json"]
+)
+def test_a_folder_in_the_place_of_a_file_is_found_and_can_be_mended(tmp_path, key):
+    store, shards = Store(str(tmp_path)), make_shards()
+    complete(store, shards)
+    file = tmp_path / (getattr(read_statuses(store)["000001"], key, None) or f"_eclipse/{key}")
+    kept = file.read_bytes()
+    file.unlink()
+    file.mkdir()
+    said = f"{file}: is a folder where a file should be; name a file, or move the folder elsewhere (EISDIR"
+    (found,) = (sentence for sentence in verify(store).mismatched if sentence.startswith(said))
+    assert ("then delete _eclipse/status/000001 and run the same command again" in found) == ("object" in key)
+    file.rmdir()
+    file.write_bytes(kept)
+    assert verify(store).ok
+
+
+def test_a_folder_in_the_place_of_a_status_is_named_by_the_run_that_would_write_it(tmp_path):
+    store, shards = Store(str(tmp_path)), make_shards()
+    complete(store, shards)
+    (tmp_path / "_eclipse/status/000001/0.json").unlink()
+    (tmp_path / "_eclipse/status/000001/0.json").mkdir()
+    assert "the first of them 000001; run the same command again" in verify(store).mismatched[0]
+    with pytest.raises(InputError, match=r"000001/0\.json: is a folder where a file should be; name a file"):
+        complete(store, shards)
+
+
+def test_an_object_that_cannot_be_read_is_found_and_said_once(tmp_path, monkeypatch):
+    store, shards = Store(str(tmp_path)), make_shards()
+    complete(store, shards)
+    keys = {read_statuses(store)["000001"].object, "_eclipse/status/000002/0.json"}
+    genuine = Store.read
+
+    def read(self, key=""):
+        if key in keys:
+            raise OSError(5, "the server is away")
+        return genuine(self, key)
+
+    monkeypatch.setattr(Store, "read", read)
+    for key in keys:
+        (found,) = (sentence for sentence in verify(store).mismatched if key in sentence)
+        assert found.startswith(f"{tmp_path}/{key}: cannot be read: [Errno 5] the server is away; check the store")
 
 
 def test_extra_object_is_found():

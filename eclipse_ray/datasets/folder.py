@@ -53,6 +53,12 @@ def claims(key: str) -> bool:
     return key.lower().endswith(SUFFIXES)
 
 
+def is_dotted(key: str) -> bool:
+    """Return whether a file, of a folder or in a tar, is hidden, or lies in a folder that is."""
+    # Cameras name images _MG_0001.JPG and people name classes _other. Only macOS makes __MACOSX.
+    return any(name == "__MACOSX" or (name != "." and name.startswith(".")) for name in key.split("/"))
+
+
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
     """Return one part per image, and the names of the classes if the folders are classes.
 

@@ -616,9 +616,8 @@ def _foreign(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _is_visible(key: str) -> bool:
-    # Cameras name images _MG_0001.JPG and people name classes _other. Other names with _ are private to a tool.
-    image = folder.claims(key) and not any(name[:1] == "." for name in key.split("/"))
-    return image or not is_hidden(key)
+    # Other names with _ are private to a tool.
+    return not (folder.is_dotted(key) if folder.claims(key) else is_hidden(key))
 
 
 def _refuse_mixed_splits(url: str, entries: Sequence[Entry], data_config: DataConfig) -> None:

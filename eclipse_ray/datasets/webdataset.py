@@ -346,7 +346,7 @@ def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | No
 def _visible(where: str, read: Read, place: int, size: int) -> tuple[str, int, int]:
     """Return name, offset and size of the next member that is neither a folder nor hidden."""
     member = tar.next_member(where, read, place, size)
-    while member.name.endswith("/") or member.name.rpartition("/")[2].startswith("."):
+    while member.name.endswith("/") or folder.is_dotted(member.name):
         member = tar.next_member(where, read, member.end, size)
     return member.name, member.offset, member.size
 
@@ -582,11 +582,11 @@ def group_members(
 
 
 def _split_name(where: str, name: str) -> tuple[str, str] | None:
-    folder, slash, base = name.rpartition("/")
+    if folder.is_dotted(name):
+        return None
+    above, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     extension = extension.lower()
-    if not stem:
-        return None  # A hidden file, for example one that macOS adds to archives.
     if not extension:
         raise InputError(f"{where}: member {name!r} has no extension, so it belongs to no sample; leave it out")
     if not PICKLED.isdisjoint(extension.split(".")):
@@ -596,7 +596,7 @@ def _split_name(where: str, name: str) -> tuple[str, str] | None:
         )
     if extension in CANONICAL:
         raise InputError(f"{where}: member {name!r} would be a column {extension!r}, which is taken; rename it")
-    return folder + slash + stem, extension
+    return above + slash + stem, extension
 
 
 def _refuse_second(where: str, sample: Sample, extension: str, member: Member, image_column: str) -> None:

@@ -14,7 +14,7 @@ from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.datasets.webdataset import escape_key, unescape_key
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
-from tests.datasets.helpers import CONFIG, PNG, read_all, read_rows, refused, tar
+from tests.datasets.helpers import CONFIG, PNG, fill, read_all, read_rows, refused, tar
 
 
 def sample(key, label=None, **others):
@@ -70,6 +70,27 @@ def test_folders_hidden_files_and_leading_dots_are_passed_over_and_may_lack_in_a
     assert len(kept) == len(lines) - 3
     (tmp_path / "a.idx").write_text("\n".join(kept) + "\n")
     assert read_all(url).equals(plain)
+
+
+HIDDEN = [
+    *(".git/objects/0a", ".git/index", "cat/.DS_Store", "cat/._a.jpg", "._cat/x.pkl", ".ipynb_checkpoints/a.png"),
+    *("__MACOSX/cat/._a.png", "__MACOSX/cat/b.png", "dog/.thumbnails/a.png", ".Trash-0/cat/a.png"),
+]
+
+
+def test_what_is_hidden_is_passed_over_in_a_tar_as_in_a_folder(tmp_path):
+    seen = ["_other/_0.png", "cat/_0.png", "dog/b.png"]
+    plain = read_all(fill(tmp_path / "plain", *seen, *HIDDEN))
+    assert (plain["id"].to_pylist(), plain["label"].to_pylist()) == (seen, [0, 1, 2])
+    url = tar(tmp_path / "tar/a.tar", *((key, PNG) for key in [*HIDDEN[:5], *seen[:2], *HIDDEN[5:], seen[2]]))
+    with tarfile.open(tmp_path / "tar/a.tar") as archive:
+        lines = {each.name: f"x {each.offset_data} {each.size} {each.name}" for each in archive}
+    for kept in ((), lines, seen):
+        if kept:
+            (tmp_path / "tar/a.idx").write_text("\n".join(["v1.2 3", *(lines[name] for name in kept)]))
+        rows = read_all(url)
+        assert [f"{key}.png" for key in rows["id"].to_pylist()] == seen
+        assert rows["label"].to_pylist() == [0, 1, 2]
 
 
 def test_labels_come_from_json_when_there_is_no_cls_or_when_named(tmp_path):

@@ -33,7 +33,7 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl")
 SUFFIXES = (*TEXT_SUFFIXES, ".npy", *published.SUFFIXES)
 _ADVICE = (
     "expected labels in order, one per image, or names and labels: .csv or .tsv with a line that names the columns"
-    ", .txt, .json, .jsonl, or numbers in .npy, .pt, .pth or .pkl"
+    ", .txt, .json, .jsonl, numbers or str in .npy, or numbers in .pt, .pth or .pkl"
 )
 
 Values = NDArray[np.int64]

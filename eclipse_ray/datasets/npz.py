@@ -47,6 +47,10 @@ _LABEL_FILES = ("labels", "label", "targets", "target")
 _ADVICE = (
     "expected images as (N, H, W, 3), (N, 3, H, W) or (N, H, W), rows first; convert them and save the file again"
 )
+_NAMED = (
+    "for names of classes, write numpy.save('names.npy', labels.astype(str).ravel()) and read these labels with "
+    "--set data.labels=names.npy"
+)
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
@@ -179,7 +183,7 @@ def _choose(where: str, arrays: dict[str, Array], config: DataConfig) -> tuple[A
     if labels is not None and config.labels is None and not are_labels(labels.shape, labels.dtype, rows):
         raise InputError(
             f"{where}: array {labels.name!r} is {labels.dtype} {labels.shape}, expected {rows} integer labels; "
-            "name another one with --set data.label_column=NAME"
+            f"{_NAMED if labels.dtype.kind in 'US' else 'name another one with --set data.label_column=NAME'}"
         )
     # If data.labels says what the labels are, the array is neither read nor does it come along.
     return images, None if config.labels else labels, _extra_arrays(where, arrays, images, labels, config)
@@ -262,9 +266,10 @@ def _labels_of(store: Store, key: str, rows: int) -> NDArray[np.int64]:
     where = f"{store.url}/{key}"
     array, read = read_array(store, key)
     if not are_labels(array.shape, array.dtype, rows):
+        advice = "mend it, or move it elsewhere to read the images without labels"
         raise InputError(
             f"{where}: holds {array.dtype} {array.shape} where the labels of {rows} images are expected; "
-            "mend it, or move it elsewhere to read the images without labels"
+            f"{_NAMED if array.dtype.kind in 'US' else advice}"
         )
     return to_labels(where, read(0, rows))
 

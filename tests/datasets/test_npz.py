@@ -158,6 +158,22 @@ def test_labels_that_are_not_read_may_be_left_out(tmp_path):
     assert own["label"].to_pylist() == LABELS.tolist()
 
 
+@pytest.mark.parametrize("labels", [["cat", "dog", "cat"], [b"cat", b"dog", b"cat"], [["cat"], ["dog"], ["cat"]]])
+@pytest.mark.parametrize("file", ["set.npz", "images.npy"])
+def test_names_of_classes_are_read_from_the_file_that_the_refusal_says_how_to_write(tmp_path, labels, file):
+    labels = np.array(labels)
+    (tmp_path / "set").mkdir()
+    if file == "set.npz":
+        np.savez(tmp_path / "set/set.npz", images=IMAGES[:3], labels=labels)
+    else:
+        np.save(tmp_path / "set/images.npy", IMAGES[:3])
+        np.save(tmp_path / "set/labels.npy", labels)
+    refused(tmp_path / "set", "numpy.save('names.npy', labels.astype(str).ravel())", "data.labels=names.npy")
+    np.save(tmp_path / "names.npy", labels.astype(str).ravel())
+    table = read_all(tmp_path / "set", labels=str(tmp_path / "names.npy"))
+    assert table["label"].to_pylist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("labels", [np.array([0.0, 2, 1]), np.eye(3), np.array([[0], [2], [1]])])
 def test_labels_that_are_not_asked_for_are_not_compared_with_the_classes(tmp_path, labels):
     np.savez(tmp_path / "set.npz", images=IMAGES[:3], labels=labels, classes=np.array(["a", "b"]))

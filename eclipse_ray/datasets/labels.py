@@ -50,9 +50,8 @@ class LabelFile:
 
     @cached_property
     def places(self) -> dict[str, int]:
-        """The row of each name."""
-        exact = {name: row for row, name in enumerate(self.names or ())}
-        return {_plain(name): row for name, row in exact.items()} | exact
+        """The row of each plain name."""
+        return {_plain(name): row for row, name in enumerate(self.names or ())}
 
 
 def read_label_file(url: str, column: str = _DEFAULT_COLUMN) -> LabelFile:
@@ -97,9 +96,10 @@ def _unpickled(store: Store, key: str, where: str) -> Any:
 
 
 def _label_file(where: str, labels: Any, names: list[str] | None) -> LabelFile:
-    if names is not None and len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise InputError(f"{where}: {twice} occurs more than once; give each image one label")
+    ((twice, times),) = Counter(map(_plain, names or ())).most_common(1) or [("", 0)]
+    if times > 1:
+        forms = ", also written ".join(dict.fromkeys(name for name in names or () if _plain(name) == twice))
+        raise InputError(f"{where}: {forms} occurs more than once; give each image one label")
     if isinstance(labels, np.ndarray) and labels.dtype.kind != "U":
         if not arrays.are_labels(labels.shape, labels.dtype, len(labels) if labels.shape else -1):
             raise InputError(f"{where}: holds {labels.dtype} {labels.shape}; {_ADVICE}")
@@ -265,8 +265,7 @@ def _row(found: LabelFile, name: str, format: str) -> int | None:
         number = int(stem) if stem.isascii() and stem.isdigit() and len(stem) < 19 else -1
         return number if 0 <= number < len(found.labels) else None
     wanted = (name, base, stem) if format == "folder" else (name,)
-    known = (each for name in wanted for each in (name, _plain(name)) if each in found.places)
-    return next((found.places[each] for each in known), None)
+    return next((found.places[each] for each in map(_plain, wanted) if each in found.places), None)
 
 
 def _check_images(found: LabelFile, url: str, keys: Sequence[str]) -> None:

@@ -279,6 +279,12 @@ def test_labels_by_id_of_a_table(tmp_path):
 BAD = {
     "l.csv": ("a,b,c\n1,2,3\n", "its columns are a, b, c; .*data.label_column=NAME"),
     "twice.csv": ("file,label\na.png,1\na.png,2\n", "a.png occurs more than once"),
+    "prefix.csv": (
+        "file,label\n./a.png,1\nb.png,1\na.png,2\n",
+        r"\./a\.png, also written a\.png occurs more than",
+    ),
+    "slash.json": (r'[["x/a.png", 1], ["x\\a.png", 1]]', r"x/a\.png, also written x.a\.png occurs more than once"),
+    "accent.json": (r'{"\u00e1.png": 1, "a\u0301.png": 2}', "\u00e1.png, also written a\u0301.png occurs"),
     "short.csv": ("file,label\na.png\n", "different lengths"),
     "mixed.csv": ("file,label\na.png,1\nb.png,\n", "label 1 is ''"),
     "l.json": ("{", "not readable"),

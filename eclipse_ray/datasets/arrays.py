@@ -13,8 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets import folder
 from eclipse_ray.datasets.images import Pixels, encode_image
-from eclipse_ray.datasets.table import Part, canonical_table, check_label, noted_classes, refuse_half_labelled
+from eclipse_ray.datasets.table import Part, canonical_table, check_label, noted_classes
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say_once
 from eclipse_ray.storage.store import Entry, Store
@@ -115,7 +116,7 @@ def list_parts(
                 "gray ones; stack the images of all files into one array (N, H, W, 3), (N, H, W, 1) for gray "
                 "ones, or write image files"
             )
-    refuse_half_labelled(store.url, config, labelled)
+    folder.refuse_doubtful(store, config, labelled)
     state(store.url, parts, forms)
     return [part for part in parts if part.rows], classes
 

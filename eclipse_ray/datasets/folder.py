@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import pyarrow as pa
@@ -246,6 +246,27 @@ def question(store: Store, found: str) -> InputError:
         f"{store.url}: {found}; say what the labels are: --set data.labels=folder (one class per top folder), "
         "none, or a file with the labels"
     )
+
+
+def refuse_doubtful(store: Store, config: DataConfig, labelled: Mapping[str, bool]) -> None:
+    """Raise InputError if some files of a set, by their keys, have labels and others have none.
+
+    It is a question if none has any, and the folders in which they lie may be the labels.
+    """
+    yes, no = (next((key for key, has in labelled.items() if has is wanted), None) for wanted in (True, False))
+    if config.labels is not None or no is None:
+        return
+    if yes is not None:
+        raise InputError(
+            f"{store.url}: {yes} has labels and {no} has none; name only files of one kind, or say what the "
+            "labels are: --set data.labels=none, or a file with the labels"
+        )
+    tops = sorted({top for key in labelled if (top := top_folder(key))})
+    if len(tops) > 1:
+        some = ", ".join(f"{top}/" for top in tops[:10])
+        raise question(
+            store, f"its files hold no {config.label_column!r}, and the folders {some} may be the labels"
+        )
 
 
 def _partition(top: str) -> tuple[str, str]:

@@ -32,7 +32,6 @@ from eclipse_ray.datasets.table import (
     canonical_table,
     check_label,
     label_like,
-    refuse_half_labelled,
     regroup,
     say_left_out,
     table_to_parquet,
@@ -93,7 +92,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
-    refuse_half_labelled(store.url, config, labelled)
+    folder.refuse_doubtful(store, config, labelled)
     named = {part.key: names for part, names, _ in found if names is not None}
     classes = _common_classes(store, named) if named else _classes_of_texts(store, texts)
     if forms:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,16 +163,6 @@ def refuse_extras(url: str, table: pa.Table, what: str) -> None:
         raise InputError(
             f"{url}: {what} cannot hold the column {extras[0]!r}; use the parquet layout, or leave such columns "
             "out with --set data.extra_columns=drop"
-        )
-
-
-def refuse_half_labelled(url: str, config: DataConfig, labelled: Mapping[str, bool]) -> None:
-    """Raise InputError if some files of a dataset, by their keys, have labels and others have none."""
-    yes, no = (next((key for key, has in labelled.items() if has is wanted), None) for wanted in (True, False))
-    if yes is not None and no is not None and config.labels is None:
-        raise InputError(
-            f"{url}: {yes} has labels and {no} has none; name only files of one kind, or say what the labels are: "
-            "--set data.labels=none, or a file with the labels"
         )
 
 

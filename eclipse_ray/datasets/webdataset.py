@@ -127,6 +127,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     if by_folder:
         _refuse_numbered(store, entries, looks, config)
         classes = folder.classes_in_tars(store, inside, config)
+        folder.refuse_doubtful(store, config, {entry.key: classes is not None for entry in entries})
     if config.tar_ids == "key":
         _refuse_repeated_keys(store, entries, looks)
     parts = [Part(e.key, len(look.keys), e.size, e.version) for e, look in zip(entries, looks, strict=True)]

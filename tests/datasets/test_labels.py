@@ -189,21 +189,53 @@ def test_partitions_of_tables_are_a_question(tmp_path):
     for value in (3, 10):
         (tmp_path / f"label={value}").mkdir()
         (tmp_path / f"label={value}" / "a.parquet").write_bytes(rows(f"{value}"))
-    refused(str(tmp_path), "label=10/a.parquet may be a label")
+    refused(str(tmp_path), "label=10/, label=3/ may be the labels", "data.labels=folder")
+    (tmp_path / "label=10").rename(tmp_path / "10")
+    refused(f"{tmp_path}", "10/, label=3/ may be the labels")
+    (tmp_path / "10/a.parquet").rename(tmp_path / "label=3/b.parquet")
+    refused(str(tmp_path), "label=3/a.parquet may be a label")
+    (tmp_path / "label=3/b.parquet").rename(tmp_path / "10/a.parquet")
+    (tmp_path / "10").rename(tmp_path / "label=10")
     assert labels_at(str(tmp_path), labels="none") == ({"10": None, "3": None}, None)
     assert labels_at(str(tmp_path), labels="folder") == ({"10": 1, "3": 0}, ["3", "10"])
 
 
+def write_one(file, image, label=None):
+    """Write a file of one image, of the kind that its suffix says."""
+    file.parent.mkdir(exist_ok=True)
+    label = {} if label is None else {"labels": np.array([label])}
+    if file.suffix == ".parquet":
+        file.write_bytes(table_to_parquet(table_of([image], label.get("labels"), [file.stem])))
+    elif file.suffix == ".npz":
+        np.savez(file, images=image[None], **label)
+    elif file.suffix == ".npy":
+        np.save(file, image[None])
+    elif file.suffix == ".tar":
+        tar(file, (f"{file.stem}.png", PNG), *([(f"{file.stem}.cls", b"0")] if label else ()))
+    else:
+        torch.save({"data": torch.from_numpy(image[None]), **label}, file)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "npz", "npy", "pt", "tar"])
+def test_folders_of_files_without_labels_are_a_question(tmp_path, suffix):
+    url = str(tmp_path)
+    write_one(tmp_path / f"dog/b.{suffix}", PIXELS[0])
+    assert labels_at(url)[1] is None
+    write_one(tmp_path / f"cat/a.{suffix}", PIXELS[1])
+    refused(url, "hold no 'label', and the folders cat/, dog/ may be the labels; say what", "data.labels=folder")
+    assert set(labels_at(url, labels="none")[0].values()) == {None}
+    found, classes = labels_at(url, labels="folder")
+    assert (sorted(found.values()), classes) == ([0, 1], ["cat", "dog"])
+    if suffix != "npy":
+        for name in ("dog/b", "cat/a"):
+            write_one(tmp_path / f"{name}.{suffix}", PIXELS[0], 0)
+        assert list(labels_at(url)[0].values()) == [0, 0]
+
+
 def halves(folder, suffix):
     """Write a file of one labelled image and one without a label."""
-    for name, image, labels in (("a", PIXELS[:1], [1]), ("b", PIXELS[1:2], None)):
-        label = {"labels": np.array(labels)} if labels else {}
-        if suffix == "parquet":
-            (folder / f"{name}.parquet").write_bytes(rows(name, labels=labels))
-        elif suffix == "npz":
-            np.savez(folder / f"{name}.npz", images=image, **label)
-        else:
-            torch.save({"data": torch.from_numpy(image), **label}, folder / f"{name}.pt")
+    write_one(folder / f"a.{suffix}", PIXELS[0], 1)
+    write_one(folder / f"b.{suffix}", PIXELS[1])
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "npz", "pt"])

@@ -291,6 +291,16 @@ HOURS = {
 }
 
 
+@pytest.mark.parametrize("out", ["link", "link/out"])
+@pytest.mark.parametrize("begin", HOURS.values(), ids=HOURS)
+def test_an_output_that_is_a_link_to_nowhere_is_named(begin, out, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"/link: is a link to .*/nowhere, where nothing is; make that"):
+        begin(str(tmp_path / "source"), str(tmp_path / out))
+    (tmp_path / "nowhere").mkdir()
+    Store(str(tmp_path / out)).require_writable()
+
+
 @pytest.mark.parametrize("begin", HOURS.values(), ids=HOURS)
 def test_an_output_that_cannot_be_written_is_refused_before_the_source_is_read(begin, tmp_path):
     (tmp_path / "file").write_bytes(b"")

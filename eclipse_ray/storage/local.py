@@ -9,6 +9,7 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from eclipse_ray.errors import InputError, StorageError
@@ -123,7 +124,13 @@ def _write_temporary(path: str, data: bytes) -> None:
     folder = os.path.dirname(path)
     try:
         os.makedirs(folder, exist_ok=True)
-    except FileExistsError as error:
+    except (FileExistsError, FileNotFoundError) as error:
+        for each in (Path(folder), *Path(folder).parents):
+            if each.is_symlink() and not each.exists():
+                said = f"{each}: is a link to {each.readlink()}, where nothing is"
+                raise InputError(f"{said}; make that folder, or delete the link") from error
+        if isinstance(error, FileNotFoundError):
+            raise
         raise NotADirectoryError(errno.ENOTDIR, "is a file where a folder should be", folder) from error
     with open(path, "wb") as file:
         file.write(data)

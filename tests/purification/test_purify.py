@@ -202,7 +202,9 @@ def test_a_dry_run_refuses_the_outputs_that_a_run_refuses(world, purified, tmp_p
         (tmp_path / "foreign", {}, ResumeError, "did not write .notes.txt"),
         (tmp_path / "file", {}, InputError, "this is a file; choose a folder"),
         (tmp_path / "file/within", {}, InputError, "is a file, not a folder; choose another output"),
+        (tmp_path / "link/within", {}, InputError, "/link: is a link to nowhere, where nothing is; make that"),
     ]
+    (tmp_path / "link").symlink_to("nowhere")
     for output, own, error, words in cases:
         for verb in (verbs.purify, verbs.purify_plan)[: 1 if output.name == "within" else 2]:
             with pytest.raises(error, match=words):

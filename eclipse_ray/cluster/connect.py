@@ -339,8 +339,6 @@ def open_denoiser(url: str, precision: Computed | None) -> Denoiser:
     Raises InputError for a folder that cannot be read, and ConfigError for a precision that is not to be had.
     """
     from eclipse_ray.diffusion.checkpoint import load_denoiser
-    from eclipse_ray.diffusion.network import default_device, set_precision
+    from eclipse_ray.diffusion.network import default_device
 
-    denoiser = load_denoiser(local_denoiser(url), default_device())
-    set_precision(denoiser, precision)
-    return denoiser
+    return load_denoiser(local_denoiser(url), default_device(), precision)

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eclipse_ray.config import Sampler, ScheduleName
-from eclipse_ray.diffusion.network import Denoiser
+from eclipse_ray.config import Computed, Sampler, ScheduleName
+from eclipse_ray.diffusion.network import Denoiser, set_precision
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod, linear_alphas_cumprod, linear_betas
 from eclipse_ray.diffusion.shuffled import MODEL_FILE, WEIGHTS_FILE, ShuffledNetwork, open_shuffled
 from eclipse_ray.errors import InputError
@@ -100,11 +100,14 @@ def _parsed_card(text: str) -> Card:
     return Card.model_validate(tree)
 
 
-def load_denoiser(folder: str | Path, device: torch.device | str | None = None) -> Denoiser:
-    """Return the denoiser of a local folder, in evaluation mode, float32.
+def load_denoiser(
+    folder: str | Path, device: torch.device | str | None = None, precision: Computed | None = "float32"
+) -> Denoiser:
+    """Return the denoiser of a local folder, in evaluation mode.
 
-    The network's class is the one that config.json names. Raises InputError if files are missing or damaged, the
-    class is unknown, or the schedule is neither cosine nor linear.
+    It computes in `precision`, None is the fast one of its device, as purify.precision says. The network's class
+    is the one that config.json names. Raises InputError if files are missing or damaged, the class is unknown, or
+    the schedule is neither cosine nor linear, and ConfigError for a precision that is unknown or not to be had.
     """
     path = Path(folder)
     card = read_card(path)
@@ -143,7 +146,9 @@ def load_denoiser(folder: str | Path, device: torch.device | str | None = None) 
         timestep_scale=card.timestep_scale,
     )
     denoiser.filters = filters
-    return denoiser.to(device or "cpu").eval()
+    denoiser.to(device or "cpu").eval()
+    set_precision(denoiser, precision)
+    return denoiser
 
 
 def _open_unet(folder: Path) -> UNet2DModel | ShuffledNetwork:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -167,9 +167,12 @@ def fast_precision(device: torch.device) -> Precision:
 def set_precision(denoiser: Denoiser, precision: Computed | None) -> None:
     """Let `denoiser` compute in `precision`, of None in the fast one of its device.
 
-    Raises ConfigError for int8 where there are no instructions for it, or a network that cannot be computed so.
+    Raises ConfigError for another word, and for int8 where there are no instructions for it, or a network that
+    cannot be computed so.
     """
     device = denoiser.alphas_cumprod.device
+    if precision not in (None, *get_args(Computed)):
+        raise ConfigError(f"purify.precision {precision}: expected one of {', '.join(get_args(Computed))}")
     check_precision(denoiser.int8, precision)
     check_device(device, precision)
     denoiser.precision = precision or fast_precision(device)

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
+from eclipse_ray.diffusion import network
 from eclipse_ray.diffusion.checkpoint import (
     CARD_FILE,
     SCHEDULER_FILE,
@@ -21,13 +22,13 @@ from eclipse_ray.diffusion.checkpoint import (
 )
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.diffusion.shuffled import open_shuffled
-from eclipse_ray.errors import InputError
+from eclipse_ray.errors import ConfigError, InputError
 from tests.support import change_json, untrained_denoiser
 
 
 @pytest.fixture(params=[("shuffled", [8]), ("unet2d", [8, 8])], ids=["shuffled", "unet2d"])
 def folder(request, tmp_path):
-    network, channels = request.param
+    kind, channels = request.param
     card = Card(
         t_max=5,
         t_star=4,
@@ -40,7 +41,7 @@ def folder(request, tmp_path):
         fingerprint="f",
         settings={},
     )
-    save_denoiser(tmp_path, untrained_denoiser(network=network, block_out_channels=channels), card)
+    save_denoiser(tmp_path, untrained_denoiser(network=kind, block_out_channels=channels), card)
     return tmp_path
 
 
@@ -67,6 +68,21 @@ def test_round_trip(folder):
         assert torch.allclose(denoiser(x, t), plain(x, t).sample, atol=1e-4)  # layouts sum in another order
     assert (denoiser.t_max, denoiser.t_star, denoiser.num_inference_steps) == (5, 4, 1)
     assert read_card(folder).sparse_hashes == ["00" * 16]
+
+
+def test_a_denoiser_opens_in_the_precision_that_is_asked_for(folder, monkeypatch):
+    monkeypatch.setattr(network, "_capabilities", lambda: {"avx512_vnni": True, "avx512_bf16": True})
+    assert load_denoiser(folder).precision == "float32"
+    assert load_denoiser(folder, precision=None).precision == "bfloat16"
+    for precision in ("float32", "bfloat16"):
+        assert load_denoiser(folder, precision=precision).precision == precision
+    if load_denoiser(folder).int8:
+        assert load_denoiser(folder, precision="int8").precision == "int8"
+    else:
+        with pytest.raises(ConfigError, match="network shuffled"):
+            load_denoiser(folder, precision="int8")
+    with pytest.raises(ConfigError, match=r"purify\.precision fp16: expected one of float32, bfloat16, int8"):
+        load_denoiser(folder, precision="fp16")
 
 
 def test_diffusers_reads_our_schedule(folder):

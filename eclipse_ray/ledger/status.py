@@ -201,7 +201,7 @@ def write_changes(store: Store, shard: str, generation: int, table: pa.Table) ->
 def read_changes(store: Store, statuses: Sequence[Status]) -> pa.Table:
     """Return the changes of the images of committed shards, with the column `shard`; failures only of the newest.
 
-    Shards of which none are recorded (earlier versions) are left out. Raises StorageError if some are damaged.
+    Shards of which none are recorded are left out. Raises StorageError if some are damaged.
     """
 
     def of_shard(status: Status) -> list[pa.Table]:

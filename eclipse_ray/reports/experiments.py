@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from eclipse_ray.config import flatten
 from eclipse_ray.errors import InputError
-from eclipse_ray.ledger import layout, read_settings
+from eclipse_ray.ledger import layout
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Section, Table, Text, value_words
 from eclipse_ray.reports.charts import LIGHT, MARKERS, WIDE, draw, legible, lines
 from eclipse_ray.reports.folder import BEST, read_mapping
@@ -60,9 +60,8 @@ def demo(store: Store) -> Section:
 
 
 def matrix(store: Store) -> Section:
-    """Return the section with all tables of a matrix; its settings may name the paper's dataset."""
-    config = read_settings(store)
-    view = read_view(store, config.matrix.published if config else None)
+    """Return the section with all tables of a matrix."""
+    view = read_view(store)
     measured = [cells for victim in view.victims if (cells := Cells(view, victim)).rows]
     charts = [_dots(cells, place) for place, cells in enumerate(measured, 1)]
     best = _best(measured[0]) if measured else "No cell is measured yet."

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 import yaml
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -31,7 +30,6 @@ from eclipse_ray.diffusion.checkpoint import CARD_FILE, SCHEDULER_FILE, Card, pa
 from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.errors import EclipseError, InputError, did_you_mean
 from eclipse_ray.ledger import layout
-from eclipse_ray.quality import changes
 from eclipse_ray.reports.tables import RESULTS, TABLE
 from eclipse_ray.results import EVALUATION_FILE
 from eclipse_ray.storage.store import Store
@@ -179,7 +177,7 @@ class Purification:
 
     `samples` are images of a few shards, `most` and `least` the most and the least changed images, `notes`
     sentences on what could not be read, `failures` the first error rows. `changes` has one row per image, with
-    the columns of `ledger.CHANGES_SCHEMA`: of all images if `recorded`, else (earlier versions) of the samples.
+    the columns of `ledger.CHANGES_SCHEMA`.
     """
 
     def __init__(self, store: Store, moved: Settings | None = None, origin: str | None = None) -> None:
@@ -197,7 +195,6 @@ class Purification:
         self.notes: list[str] = []
         self.samples = self._sampled(origin)
         self.changes = ledger.read_changes(store, self.done)
-        self.recorded = len(self.changes) > 0
         self.most, self.least = self._extremes()
 
     @property
@@ -214,14 +211,12 @@ class Purification:
 
     def _extremes(self) -> tuple[list[Sample], list[Sample]]:
         """Return the most changed images, the most changed first, and the least changed, the least first."""
-        if not self.recorded:
-            self.changes = _measured(self.samples)
         good = self.changes.filter(self.changes["psnr"].is_valid())
         good = good.sort_by([("psnr", "ascending"), ("id", "ascending")])
         rows = [*range(min(MOST, len(good))), *range(max(MOST, len(good) - LEAST), len(good))]
         shown = good.take(pa.array(rows, pa.int64())).to_pylist()
-        images = {sample.id: sample for sample in self.samples}
-        if self.recorded and self.config.data.source:
+        images: dict[str, Sample] = {}
+        if self.config.data.source:
             places: dict[str, list[Span]] = {}
             for row in shown:
                 places.setdefault(row["shard"], []).append((row["key"], row["row"], row["row"] + 1))
@@ -288,16 +283,6 @@ class Purification:
             two = decode_required(f"{self.store.url}: image {id}", new, DataConfig())
             found += [Sample(id, label, one, two)] if one.shape == two.shape else []
         return found
-
-
-def _measured(samples: Sequence[Sample]) -> pa.Table:
-    """Return how far the samples were changed, as the purification would have recorded it."""
-    rows = []
-    for sample in samples:
-        psnr, ssim = changes(torch.from_numpy(sample.after[None]), torch.from_numpy(sample.before[None]))
-        likeness = None if ssim.isnan() else float(ssim)
-        rows.append({"id": sample.id, "label": sample.label, "psnr": float(psnr), "ssim": likeness})
-    return pa.Table.from_pylist(rows, ledger.CHANGES_SCHEMA)
 
 
 def _with_clean(drawn: Sequence[Sample], clean: Source, data: DataConfig, offset: int) -> list[Sample]:

@@ -128,8 +128,6 @@ def _cost(run: Purification) -> list[str]:
 
 def _of(run: Purification) -> str:
     count = len(_values(run, "psnr"))
-    if not run.recorded:
-        return f"{count:,} sampled images"
     return f"all {count:,} images" if count == run.ok else f"{count:,} of {run.ok:,} images"
 
 
@@ -148,11 +146,6 @@ def changed(run: Purification) -> Section:
     blocks: list[Block] = [Text(note, note=True) for note in run.notes]
     if not len(psnr):
         return Section("changed", "Which images changed", [*blocks, Text("There is no image to show.")])
-    if not run.recorded:
-        text = (
-            f"An earlier version did not record each image's change: {len(psnr)} sampled images are measured here."
-        )
-        blocks.append(Text(text, note=True))
     for name, samples in (("most", run.most), ("least", run.least)):
         if samples:
             caption = f"The {len(samples)} {name} changed images"
@@ -197,7 +190,7 @@ def classes(run: Purification) -> list[Section]:
         [
             run.class_name(row["label"]) or "unknown",
             f"{row['psnr_count']:,}",
-            f"{row['id_count'] - row['psnr_count']:,}" if run.recorded else "-",
+            f"{row['id_count'] - row['psnr_count']:,}",
             "-" if row["psnr_mean"] is None else f"{row['psnr_mean']:.1f}",
             "-" if row["ssim_mean"] is None else f"{row['ssim_mean']:.3f}",
         ]

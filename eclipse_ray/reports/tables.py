@@ -61,39 +61,16 @@ def read_table(store: Store) -> pa.Table:
         raise InputError(f"{store.path(RESULTS)}: cannot be read ({error}); run its command again") from error
 
 
-def read_view(store: Store, dataset: str | None) -> MatrixView:
-    """Return the view that `write_tables` wrote. Raises InputError if it is damaged.
-
-    Folders of earlier versions may lack a column, which is null then. Or they hold rows only: their axes are the
-    labels of the rows, and `dataset` names the paper's dataset, or is None.
-    """
+def read_view(store: Store) -> MatrixView:
+    """Return the view that `write_tables` wrote. Raises InputError if it is damaged or of another version."""
     table = read_table(store)
-    rows = [dict.fromkeys(TIDY.names) | row for row in table.to_pylist()]
     axes = (table.schema.metadata or {}).get(AXES)
-    if axes is None:
-        return _view_of_rows(rows, dataset)
+    if axes is None or table.column_names != TIDY.names:
+        raise InputError(f"{store.path(RESULTS)}: not written by this version; run its command again")
     tree = json.loads(axes)
     for name in ("columns", "defenses", "victims"):
         tree[name] = [MatrixAxis(**axis) for axis in tree[name]]
-    return MatrixView(**tree, rows=rows)
-
-
-def _view_of_rows(rows: list[Row], dataset: str | None) -> MatrixView:
-    def axis(column: str, details: str = "") -> list[MatrixAxis]:
-        found = {row[column]: row.get(details) or "" for row in rows}
-        return [MatrixAxis(label, label, words) for label, words in found.items()]
-
-    return MatrixView(
-        columns=axis("poison", "budget"),
-        defenses=axis("defense"),
-        victims=axis("victim"),
-        seeds=sorted({row["seed"] for row in rows}),
-        dataset=dataset,
-        images=max((row["n"] for row in rows), default=0),
-        sparse=max((row["sparse"] for row in rows), default=0),
-        test_images=max((row["test_images"] for row in rows), default=0),
-        rows=rows,
-    )
+    return MatrixView(**tree, rows=table.to_pylist())
 
 
 def tables_of(view: MatrixView) -> list[Block]:

@@ -137,13 +137,12 @@ def read_changes(folder: Path) -> pa.Table:
     return ledger.read_changes(store, list(ledger.read_statuses(store).values()))
 
 
-def test_a_folder_of_an_earlier_version_is_told_from_a_sample(folders, tmp_path):
+def test_a_folder_without_records_of_changes_is_told_without_them(folders, tmp_path):
     shutil.copytree(folders["purify"], tmp_path / "old")
     shutil.rmtree(tmp_path / "old/_eclipse/changes")
     text = page_of(tmp_path / "old").text
-    assert "An earlier version did not record each image's change: 64 sampled images are measured here." in text
-    assert "(64 sampled images)" in text
-    assert "The 10 most changed images" in text
+    assert "There is no image to show." in text
+    assert "most changed images" not in text
     assert verbs.verify(str(tmp_path / "old")).ok
 
 

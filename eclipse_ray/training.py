@@ -64,8 +64,6 @@ from eclipse_ray.victims.training import fast_where_allowed
 
 STATE_FILE = "state.pt"
 FILTERS_KEY = "_eclipse/filters.json"
-# Settings that say how training is spread or watched; all others decide the weights.
-NOT_IN_FINGERPRINT = {"output", "against", "num_workers", "use_gpu", "report_every", "checkpoint_every"}
 MOST_SUSPICIOUS = 50_000
 """Most images that surrogates are trained on; their number of optimiser steps is bounded anyway."""
 
@@ -153,7 +151,7 @@ def _suspicious_set(config: Config, clean: str, trusted: MixedSet) -> Suspicious
 
 def deciding_settings(denoiser: DenoiserConfig) -> dict[str, Any]:
     """Return the settings that decide the weights."""
-    settings = denoiser.model_dump(mode="json", exclude=NOT_IN_FINGERPRINT)
+    settings = denoiser.model_dump(mode="json", exclude=denoiser.OF_A_RUN)
     # Denoisers that were trained when float32 was the only precision have fingerprints without it.
     if settings["precision"] == "float32":
         del settings["precision"]

@@ -188,6 +188,9 @@ def default_t_max(t_star: int, num_train_timesteps: int) -> int:
 class DenoiserConfig(Section):
     """Network and training of the denoiser (arXiv 2406.15093, Algorithm 1)."""
 
+    # Locations, and how training is spread or watched; all others decide the weights.
+    OF_A_RUN: ClassVar = {"output", "against", "num_workers", "use_gpu", "report_every", "checkpoint_every"}
+
     preset: Literal["debug", "small", "unet", "paper"] = Field("small", description="Named group of defaults.")
     output: Location | None = Field(None, description="Folder of the trained denoiser.")
     against: Location | None = Field(

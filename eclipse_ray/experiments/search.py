@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eclipse_ray.config import Config, Range, with_overrides
+from eclipse_ray.config import Config, DenoiserConfig, Range, with_overrides
 from eclipse_ray.diffusion.sampling import check_purification
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments.recipe import (
@@ -38,7 +38,6 @@ Point = dict[str, Any]
 SPARSE_PERCENT = "sweep.sparse_percent"
 PURIFY_AXES = ("t_star", "num_inference_steps", "sampler")
 COMPENSATION_AXES = ("mode", "p", "sigma", "coarse_sigma", "coarse_grid", "colour_sigma")
-NO_DENOISER_AXES = ("output", "against", "num_workers", "use_gpu", "report_every", "checkpoint_every")
 DRAWS_PER_TRIAL = 50
 """Random points drawn per wanted point before a small space counts as exhausted."""
 
@@ -214,7 +213,7 @@ def _resolved(config: Config, facts: Facts) -> Config:
 
 def _trains(key: str) -> bool:
     section, _, name = key.partition(".")
-    return key == SPARSE_PERCENT or (section == "denoiser" and name not in NO_DENOISER_AXES)
+    return key == SPARSE_PERCENT or (section == "denoiser" and name not in DenoiserConfig.OF_A_RUN)
 
 
 def _draw(values: list[Any] | Range, rng: random.Random) -> Any:

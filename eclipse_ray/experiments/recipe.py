@@ -25,7 +25,7 @@ from eclipse_ray.diffusion.process import cosine_alphas_cumprod
 from eclipse_ray.diffusion.sampling import ENGINE_VERSION, check_purification
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.inversion import METHOD
-from eclipse_ray.poisons import OPTIMISED, cost_of, resolved_poison
+from eclipse_ray.poisons import OPTIMISED, attacks_denoiser, cost_of, resolved_poison
 from eclipse_ray.poisons.adp import Adp, check_attacked
 from eclipse_ray.purification.plan import PURIFY_IN_FINGERPRINT
 
@@ -364,7 +364,10 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
             parts = ["published", VERSION, facts.source, facts.published[entry.source]]
             columns.append(Column(entry, None, digest(parts)))
             continue
-        poison, denoised = resolved_poison(chosen.poison), attacked(chosen)
+        denoised = attacked(chosen)
+        # That of the section is for the poisons that attack one.
+        own = {} if denoised else {"denoiser": None}
+        poison = resolved_poison(chosen.poison.model_copy(update=own))
         kept = {
             "denoiser": denoised is not None,
             "cost": cost_of(poison),
@@ -399,7 +402,7 @@ def attacked(config: Config) -> Config | None:
 
     It is that of poison.denoiser, else the defender's own.
     """
-    if config.poison.name != "adp" or config.poison.variant != "strong":
+    if not attacks_denoiser(config.poison):
         return None
     purify = config.purify.model_copy(update={"denoiser": config.poison.denoiser or config.purify.denoiser})
     return config.model_copy(update={"purify": purify})

@@ -78,13 +78,28 @@ def settings_of(config: PoisonConfig) -> PoisonSettings:
     model = _named(config.name)
     chosen = config.own()
     _refuse_unknown(chosen, model.model_fields, f"{config.name} has no such setting")
-    return validated(model, {**_numbers(model, config.cost, chosen), **chosen}, "poison")
+    found = validated(model, {**_numbers(model, config.cost, chosen), **chosen}, "poison")
+    for name in found.parts if isinstance(found, Mixture) else ():
+        if name not in SINGLE:
+            raise ConfigError(f"poison.parts: {name} is no closed-form poison; choose from {', '.join(SINGLE)}")
+    return found
 
 
 def resolved_poison(config: PoisonConfig) -> PoisonConfig:
-    """Return `config` with every setting of its poison written out. Raises as `settings_of` does."""
+    """Return `config` with every setting of its poison written out.
+
+    Raises as `settings_of` does, and for a denoiser that the poison does not attack.
+    """
+    own = settings_of(config).model_dump(mode="json")
+    if config.denoiser and not attacks_denoiser(config):
+        raise ConfigError("poison.denoiser: only adp with poison.variant=strong attacks a denoiser; leave it out")
     shared = config.model_dump(mode="json", include={"name", "cost", *PoisonConfig.OF_A_RUN})
-    return PoisonConfig.model_validate({**shared, **settings_of(config).model_dump(mode="json")})
+    return PoisonConfig.model_validate({**shared, **own})
+
+
+def attacks_denoiser(config: PoisonConfig) -> bool:
+    """Return whether a poison is made against a denoiser, which must be there first."""
+    return config.name == "adp" and config.variant == "strong"
 
 
 def check_poison(config: PoisonConfig) -> None:

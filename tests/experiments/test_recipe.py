@@ -183,6 +183,16 @@ def test_a_denoiser_that_a_poison_attacks_is_known_by_its_content_wherever_it_is
         column_of("a", "one", denoiser="a", t_star=6)
 
 
+def test_a_denoiser_in_the_section_is_for_the_poisons_that_attack_one():
+    facts = replace(FACTS, denoisers={"given": GIVEN["given"]})
+    strong = {"name": "adp", "variant": "strong"}
+    columns = grid(
+        facts, poison__denoiser="given", matrix__poisons=["em", strong], matrix__defenses=["none"]
+    ).columns
+    assert [column.config and column.config.poison.denoiser for column in columns] == [None, None, "given"]
+    assert columns[1].key == grid(matrix__poisons=["em"]).columns[1].key
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -8,7 +8,16 @@ import torch
 
 from eclipse_ray.config import PoisonConfig
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.poisons import POISONS, ar, budget, perturb, poison_images, settings_of
+from eclipse_ray.poisons import (
+    POISONS,
+    ar,
+    budget,
+    check_poison,
+    perturb,
+    poison_images,
+    resolved_poison,
+    settings_of,
+)
 from eclipse_ray.poisons.ar import MARGIN, TAPS, generate, processes, published_processes
 from eclipse_ray.poisons.cuda import class_filters, convolve
 from eclipse_ray.poisons.interface import store
@@ -262,7 +271,15 @@ def test_each_image_of_a_mixture_is_what_one_of_its_parts_alone_stores():
 @pytest.mark.parametrize("name", ["em", "mixture", "ops", "nothing"])
 def test_a_part_that_is_no_closed_form_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=rf"poison.parts: {name} is no closed-form poison; choose from urp"):
-        poisoned(tiny_images(4), name="mixture", parts=("ar", name))
+        check_poison(PoisonConfig(name="mixture", parts=("ar", name)))
+
+
+def test_only_what_attacks_a_denoiser_takes_one():
+    kept = resolved_poison(PoisonConfig(name="adp", variant="strong", denoiser="given"))
+    assert kept.denoiser == "given"
+    for config in (PoisonConfig(name=name, denoiser="given") for name in ("adp", "em", "ar")):
+        with pytest.raises(ConfigError, match=r"poison\.denoiser: only adp with poison\.variant=strong"):
+            resolved_poison(config)
 
 
 def test_a_mixture_has_no_scope_and_no_bound_of_its_own():

@@ -11,7 +11,14 @@ import pyarrow as pa
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.ledger import layout
 from eclipse_ray.ledger.plan import Shard, plan_digest, read_fingerprint, read_plan
-from eclipse_ray.ledger.status import Status, newest_generations, pending, read_statuses, scan_statuses
+from eclipse_ray.ledger.status import (
+    Status,
+    newest_generations,
+    pending,
+    read_status,
+    read_statuses,
+    scan_statuses,
+)
 from eclipse_ray.results import VerifyResult
 from eclipse_ray.storage.store import Store
 
@@ -263,6 +270,11 @@ def _check_folder(store: Store, shards: Sequence[Shard], statuses: Mapping[str, 
             f"{store.url}: {len(missing)} of {len(shards)} shards are not done, the first of them "
             f"{missing[0].name}; run the same command again"
         )
+    for shard in missing if store.local else ():
+        try:
+            read_status(store, shard.name, 0)
+        except InputError as error:  # A folder in the place of a status is in no listing.
+            problems.append(str(error))
     for name in sorted(statuses.keys() - {shard.name for shard in shards}):
         problems.append(f"{store.path(layout.STATUS)}/{name}: the plan has no such shard")
     named = {status.object for status in statuses.values()}

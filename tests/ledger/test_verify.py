@@ -93,12 +93,14 @@ def test_a_folder_in_the_place_of_a_file_is_found_and_can_be_mended(tmp_path, ke
     assert verify(store).ok
 
 
-def test_a_folder_in_the_place_of_a_status_is_named_by_the_run_that_would_write_it(tmp_path):
+def test_a_folder_in_the_place_of_a_status_is_named_by_verify_and_by_the_run(tmp_path):
     store, shards = Store(str(tmp_path)), make_shards()
     complete(store, shards)
     (tmp_path / "_eclipse/status/000001/0.json").unlink()
     (tmp_path / "_eclipse/status/000001/0.json").mkdir()
-    assert "the first of them 000001; run the same command again" in verify(store).mismatched[0]
+    missing, named, _ = verify(store).mismatched
+    assert "the first of them 000001; run the same command again" in missing
+    assert "000001/0.json: is a folder where a file should be" in named
     with pytest.raises(InputError, match=r"000001/0\.json: is a folder where a file should be; name a file"):
         complete(store, shards)
 

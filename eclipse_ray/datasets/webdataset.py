@@ -64,7 +64,8 @@ PICKLED = frozenset({"pkl", "pickle", "pt", "pth", "npy", "npz", "pyd", "ten", "
 _TEXT = frozenset(
     {"txt", "text", "json", "jsonl", "csv", "tsv", "xml", "html", "md", "yaml", "yml", "caption", "cls", "url"}
 )
-_ESCAPED = re.compile(r"[%.\\\x00-\x20\x7f]|^/|(?<=/)/|/\Z")
+# Besides, a folder that only macOS makes would be hidden.
+_ESCAPED = re.compile(r"[%.\\\x00-\x20\x7f]|^/|(?<=/)/|/\Z|(?<![^/])_(?=_MACOSX/)")
 
 Sample = dict[str, Member]
 # Of one tar: keys, the offsets of each sample and of the end of the last one, and all extensions.

@@ -4,10 +4,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from eclipse_ray.config import DataConfig
+from eclipse_ray.datasets.folder import is_dotted
 from eclipse_ray.datasets.formats import open_source, read_labels, read_parts
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import image_bytes
@@ -410,6 +411,7 @@ def test_a_column_name_of_another_set_changes_nothing_in_a_tar(tmp_path):
 
 
 @given(st.text(max_size=12), st.text(max_size=12))
+@example("__MACOSX/a", "a/__MACOSX/b")
 def test_keys_hold_any_id(one, other):
     key = escape_key(one)
     assert unescape_key(key) == one
@@ -418,6 +420,7 @@ def test_keys_hold_any_id(one, other):
     assert key
     assert not key.startswith("/")
     assert not key.endswith("/")
+    assert not is_dotted(f"{key}.png")
 
 
 def test_a_tar_that_changed_since_it_was_listed_is_named(tmp_path):

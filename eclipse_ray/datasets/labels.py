@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig, digest
 from eclipse_ray.datasets import arrays, folder, npz, published
 from eclipse_ray.datasets.pickles import read_file, values_of
-from eclipse_ray.datasets.table import LABEL_NAMES, WHOLE, Part
+from eclipse_ray.datasets.table import FRACTION, LABEL_NAMES, WHOLE, Part
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 
@@ -55,7 +55,7 @@ class LabelFile:
 
 
 def read_label_file(url: str, column: str = _DEFAULT_COLUMN) -> LabelFile:
-    """Return the labels in a file. Text becomes indices into the sorted class names; nothing is unpickled.
+    """Return the labels in a file. Text becomes indices into the class names, as in tables; nothing is unpickled.
 
     `column` names the labels in a table. Raises InputError for a file that is missing, or holds anything else.
     """
@@ -116,13 +116,13 @@ def _from_values(where: str, values: list[Any]) -> tuple[Values, list[str] | Non
     plain = all(isinstance(value, str | int | float) and not isinstance(value, bool) for value in values)
     if plain and all(WHOLE.fullmatch(text) for text in texts):
         return np.array([int(text.partition(".")[0]) for text in texts], np.int64), None
-    odd = next((row for row, value in enumerate(values) if not isinstance(value, str) or not texts[row]), None)
-    if odd is not None:
-        raise InputError(
-            f"{where}: label {odd} is {values[odd]!r}; expected whole numbers, or names of classes, for all images"
-        )
-    classes = sorted(set(texts))
-    place = {name: index for index, name in enumerate(classes)}
+    for row, (value, text) in enumerate(zip(values, texts, strict=True)):
+        if not isinstance(value, str) or not text or FRACTION.fullmatch(text):
+            raise InputError(
+                f"{where}: label {row} is {value!r}; expected whole numbers, or names of classes, for all images"
+            )
+    classes = folder.classes_of_texts(where, set(texts), None)
+    place = {name: index for index, name in enumerate(classes or [])} | {"-1": -1}
     return np.array([place[text] for text in texts], np.int64), classes
 
 

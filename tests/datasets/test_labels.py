@@ -552,6 +552,20 @@ def test_space_around_labels_means_nothing(tmp_path):
         assert (list(found.values()), known) == (labels, classes)
 
 
+def test_texts_mean_the_same_in_a_label_file_as_in_a_table(tmp_path):
+    values = ["c10", "c9", "-1", " c1"]
+    table = pa.table({"image": [encode_image(PIXELS[0], "png")] * 4, "label": values})
+    pq.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "l.json").write_text(json.dumps(values))
+    found = read_label_file(str(tmp_path / "l.json"))
+    assert (found.labels.tolist(), found.classes) == ([2, 1, -1, 0], ["c1", "c9", "c10"])
+    stored, classes = labels_at(str(tmp_path / "t.parquet"))
+    assert (list(stored.values()), classes) == ([2, 1, None, 0], found.classes)
+    (tmp_path / "l.json").write_text('["cat", "0.5"]')
+    with pytest.raises(InputError, match=r"label 1 is '0\.5'; expected whole numbers, or names of classes"):
+        read_label_file(str(tmp_path / "l.json"))
+
+
 KINDS = ("parquet", "webdataset", "npz", "npy", "pt", "pkl", "cifar")
 
 

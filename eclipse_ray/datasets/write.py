@@ -69,12 +69,18 @@ def write_dataset(
     """
     store = Store(url)
     mark = _begin(store, doing, resume)
-    labelled = False
+    schema = pa.schema([])
 
     def watched() -> Iterator[pa.Table]:
-        nonlocal labelled
+        nonlocal schema
         for table in tables:
-            labelled = labelled or "label" in table.column_names
+            try:
+                schema = pa.unify_schemas([schema, table.schema])
+            except pa.ArrowException as error:
+                raise InputError(
+                    f"{source}: its files have different columns: {error}; make them alike, or leave such columns "
+                    "out with --set data.extra_columns=drop"
+                ) from error
             yield table
 
     try:
@@ -88,7 +94,7 @@ def write_dataset(
         "images": images,
         "classes": None if classes is None else list(classes),
         "source": source,
-        **({} if labelled else {LABELLED: False}),
+        **({} if "label" in schema.names else {LABELLED: False}),
         **({"passed_over": passed_over} if passed_over else {}),
     }
     if layout == "webdataset":

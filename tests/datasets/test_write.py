@@ -1,6 +1,7 @@
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,7 @@ from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import choose_clean, load_images
 from eclipse_ray.datasets.perturbation import apply
 from eclipse_ray.datasets.table import canonical_table, image_bytes, regroup
-from eclipse_ray.datasets.write import convert, split
+from eclipse_ray.datasets.write import convert, split, write_dataset
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage.local import LocalFolder
 from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, refused, table_of, write_set
@@ -164,6 +165,13 @@ def test_what_an_interrupted_command_left_is_written_anew_by_the_same_one(verb, 
     assert not [path for path in files if path.name in ("unfinished", "left.png")]
     parts = [tmp_path / "out/clean", tmp_path / "out/rest"] if verb == "split" else [tmp_path / "out"]
     assert sum(read_all(part).num_rows for part in parts) == 9
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset", "npz", "npy"])
+def test_files_whose_columns_are_of_different_types_are_refused(layout, tmp_path):
+    tables = [table_of(noise(1), [0]).append_column("x", pa.array([value])) for value in (1, "a")]
+    with pytest.raises(InputError, match=r"^src: its files have different columns: .* x .*; make them alike"):
+        write_dataset(str(tmp_path), tables, classes=None, source="src", layout=layout)
 
 
 @pytest.mark.parametrize("layout", ["parquet", "folder", "webdataset", "npz", "npy"])

@@ -264,14 +264,15 @@ def _labels_beside(store: Store, key: str, config: DataConfig) -> str | None:
 
 def _labels_of(store: Store, key: str, rows: int) -> NDArray[np.int64]:
     where = f"{store.url}/{key}"
-    array, read = read_array(store, key)
-    if not are_labels(array.shape, array.dtype, rows):
-        advice = "mend it, or move it elsewhere to read the images without labels"
-        raise InputError(
-            f"{where}: holds {array.dtype} {array.shape} where the labels of {rows} images are expected; "
-            f"{_NAMED if array.dtype.kind in 'US' else advice}"
-        )
-    return to_labels(where, read(0, rows))
+    with store.open(key) as file:
+        array = _arrays(store, key, file)[""]
+        if not are_labels(array.shape, array.dtype, rows):
+            advice = "mend it, or move it elsewhere to read the images without labels"
+            raise InputError(
+                f"{where}: holds {array.dtype} {array.shape} where the labels of {rows} images are expected; "
+                f"{_NAMED if array.dtype.kind in 'US' else advice}"
+            )
+        return to_labels(where, _rows(where, file, array, 0, rows))
 
 
 # A file is sampled once per process, not once per shard; `version` tells that it is still the same file.

@@ -273,7 +273,7 @@ def _check_folder(store: Store, shards: Sequence[Shard], statuses: Mapping[str, 
     for shard in missing if store.local else ():
         try:
             read_status(store, shard.name, 0)
-        except InputError as error:  # A folder in the place of a status is in no listing.
+        except (InputError, StorageError) as error:  # A folder in the place of a status is in no listing.
             problems.append(str(error))
     for name in sorted(statuses.keys() - {shard.name for shard in shards}):
         problems.append(f"{store.path(layout.STATUS)}/{name}: the plan has no such shard")

@@ -24,7 +24,7 @@ import typer.core
 
 from eclipse_ray import results as made
 from eclipse_ray import verbs
-from eclipse_ray.config import LOCATIONS, Config, require_everywhere
+from eclipse_ray.config import LOCATIONS, Config, meant, require_everywhere
 from eclipse_ray.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILURE,
@@ -280,11 +280,14 @@ def usage_sentence(error: Any) -> str:
     context = error.ctx
     option = getattr(error, "option_name", None)
     if option and context is not None and "No such option" in error.message:
-        known = [name for one in context.command.params for name in one.opts if name.startswith("--")]
-        close = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
-        text = f"no such option: {option}" + (f"; did you mean {close[0]}?" if close else "")
+        known = [name[2:] for one in context.command.params for name in one.opts if name.startswith("--")]
+        close = [f"--{one}" for one in difflib.get_close_matches(option.lstrip("-"), known, n=1)]
+        # Most settings have no option of their own.
+        close = close or [f"--set {one}=VALUE" for one in meant("", option.lstrip("-").replace("-", "_"), ())]
+        text = f"no such option: {option}" + (f"; did you mean {' or '.join(close)}?" if close else "")
     else:
         text = error.format_message().replace("Value error, ", "").rstrip(".")
+        text = re.sub("Input should be ([^,]*).*", r"it must be \1", text)
         text = text[:1].lower() + text[1:] + _nearest_choice(text)
     path = context.command_path if context is not None else "eclipse-ray"
     return text if not text else f"{text}{'' if text.endswith('?') else ';'} see {path} --help"

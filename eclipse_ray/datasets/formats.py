@@ -221,10 +221,11 @@ def _claimed(url: str, store: Store, visible: Sequence[Entry]) -> tuple[str, lis
         _refuse_no_file_name(url)
         if foreign := _foreign_name(visible) or _foreign_form(store, visible):
             raise InputError(f"{url}: {foreign}")
+        what = f"files such as {visible[0].key} are no dataset" if visible else "there is no file here"
         raise InputError(
-            f"{url}: found {len(visible)} files, none of them Parquet (.parquet), an image (.png, .jpg, ...), a "
-            "WebDataset (.tar), a NumPy file (.npz, .npy), a CIFAR batch (data_batch_1, ...) or a "
-            "published poison (.pt, .pth, .pkl); name the folder that holds the data"
+            f"{url}: {what}; expected Parquet (.parquet), images (.png, .jpg, ...), a WebDataset (.tar), "
+            "NumPy files (.npz, .npy), CIFAR batches (data_batch_1, ...) or a published poison (.pt, .pth, .pkl); "
+            "name the folder that holds the data"
         )
     if len(found) > 1:
         some = ", ".join(f"{len(claimed)} {name} ({claimed[0].key})" for name, claimed in found.items())

@@ -26,8 +26,8 @@ def parquet(*ids, **extras):
 
 
 REFUSED = {
-    "an empty folder": ({}, "found 0 files"),
-    "no dataset": ({"notes.txt": b"hello"}, "found 1 files"),
+    "an empty folder": ({}, "there is no file here; expected Parquet"),
+    "no dataset": ({"notes.txt": b"hello"}, "files such as notes.txt are no dataset; expected Parquet"),
     "no rows": ({"a.parquet": parquet()}, "no images in it"),
     "two kinds": ({"a.parquet": parquet("a"), "b.png": PNG}, "1 parquet (a.parquet), 1 folder (b.png)"),
     "other classes": (

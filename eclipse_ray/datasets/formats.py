@@ -639,7 +639,7 @@ def _refuse_mixed_splits(url: str, entries: Sequence[Entry], data_config: DataCo
         raise InputError(
             f"{url}: holds more than one split: {some}; name one of them by a file, folder or pattern, "
             f"for example '{url.rstrip('/')}/{_pattern(first)}'"
-            f"{folder.ARE_CLASSES if '/' in first and not classes else ''}"
+            f"{folder.ARE_CLASSES if '/' in first and len(tops) > 1 and not classes else ''}"
         )
 
 

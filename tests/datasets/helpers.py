@@ -67,8 +67,8 @@ def read_rows(url: object, start: int, stop: int) -> pa.Table:
     return read_parts(source.url, source.format, source.classes, [(part.key, start, stop)], CONFIG)
 
 
-def refused(url: object, *words: str, reading: bool = False, **settings: object) -> None:
-    """Check that a dataset is refused in one sentence with all `words`: when it is opened, or `reading` it."""
+def refused(url: object, *words: str, reading: bool = False, **settings: object) -> str:
+    """Check that a dataset is refused in one sentence with all `words`, opened or by `reading`; return that."""
     config = DataConfig(**settings)
     source = open_source(str(url), config) if reading else None
     with pytest.raises(InputError) as caught:
@@ -76,6 +76,7 @@ def refused(url: object, *words: str, reading: bool = False, **settings: object)
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+    return message
 
 
 def time_out(monkeypatch: pytest.MonkeyPatch, times: int, after: int = 0) -> None:

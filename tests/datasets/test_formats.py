@@ -81,7 +81,10 @@ BATCH = pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [0]})
 def test_splits_are_read_one_at_a_time(tmp_path, names, glob, images):
     data = parquet("a") if "parquet" in names[0] else BATCH
     put(tmp_path, dict.fromkeys(names, data))
-    refused(tmp_path, "more than one split: ", f"/{glob}'")
+    # Only folders may be classes.
+    several = len({name.partition("/")[0] for name in names if "/" in name}) > 1
+    end = "; if these folders are classes, say so with --set data.labels=folder" if several else ""
+    assert refused(tmp_path, "more than one split: ").endswith(f"/{glob}'{end}")
     assert open_source(f"{tmp_path}/{glob}", CONFIG).images == images
 
 

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import signal
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -91,6 +92,12 @@ def error_of_note(note: str) -> EclipseError:
     """Return the error that a worker wrote down, of its own class and hence with its exit code."""
     name, text = json.loads(note)
     return {kind.__name__: kind for kind in EclipseError.__subclasses__()}.get(name, EclipseError)(text)
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence on a name that is none of `known`, with the nearest if one is near."""
+    close = difflib.get_close_matches(name, known := list(known), n=1)
+    return f"is unknown; {f'did you mean {close[0]}? There' if close else 'there'} are: {', '.join(known)}"
 
 
 def did_you_mean(path: str) -> str:

@@ -15,7 +15,7 @@ from eclipse_ray.defenses.eclipse import Avatar, Draws, avatar, compensate, puri
 from eclipse_ray.defenses.interface import Defense, DefenseSettings, Material, Transform, apply_transform
 from eclipse_ray.defenses.op import Op, project, strong_augmentation
 from eclipse_ray.defenses.simple import Cutout, DpSgd, IssJ, cutmix, cutout, mixup
-from eclipse_ray.errors import ConfigError
+from eclipse_ray.errors import ConfigError, unknown
 from eclipse_ray.victims.training import Augmentation
 
 DEFENSES: dict[str, Defense] = {
@@ -104,10 +104,7 @@ def combine(name: str) -> Defense:
 def _find(name: str) -> Defense:
     if name in DEFENSES:
         return DEFENSES[name]
-    close = difflib.get_close_matches(name, DEFENSES, n=1, cutoff=0.0)
-    raise ConfigError(
-        f"the defense {name!r} is unknown; did you mean {close[0]}? There are: {', '.join(DEFENSES)}"
-    )
+    raise ConfigError(f"the defense {name!r} {unknown(name, DEFENSES)}")
 
 
 def _check(name: str, parts: list[Defense]) -> None:

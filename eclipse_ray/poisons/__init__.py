@@ -7,7 +7,6 @@ whole dataset; the state this gives then perturbs any part of it. A poison is on
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eclipse_ray.config import PoisonConfig, meant, validated
-from eclipse_ray.errors import ConfigError
+from eclipse_ray.errors import ConfigError, unknown
 from eclipse_ray.poisons.adp import Adp, fit_adp
 from eclipse_ray.poisons.ar import Ar, ar_perturbation
 from eclipse_ray.poisons.cuda import Cuda, cuda_perturbation
@@ -142,8 +141,7 @@ def budget(config: PoisonConfig, shape: Sequence[int]) -> tuple[str, float]:
 def _named(name: str) -> type[PoisonSettings]:
     known = poison_settings()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"poison.name: {name} is unknown; did you mean {close}? There are: {', '.join(known)}")
+        raise ConfigError(f"poison.name: {name} {unknown(name, known)}")
     return known[name]
 
 

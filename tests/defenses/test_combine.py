@@ -67,6 +67,7 @@ def test_the_other_parts_add_up():
     [
         ("eclipsee", "did you mean eclipse?"),
         ("eclipse+cutmixx", "did you mean cutmix?"),
+        ("jpeg", "the defense 'jpeg' is unknown; there are: none, eclipse,"),
         ("", "unknown"),
         ("eclipse+", "unknown"),
         ("aa+aa", "names one twice"),

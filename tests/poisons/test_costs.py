@@ -101,6 +101,7 @@ def test_what_a_poison_comes_in_is_named():
         ({"name": "tap", "steps": 0}, r"poison\.steps: .*greater than or equal to 1"),
         ({"name": "tap", "rounds": 3}, r"poison\.rounds: tap has no such setting"),
         ({"name": "tab"}, r"poison\.name: tab is unknown; did you mean tap\?"),
+        ({"name": "xx"}, r"poison\.name: xx is unknown; there are: urp, lsp,"),
     ],
 )
 def test_settings_that_a_poison_does_not_have_are_refused(settings, message):

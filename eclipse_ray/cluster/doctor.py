@@ -105,7 +105,7 @@ def _devices() -> Iterator[Check]:
         fix = (
             "" if torch.version.cuda else "this torch was built without CUDA; with a GPU, install one that has it"
         )
-        yield Check("gpu", "ok", "none here: everything runs on the CPU, some hundred times slower", fix)
+        yield Check("gpu", "ok", "none here: everything runs on the CPU", fix)
         return
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)

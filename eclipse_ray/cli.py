@@ -471,7 +471,7 @@ def _dataset(result: made.DatasetResult) -> str:
         case {"matched": matched}:
             return f"{matched:,} of {result.images:,} images matched and labelled in {result.output}"
         case {"poison": _} | {"half": _}:
-            words = ", ".join(f"{key} {value}" for key, value in result.details.items() if value is not None)
+            words = ", ".join(f"{key} {value}" for key, value in result.details.items() if value not in (None, ""))
             return f"{result.images:,} images poisoned ({words}) in {result.output}"
     return f"{result.images:,} images written to {result.output}"
 

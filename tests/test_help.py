@@ -16,7 +16,7 @@ from eclipse_ray import cli, parameters, verbs
 from eclipse_ray.config import load_config, parse_assignment
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.parameters import PLANS, declared, resolve, resolved
-from eclipse_ray.results import Result
+from eclipse_ray.results import DatasetResult, Result
 from tests.support import call
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,13 +210,18 @@ def test_a_slip_of_the_pen_is_one_sentence_and_exit_2(monkeypatch, capfd, words,
     assert sentence in err
 
 
+def test_what_a_poison_does_not_have_is_not_said():
+    result = DatasetResult(3, "out", {"poison": "ar", "variant": "", "eps_255": None, "classes": 0})
+    assert cli.in_words(result) == "3 images poisoned (poison ar, classes 0) in out"
+
+
 def test_help_shows_default_and_range_of_a_setting():
     (option,) = [one for one in COMMANDS["purify"].params if one.name == "max_failed_fraction"]
     assert option.help == "More failed images end in exit 3; 0 to 1 (default 0.01)."
 
 
 def test_every_result_shows_itself_in_a_notebook_escaped():
-    from eclipse_ray.results import Check, DatasetResult, DoctorResult, VerifyResult
+    from eclipse_ray.results import Check, DoctorResult, VerifyResult
 
     shown = DatasetResult(1_000, "<script>alert(1)</script>", {"<b>": "&"})._repr_html_()
     assert "<script>" not in shown

@@ -63,7 +63,7 @@ NARROW = 72
 app = typer.Typer(
     name="eclipse-ray",
     help="Purify availability-poisoned image datasets with sparse diffusion denoisers, on Ray.",
-    epilog="First: eclipse-ray doctor, then eclipse-ray demo. Settings of every command: docs/settings.md.",
+    epilog="First: eclipse-ray doctor, then eclipse-ray demo. All settings: eclipse_ray/config/sections.py.",
     pretty_exceptions_enable=False,
     # Tables cut the names of options where they have no room.
     rich_markup_mode="rich" if shutil.get_terminal_size().columns >= NARROW else None,

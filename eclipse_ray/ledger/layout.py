@@ -84,7 +84,7 @@ def require_run(store: Store) -> None:
     if store.exists(DENOISER):
         raise InputError(f"{store.url}: this is a denoiser, the output of train; name the output folder of purify")
     if not (store.exists(FINGERPRINT) or store.exists(PLAN)):
-        raise InputError(f"{store.url}: no purified dataset here ({PRIVATE}/ is missing); check the location")
+        raise InputError(f"{store.url}: no purified dataset here ({PLAN} is missing); name the output of purify")
 
 
 def columns(text: str) -> pa.Schema:

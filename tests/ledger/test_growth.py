@@ -170,6 +170,8 @@ def test_finalise_writes_again_when_a_retry_was_committed_meanwhile():
 def test_cleaning_up_a_folder_that_holds_no_run_is_refused_and_takes_nothing(idle):
     store = memory_store()
     store.create("data/000001-0123456789abcdef.parquet", b"somebody else's table")
-    with pytest.raises(InputError, match="no purified dataset here"):
+    # As evaluate leaves one.
+    store.create("_eclipse/config.yaml", b"")
+    with pytest.raises(InputError, match=r"no purified dataset here \(_eclipse/plan.parquet is missing\); name"):
         collect(store, idle)
     assert store.exists("data/000001-0123456789abcdef.parquet")

@@ -196,8 +196,10 @@ def purify_images(
     and, within 1/255, on nothing else. Both sides may have any length from 16 on; above `tile` they are covered
     by tiles overlapping by `tile_overlap`. An image whose three channels are equal everywhere keeps them equal.
     Raises ConfigError for a depth that was not trained, an unknown sampler or an overlap of more than half a tile,
-    and InputError for a shape that cannot be purified.
+    and InputError for a shape that cannot be purified, or the folder of a denoiser.
     """
+    if not isinstance(denoiser, Denoiser):
+        raise InputError(f"{denoiser!r} is no denoiser in memory; load it with load_denoiser")
     # torch takes neither arrays that cannot be written nor negative strides, as of a flipped view.
     batch = images if isinstance(images, Tensor) else torch.from_numpy(np.require(images, requirements=["C", "W"]))
     check_batch(batch, ids)

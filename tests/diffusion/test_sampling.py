@@ -324,6 +324,7 @@ def test_rounding_never_truncates():
         (16, {"sampler": "euler"}, ConfigError, "purify.sampler euler: expected one of ddpm, ddim"),
         (16, {"ids": ["only one"]}, InputError, "one id"),
         (16, {"ids": [1, 2]}, InputError, "ids that are texts"),
+        (16, {"denoiser": "my/den"}, InputError, "'my/den' is no denoiser in memory; load it with load_denoiser"),
         (16, {"seed": -1}, InputError, "expected a seed from 0"),
         (15, {}, InputError, "40x15 pixels; purification needs at least 16"),
     ],
@@ -331,7 +332,7 @@ def test_rounding_never_truncates():
 def test_misuse_is_explained(denoiser, height, options, error, words):
     images = torch.zeros(2, height, 40, 3, dtype=torch.uint8)
     with pytest.raises(error, match=words):
-        purify_images(images, denoiser, **{"ids": IDS, **options})
+        purify_images(images, **{"denoiser": denoiser, "ids": IDS, **options})
 
 
 def test_no_images_and_views_that_torch_does_not_take_are_purified(denoiser):

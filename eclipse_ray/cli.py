@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from json import dumps
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,7 @@ from eclipse_ray.errors import (
     EXIT_RUN_AGAIN,
     EXIT_TOO_MANY_FAILED,
     STOPPED,
+    ConfigError,
     EclipseError,
     InterruptedRunError,
     end_at_once,
@@ -43,11 +45,13 @@ from eclipse_ray.parameters import (
     PLANS,
     RUN,
     VERBS,
+    Described,
     Parameter,
     Verb,
     check_arguments,
     declared,
     describe,
+    describe_section,
     resolved,
     submittable,
 )
@@ -63,7 +67,7 @@ NARROW = 72
 app = typer.Typer(
     name="eclipse-ray",
     help="Purify availability-poisoned image datasets with sparse diffusion denoisers, on Ray.",
-    epilog="First: eclipse-ray doctor, then eclipse-ray demo. All settings: eclipse_ray/config/sections.py.",
+    epilog="First: eclipse-ray doctor, then eclipse-ray demo. All settings: eclipse-ray settings.",
     pretty_exceptions_enable=False,
     # Tables cut the names of options where they have no room.
     rich_markup_mode="rich" if shutil.get_terminal_size().columns >= NARROW else None,
@@ -238,6 +242,40 @@ def _ask(job: str) -> bool:
         return False
 
 
+@app.command(
+    "settings",
+    rich_help_panel="Start here",
+    epilog="Examples:\n\neclipse-ray settings purify\n\neclipse-ray settings denoiser.preset --json",
+)
+def settings(
+    key: Annotated[
+        str,
+        typer.Argument(
+            metavar="SECTION[.KEY]", help="Only these, for example purify or purify.t_star.", show_default=False
+        ),
+    ] = "",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Say what --set and --config can set: each setting with its type, range and default."""
+    every = {one.key: one for section in Config.model_fields for one in describe_section(section)}
+    within = key.rstrip(".")
+    found = [one for one in every.values() if not within or f"{one.key}.".startswith(f"{within}.")]
+    if not found:
+        near = meant("", within, ()) or difflib.get_close_matches(within, [*Config.model_fields, *every], n=1)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"sections: {', '.join(Config.model_fields)}"
+        raise ConfigError(f"{key} is no setting and no section; {hint}")
+    _print(dumps({"settings": [asdict(one) for one in found]}) if json else "\n".join(map(_setting, found)))
+
+
+def _setting(one: Described) -> str:
+    """Return a setting in words, for a terminal."""
+    head = f"{one.key}  {one.kind}{f', {one.bounds}' if one.bounds else ''}; default {one.default}"
+    text = textwrap.wrap(one.text, shutil.get_terminal_size().columns - 4)
+    return "\n    ".join([head, *text])
+
+
 for _name, _verb in VERBS.items():
     _add(_name, _verb)
 
@@ -319,12 +357,16 @@ def reserve_standard_output() -> None:
 
 def show(result: Result, as_json: bool, given: Mapping[str, Any]) -> None:
     """Print a result on standard output: one JSON object, or words and the command to type next."""
-    lines = [json.dumps(asdict(result)) if as_json else in_words(result)]
+    lines = [dumps(asdict(result)) if as_json else in_words(result)]
     if not as_json and (then := next_words(result, given)):
         lines.append(f"next: {shlex.join(('eclipse-ray', *then))}")
+    _print("\n".join(lines))
+
+
+def _print(text: str) -> None:
     try:
         with os.fdopen(os.dup(_RESULT_FD), "w", encoding="utf-8", errors="backslashreplace") as stream:
-            print("\n".join(lines), file=stream)
+            print(text, file=stream)
     except BrokenPipeError:
         # A reader that has gone, such as `head`, makes no mistake of a finished run.
         pass

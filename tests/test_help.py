@@ -1,19 +1,20 @@
 """The face of the command line: help of every command, words for mistakes, the whole surface frozen in a file."""
 
 import inspect
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 import typer
 
 from eclipse_ray import cli, parameters, verbs
-from eclipse_ray.config import load_config, parse_assignment
+from eclipse_ray.config import Config, load_config, parse_assignment
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.parameters import PLANS, declared, resolve, resolved
 from eclipse_ray.results import DatasetResult, Result
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = GROUP.commands
 SURFACE = ROOT / "tests" / "command_line.txt"
+SETTINGS = {section: parameters.section_fields(section) for section in Config.model_fields}
 
 
 def example_lines(name: str) -> list[str]:
@@ -70,7 +72,7 @@ def test_no_name_of_an_option_is_cut_on_a_narrow_terminal(columns):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained_and_stands_in_a_group_and_a_config_is_one_of_them(name):
-    assert name == "submit" or {"config", "settings"} <= {one.name for one in COMMANDS[name].params}
+    assert name in ("submit", "settings") or {"config", "settings"} <= {one.name for one in COMMANDS[name].params}
     for one in COMMANDS[name].params:
         if one.name == "help":
             continue
@@ -83,13 +85,13 @@ def surface() -> list[str]:
     """Return one line for each parameter of each command: command, name, type, default."""
     lines = []
     for info in cli.app.registered_commands:
-        typed = inspect.signature(info.callback).parameters
+        typed = get_type_hints(info.callback, include_extras=True)
         for one in COMMANDS[info.name].params:
             if one.name == "help":
                 continue
             argument = one.param_type_name == "argument"
             shown = one.metavar if argument else " ".join([*one.opts, *one.secondary_opts]).strip()
-            kind = get_args(typed[one.name].annotation)[0]
+            kind = get_args(typed[one.name])[0]
             kind = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
             default = "required" if one.required else "" if one.default is None else repr(one.default)
             lines.append(f"{info.name:<17} {shown:<21} {kind.removeprefix('typing.')} {default}".rstrip())
@@ -99,6 +101,43 @@ def surface() -> list[str]:
 def test_the_command_line_is_the_one_that_is_frozen():
     """After a change that is meant: `python -m tests.test_help` writes the file anew."""
     assert surface() == SURFACE.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("key", "first", "count"),
+    [
+        ("", "data.source  str | null; default null", sum(len(found) for found in SETTINGS.values())),
+        ("purify", "purify.denoiser  str | null; default null", len(SETTINGS["purify"])),
+        ("purify.t_star", "purify.t_star  int | null, 1 or more; default null", 1),
+        ("purify.", "purify.denoiser  str | null; default null", len(SETTINGS["purify"])),
+    ],
+)
+def test_settings_are_printed_with_range_and_default(monkeypatch, capfd, key, first, count):
+    code, out, _ = call(monkeypatch, capfd, "settings", *([key] if key else []))
+    lines = out.splitlines()
+    assert (code, lines[0], sum(not line.startswith(" ") for line in lines)) == (0, first, count)
+
+
+def test_settings_are_printed_as_one_object():
+    words = [sys.executable, "-m", "eclipse_ray", "settings", "victim.epochs", "--json"]
+    out = subprocess.run(words, capture_output=True, check=True).stdout
+    (found,) = json.loads(out)["settings"]
+    assert (found["key"], found["kind"], found["default"]) == ("victim.epochs", "int", "12")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("t_star", "t_star is no setting and no section; did you mean denoiser.t_star or purify.t_star?"),
+        ("purify.tstar", "did you mean purify.t_star?"),
+        ("purifi", "did you mean purify?"),
+        ("nothing", "no section; sections: data, denoiser, purify,"),
+    ],
+)
+def test_settings_that_are_none_name_the_nearest(monkeypatch, capfd, key, words):
+    code, _, said = call(monkeypatch, capfd, "settings", key)
+    assert code == 2
+    assert words in said
 
 
 def test_what_sets_the_same_thing_has_the_same_name_in_every_verb():

@@ -57,6 +57,7 @@ class Images:
     denoised: Tensor | None = None
 
     def take(self, rows: Tensor) -> Images:
+        """Return the images of these rows."""
         labels = None if self.labels is None else self.labels[rows]
         denoised = None if self.denoised is None else self.denoised[rows]
         return Images(self.images[rows], labels, denoised)

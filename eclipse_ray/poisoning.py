@@ -93,6 +93,7 @@ class PoisonJob:
 
 
 def chunk_key(number: int) -> str:
+    """Return where a poisoned chunk is kept."""
     return f"_eclipse/poison/chunk-{number:05d}.parquet"
 
 
@@ -262,13 +263,8 @@ def poison(config: Config, *, show_classes: bool = True) -> DatasetResult:
     )
     if not job.optimised:
         refuse_existing(Store(output))
-        chunks = list(chunk_spans(source.parts, CHUNK_IMAGES, CHUNK_BYTES))
-        local = Store(job.source).in_this_process_only or Store(output).in_this_process_only
-        if len(chunks) >= SPREAD_CHUNKS and not local:
-            tables = _spread(config, job, chunks, connect(config), None)
-        else:
-            tables = (poison_chunk(job, number, chunk, None) for number, chunk in enumerate(chunks))
-        return _write(config, job, chunks, tables)
+        chunks = _chunks(source, CHUNK_IMAGES)
+        return _write(config, job, chunks, _spread_or_not(config, job, chunks))
     return _optimised(config, job, source)
 
 
@@ -282,7 +278,7 @@ def _optimised(config: Config, job: PoisonJob, source: Source) -> DatasetResult:
         say(f"{job.output}: already poisoned with these settings and images")
         return DatasetResult(**json.loads(store.read(RESULT_KEY)))
     store.write(UNFINISHED, b"")
-    chunks = list(chunk_spans(source.parts, config.poison.chunk_images, CHUNK_BYTES))
+    chunks = _chunks(source, config.poison.chunk_images)
     every = config.run.progress_seconds
     with ProgressLine(f"fit {job.poison.name}", "steps", 0, every, phase=reaching(config)) as line:
         resources = connect(config)
@@ -326,6 +322,13 @@ def _details(job: PoisonJob, norms: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "largest_norm_255": max(each["largest_norm_255"] for each in norms),
         "cost": job.poison.cost if job.optimised else "closed form",
     }
+
+
+def _spread_or_not(config: Config, job: PoisonJob, chunks: Chunks) -> Iterator[pa.Table]:
+    local = Store(job.source).in_this_process_only or Store(job.output).in_this_process_only
+    if local or len(chunks) < SPREAD_CHUNKS:
+        return (poison_chunk(job, number, chunk, None) for number, chunk in enumerate(chunks))
+    return _spread(config, job, chunks, connect(config), None)
 
 
 def _spread(
@@ -386,6 +389,10 @@ def _fit_task(job: PoisonJob, threads: int, board: Any) -> Arrays:
 def _chunk_task(job: PoisonJob, number: int, spans: Sequence[Span], state: Arrays | None) -> pa.Table:
     torch.set_num_threads(1)
     return poison_chunk(job, number, spans, state)
+
+
+def _chunks(source: Source, images: int) -> Chunks:
+    return list(chunk_spans(source.parts, images, CHUNK_BYTES))
 
 
 def _fingerprint(config: Config, source: Source) -> ledger.Fingerprint:

@@ -74,6 +74,7 @@ class Cache:
         return self.notes[kind, key]
 
     def finish(self, kind: str, key: str, note: dict[str, Any]) -> None:
+        """Declare something finished."""
         self.store.write(f"cache/{kind}/{key}.json", json.dumps(note, indent=1).encode())
 
     def save(self, key: str, images: Pixels) -> None:
@@ -83,6 +84,7 @@ class Cache:
         self.store.write(f"cache/defended/{key}.npy", stream.getvalue())
 
     def load(self, key: str) -> Pixels:
+        """Return transformed images."""
         return np.load(io.BytesIO(self.store.read(f"cache/defended/{key}.npy")), allow_pickle=False)
 
 

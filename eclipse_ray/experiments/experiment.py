@@ -63,6 +63,7 @@ class Sets:
 
 
 def labels_of(images: ImageSet) -> NDArray[np.int64]:
+    """Return the labels of a set that was read as a labelled one."""
     assert images.labels is not None, "the set was read as a labelled one"
     return images.labels
 
@@ -92,6 +93,7 @@ class Experiment:
     results: dict[str, Measured] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Open the folder of results, if there is one."""
         self.cache = Cache(self.output)
         if self.output is not None and self.store.is_file():
             raise InputError(f"{self.output}: this is a file; choose a folder as output")
@@ -99,6 +101,7 @@ class Experiment:
 
     @property
     def store(self) -> Store:
+        """The folder of results and tables."""
         return self.cache.store
 
     def done(self) -> set[str]:
@@ -140,6 +143,7 @@ class Experiment:
 
 
 def result_json(result: Measured) -> bytes:
+    """Return what is stored of a result."""
     return json.dumps(asdict(result), indent=1).encode()
 
 

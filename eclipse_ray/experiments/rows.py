@@ -136,6 +136,7 @@ def bound(experiment: Experiment, column: Column) -> str:
 
 
 def evaluation(experiment: Experiment) -> EvaluateResult:
+    """Return what the victims of one dataset have reached."""
     recipes = experiment.grid.recipes
     curves = [experiment.result(recipe.key).test_accuracy for recipe in recipes]
     last = [curve[-1] for curve in curves]
@@ -192,6 +193,7 @@ def _sparse_words(experiment: Experiment, row: Row) -> str:
 
 
 def matrix_result(experiment: Experiment) -> MatrixResult:
+    """Return how far a matrix is after a run."""
     done = experiment.done()
     return MatrixResult(
         cells=len(experiment.grid.recipes),

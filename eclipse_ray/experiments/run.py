@@ -197,6 +197,7 @@ class _Runner:
         self.best: tuple[float, str] | None = max(scores, default=None)
 
     def prepare_and_train(self, recipes: list[Recipe]) -> None:
+        """Make what the recipes need, then train their victims."""
         columns = self._columns(recipes)
         recipes = [recipe for recipe in recipes if recipe.column.key in columns]
         made = self.make_sets(recipes, columns)

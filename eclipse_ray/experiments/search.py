@@ -52,6 +52,7 @@ class Trial:
 
     @property
     def title(self) -> str:
+        """The point in words."""
         return title_of(self.point)
 
 
@@ -191,10 +192,12 @@ def make_trial(config: Config, point: Point, facts: Facts) -> Trial:
 
 
 def title_of(point: Point) -> str:
+    """Return a point in words."""
     return ", ".join(f"{key.split('.')[1]} {value}" for key, value in point.items())
 
 
 def contains(space: Space, point: Point) -> bool:
+    """Return whether a point lies in the space."""
     return point.keys() == space.keys() and all(
         value in axis if isinstance(axis, list) else axis.low <= value <= axis.high
         for axis, value in ((space[name], value) for name, value in point.items())

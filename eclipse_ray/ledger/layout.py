@@ -48,6 +48,7 @@ def object_key(folder: str, shard: str, generation: int, sha256: str | None) -> 
 
 
 def status_key(shard: str, generation: int) -> str:
+    """Return the key of the status of a shard."""
     return f"{STATUS}/{shard}/{generation}.json"
 
 
@@ -67,6 +68,7 @@ def redo(shard: str) -> str:
 
 
 def hash_of(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hex."""
     return hashlib.sha256(data).hexdigest()
 
 

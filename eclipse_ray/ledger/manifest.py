@@ -41,10 +41,12 @@ class Manifest:
 
     @property
     def ok(self) -> int:
+        """Number of purified images."""
         return sum(status.ok for status in self.statuses)
 
     @property
     def failed(self) -> int:
+        """Number of images that became an error row."""
         return sum(status.failed for status in self.statuses)
 
 

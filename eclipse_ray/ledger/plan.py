@@ -51,6 +51,7 @@ class Shard:
 
     @property
     def rows(self) -> int:
+        """Number of images in the shard."""
         return sum(span.stop - span.start for span in self.spans)
 
 

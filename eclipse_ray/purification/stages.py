@@ -65,6 +65,7 @@ class Job:
     """The actor to which the pool tells how far it is; None: to nobody."""
 
     def store(self) -> Store:
+        """Open the output folder."""
         return Store(self.output, self.purify.single_writer)
 
     def refuse_leakage(self, name: str, content: str) -> None:
@@ -94,6 +95,7 @@ def task_rows(tasks: Sequence[Task]) -> list[pa.Table]:
 
 
 def task_of(batch: pa.Table) -> Task:
+    """Return the task of a one-row batch."""
     tree = json.loads(batch["task"][0].as_py())
     spans = tuple(ledger.Span(**span) for span in tree["shard"]["spans"])
     return Task(ledger.Shard(tree["shard"]["name"], spans), tree["generation"])

@@ -16,9 +16,22 @@ from eclipse_ray.storage.retries import kind_of
 
 # Exceptions that NumPy, Pillow, zipfile and pickle raise for damaged bytes. Their only common base is Exception.
 PARSER_ERRORS: tuple[type[Exception], ...] = (
-    *(ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, SyntaxError),
-    *(MemoryError, ImportError, struct.error, zlib.error, pickle.UnpicklingError, tokenize.TokenError),
-    *(zipfile.BadZipFile, zipfile.LargeZipFile),
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    ImportError,
+    struct.error,
+    zlib.error,
+    pickle.UnpicklingError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
 )
 _DAMAGE: tuple[type[Exception], ...] = (*PARSER_ERRORS, OSError)
 

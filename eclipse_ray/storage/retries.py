@@ -48,19 +48,45 @@ _JITTER = random.Random()
 
 _PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
 _PASSING_CODES = {
-    *("BadDigest", "IncompleteBody", "InternalError", "OperationAborted", "RequestTimeout", "ServiceUnavailable"),
-    *("SlowDown", "Throttling", "ThrottlingException", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"),
+    "BadDigest",
+    "IncompleteBody",
+    "InternalError",
+    "OperationAborted",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
 }
 # Error codes of credentials that expired or were rotated during the run. Fresh credentials help.
 _STALE_CREDENTIALS = {
-    *("ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired")
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "TokenRefreshRequired",
 }
 # Exceptions by class name, because their libraries may not be installed; the MRO finds subclasses.
 _PASSING_NAMES = {
-    *("ChecksumError", "ClientConnectionError", "ClientPayloadError", "ConnectTimeoutError", "ConnectionError"),
-    *("CredentialRetrievalError", "FlexibleChecksumError", "HTTPClientError", "IncompleteRead"),
-    *("IncompleteReadError", "ProtocolError", "ResponseParserError", "ServiceRequestError"),
-    *("ServiceResponseError", "ShortReadError", "TimeoutError", "TransportError"),
+    "ChecksumError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ConnectTimeoutError",
+    "ConnectionError",
+    "CredentialRetrievalError",
+    "FlexibleChecksumError",
+    "HTTPClientError",
+    "IncompleteRead",
+    "IncompleteReadError",
+    "ProtocolError",
+    "ResponseParserError",
+    "ServiceRequestError",
+    "ServiceResponseError",
+    "ShortReadError",
+    "TimeoutError",
+    "TransportError",
 }
 _LASTING_NAMES = {
     "ClientSSLError": "the secure connection was refused",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -17,7 +18,6 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from json import dumps
 from typing import Annotated, Any
 
 import typer
@@ -254,7 +254,7 @@ def settings(
             metavar="SECTION[.KEY]", help="Only these, for example purify or purify.t_star.", show_default=False
         ),
     ] = "",
-    json: Annotated[
+    as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
@@ -266,7 +266,9 @@ def settings(
         near = meant("", within, ()) or difflib.get_close_matches(within, [*Config.model_fields, *every], n=1)
         hint = f"did you mean {' or '.join(near)}?" if near else f"sections: {', '.join(Config.model_fields)}"
         raise ConfigError(f"{key} is no setting and no section; {hint}")
-    _print(dumps({"settings": [asdict(one) for one in found]}) if json else "\n".join(map(_setting, found)))
+    _print(
+        json.dumps({"settings": [asdict(one) for one in found]}) if as_json else "\n".join(map(_setting, found))
+    )
 
 
 def _setting(one: Described) -> str:
@@ -357,7 +359,7 @@ def reserve_standard_output() -> None:
 
 def show(result: Result, as_json: bool, given: Mapping[str, Any]) -> None:
     """Print a result on standard output: one JSON object, or words and the command to type next."""
-    lines = [dumps(asdict(result)) if as_json else in_words(result)]
+    lines = [json.dumps(asdict(result)) if as_json else in_words(result)]
     if not as_json and (then := next_words(result, given)):
         lines.append(f"next: {shlex.join(('eclipse-ray', *then))}")
     _print("\n".join(lines))

@@ -178,9 +178,11 @@ class AnyFolder:
 
     def exists(self, key: str) -> bool:
         # Not fs.exists, which is also false for a server that does not answer.
-        with suppress(FileNotFoundError):
-            return bool(self._info(key))
-        return False
+        try:
+            self._info(key)
+        except FileNotFoundError:
+            return False
+        return True
 
     def is_file(self) -> bool:
         return self.exists("") and self._info("").get("type") == "file"

@@ -20,7 +20,7 @@ Half = Literal["signed", "positive"]
 Rounding = Literal["nearest", "truncate"]
 Unit = Literal["auto", "1", "255", "8/255"]
 Alpha = Literal["composite", "refuse"]
-Arch = Literal["small", "resnet18", "resnet50", "vgg16", "vgg19", "densenet121"]
+Arch = Literal["small", "airbench", "resnet18", "resnet50", "vgg16", "vgg19", "densenet121"]
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 Animated = Literal["first", "refuse"]
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from eclipse_ray.victims.networks import densenet121, resnet18, resnet50, small_network, vgg16, vgg19
+from eclipse_ray.victims.networks import airbench, densenet121, resnet18, resnet50, small_network, vgg16, vgg19
 
 VICTIMS: dict[str, Callable[[int], nn.Module]] = {
     "small": small_network,
+    "airbench": airbench,
     "resnet18": resnet18,
     "resnet50": resnet50,
     "vgg16": vgg16,

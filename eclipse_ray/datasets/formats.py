@@ -24,6 +24,7 @@ from eclipse_ray.datasets import arrays, folder, labels, npz, parquet, published
 from eclipse_ray.datasets.table import (
     NOTE,
     Part,
+    SourceFile,
     Span,
     extra_columns,
     labels_or_none,
@@ -109,8 +110,8 @@ class Format(NamedTuple):
 
     claims: Claims
     list_parts: Lister
-    read_rows: Callable[[Store, str, int, int, DataConfig, Sequence[str] | None], pa.Table]
-    read_labels: Callable[[Store, str, DataConfig, Sequence[str] | None], NDArray[np.int64] | None]
+    read_rows: Callable[[SourceFile, int, int], pa.Table]
+    read_labels: Callable[[SourceFile], NDArray[np.int64] | None]
 
 
 def _ends(*suffixes: str) -> Claims:
@@ -207,7 +208,7 @@ def likely_labels(source: Source, data_config: DataConfig) -> str | None:
     look = {"parquet": parquet.likely_labels, "webdataset": webdataset.likely_labels}.get(source.format)
     if look is None or data_config.labels in ("none", "folder"):
         return None
-    return look(Store(source.url), source.parts[0].key, data_config)
+    return look(SourceFile(Store(source.url), source.parts[0].key, data_config))
 
 
 def _claimed(url: str, store: Store, visible: Sequence[Entry]) -> tuple[str, list[Entry]]:
@@ -420,7 +421,7 @@ def read_labels(source: Source, data_config: DataConfig) -> NDArray[np.int64] | 
 
     def read(part: Part) -> NDArray[np.int64] | None:
         if given is None:
-            return FORMATS[source.format].read_labels(store, part.key, data_config, classes)
+            return FORMATS[source.format].read_labels(SourceFile(store, part.key, data_config, classes))
         table = _read_span(store, source.format, None, data_config, given, (part.key, 0, part.rows))
         return np.array(labels_or_none(table), np.int64)
 
@@ -480,7 +481,8 @@ def _read_span(
     by_folder = data_config.labels == "folder" and classes is not None and _by_folder(format, key, data_config)
     own = given is None and not by_folder and data_config.labels != "none"
     try:
-        table = FORMATS[format].read_rows(store, key, start, stop, data_config, classes if own else None)
+        source = SourceFile(store, key, data_config, classes if own else None)
+        table = FORMATS[format].read_rows(source, start, stop)
     except FileNotFoundError as error:
         raise InputError(
             f"{store.url}/{key}: is a link to a missing file, or was deleted after the source was listed; "

@@ -88,7 +88,7 @@ def spread_images(url: str, count: int) -> list[bytes]:
 
 
 def _tables(url: str) -> Iterator[pa.Table]:
-    return read_tables(open_source(url, DataConfig()), DataConfig(), max_images=512)
+    return read_tables(open_source(url, DataConfig()), max_images=512)
 
 
 def denoised(denoiser: Denoiser, images: Sequence[Pixels], settings: PurifyConfig) -> list[Pixels]:

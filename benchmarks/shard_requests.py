@@ -15,6 +15,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,10 +79,7 @@ def job_for(source: str, output: str) -> Job:
     config = resolve(None, None, {"purify.shard_images": ROWS})
     opened = open_source(source, config.data)
     return Job(
-        source=opened.url,
-        format=opened.format,
-        classes=None,
-        data=config.data,
+        source=replace(opened, parts=(), classes=None),
         output=output,
         denoiser="",
         purify=config.purify,
@@ -113,7 +111,7 @@ def main() -> None:
     steps: dict[str, collections.Counter[str]] = {}
     with counted() as steps["plan and claim"]:
         job = job_for("s3://bucket/source", "s3://bucket/output")
-        source = open_source(job.source, job.data)
+        source = open_source(job.source.url, job.source.data)
         plan = ledger.plan_source(job.store(), source.parts, ROWS, None)
         ledger.open_run(job.store(), plan, ledger.Fingerprint({}, "", ledger.plan_digest(plan.base), 0), "")
     with counted() as steps["one shard"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -46,9 +46,7 @@ CROPS_SCHEMA = pa.schema([("id", pa.string()), ("label", pa.int64()), ("draw", p
 class AuditJob:
     """What every worker must know; `keep` is the part of the rows that is looked at, 0-1."""
 
-    source: str
-    format: str
-    classes: tuple[str, ...] | None
+    source: Source
     keep: float
     config: Config
 
@@ -62,7 +60,7 @@ def read_crops(batch: pa.Table, job: AuditJob) -> pa.Table:
 
 
 def _read_crops(spans: Sequence[Span], job: AuditJob) -> pa.Table:
-    table = read_parts(job.source, job.format, job.classes, spans, job.config.data)
+    table = read_parts(job.source, spans)
     ids: list[str] = table["id"].to_pylist()
     draws = uniform(job.config.run.seed, ids, AUDIT_T, (1,))[:, 0].tolist()
     kept: list[dict[str, object]] = []
@@ -179,7 +177,7 @@ def audit(config: Config) -> Audit:
         check_denoiser(load_denoiser(local_denoiser(config.audit.denoiser)), config)
     # A poison is what images of one label share.
     opened = open_source(source, config.data)
-    require_classes(source, opened, config.data, 2, partly=True)
+    require_classes(source, opened, 2, partly=True)
     crops = balanced(_crops(config, source, opened), config.audit.images, config.audit.classes)
     others: list[Crop] = []
     if clean_url:
@@ -235,9 +233,8 @@ def _crops(config: Config, url: str, source: Source) -> list[Crop]:
     """Return a random part of a dataset, sorted by draw: SPARE times audit.images, or all there are."""
     chosen = random_chunks(source.parts, config.audit.images, config.run.seed)
     found = sum(rows_in(spans) for spans in chosen)
-    classes = None if source.classes is None else tuple(source.classes)
     keep = min(1.0, SPARE * config.audit.images / found)
-    job = AuditJob(source.url, source.format, classes, keep, config)
+    job = AuditJob(replace(source, parts=()), keep, config)
     crops: list[Crop] = []
     failed = 0
     every = config.run.progress_seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from eclipse_ray import ledger
 from eclipse_ray.cluster.connect import Resources, connect, local_denoiser, refuse_process_local, require_place
 from eclipse_ray.cluster.work import BoardWatcher, Tasks, Watch, reaching, run_tasks, start_board
-from eclipse_ray.config import Config, DataConfig, PoisonConfig, digest, to_yaml
+from eclipse_ray.config import Config, PoisonConfig, digest, to_yaml
 from eclipse_ray.datasets.formats import UNFINISHED, Source, chunk_spans, open_source, read_parts
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import decode_resized, load_images, require_classes
@@ -72,16 +72,13 @@ Chunks = Sequence[Sequence[Span]]
 class PoisonJob:
     """What every worker must know.
 
-    `listing` is the source as it was named, a pattern maybe, and `source` the folder that keys are relative to;
-    `poison` is resolved; `num_classes` counts labels, `classes` names them.
+    `listing` is the source as it was named, a pattern maybe, and `source` has no parts; `poison` is resolved;
+    `num_classes` counts labels.
     """
 
     listing: str
-    source: str
-    format: str
-    classes: list[str] | None
+    source: Source
     num_classes: int
-    data: DataConfig
     output: str
     poison: PoisonConfig
     seed: int
@@ -105,7 +102,7 @@ def fit_stored(job: PoisonJob, report: Report, device: torch.device | None = Non
     store = Store(job.output)
     if store.exists(STATE_KEY):
         return as_arrays(safetensors.torch.load(store.read(STATE_KEY)))
-    loaded = load_images(job.listing, job.data)
+    loaded = load_images(job.listing, job.source.data)
     assert loaded.labels is not None, "they were checked when the job was made"
     data = LabelledImages(
         torch.from_numpy(loaded.images), torch.from_numpy(loaded.labels), loaded.ids, job.num_classes
@@ -147,7 +144,7 @@ def poison_chunk(job: PoisonJob, number: int, spans: Sequence[Span], state: Arra
     store = Store(job.output)
     if job.optimised and store.exists(chunk_key(number)):
         return pq.read_table(pa.BufferReader(store.read(chunk_key(number))))
-    table = read_parts(job.source, job.format, job.classes, spans, job.data)
+    table = read_parts(job.source, spans)
     poisoned = _poisoned(job, table, state)
     if job.optimised:
         store.write(chunk_key(number), table_to_parquet(poisoned))
@@ -164,7 +161,7 @@ def _poisoned(job: PoisonJob, table: pa.Table, state: Arrays | None) -> pa.Table
     ids: list[str] = table["id"].to_pylist()
     labels = torch.from_numpy(table["label"].to_numpy().copy())
     decoded = [
-        decode_resized(job.source, name, data, job.data)
+        decode_resized(job.source.url, name, data, job.source.data)
         for name, data in zip(ids, image_bytes(table), strict=True)
     ]
     images: list[NDArray[np.uint8]] = list(decoded)
@@ -175,7 +172,7 @@ def _poisoned(job: PoisonJob, table: pa.Table, state: Arrays | None) -> pa.Table
             images[index] = image
     extras = _with_perturbations(job, extra_columns(table), decoded, images)
     encoded = [encode_image(image, "png") for image in images]
-    result = canonical_table(ids, encoded, table["label"], extras, job.classes)
+    result = canonical_table(ids, encoded, table["label"], extras, job.source.classes)
     norm = json.dumps(_norm(job.poison, decoded, images)).encode()
     return result.replace_schema_metadata({**result.schema.metadata, NORM_KEY: norm})
 
@@ -195,7 +192,8 @@ def _with_perturbations(
         return extras
     if PERTURBATION in extras.column_names:
         raise InputError(
-            f"{job.source}: has a column {PERTURBATION!r} already; leave it out with --set data.extra_columns=drop"
+            f"{job.source.url}: has a column {PERTURBATION!r} already; leave it out with --set "
+            "data.extra_columns=drop"
         )
     raw = [_difference(before, after).astype("<i2").tobytes() for before, after in zip(clean, images, strict=True)]
     column = pa.array(raw, pa.binary())
@@ -247,20 +245,11 @@ def poison(config: Config, *, show_classes: bool = True) -> DatasetResult:
         raise ConfigError("poison needs a source and an output: eclipse-ray poison NAME SRC DST")
     config = config.model_copy(update={"poison": resolved_poison(config.poison)})
     source = open_source(source_url, config.data)
-    labels = require_classes(source_url, source, config.data, 2, show=show_classes)
+    labels = require_classes(source_url, source, 2, show=show_classes)
     # The named classes, or one more than the largest label.
     classes = max(int(labels.max()) + 1, len(source.classes or []))
-    job = PoisonJob(
-        source_url,
-        source.url,
-        source.format,
-        source.classes,
-        classes,
-        config.data,
-        output,
-        config.poison,
-        config.run.seed,
-    )
+    alone = replace(source, parts=())
+    job = PoisonJob(source_url, alone, classes, output, config.poison, config.run.seed)
     if not job.optimised:
         refuse_existing(Store(output))
         chunks = _chunks(source, CHUNK_IMAGES)
@@ -271,7 +260,7 @@ def poison(config: Config, *, show_classes: bool = True) -> DatasetResult:
 def _optimised(config: Config, job: PoisonJob, source: Source) -> DatasetResult:
     """Fit, poison and write, each part skipped as far as it is done."""
     store = Store(job.output)
-    for place in (store, Store(job.source)):
+    for place in (store, Store(job.source.url)):
         refuse_process_local(place.url, place.in_this_process_only)
     ledger.claim(store, _fingerprint(config, source), to_yaml(config))
     if store.exists(NOTE) and store.exists(RESULT_KEY):
@@ -302,10 +291,11 @@ def _write(
         for table in tables:
             norms.append(largest_norm(table))
             line.advance(table.num_rows)
-            yield with_classes(table, job.classes)
+            yield with_classes(table, job.source.classes)
 
     with line:
-        images = write_dataset(job.output, watched(), classes=job.classes, source=job.source, resume=resume)
+        classes, source = job.source.classes, job.source.url
+        images = write_dataset(job.output, watched(), classes=classes, source=source, resume=resume)
     return DatasetResult(images, job.output, _details(job, norms))
 
 
@@ -325,7 +315,7 @@ def _details(job: PoisonJob, norms: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread_or_not(config: Config, job: PoisonJob, chunks: Chunks) -> Iterator[pa.Table]:
-    local = Store(job.source).in_this_process_only or Store(job.output).in_this_process_only
+    local = Store(job.source.url).in_this_process_only or Store(job.output).in_this_process_only
     if local or len(chunks) < SPREAD_CHUNKS:
         return (poison_chunk(job, number, chunk, None) for number, chunk in enumerate(chunks))
     return _spread(config, job, chunks, connect(config), None)

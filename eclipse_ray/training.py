@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -300,7 +300,7 @@ def _find_filters(config: Config, store: Store, trusted: MixedSet, suspicious: S
     return found
 
 
-def _verdict(taps: dict[int, torch.Tensor] | None, classes: list[str] | None) -> str:
+def _verdict(taps: dict[int, torch.Tensor] | None, classes: Sequence[str] | None) -> str:
     if taps is None:
         return (
             f"whether classes were blurred cannot be told: that takes {FEWEST_TRUSTED} trusted images of some "

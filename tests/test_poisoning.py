@@ -34,8 +34,7 @@ def source(tmp_path_factory):
 def job(source, output, **settings):
     found = open_source(source, DATA)
     poison = tiny_config(**{"name": "em", "save_seconds": 0, **settings})
-    listed = (source, found.url, found.format, found.classes, len(CLASSES))
-    return PoisonJob(*listed, DATA, str(output), poison, seed=0)
+    return PoisonJob(source, found, len(CLASSES), str(output), poison, seed=0)
 
 
 def quiet(_done, _total, _note):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import folder
 from eclipse_ray.datasets.images import Pixels, encode_image
-from eclipse_ray.datasets.table import Part, canonical_table, check_label, noted_classes
+from eclipse_ray.datasets.table import Part, SourceFile, canonical_table, check_label, noted_classes
 from eclipse_ray.errors import InputError
 from eclipse_ray.log import say_once
 from eclipse_ray.storage.store import Entry, Store
@@ -121,44 +121,34 @@ def list_parts(
     return [part for part in parts if part.rows], classes
 
 
-def read_rows(
-    opened: Opener,
-    store: Store,
-    key: str,
-    start: int,
-    stop: int,
-    config: DataConfig,
-    classes: Sequence[str] | None,
-) -> pa.Table:
+def read_rows(opened: Opener, source: SourceFile, start: int, stop: int) -> pa.Table:
     """Return rows `start` to `stop` of one file as a canonical table; pixels are encoded as PNG, losslessly.
 
     Raises InputError for a file that is damaged or changed since it was listed.
     """
-    where = f"{store.url}/{key}"
-    with opened(store, store.entry(key), config) as file:
+    where, key = source.where, source.key
+    with opened(source.store, source.store.entry(key), source.config) as file:
         if stop > file.shape[0]:
             raise InputError(f"{where}: has fewer than {stop} rows now; it changed, start again from the listing")
         pixels = to_pixels(where, file.rows(start, stop), file.layout)
         labels = None if file.labels is None else file.labels(start, stop)
-        _check_labels(where, labels, classes)
+        _check_labels(where, labels, source.classes)
         extras = {name: column(start, stop) for name, column in file.columns.items()}
         return canonical_table(
             file.ids(start, stop) if file.ids else [f"{key}#{row}" for row in range(start, stop)],
             [encode_image(image, "png") for image in pixels],
             labels,
             pa.table(extras) if extras else None,
-            classes,
+            source.classes,
             file.paths(start, stop) if file.paths else None,
         )
 
 
-def read_labels(
-    opened: Opener, store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
-) -> NDArray[np.int64] | None:
+def read_labels(opened: Opener, source: SourceFile) -> NDArray[np.int64] | None:
     """Return the labels of one file, None if it has none."""
-    with opened(store, store.entry(key), config) as file:
+    with opened(source.store, source.store.entry(source.key), source.config) as file:
         labels = None if file.labels is None else file.labels(0, file.shape[0])
-    _check_labels(f"{store.url}/{key}", labels, classes)
+    _check_labels(source.where, labels, source.classes)
     return labels
 
 

@@ -17,6 +17,7 @@ from eclipse_ray.datasets.table import (
     LABELLED,
     WHOLE,
     Part,
+    SourceFile,
     all_labels,
     canonical_table,
     image_bytes,
@@ -68,10 +69,9 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     return parts, class_folders(store, [part.key for part in parts], config)
 
 
-def read_rows(
-    store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
-) -> pa.Table:
-    """Return the image `key` as one canonical row; its label is the index of its top folder in `classes`."""
+def read_rows(source: SourceFile, start: int, stop: int) -> pa.Table:
+    """Return one image as one canonical row; its label is the index of its top folder in the classes."""
+    store, key, _, classes = source
     labels = None if classes is None else [folder_label(store, key, classes)]
     table = canonical_table([key], [store.read(key)], labels, None, classes, [key])
     return table.slice(start, stop - start)

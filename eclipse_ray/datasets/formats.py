@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from eclipse_ray.datasets import arrays, folder, labels, npz, parquet, published
 from eclipse_ray.datasets.table import (
     NOTE,
     Part,
+    SourceFile,
     Span,
     extra_columns,
     labels_or_none,
@@ -109,8 +110,8 @@ class Format(NamedTuple):
 
     claims: Claims
     list_parts: Lister
-    read_rows: Callable[[Store, str, int, int, DataConfig, Sequence[str] | None], pa.Table]
-    read_labels: Callable[[Store, str, DataConfig, Sequence[str] | None], NDArray[np.int64] | None]
+    read_rows: Callable[[SourceFile, int, int], pa.Table]
+    read_labels: Callable[[SourceFile], NDArray[np.int64] | None]
 
 
 def _ends(*suffixes: str) -> Claims:
@@ -140,15 +141,17 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Source:
-    """A listed dataset; keys of `parts` are relative to `url`, and labels are indices into `classes`, if known.
+    """A dataset and how it is read: with the settings `data`; labels are indices into `classes`, if known.
 
+    Keys of `parts` are relative to `url`. Workers are told what to read, and get a source without its parts.
     `passed_over` is a sentence on the files that are not read, empty if there are none.
     """
 
     url: str
     format: str
-    parts: list[Part]
-    classes: list[str] | None
+    classes: Sequence[str] | None
+    data: DataConfig
+    parts: Sequence[Part] = ()
     passed_over: str = ""
 
     @property
@@ -167,6 +170,8 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     refuse_output_inside(url, data_config.output)
     store, entries, strangers, noted = _look(url)
     _refuse_bad_names(entries)
+    # Reading decides for each file anew whether the label file is about it.
+    asked = data_config
     given, data_config = _given_labels(Store(url).url, data_config)
     own = [entry for entry in entries if entry.key not in strangers and not _is_given(store, entry, given)]
     visible = [entry for entry in own if _is_visible(entry.key)]
@@ -193,21 +198,21 @@ def open_source(url: str, data_config: DataConfig) -> Source:
         say_once(f"{url}: the labels are those of {given.where}")
     else:
         classes = _folder_classes(store, name, parts, classes, left, data_config)
-    source = Source(store.url, name, parts, classes, passed_over)
-    if given is None and classes is None and (likely := likely_labels(source, data_config)):
+    source = Source(store.url, name, classes, asked, parts, passed_over)
+    if given is None and classes is None and (likely := likely_labels(replace(source, data=data_config))):
         say_once(f"{url}: read without labels; {likely!r} may hold them: --set data.label_column={likely}")
     return source
 
 
-def likely_labels(source: Source, data_config: DataConfig) -> str | None:
+def likely_labels(source: Source) -> str | None:
     """Return the column, tar member or .json field that may hold the labels of a source that was read without any.
 
     Of the first part only, by its name; None if there is none.
     """
     look = {"parquet": parquet.likely_labels, "webdataset": webdataset.likely_labels}.get(source.format)
-    if look is None or data_config.labels in ("none", "folder"):
+    if look is None or source.data.labels in ("none", "folder"):
         return None
-    return look(Store(source.url), source.parts[0].key, data_config)
+    return look(SourceFile(Store(source.url), source.parts[0].key, source.data))
 
 
 def _claimed(url: str, store: Store, visible: Sequence[Entry]) -> tuple[str, list[Entry]]:
@@ -377,17 +382,14 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
-def read_parts(
-    url: str, format: str, classes: Sequence[str] | None, spans: Sequence[Span], data_config: DataConfig
-) -> pa.Table:
+def read_parts(source: Source, spans: Sequence[Span]) -> pa.Table:
     """Return the rows of `spans` (key, start, stop), in that order, as one canonical table.
 
-    `url`, `format` and `classes` are those of the Source, so that the source need not be listed again. Raises
-    InputError for an object that is missing, damaged or has other columns than the others.
+    Raises InputError for an object that is missing, damaged or has other columns than the others.
     """
-    store = Store(url)
-    given, data_config = _given_labels(f"{store.url}/{spans[0][0]}", data_config)
-    read = partial(_read_span, store, format, classes, data_config, given)
+    store = Store(source.url)
+    given, data_config = _given_labels(f"{store.url}/{spans[0][0]}", source.data)
+    read = partial(_read_span, replace(source, data=data_config), store, given)
     if len(spans) == 1:
         tables = [read(spans[0])]
     else:
@@ -396,20 +398,20 @@ def read_parts(
     if data_config.extra_columns == "drop":
         tables = [table.drop_columns(extra_columns(table).column_names) for table in tables]
     try:
-        return with_classes(pa.concat_tables(tables, promote_options="default"), classes)
+        return with_classes(pa.concat_tables(tables, promote_options="default"), source.classes)
     except pa.ArrowException as error:
         raise InputError(
-            f"{url}: the columns of {spans[0][0]} and {spans[-1][0]} differ: {error}; make them alike"
+            f"{source.url}: the columns of {spans[0][0]} and {spans[-1][0]} differ: {error}; make them alike"
         ) from error
 
 
-def read_labels(source: Source, data_config: DataConfig) -> NDArray[np.int64] | None:
+def read_labels(source: Source) -> NDArray[np.int64] | None:
     """Return the label of every row (N), -1 for none, or None if no row has one; images are not read.
 
     If a label file names the ids of rows, these rows are read as a whole.
     """
     store, parts, classes = Store(source.url), source.parts, source.classes
-    given, data_config = _given_labels(f"{store.url}/{parts[0].key}", data_config)
+    given, data_config = _given_labels(f"{store.url}/{parts[0].key}", source.data)
     if data_config.labels == "none":
         return None
     if given is not None and (source.format == "folder" or given.names is None):
@@ -420,8 +422,8 @@ def read_labels(source: Source, data_config: DataConfig) -> NDArray[np.int64] | 
 
     def read(part: Part) -> NDArray[np.int64] | None:
         if given is None:
-            return FORMATS[source.format].read_labels(store, part.key, data_config, classes)
-        table = _read_span(store, source.format, None, data_config, given, (part.key, 0, part.rows))
+            return FORMATS[source.format].read_labels(SourceFile(store, part.key, data_config, classes))
+        table = _read_span(replace(source, classes=None, data=data_config), store, given, (part.key, 0, part.rows))
         return np.array(labels_or_none(table), np.int64)
 
     with ThreadPoolExecutor(_READING_THREADS) as pool:
@@ -443,10 +445,10 @@ def _labels_of_folders(store: Store, parts: Sequence[Part], classes: Sequence[st
     return np.repeat([label_of[top] for top in tops], [part.rows for part in parts])
 
 
-def read_tables(source: Source, data_config: DataConfig, max_images: int = 2048) -> Iterator[pa.Table]:
+def read_tables(source: Source, max_images: int = 2048) -> Iterator[pa.Table]:
     """Yield all rows in order as canonical tables of at most `max_images` and about 64 MiB each."""
     for spans in chunk_spans(source.parts, max_images, 64 * 2**20):
-        yield read_parts(source.url, source.format, source.classes, spans, data_config)
+        yield read_parts(source, spans)
 
 
 def chunk_spans(parts: Sequence[Part], max_images: int, max_bytes: int) -> Iterator[list[Span]]:
@@ -468,19 +470,14 @@ def chunk_spans(parts: Sequence[Part], max_images: int, max_bytes: int) -> Itera
         yield spans
 
 
-def _read_span(
-    store: Store,
-    format: str,
-    classes: Sequence[str] | None,
-    data_config: DataConfig,
-    given: labels.LabelFile | None,
-    span: Span,
-) -> pa.Table:
+def _read_span(source: Source, store: Store, given: labels.LabelFile | None, span: Span) -> pa.Table:
+    classes, data = source.classes, source.data
     key, start, stop = span
-    by_folder = data_config.labels == "folder" and classes is not None and _by_folder(format, key, data_config)
-    own = given is None and not by_folder and data_config.labels != "none"
+    by_folder = data.labels == "folder" and classes is not None and _by_folder(source.format, key, data)
+    own = given is None and not by_folder and data.labels != "none"
     try:
-        table = FORMATS[format].read_rows(store, key, start, stop, data_config, classes if own else None)
+        file = SourceFile(store, key, data, classes if own else None)
+        table = FORMATS[source.format].read_rows(file, start, stop)
     except FileNotFoundError as error:
         raise InputError(
             f"{store.url}/{key}: is a link to a missing file, or was deleted after the source was listed; "
@@ -491,7 +488,7 @@ def _read_span(
     if "label" in table.column_names:
         table = table.drop_columns("label")
     if given is not None:
-        found = labels.labels_of(given, store.url, format, table["id"].to_pylist(), start)
+        found = labels.labels_of(given, store.url, source.format, table["id"].to_pylist(), start)
     elif by_folder:
         found = np.full(table.num_rows, folder.folder_label(store, key, classes or []))
     else:

@@ -53,15 +53,15 @@ def labels_from(
     doing = f"convert {Store(source).url} with labels from {Store(clean).url}"
     refuse_existing(Store(output), doing)
     poisoned, known = open_source(source, data_config), open_source(clean, data_config)
-    labels = require_classes(clean, known, data_config)
-    (ids, pooled), (_, clean_pooled) = _pooled(poisoned, data_config), _pooled(known, data_config)
+    labels = require_classes(clean, known)
+    (ids, pooled), (_, clean_pooled) = _pooled(poisoned), _pooled(known)
     nearest, margins, unique = match(pooled, clean_pooled, labels)
     _refuse_doubtful(source, clean, ids, unique)
     found = labels[nearest]
 
     def tables() -> Iterator[pa.Table]:
         start = 0
-        for table in converted(poisoned, data_config):
+        for table in converted(poisoned):
             names = table["id"].to_pylist()
             chosen = found[start : start + len(names)]
             yield canonical_table(names, image_bytes(table), chosen, extra_columns(table), known.classes)
@@ -89,10 +89,10 @@ def partners(source: str, clean: str, data_config: DataConfig, trusted: str | No
     one clean image of its own, as `labels_from` does.
     """
     poisoned, known = open_source(source, data_config), open_source(clean, data_config)
-    labels = require_classes(clean, known, data_config, show=False)
-    (ids, pooled), (names, clean_pooled) = _pooled(poisoned, data_config), _pooled(known, data_config)
+    labels = require_classes(clean, known, show=False)
+    (ids, pooled), (names, clean_pooled) = _pooled(poisoned), _pooled(known)
     if trusted:
-        _, more = _pooled(open_source(trusted, data_config), data_config)
+        _, more = _pooled(open_source(trusted, data_config))
         clean_pooled = np.concatenate([clean_pooled, more])
         labels = np.concatenate([labels, np.full(len(more), -1, labels.dtype)])
     nearest, margins, unique = match(pooled, clean_pooled, labels)
@@ -170,12 +170,12 @@ def pool(pixels: Pixels) -> NDArray[np.float32]:
     return values.astype(np.float32).ravel()
 
 
-def _pooled(source: Source, data_config: DataConfig) -> tuple[list[str], NDArray[np.float32]]:
+def _pooled(source: Source) -> tuple[list[str], NDArray[np.float32]]:
     ids: list[str] = []
     pooled = np.empty((source.images, 3 * _POOL * _POOL), np.float32)
-    for table in read_tables(source, data_config):
+    for table in read_tables(source):
         for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
-            pixels = decode_required(f"{source.url}: image {name}", data, data_config)
+            pixels = decode_required(f"{source.url}: image {name}", data, source.data)
             if min(pixels.shape[:2]) < _POOL:
                 raise InputError(
                     f"{source.url}: image {name} is smaller than {_POOL}x{_POOL} pixels; leave it out"

@@ -45,7 +45,7 @@ class ImageSet:
     ids: list[str]
     images: NDArray[np.uint8]
     labels: NDArray[np.int64] | None
-    classes: list[str] | None
+    classes: Sequence[str] | None
     stored: list[str]
 
     def hashes(self) -> list[str]:
@@ -64,18 +64,18 @@ class ImageSet:
 
 
 def require_classes(
-    url: str, source: Source, data_config: DataConfig, least: int = 1, *, partly: bool = False, show: bool = True
+    url: str, source: Source, least: int = 1, *, partly: bool = False, show: bool = True
 ) -> NDArray[np.int64]:
     """Say (if `show`) which classes the dataset at `url` has, and return its labels (N), before any image is read.
 
     Raises InputError for fewer than `least` classes, a label that no class has, and a missing label: all of them,
     or one unless `partly`.
     """
-    labels = read_labels(source, data_config)
+    labels = read_labels(source)
     if labels is None or not (labels >= 0).any():
-        likely = likely_labels(source, data_config) or "NAME"
+        likely = likely_labels(source) or "NAME"
         raise InputError(
-            f"{url}: has no labels (no column {data_config.label_column!r}, no class folders); name the column "
+            f"{url}: has no labels (no column {source.data.label_column!r}, no class folders); name the column "
             f"with --set data.label_column={likely}, sort the images into one folder per class, or name a file "
             "with the labels: --set data.labels=FILE"
         )
@@ -144,7 +144,7 @@ def load_images(url: str, data_config: DataConfig, *, limit: int | None = None) 
     hashes: list[str] = []
     images: NDArray[np.uint8] | None = None
     labelled = False
-    for table in read_tables(source, data_config, max_images=min(count, 2048)):
+    for table in read_tables(source, max_images=min(count, 2048)):
         wanted = table.slice(0, count - len(ids))
         ids += wanted["id"].to_pylist()
         labels += labels_or_none(wanted)
@@ -189,7 +189,7 @@ def load_mixed(url: str, data_config: DataConfig) -> MixedSet:
     hashes: list[str] = []
     sizes: list[tuple[int, ...]] = []
     pixels = bytearray()
-    for table in read_tables(source, data_config):
+    for table in read_tables(source):
         ids += table["id"].to_pylist()
         for _, image, content in _decoded(url, table, data_config):
             hashes.append(content)
@@ -209,12 +209,12 @@ def load_squares(
     occurs twice, or no image that is large enough.
     """
     source = open_source(url, data_config)
-    labels = require_classes(url, source, data_config, 2).tolist()
+    labels = require_classes(url, source, 2).tolist()
     chosen = set(np.random.default_rng(seed).permutation(source.images)[:most].tolist())
     ids: list[str] = []
     squares: dict[int, tuple[NDArray[np.uint8], str]] = {}
     known: dict[str, list[int]] = defaultdict(list)
-    for table in read_tables(source, data_config):
+    for table in read_tables(source):
         for row, image, content in _decoded(url, table, data_config, skip=True):
             place = len(ids) + row
             known[content].append(labels[place])
@@ -260,7 +260,7 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
     chunks = random_chunks(source.parts, count, seed)
     ids: list[str] = []
     labels: list[int] = []
-    for table in _tables(source, chunks, data_config):
+    for table in _tables(source, chunks):
         ids += table["id"].to_pylist()
         labels += labels_or_none(table)
     refuse_repeated(url, ids)
@@ -270,7 +270,7 @@ def load_sample(url: str, data_config: DataConfig, count: int, seed: int) -> Ima
     label_of = {name: label for name, label, take in zip(ids, labels, chosen, strict=True) if take}
     found: dict[str, NDArray[np.uint8]] = {}
     hashes: list[str] = []
-    for table in _tables(source, chunks, data_config):
+    for table in _tables(source, chunks):
         wanted = table.filter(pa.array([name in label_of for name in table["id"].to_pylist()], pa.bool_()))
         names = wanted["id"].to_pylist()
         for row, image, content in _decoded(url, wanted, data_config, skip=True):
@@ -350,6 +350,6 @@ def _decoded(
         yield row, resize_image(stored, data_config.resize), content_hash(stored)
 
 
-def _tables(source: Source, chunks: list[list[Span]], data_config: DataConfig) -> Iterator[pa.Table]:
+def _tables(source: Source, chunks: list[list[Span]]) -> Iterator[pa.Table]:
     for spans in chunks:
-        yield read_parts(source.url, source.format, source.classes, spans, data_config)
+        yield read_parts(source, spans)

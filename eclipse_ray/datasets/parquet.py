@@ -29,6 +29,7 @@ from eclipse_ray.datasets.table import (
     FRACTION,
     METADATA_KEY,
     Part,
+    SourceFile,
     canonical_table,
     check_label,
     label_like,
@@ -133,12 +134,11 @@ def _classes_of_texts(store: Store, texts: Mapping[str, set[str] | None]) -> lis
     return folder.classes_of_texts(store.url, set[str]().union(*(each for each in texts.values() if each)), number)
 
 
-def likely_labels(store: Store, key: str, config: DataConfig) -> str | None:
+def likely_labels(source: SourceFile) -> str | None:
     """Return the column of a file without labels that may hold them by name and type, None if there is none."""
-    where = f"{store.url}/{key}"
-    with store.open(key) as file:
-        schema = _metadata(where, file)[1]
-    if _label_column(where, schema, config) is not None:
+    with source.store.open(source.key) as file:
+        schema = _metadata(source.where, file)[1]
+    if _label_column(source.where, schema, source.config) is not None:
         return None
     return label_like(field.name for field in schema if _may_be_labels(field.type))
 
@@ -153,22 +153,20 @@ def stored_ids(store: Store, key: str) -> list[str]:
         return _text_ids(where, _read_column(where, metadata, file, "id")).drop_null().to_pylist()
 
 
-def read_rows(
-    store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
-) -> pa.Table:
+def read_rows(source: SourceFile, start: int, stop: int) -> pa.Table:
     """Return rows `start` to `stop` of one file as a canonical table; page checksums are verified.
 
     Of row groups that are much longer than that, a process that reads range after range reads each byte once.
     Raises InputError for a damaged file and for columns of a wrong type.
     """
-    where = f"{store.url}/{key}"
-    with store.open(key) as file:
+    where = source.where
+    with source.store.open(source.key) as file:
         metadata, schema = _metadata(where, file)
-        columns = _columns(where, schema, config)
+        columns = _columns(where, schema, source.config)
         groups, skipped = _groups(metadata, start, stop)
         with _reading(where):
             if _is_long(metadata, groups, stop - start):
-                table = _streamed(store, key, metadata, groups, skipped, start, stop, columns)
+                table = _streamed(source, metadata, groups, skipped, start, stop, columns)
             else:
                 reader = _reader(file, metadata, pre_buffer=True)
                 table = reader.read_row_groups(groups, columns).slice(start - skipped, stop - start)
@@ -177,20 +175,18 @@ def read_rows(
             f"{where}: expected rows {start} to {stop}, found {table.num_rows} of them; "
             "the file changed since it was listed, start again from the listing"
         )
-    return _canonical(where, table, key, start, config, classes)
+    return _canonical(source, table, start)
 
 
-def read_labels(
-    store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
-) -> NDArray[np.int64] | None:
+def read_labels(source: SourceFile) -> NDArray[np.int64] | None:
     """Return the labels of one file, -1 for none, or None if it has no labels; only their column is read."""
-    where = f"{store.url}/{key}"
-    with store.open(key) as file:
-        metadata, schema = _metadata(where, file)
-        label = _label_column(where, schema, config)
+    with source.store.open(source.key) as file:
+        metadata, schema = _metadata(source.where, file)
+        label = _label_column(source.where, schema, source.config)
         if label is None:
             return None
-        column = _whole_labels(where, _read_column(where, metadata, file, label), classes)
+        column = _read_column(source.where, metadata, file, label)
+    column = _whole_labels(source.where, column, source.classes)
     return pc.fill_null(column, -1).to_numpy()
 
 
@@ -304,8 +300,7 @@ _STREAMS_LOCK = Lock()
 
 
 def _streamed(
-    store: Store,
-    key: str,
+    source: SourceFile,
     metadata: pq.FileMetaData,
     groups: Sequence[int],
     skipped: int,
@@ -314,11 +309,11 @@ def _streamed(
     columns: list[str] | None,
 ) -> pa.Table:
     """Return rows `start` to `stop`, which begin in the first of `groups`, before which `skipped` rows lie."""
-    name = (store.url, key, store.entry(key).version, *(columns or ()))
+    name = (source.where, source.store.entry(source.key).version, *(columns or ()))
     with _STREAMS_LOCK:
         stream = _STREAMS.pop(name, None)
     if stream is None or not skipped <= stream.place <= start:
-        stream = _Stream(store.open(key), metadata, groups[0], skipped, columns)
+        stream = _Stream(source.store.open(source.key), metadata, groups[0], skipped, columns)
     table = stream.take(start, stop)
     if stream.place < stream.rows:
         with _STREAMS_LOCK:
@@ -531,14 +526,13 @@ def _check_image_type(where: str, name: str, kind: pa.DataType) -> None:
         )
 
 
-def _canonical(
-    where: str, table: pa.Table, key: str, start: int, config: DataConfig, classes: Sequence[str] | None
-) -> pa.Table:
+def _canonical(source: SourceFile, table: pa.Table, start: int) -> pa.Table:
+    where, config, classes = source.where, source.config, source.classes
     _check_columns(where, table.schema, config)
     label = _label_column(where, table.schema, config)
     encoded, paths = _encoded(where, table, start, config)
     try:
-        ids = _ids(where, table, key, start)
+        ids = _ids(where, table, source.key, start)
         labels = None if label is None else _whole_labels(where, table[label], classes)
         _check_labels(where, ids, labels, classes)
     except pa.ArrowException as error:

@@ -108,7 +108,7 @@ def apply(
     source = open_source(clean, data_config)
     noise = _load(delta)
     unit = _unit(noise, unit)
-    kind, choose = _chooser(noise, source, data_config, index, seed)
+    kind, choose = _chooser(noise, source, index, seed)
     say(
         f"{delta}: read as a {kind} perturbation {noise.dtype} {noise.shape} in units of {unit}, {half}, "
         f"rounding {rounding}"
@@ -123,7 +123,7 @@ def apply(
         changes.append((int(np.abs(change).max()), float(np.linalg.norm(change)) / 255))
         return after
 
-    tables = _perturbed(source, data_config, choose, add)
+    tables = _perturbed(source, choose, add)
     images = write_dataset(
         output, tables, classes=source.classes, source=clean, doing=doing, passed_over=source.passed_over
     )
@@ -137,16 +137,16 @@ def apply(
 
 
 def _perturbed(
-    source: Source, data_config: DataConfig, choose: Chooser, add: Callable[[str, Pixels, NDArray[Any]], Pixels]
+    source: Source, choose: Chooser, add: Callable[[str, Pixels, NDArray[Any]], Pixels]
 ) -> Iterator[pa.Table]:
     start = 0
-    for table in read_tables(source, data_config):
+    for table in read_tables(source):
         encoded = []
         rows = zip(table["id"].to_pylist(), image_bytes(table), choose(start, table), strict=True)
         for name, data, values in rows:
-            pixels = decode_resized(source.url, name, data, data_config)
+            pixels = decode_resized(source.url, name, data, source.data)
             pixels = pixels if values is None else add(name, pixels, values)
-            encoded.append(encode_image(pixels, data_config.encoding))
+            encoded.append(encode_image(pixels, source.data.encoding))
         yield with_images(table, encoded)
         start += table.num_rows
 
@@ -277,14 +277,14 @@ def _numbers(source: Source) -> NDArray[np.int64]:
     return np.argsort(np.concatenate(meant))
 
 
-def _rows(noise: _Delta, source: Source, data_config: DataConfig, index: str) -> tuple[str, NDArray[np.int64]]:
+def _rows(noise: _Delta, source: Source, index: str) -> tuple[str, NDArray[np.int64]]:
     """Return what kind of perturbation it is, and the row of each image (N).
 
     The row is -1 for an image that stays as it is, and the number of rows for one whose row is not there.
     """
     rows, ordered, numbers = noise.shape[0], index == "order", _numbers(source)
     if index == "class":
-        return "class-wise", _rows_by_class(noise, source, data_config, numbers, noise.labels)
+        return "class-wise", _rows_by_class(noise, source, numbers, noise.labels)
     named = np.arange(source.images) if ordered else _read_index(index, source.images)
     some = "" if ordered else f" (of {len(named):,} images)"
     row_of = np.full(source.images, -1)
@@ -294,8 +294,8 @@ def _rows(noise: _Delta, source: Source, data_config: DataConfig, index: str) ->
         kind, row_of[named] = "sample-wise", named
     elif rows == 1:
         kind, row_of[named] = "universal", 0
-    elif rows == _count_classes(source, data_config):
-        by_class = _rows_by_class(noise, source, data_config, numbers, noise.labels if ordered else None)
+    elif rows == _count_classes(source):
+        by_class = _rows_by_class(noise, source, numbers, noise.labels if ordered else None)
         return f"class-wise{some}", np.where(np.isin(numbers, named), by_class, -1)
     elif ordered:
         raise InputError(
@@ -311,9 +311,9 @@ def _rows(noise: _Delta, source: Source, data_config: DataConfig, index: str) ->
     return f"{kind}{some}", row_of[numbers]
 
 
-def _chooser(noise: _Delta, source: Source, data_config: DataConfig, index: str, seed: int) -> tuple[str, Chooser]:
+def _chooser(noise: _Delta, source: Source, index: str, seed: int) -> tuple[str, Chooser]:
     """Return what kind of perturbation it is, and the function that gives the perturbations of a table."""
-    kind, rows = _rows(noise, source, data_config, index)
+    kind, rows = _rows(noise, source, index)
     if noise.draws == 1 and np.array_equal(rows, np.arange(noise.shape[0])):
         return kind, lambda start, table: noise.rows(start, start + table.num_rows)
     whole = noise.whole()
@@ -338,17 +338,13 @@ def _draw(draws: int, seed: int, name: str) -> int:
 
 
 def _rows_by_class(
-    noise: _Delta,
-    source: Source,
-    data_config: DataConfig,
-    numbers: NDArray[np.int64],
-    labels: NDArray[np.int64] | None,
+    noise: _Delta, source: Source, numbers: NDArray[np.int64], labels: NDArray[np.int64] | None
 ) -> NDArray[np.int64]:
     """Return the row of each image by its label, the number of rows where there is none.
 
     With `labels` of the rows, the k-th row of a label belongs to the k-th image of that label, as in LSP.
     """
-    known = read_labels(source, data_config)
+    known = read_labels(source)
     if known is None or (known < 0).any():
         raise InputError(
             f"{source.url}: has images without labels, which a class-wise perturbation needs; label them"
@@ -372,10 +368,10 @@ def _read_index(url: str, images: int) -> NDArray[np.int64]:
     return found.labels
 
 
-def _count_classes(source: Source, data_config: DataConfig) -> int | None:
+def _count_classes(source: Source) -> int | None:
     if source.classes is not None:
         return len(source.classes)
-    labels = read_labels(source, data_config)
+    labels = read_labels(source)
     return None if labels is None else int(labels.max()) + 1
 
 

@@ -59,6 +59,20 @@ class Part(NamedTuple):
     version: str
 
 
+class SourceFile(NamedTuple):
+    """One object of a source, and how its rows are read; its labels are indices into `classes`, if known."""
+
+    store: Store
+    key: str
+    config: DataConfig
+    classes: Sequence[str] | None = None
+
+    @property
+    def where(self) -> str:
+        """Its address, which error sentences name."""
+        return f"{self.store.url}/{self.key}"
+
+
 def canonical_table(
     ids: Sequence[str],
     encoded: Sequence[bytes],

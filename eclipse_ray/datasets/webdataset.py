@@ -31,6 +31,7 @@ from eclipse_ray.datasets.table import (
     FRACTION,
     WHOLE,
     Part,
+    SourceFile,
     all_labels,
     canonical_table,
     check_label,
@@ -101,7 +102,9 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             )
     classes = noted_classes(store, config.label_column)
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        looks = list(pool.map(lambda entry: _look(store, entry, config, classes), entries))
+        looks = list(
+            pool.map(lambda entry: _look(SourceFile(store, entry.key, config, classes), entry.size), entries)
+        )
     inside = [key for look in looks for key in look.folders.values()]
     by_folder = config.labels == "folder" and not any(folder.top_folder(entry.key) for entry in entries)
     if not by_folder:
@@ -147,16 +150,14 @@ def _refuse_numbered(store: Store, entries: Sequence[Entry], looks: Sequence[_Lo
         )
 
 
-def read_rows(
-    store: Store, key: str, start: int, stop: int, config: DataConfig, classes: Sequence[str] | None
-) -> pa.Table:
+def read_rows(source: SourceFile, start: int, stop: int) -> pa.Table:
     """Return samples `start` to `stop` of one tar as a canonical table; a sample without an image has b"".
 
     Raises InputError for a tar that is damaged or changed since it was listed.
     """
-    where = f"{store.url}/{key}"
+    where, store, key, column = source.where, source.store, source.key, source.config.image_column
     entry = store.entry(key)
-    keys, begins, extensions = _index(store.url, key, entry.size, entry.version, config.image_column)
+    keys, begins, extensions = _index(store.url, key, entry.size, entry.version, column)
     if stop > len(keys):
         raise InputError(f"{where}: has no {stop} samples; it changed since it was listed, start again from there")
     begin, end = begins[start], begins[stop]
@@ -166,38 +167,35 @@ def read_rows(
     def cut(first: int, last: int) -> bytes:
         return data[first - begin : last - begin]
 
-    samples = list(group_members(where, tar.members(where, cut, begin, end), config.image_column))
+    samples = list(group_members(where, tar.members(where, cut, begin, end), column))
     if [name for name, _ in samples] != keys[start:stop] or len(data) != end - begin:
         raise InputError(
             f"{where}: rows {start} to {stop} are not the ones its index or listing names; "
             "delete the .idx beside it if there is one, and start again"
         )
-    return _table(store, key, samples, extensions, cut, config, classes)
+    return _table(source, samples, extensions, cut)
 
 
-def read_labels(
-    store: Store, key: str, config: DataConfig, classes: Sequence[str] | None
-) -> NDArray[np.int64] | None:
+def read_labels(source: SourceFile) -> NDArray[np.int64] | None:
     """Return the labels of one tar, -1 for none, or None if no sample has one; images are not read."""
-    with _reader(store, key) as read:
-        found, _ = _listed(store, key, store.entry(key).size, read)
-        labels = _labels(
-            store, key, group_members(f"{store.url}/{key}", found, config.image_column), read, config, classes
-        )
+    with _reader(source.store, source.key) as read:
+        found, _ = _listed(source.store, source.key, source.store.entry(source.key).size, read)
+        labels = _labels(source, group_members(source.where, found, source.config.image_column), read)
     return None if labels is None else np.array([-1 if label is None else label for label in labels], np.int64)
 
 
-def likely_labels(store: Store, key: str, config: DataConfig) -> str | None:
+def likely_labels(source: SourceFile) -> str | None:
     """Return what may hold the label of the first sample by its name, None if nothing may, or if it has a label.
 
     It is a member or a field of the .json member.
     """
-    where, size = f"{store.url}/{key}", store.entry(key).size
+    store, key, config, _ = source
     with _reader(store, key) as read:
-        _, sample = next(group_members(where, _listed(store, key, size, read)[0], config.image_column))
-        if _stored_label(where, sample, read, config) is not None:
+        found, _ = _listed(store, key, store.entry(key).size, read)
+        _, sample = next(group_members(source.where, found, config.image_column))
+        if _stored_label(source, sample, read) is not None:
             return None
-        fields = _fields(where, sample["json"], read) if "json" in sample else {}
+        fields = _fields(source.where, sample["json"], read) if "json" in sample else {}
     return label_like([*sample, *(name for name, value in fields.items() if isinstance(value, str | int | float))])
 
 
@@ -229,15 +227,15 @@ def _block_reader(store: Store, key: str) -> Read:
     return read
 
 
-def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str] | None) -> _Look:
-    where = f"{store.url}/{entry.key}"
+def _look(source: SourceFile, size: int) -> _Look:
+    where, config = source.where, source.config
     keys: list[str] = []
     examples: dict[bool | None, str] = {}
     texts: set[str] = set()
     folders: dict[str, str] = {}
     number = None
-    with _reader(store, entry.key) as read:
-        found, indexed = _listed(store, entry.key, entry.size, read)
+    with _reader(source.store, source.key) as read:
+        found, indexed = _listed(source.store, source.key, size, read)
         for key, sample in group_members(where, found, config.image_column):
             keys.append(key)
             if _image_of(sample, config) is not None:
@@ -246,7 +244,7 @@ def _look(store: Store, entry: Entry, config: DataConfig, classes: Sequence[str]
                 if indexed:
                     examples[_is_labelled(sample, config)] = key
                     continue
-                label = _planned_label(where, sample, read, config, classes)
+                label = _planned_label(source, sample, read)
                 examples[label is not None] = key
                 if isinstance(label, str):
                     texts.add(label)
@@ -264,14 +262,12 @@ def _is_labelled(sample: Sample, config: DataConfig) -> bool | None:
     return None if "json" in sample and not known else known
 
 
-def _planned_label(
-    where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None
-) -> str | int | None:
-    """Return the label of one sample, text as it is stored unless the note names `classes`."""
-    label = _stored_label(where, sample, read, config)
-    if classes is None and isinstance(label, str) and label and not FRACTION.fullmatch(label):
+def _planned_label(source: SourceFile, sample: Sample, read: Read) -> str | int | None:
+    """Return the label of one sample, text as it is stored unless the note names the classes."""
+    label = _stored_label(source, sample, read)
+    if source.classes is None and isinstance(label, str) and label and not FRACTION.fullmatch(label):
         return label
-    return _label(where, sample, read, config, classes, noted=True)
+    return _label(source, sample, read, noted=True)
 
 
 def _refuse_repeated_keys(store: Store, entries: Sequence[Entry], looks: Sequence[_Look]) -> None:
@@ -354,25 +350,19 @@ def _visible(where: str, read: Read, place: int, size: int) -> tuple[str, int, i
 
 
 def _table(
-    store: Store,
-    key: str,
-    samples: Sequence[tuple[str, Sample]],
-    extensions: Sequence[str],
-    read: Read,
-    config: DataConfig,
-    classes: Sequence[str] | None,
+    source: SourceFile, samples: Sequence[tuple[str, Sample]], extensions: Sequence[str], read: Read
 ) -> pa.Table:
-    where, names = f"{store.url}/{key}", [name for name, _ in samples]
-    if read_note(store).get(ESCAPED_KEYS) is True:
+    config, names = source.config, [name for name, _ in samples]
+    if read_note(source.store).get(ESCAPED_KEYS) is True:
         names = [unescape_key(name) for name in names]
     if config.tar_ids == "path":
-        names = [f"{key}/{name}" for name in names]
+        names = [f"{source.key}/{name}" for name in names]
     images = [_image_of(each, config) for _, each in samples]
     taken = {_class_member(each, config) for _, each in samples}
     taken |= {name for name in extensions if _may_be_image(name, config.image_column)}
     extras = {
         name: pa.array(
-            [_content(where, each.get(name), read) for _, each in samples],
+            [_content(source.where, each.get(name), read) for _, each in samples],
             pa.string() if is_text(name) else pa.binary(),
         )
         for name in extensions
@@ -381,9 +371,9 @@ def _table(
     return canonical_table(
         names,
         [b"" if image is None else read(image.offset, image.offset + image.size) for image in images],
-        _labels(store, key, samples, read, config, classes),
+        _labels(source, samples, read),
         pa.table(extras) if extras else None,
-        classes,
+        source.classes,
         [None if image is None else image.name for image in images],
     )
 
@@ -402,37 +392,29 @@ def _text(where: str, member: Member, data: bytes) -> str:
         raise InputError(f"{where}: member {member.name} is not UTF-8 text: {error}; mend it") from None
 
 
-def _labels(
-    store: Store,
-    key: str,
-    samples: Iterable[tuple[str, Sample]],
-    read: Read,
-    config: DataConfig,
-    classes: Sequence[str] | None,
-) -> list[int | None] | None:
+def _labels(source: SourceFile, samples: Iterable[tuple[str, Sample]], read: Read) -> list[int | None] | None:
     """Return the labels of samples, None if no one has one: those of members, else the classes of folders."""
-    noted = noted_classes(store, config.label_column) is not None
-    by_folder = classes if config.labels == "folder" or (config.labels is None and not noted) else None
+    config = source.config
+    noted = noted_classes(source.store, config.label_column) is not None
+    by_folder = source.classes if config.labels == "folder" or (config.labels is None and not noted) else None
     labels: list[int | None] = []
     for name, sample in samples:
-        label = _label(f"{store.url}/{key}", sample, read, config, classes, noted)
+        label = _label(source, sample, read, noted)
         if label is None and by_folder is not None and _image_of(sample, config) is not None:
-            label = folder.folder_label(store, name, by_folder)
+            label = folder.folder_label(source.store, name, by_folder)
         labels.append(label)
     return None if all(label is None for label in labels) else labels
 
 
-def _label(
-    where: str, sample: Sample, read: Read, config: DataConfig, classes: Sequence[str] | None, noted: bool
-) -> int | None:
-    """Return the label of one sample; a name becomes its index in `classes`.
+def _label(source: SourceFile, sample: Sample, read: Read, noted: bool) -> int | None:
+    """Return the label of one sample; a name becomes its index in the classes.
 
     If classes are `noted` or unknown, whole numbers that are text are such indices too. Otherwise they are names.
     """
-    value = _stored_label(where, sample, read, config)
+    value, classes = _stored_label(source, sample, read), source.classes
     if value is None:
         return None
-    member = sample[_class_member(sample, config) or "json"].name
+    where = f"{source.where}: member {sample[_class_member(sample, source.config) or 'json'].name}"
     named = classes is not None and not noted
     if value == "-1" or (not named and isinstance(value, str) and WHOLE.fullmatch(value)):
         value = int(value.partition(".")[0])
@@ -441,24 +423,24 @@ def _label(
     no_index = named and value != -1
     if no_index or not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
         raise InputError(
-            f"{where}: member {member} holds the label {value!r}, expected an integer or one of the classes; mend "
+            f"{where} holds the label {value!r}, expected an integer or one of the classes; mend "
             "it, name another .json field with --set data.label_column=NAME, or delete the index if there is one"
         )
-    check_label(f"{where}: member {member}", value, classes)
+    check_label(where, value, classes)
     return value
 
 
-def _stored_label(where: str, sample: Sample, read: Read, config: DataConfig) -> object:
+def _stored_label(source: SourceFile, sample: Sample, read: Read) -> object:
     """Return the label of one sample as it is stored, in its class member or a field of its .json member.
 
     Floats that are whole numbers become integers. None if there is none, or data.labels says what the labels are.
     """
-    name = _class_member(sample, config)
-    if config.labels is not None or (name is None and "json" not in sample):
+    name = _class_member(sample, source.config)
+    if source.config.labels is not None or (name is None and "json" not in sample):
         return None
     if name is not None:
-        return _short(where, sample[name], read, _LONGEST_LABEL).strip()
-    value = _fields(where, sample["json"], read).get(config.label_column)
+        return _short(source.where, sample[name], read, _LONGEST_LABEL).strip()
+    value = _fields(source.where, sample["json"], read).get(source.config.label_column)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

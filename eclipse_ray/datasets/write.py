@@ -233,7 +233,7 @@ def convert(source_url: str, output_url: str, data_config: DataConfig, layout: L
     source = open_source(source_url, data_config)
     return write_dataset(
         output_url,
-        converted(source, data_config),
+        converted(source),
         classes=source.classes,
         source=source_url,
         layout=layout,
@@ -243,17 +243,17 @@ def convert(source_url: str, output_url: str, data_config: DataConfig, layout: L
     )
 
 
-def converted(source: Source, data_config: DataConfig) -> Iterator[pa.Table]:
+def converted(source: Source) -> Iterator[pa.Table]:
     """Yield the tables of a source, their images resized and encoded anew if `data.resize` is set."""
-    for table in read_tables(source, data_config):
-        yield table if data_config.resize is None else _resized(source, table, data_config)
+    for table in read_tables(source):
+        yield table if source.data.resize is None else _resized(source, table)
 
 
-def _resized(source: Source, table: pa.Table, data_config: DataConfig) -> pa.Table:
+def _resized(source: Source, table: pa.Table) -> pa.Table:
     encoded = []
     for name, data in zip(table["id"].to_pylist(), image_bytes(table), strict=True):
-        pixels = decode_resized(source.url, name, data, data_config)
-        encoded.append(encode_image(pixels, data_config.encoding))
+        pixels = decode_resized(source.url, name, data, source.data)
+        encoded.append(encode_image(pixels, source.data.encoding))
     return with_images(table, encoded)
 
 
@@ -274,7 +274,7 @@ def split(
             f"{source_url}: cannot split {clean} clean images off {source.images}; "
             f"ask for 1 to {source.images - 1}"
         )
-    hashes, labels = _read_contents(source, data_config)
+    hashes, labels = _read_contents(source)
     chosen = choose_clean(hashes, labels, clean, seed)
     if not chosen.any():
         raise InputError(
@@ -286,7 +286,7 @@ def split(
     for name, side in (("clean", chosen), ("rest", ~chosen)):
         counts[name] = write_dataset(
             posixpath.join(output_url, name),
-            _select(source, data_config, side),
+            _select(source, side),
             classes=source.classes,
             source=source_url,
             passed_over=source.passed_over,
@@ -296,21 +296,21 @@ def split(
     return {**counts, "output": output_url}
 
 
-def _read_contents(source: Source, data_config: DataConfig) -> tuple[list[str | None], list[int | None]]:
+def _read_contents(source: Source) -> tuple[list[str | None], list[int | None]]:
     hashes: list[str | None] = []
     labels: list[int | None] = []
-    for table in read_tables(source, data_config):
+    for table in read_tables(source):
         for data in image_bytes(table):
             try:
-                hashes.append(content_hash(decode_stored(data, data_config)))
+                hashes.append(content_hash(decode_stored(data, source.data)))
             except ImageError:
                 hashes.append(None)
         labels.extend(None if label < 0 else label for label in labels_or_none(table))
     return hashes, labels
 
 
-def _select(source: Source, data_config: DataConfig, side: NDArray[np.bool_]) -> Iterator[pa.Table]:
+def _select(source: Source, side: NDArray[np.bool_]) -> Iterator[pa.Table]:
     start = 0
-    for table in read_tables(source, data_config):
+    for table in read_tables(source):
         yield table.filter(pa.array(side[start : start + table.num_rows]))
         start += table.num_rows

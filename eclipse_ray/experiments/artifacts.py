@@ -105,16 +105,16 @@ def part_of(
         if not _complete(target):
             _clear(target)
             source, classes = open_source(url, config.data), (labelled.classes if labelled else None)
-            rows = _rows(source, config, frozenset(ids))
+            rows = _rows(source, frozenset(ids))
             if labelled is not None and labelled.labels is not None:
                 rows = _with_labels(rows, dict(zip(ids, labelled.labels.tolist(), strict=True)))
             write_dataset(target, rows, classes=classes or source.classes, source=source.url)
     return {"data.source": target, "data.clean": target, **CANONICAL_COLUMNS}
 
 
-def _rows(source: Source, config: Config, ids: frozenset[str]) -> Iterator[pa.Table]:
+def _rows(source: Source, ids: frozenset[str]) -> Iterator[pa.Table]:
     left = len(ids)
-    for table in read_tables(source, config.data):
+    for table in read_tables(source):
         wanted = table.filter(pa.array([name in ids for name in table["id"].to_pylist()], pa.bool_()))
         if wanted.num_rows:
             yield wanted.drop_columns([name for name in wanted.column_names if name not in CANONICAL])

@@ -72,7 +72,7 @@ def check_labels(config: Config, *urls: str, partly: bool = False) -> None:
     """Say which classes sets have, before an image of any is read; data.source needs two. Raises InputError."""
     for url in urls:
         least = 2 if url == config.data.source else 1
-        require_classes(url, open_source(url, config.data), config.data, least, partly=partly)
+        require_classes(url, open_source(url, config.data), least, partly=partly)
 
 
 @dataclass
@@ -207,9 +207,9 @@ def open_matrix(config: Config) -> Experiment:
     check_labels(config, str(data.source), str(data.test))
     for url in published_sources(config):
         opened = open_source(url, data)
-        own = read_labels(opened, data)
+        own = read_labels(opened)
         if own is not None and (own >= 0).any():
-            require_classes(url, opened, data)
+            require_classes(url, opened)
     source = load_images(str(data.source), data, limit=matrix.limit)
     test = load_images(str(data.test), data, limit=matrix.test_limit)
     sparse = load_images(data.clean, data) if data.clean else None

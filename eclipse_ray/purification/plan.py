@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -140,10 +140,7 @@ def prepare(config: Config, *, extend: bool = False) -> Prepared:
     most = _images_per_shard(config, samples, opened.images)
     plan = ledger.plan_source(store, opened.parts, most, opened.classes, extend)
     job = Job(
-        source=opened.url,
-        format=opened.format,
-        classes=plan.classes,
-        data=config.data,
+        source=replace(opened, parts=(), classes=plan.classes),
         output=store.url,
         denoiser=denoiser_url,
         purify=config.purify,
@@ -179,7 +176,7 @@ def read_samples(source: Source, config: Config, count: int) -> list[Sample]:
     for number, part in enumerate(parts):
         rows = min(part.rows, -(-left // (len(parts) - number)))
         try:
-            table = read_parts(source.url, source.format, source.classes, [(part.key, 0, rows)], config.data)
+            table = read_parts(source, [(part.key, 0, rows)])
         except InputError as error:
             if config.data.on_error == "stop":
                 raise
@@ -345,7 +342,7 @@ def estimate(config: Config, *, retry_failed: bool = False, extend: bool = False
 def _first_images(prepared: Prepared) -> Iterator[Pixels]:
     """Yield those of the first ENCODED images that can be decoded, one at a time."""
     data_config = prepared.config.data
-    for table in itertools.islice(read_tables(prepared.source, data_config, max_images=ENCODED), 1):
+    for table in itertools.islice(read_tables(prepared.source, max_images=ENCODED), 1):
         for data in image_bytes(table):
             with suppress(ImageError):
                 yield resize_image(decode_stored(data, data_config), data_config.resize)

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from eclipse_ray import ledger
 from eclipse_ray.cluster import metrics
 from eclipse_ray.cluster.connect import open_denoiser
-from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, DataConfig, PurifyConfig, content_hash
-from eclipse_ray.datasets.formats import read_parts
+from eclipse_ray.config import BATCH_PIXELS, CompensationConfig, PurifyConfig, content_hash
+from eclipse_ray.datasets.formats import Source, read_parts
 from eclipse_ray.datasets.images import ImageError, LargeImageError, decode_stored, encode_image, resize_image
 from eclipse_ray.datasets.table import canonical_table, image_bytes, refuse_repeated, table_to_parquet
 from eclipse_ray.errors import EclipseError, InputError, StorageError, note_of_error
@@ -47,10 +47,8 @@ BUSY_COLUMN = "busy_seconds"
 class Job:
     """What every worker must know; small, so that it travels with each task."""
 
-    source: str
-    format: str
-    classes: tuple[str, ...] | None
-    data: DataConfig
+    source: Source
+    """The source without its parts, its classes those of the plan."""
     output: str
     denoiser: str
     purify: PurifyConfig
@@ -72,7 +70,7 @@ class Job:
         """Raise InputError if the image `name` with this content hash is one that the denoiser was trained on."""
         if content in self.sparse_hashes:
             raise InputError(
-                f"{self.source}: image {name} is in the sparse clean set that the "
+                f"{self.source.url}: image {name} is in the sparse clean set that the "
                 f"denoiser {self.denoiser} was trained on; purify images that are disjoint from it"
             )
 
@@ -225,7 +223,7 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     places = [(span.key, row) for span in spans for row in range(span.start, span.stop)]
     encoded, order, labels = image_bytes(table), table["id"].to_pylist(), _labels(table)
     metrics.count("read_bytes", sum(map(len, encoded)), job.run)
-    refuse_repeated(job.source, order)
+    refuse_repeated(job.source.url, order)
     state = hashlib.sha256()
     for data in encoded:
         state.update(len(data).to_bytes(8, "little") + data)
@@ -236,9 +234,9 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
     kept: list[int] = []
     for index, image in zip(rows, _decoded(job, task, attempt, [encoded[row] for row in rows]), strict=True):
         if isinstance(image, Failure):
-            if job.data.on_error == "stop":
+            if job.source.data.on_error == "stop":
                 raise InputError(
-                    f"{job.source}: image {order[index]}: {image.error}; mend it, leave it out, "
+                    f"{job.source.url}: image {order[index]}: {image.error}; mend it, leave it out, "
                     "or set data.on_error=row"
                 )
             failures.append(image.row(order[index], labels[index], places[index][0]))
@@ -246,7 +244,7 @@ def _read_and_decode(task: Task, job: Job, attempt: int) -> pa.Table:
         # Before it is resized: hashes are of images as they are stored, whatever size either run works at.
         if job.sparse_hashes:
             job.refuse_leakage(order[index], content_hash(image))
-        pixels.append(resize_image(image, job.data.resize))
+        pixels.append(resize_image(image, job.source.data.resize))
         kept.append(index)
     paths = pc.struct_field(table["image"], "path")
     table = table.drop_columns(["image"]).append_column(PATH_COLUMN, paths)
@@ -262,14 +260,14 @@ def _read(task: Task, job: Job) -> tuple[pa.Table, list[ledger.Span], list[Failu
 
     def read(spans: Sequence[ledger.Span]) -> pa.Table:
         places = [(span.key, span.start, span.stop) for span in spans]
-        return read_parts(job.source, job.format, job.classes, places, job.data)
+        return read_parts(job.source, places)
 
     spans = list(task.shard.spans)
     try:
         return read(spans), spans, []
     except InputError:
         # A retry knows the images that it did not reach before, so it must see all of them.
-        if job.data.on_error == "stop" or task.generation:
+        if job.source.data.on_error == "stop" or task.generation:
             raise
     good: list[ledger.Span] = []
     failures: list[FailureRow] = []
@@ -285,7 +283,7 @@ def _read(task: Task, job: Job) -> tuple[pa.Table, list[ledger.Span], list[Failu
 def _unread(job: Job, span: ledger.Span, failure: Failure) -> list[FailureRow]:
     """Return error rows for images that could not be read, so that only the ids of a folder are known."""
     return [
-        failure.row(span.key if job.format == "folder" else f"{span.key}#{row}", None, span.key)
+        failure.row(span.key if job.source.format == "folder" else f"{span.key}#{row}", None, span.key)
         for row in range(span.start, span.stop)
     ]
 
@@ -315,7 +313,7 @@ def _killers(
 
 def _decode(job: Job, data: bytes) -> Outcome:
     try:
-        return decode_stored(data, job.data)
+        return decode_stored(data, job.source.data)
     except ImageError as error:
         return Failure(str(error), "large" if isinstance(error, LargeImageError) else "undecodable")
 
@@ -555,12 +553,12 @@ def _labels(table: pa.Table) -> list[int | None]:
 
 
 def _encoded(table: pa.Table, images: Sequence[Pixels], job: Job) -> pa.Table:
-    encoded = [encode_image(image, job.data.encoding) for image in images]
+    encoded = [encode_image(image, job.source.data.encoding) for image in images]
     labels = _labels(table) if "label" in table.column_names else None
-    paths = [_renamed(path, job.data.encoding) for path in table[PATH_COLUMN].to_pylist()]
+    paths = [_renamed(path, job.source.data.encoding) for path in table[PATH_COLUMN].to_pylist()]
     waiting = (PATH_COLUMN, KEY_COLUMN, ROW_COLUMN, *(f".{name}" for name in CHANGE_COLUMNS))
     extras = table.drop_columns([name for name in ("id", "label", *waiting) if name in table.column_names])
-    return canonical_table(table["id"].to_pylist(), encoded, labels, extras, job.classes, paths)
+    return canonical_table(table["id"].to_pylist(), encoded, labels, extras, job.source.classes, paths)
 
 
 def _merged(before: pa.Table | None, done: pa.Table | None, order: Sequence[str]) -> pa.Table | None:

@@ -245,9 +245,7 @@ class Purification:
             if clean and clean.images == sum(shard.rows for shard in base):
                 offsets = {name: sum(shard.rows for shard in base[: chosen[name]]) for name in found}
                 samples = [
-                    sample
-                    for name, drawn in found.items()
-                    for sample in _with_clean(drawn, clean, self.config.data, offsets[name])
+                    sample for name, drawn in found.items() for sample in _with_clean(drawn, clean, offsets[name])
                 ]
         except (EclipseError, OSError) as error:
             self.notes.append(f"What the source was made from cannot be read any more: {error}.")
@@ -269,7 +267,7 @@ class Purification:
         """Return the purified images of `spans`, and what they were before, if both have the same size."""
         data = self.config.data
         base, name = _location(str(data.source), spans[0][0])
-        before = read_parts(base, name, self.plan.classes, spans, data)
+        before = read_parts(Source(base, name, self.plan.classes, data), spans)
         after = ledger.read_object(self.store, status)
         assert after is not None, "a shard without purified images was asked for"
         place = {id: row for row, id in enumerate(after["id"].to_pylist())}
@@ -285,14 +283,15 @@ class Purification:
         return found
 
 
-def _with_clean(drawn: Sequence[Sample], clean: Source, data: DataConfig, offset: int) -> list[Sample]:
+def _with_clean(drawn: Sequence[Sample], clean: Source, offset: int) -> list[Sample]:
     """Return the first images of a shard that begins at row `offset` with the clean images of the same ids."""
     spans = _rows_at([(part.key, 0, part.rows) for part in clean.parts], offset)
-    table = read_parts(clean.url, clean.format, clean.classes, spans, data)
+    table = read_parts(clean, spans)
     encoded = dict(zip(table["id"].to_pylist(), image_bytes(table), strict=True))
     found = []
     for sample in drawn:
-        copy = decode_resized(clean.url, sample.id, encoded[sample.id], data) if sample.id in encoded else None
+        known = sample.id in encoded
+        copy = decode_resized(clean.url, sample.id, encoded[sample.id], clean.data) if known else None
         fits = copy is not None and copy.shape == sample.before.shape
         found.append(sample._replace(clean=copy if fits else None))
     return found

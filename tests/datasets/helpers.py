@@ -57,14 +57,14 @@ def write_set(url: object, *tables: pa.Table, classes: list[str] | None = None, 
 def read_all(url: object, **settings: object) -> pa.Table:
     """Return all rows of a dataset."""
     config = DataConfig(**settings)
-    return pa.concat_tables(read_tables(open_source(str(url), config), config))
+    return pa.concat_tables(read_tables(open_source(str(url), config)))
 
 
 def read_rows(url: object, start: int, stop: int) -> pa.Table:
     """Return these rows of the only file of a dataset."""
     source = open_source(str(url), CONFIG)
     (part,) = source.parts
-    return read_parts(source.url, source.format, source.classes, [(part.key, start, stop)], CONFIG)
+    return read_parts(source, [(part.key, start, stop)])
 
 
 def refused(url: object, *words: str, reading: bool = False, **settings: object) -> str:
@@ -72,7 +72,7 @@ def refused(url: object, *words: str, reading: bool = False, **settings: object)
     config = DataConfig(**settings)
     source = open_source(str(url), config) if reading else None
     with pytest.raises(InputError) as caught:
-        list(read_tables(source, config)) if source else open_source(str(url), config)
+        list(read_tables(source)) if source else open_source(str(url), config)
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message

@@ -107,7 +107,7 @@ def test_a_batch_is_read_again_where_its_store_fails_for_a_moment(monkeypatch, t
     store.write(name, pickle.dumps(batch()))
     source = open_source(store.url, CONFIG)
     time_out(monkeypatch, 2)
-    rows = read_parts(store.url, source.format, None, [(name, 0, 6)], CONFIG)
+    rows = read_parts(source, [(name, 0, 6)])
     assert np.array_equal(pixels_of(rows), IMAGES)
 
 

@@ -77,7 +77,7 @@ def test_sets_whose_labels_are_needed_are_refused_by_name(tmp_path, name):
     tables, words = UNLABELLED[name]
     url = write_set(tmp_path, *tables)
     with pytest.raises(InputError, match=words):
-        require_classes(url, open_source(url, CONFIG), CONFIG)
+        require_classes(url, open_source(url, CONFIG))
 
 
 def test_a_missing_label_is_minus_one(tmp_path):

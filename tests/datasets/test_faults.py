@@ -113,7 +113,7 @@ def test_odd_names_survive_the_plan(named):
     assert ledger.read_plan(store).shards == shards
     for shard in shards:
         spans = [(span.key, span.start, span.stop) for span in shard.spans]
-        rows = read_parts(source.url, source.format, source.classes, spans, CONFIG)
+        rows = read_parts(source, spans)
         assert rows["id"].to_pylist() == [key for key, _, _ in spans]
 
 

@@ -18,7 +18,7 @@ def test_class_folders_give_labels_and_ids(tmp_path):
     fill(tmp_path, *keys, images=noise(3))
     source = open_source(fill(tmp_path, "dog/readme.txt", "dog/.hidden.png"), CONFIG)
     assert (source.format, source.classes) == ("folder", ["cat", "dog"])
-    rows = read_parts(source.url, source.format, source.classes, [(key, 0, 1) for key in keys], CONFIG)
+    rows = read_parts(source, [(key, 0, 1) for key in keys])
     assert rows["id"].to_pylist() == [image["path"] for image in rows["image"].to_pylist()] == keys
     assert rows["label"].to_pylist() == [1, 0, 0]
     assert (pixels_of(rows) == noise(3)).all()
@@ -49,10 +49,10 @@ def test_an_image_that_went_away_keeps_its_class_and_is_named(tmp_path, link):
         (tmp_path / "cat/a.png").symlink_to(tmp_path / "nowhere")
         source = open_source(url, CONFIG)
     assert source.classes == ["cat", "dog"]
-    rows = read_parts(source.url, source.format, source.classes, [("dog/b.png", 0, 1)], CONFIG)
+    rows = read_parts(source, [("dog/b.png", 0, 1)])
     assert rows["label"].to_pylist() == [1]
     with pytest.raises(InputError, match=r"cat/a\.png"):
-        read_parts(source.url, source.format, source.classes, [("cat/a.png", 0, 1)], CONFIG)
+        read_parts(source, [("cat/a.png", 0, 1)])
 
 
 def test_noted_class_order_keeps_the_labels(tmp_path):
@@ -77,6 +77,6 @@ def test_real_photographs(shared_data):
     assert source.classes is not None
     assert len(source.classes) == len(source.parts) == 100
     part = source.parts[41]
-    rows = read_parts(source.url, source.format, source.classes, [(part.key, 0, 1)], CONFIG)
+    rows = read_parts(source, [(part.key, 0, 1)])
     assert rows["label"].to_pylist() == [41]
     assert decode_image(image_bytes(rows)[0], CONFIG.max_pixels).ndim == 3

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.formats import chunk_spans, open_source, read_parts, refuse_repeated_ids
+from eclipse_ray.datasets.formats import Source, chunk_spans, open_source, read_parts, refuse_repeated_ids
 from eclipse_ray.datasets.table import Part, canonical_table, table_to_parquet
 from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import ImageFailure, commit_shard, finalise
@@ -184,7 +184,7 @@ def test_a_source_works_elsewhere(tmp_path):
     put(tmp_path, {"a.parquet": parquet("a", "b", classes=["cat"])})
     source = pickle.loads(pickle.dumps(open_source(str(tmp_path), CONFIG)))
     assert source.parts[0].version == str((tmp_path / "a.parquet").stat().st_mtime_ns)
-    rows = read_parts(source.url, source.format, source.classes, [("a.parquet", 1, 2)], CONFIG)
+    rows = read_parts(source, [("a.parquet", 1, 2)])
     assert rows["id"].to_pylist() == ["b"]
 
 
@@ -199,10 +199,10 @@ def test_memory_filesystem():
 def test_files_with_other_columns_join_or_say_why(tmp_path):
     spans = [("a.parquet", 0, 1), ("b.parquet", 0, 1)]
     put(tmp_path, {"a.parquet": parquet("a", extras=pa.table({"x": [1]})), "b.parquet": parquet("b")})
-    assert read_parts(str(tmp_path), "parquet", None, spans, CONFIG)["x"].to_pylist() == [1, None]
+    assert read_parts(Source(str(tmp_path), "parquet", None, CONFIG), spans)["x"].to_pylist() == [1, None]
     put(tmp_path, {"b.parquet": parquet("b", extras=pa.table({"x": ["text"]}))})
     with pytest.raises(InputError, match="differ"):
-        read_parts(str(tmp_path), "parquet", None, spans, CONFIG)
+        read_parts(Source(str(tmp_path), "parquet", None, CONFIG), spans)
 
 
 @given(

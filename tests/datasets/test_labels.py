@@ -32,10 +32,10 @@ def labels_at(url, **settings):
     config = DataConfig(**settings)
     source = open_source(url, config)
     found = {}
-    for table in read_tables(source, config):
+    for table in read_tables(source):
         values = table["label"].to_pylist() if "label" in table.column_names else [None] * table.num_rows
         found |= dict(zip(table["id"].to_pylist(), values, strict=True))
-    alone = read_labels(source, config)
+    alone = read_labels(source)
     expected = [-1 if label is None else label for label in found.values()]
     assert ([-1] * source.images if alone is None else alone.tolist()) == expected
     return found, source.classes
@@ -395,7 +395,7 @@ def test_classes_are_said_and_labels_checked_before_any_image_is_read(tmp_path, 
     url = fill(tmp_path, "cat/0.png", "cat/1.png", "dog/2.png")
     opened = open_source(url, CONFIG)
     monkeypatch.setattr("eclipse_ray.storage.store.Store.read", lambda *_: pytest.fail("an image was read"))
-    assert require_classes(url, opened, CONFIG, 2).tolist() == [0, 0, 1]
+    assert require_classes(url, opened, 2).tolist() == [0, 0, 1]
     assert f"{url}: 2 classes in 3 images: cat 2, dog 1\n" in capsys.readouterr().err
 
 
@@ -403,8 +403,8 @@ def test_one_class_is_refused_where_two_are_needed(tmp_path):
     (tmp_path / "a.parquet").write_bytes(rows("a", "b", labels=[1, 1], classes=["cat", "dog"]))
     source = open_source(str(tmp_path), CONFIG)
     with pytest.raises(InputError, match="all 2 images are of one class, dog, where at least 2"):
-        require_classes(str(tmp_path), source, CONFIG, 2)
-    assert require_classes(str(tmp_path), source, CONFIG).tolist() == [1, 1]
+        require_classes(str(tmp_path), source, 2)
+    assert require_classes(str(tmp_path), source).tolist() == [1, 1]
 
 
 def test_many_classes_fit_one_line_and_empty_ones_are_named(tmp_path, capsys):
@@ -412,7 +412,7 @@ def test_many_classes_fit_one_line_and_empty_ones_are_named(tmp_path, capsys):
     table = pa.table({"image": [encode_image(PIXELS[0], "png")] * 29, "label": list(range(29))})
     metadata = {b"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})}
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
-    require_classes(str(tmp_path), open_source(str(tmp_path), CONFIG), CONFIG)
+    require_classes(str(tmp_path), open_source(str(tmp_path), CONFIG))
     said = capsys.readouterr().err
     assert "30 classes in 29 images: c0 1, c1 1" in said
     assert "and 10 more, each 0 to 1; 1 without images, such as c29" in said
@@ -451,7 +451,7 @@ def written(folder, kind, labels, other=None):
 @pytest.mark.parametrize("kind", ["parquet", "npz", "webdataset", "pt"])
 def test_numbers_that_do_not_begin_at_0_are_kept_and_the_class_without_images_is_named(tmp_path, kind, capsys):
     url = written(tmp_path, kind, [*range(1, 11), 10])
-    assert require_classes(url, open_source(url, CONFIG), CONFIG).tolist() == [*range(1, 11), 10]
+    assert require_classes(url, open_source(url, CONFIG)).tolist() == [*range(1, 11), 10]
     said = capsys.readouterr().err
     assert "10 classes in 11 images: label 1 1, label 2 1," in said
     assert "label 10 2; no image has label 0: labels are kept as they are, so a classifier gets 11 classes" in said
@@ -459,14 +459,14 @@ def test_numbers_that_do_not_begin_at_0_are_kept_and_the_class_without_images_is
 
 def test_numbers_with_gaps_are_named_and_a_set_without_any_is_said_in_short(tmp_path, capsys):
     gaps = written(tmp_path, "npz", [0, 3, 11])
-    assert require_classes(gaps, open_source(gaps, CONFIG), CONFIG).tolist() == [0, 3, 11]
+    assert require_classes(gaps, open_source(gaps, CONFIG)).tolist() == [0, 3, 11]
     said = capsys.readouterr().err
     assert (
         "3 classes in 3 images: label 0 1, label 3 1, label 11 1; no image has label 1, label 2, label 4," in said
     )
     assert "label 6 ...: labels are kept as they are, so a classifier gets 12 classes" in said
     whole = written(tmp_path, "pt", [1, 0, 2])
-    require_classes(whole, open_source(whole, CONFIG), CONFIG)
+    require_classes(whole, open_source(whole, CONFIG))
     assert capsys.readouterr().err.endswith("3 classes in 3 images: label 0 1, label 1 1, label 2 1\n")
 
 

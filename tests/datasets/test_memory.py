@@ -32,9 +32,9 @@ def small_chunks(monkeypatch):
 def test_a_sample_reads_no_more_chunks_than_it_needs(dataset, small_chunks, monkeypatch):
     read, whole = [], memory.read_parts
 
-    def counted(url, format, classes, spans, data_config):
+    def counted(source, spans):
         read.append(rows_in(spans))
-        return whole(url, format, classes, spans, data_config)
+        return whole(source, spans)
 
     monkeypatch.setattr(memory, "read_parts", counted)
     sample = load_sample(dataset, DATA, 20, seed=0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eclipse_ray.datasets.formats import open_source, read_parts
+from eclipse_ray.datasets.formats import Source, open_source, read_parts
 from eclipse_ray.storage.store import Store
 from tests.datasets.helpers import CONFIG, noise, read_all, refused
 from tests.support import pixels_of
@@ -33,7 +33,7 @@ def test_labels_beside_images_are_read_in_one_opening(tmp_path, monkeypatch):
     np.save(tmp_path / "labels.npy", LABELS)
     opened, genuine = [], Store.open
     monkeypatch.setattr(Store, "open", lambda store, key="": opened.append(key) or genuine(store, key))
-    table = read_parts(str(tmp_path), "npz", None, [("images.npy", 0, 11)], CONFIG)
+    table = read_parts(Source(str(tmp_path), "npz", None, CONFIG), [("images.npy", 0, 11)])
     assert (table["label"].to_pylist(), opened.count("labels.npy")) == (LABELS.tolist(), 1)
 
 

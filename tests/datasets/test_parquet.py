@@ -13,7 +13,7 @@ from ray.data import extensions
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import parquet
-from eclipse_ray.datasets.formats import open_source, read_labels, read_parts, refuse_repeated_ids
+from eclipse_ray.datasets.formats import Source, open_source, read_labels, read_parts, refuse_repeated_ids
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.memory import require_classes
 from eclipse_ray.datasets.table import canonical_table, image_bytes, table_to_parquet
@@ -70,7 +70,7 @@ def test_any_row_range_across_row_groups(tmp_path_factory, start, length, group)
     pq.write_table(
         canonical_table([str(n) for n in range(41)], [b"x"] * 41), folder / "a.parquet", row_group_size=group
     )
-    rows = read_parts(str(folder), "parquet", None, [("a.parquet", start, stop)], CONFIG)
+    rows = read_parts(Source(str(folder), "parquet", None, CONFIG), [("a.parquet", start, stop)])
     assert rows["id"].to_pylist() == [str(n) for n in range(start, stop)]
 
 
@@ -137,9 +137,9 @@ def test_a_column_that_may_hold_the_labels_is_named(tmp_path, name, capsys):
     said = f"{url}: read without labels; {name!r} may hold them: --set data.label_column={name}"
     assert said in capsys.readouterr().err
     with pytest.raises(InputError, match=rf"has no labels .* with --set data\.label_column={name}, sort"):
-        require_classes(url, source, CONFIG)
+        require_classes(url, source)
     config = DataConfig(label_column=name)
-    assert require_classes(url, open_source(url, config), config).tolist() == [1, 0]
+    assert require_classes(url, open_source(url, config)).tolist() == [1, 0]
     open_source(url, DataConfig(labels="none"))
     assert "may hold" not in capsys.readouterr().err
 
@@ -185,7 +185,7 @@ def test_unknown_extension_types_are_never_built_and_named_or_left_out(tmp_path,
         )
         refused(url, message)
         with pytest.raises(InputError, match=message):
-            read_parts(url, "parquet", None, [("x.parquet", 0, 1)], CONFIG)
+            read_parts(Source(url, "parquet", None, CONFIG), [("x.parquet", 0, 1)])
         kept = read_all(url, extra_columns="drop")
         assert kept.column_names == ["id", "image"]
         assert image_bytes(kept) == [PNG]
@@ -367,7 +367,7 @@ def test_real_cifar(shared_data):
     assert source.images == 10_000
     assert source.classes is not None
     assert source.classes[3] == "cat"
-    rows = read_parts(source.url, source.format, source.classes, [(source.parts[0].key, 1500, 1503)], CONFIG)
+    rows = read_parts(source, [(source.parts[0].key, 1500, 1503)])
     assert rows["id"].to_pylist() == [f"test-00000-of-00001.parquet#{n}" for n in (1500, 1501, 1502)]
     assert decode_image(image_bytes(rows)[0], 10_000).shape == (32, 32, 3)
 
@@ -426,14 +426,14 @@ def test_labels_may_be_names_whole_floats_or_lists_of_one(tmp_path, stored, labe
     url = put(tmp_path, pa.table({"image": [PNG] * 4, "label": stored}), "a.parquet")
     source = open_source(url, CONFIG)
     assert (source.classes, read_all(url)["label"].to_pylist()) == (classes, labels)
-    assert read_labels(source, CONFIG).tolist() == [-1 if label is None else label for label in labels]
+    assert read_labels(source).tolist() == [-1 if label is None else label for label in labels]
 
 
 def test_names_of_classes_are_those_of_all_files(tmp_path):
     put(tmp_path, pa.table({"image": [PNG], "label": ["dog"]}), "a.parquet")
     put(tmp_path, pa.table({"image": [PNG], "label": ["cat"]}), "b.parquet")
     source = open_source(str(tmp_path), CONFIG)
-    assert (source.classes, read_labels(source, CONFIG).tolist()) == (["cat", "dog"], [1, 0])
+    assert (source.classes, read_labels(source).tolist()) == (["cat", "dog"], [1, 0])
     put(tmp_path, pa.table({"image": [PNG], "label": [0]}), "c.parquet")
     refused(tmp_path, "labels of c.parquet are numbers and those of other files are names, such as cat; write")
 
@@ -496,7 +496,7 @@ def test_rows_of_a_long_row_group_in_any_order_and_by_threads(tmp_path):
     starts = np.random.default_rng(2).integers(0, 560, 30).tolist()
 
     def read(start):
-        return read_parts(str(tmp_path), "parquet", None, [("a.parquet", start, start + 40)], CONFIG)
+        return read_parts(Source(str(tmp_path), "parquet", None, CONFIG), [("a.parquet", start, start + 40)])
 
     with ThreadPoolExecutor(4) as pool:
         found = [table["id"].to_pylist() for table in pool.map(read, starts)]
@@ -510,5 +510,5 @@ def test_a_file_that_is_replaced_is_not_read_on(tmp_path):
     images = [{"bytes": bytes([row % 256]) * 20_000, "path": None} for row in range(600)]
     (tmp_path / "a.parquet").unlink()
     pq.write_table(pa.table({"id": ids, "image": images}), tmp_path / "a.parquet", use_dictionary=False)
-    table = read_parts(str(tmp_path), "parquet", None, [("a.parquet", 100, 150)], CONFIG)
+    table = read_parts(Source(str(tmp_path), "parquet", None, CONFIG), [("a.parquet", 100, 150)])
     assert table["id"].to_pylist() == ids[100:150]

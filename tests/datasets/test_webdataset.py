@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.folder import is_dotted
-from eclipse_ray.datasets.formats import open_source, read_labels, read_parts
+from eclipse_ray.datasets.formats import Source, open_source, read_labels, read_parts
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.table import image_bytes
 from eclipse_ray.datasets.webdataset import escape_key, unescape_key
@@ -176,7 +176,7 @@ def test_folders_in_tars_without_labels_are_classes_as_in_a_folder(tmp_path, sha
         source = open_source(str(tmp_path), config)
         assert source.classes == ["cat", "dog"]
         assert read_all(tmp_path, labels=labels)["label"].to_pylist() == [1, 0, 1, 1]
-        assert read_labels(source, config).tolist() == [1, 0, 1, 1]
+        assert read_labels(source).tolist() == [1, 0, 1, 1]
     assert "label" not in read_all(tmp_path, labels="none").column_names
 
 
@@ -252,7 +252,7 @@ def test_compressed_tars_are_refused(tmp_path, suffix, mode):
 def test_labels_may_be_names_of_classes(tmp_path, members, classes, labels):
     url = tar(tmp_path / "a.tar", *members)
     source = open_source(url, CONFIG)
-    assert (source.classes, read_labels(source, CONFIG).tolist()) == (classes, labels)
+    assert (source.classes, read_labels(source).tolist()) == (classes, labels)
     assert read_all(url)["label"].to_pylist() == labels
 
 
@@ -264,7 +264,7 @@ def test_numbers_are_names_if_another_tar_has_a_name_unless_a_note_names_the_cla
     (tmp_path / "_eclipse").mkdir()
     (tmp_path / "_eclipse" / "dataset.json").write_text('{"classes": ["1", "cat", "0"]}')
     source = open_source(url, CONFIG)
-    assert (source.classes, read_labels(source, CONFIG).tolist()) == (["1", "cat", "0"], [1, 0, 1])
+    assert (source.classes, read_labels(source).tolist()) == (["1", "cat", "0"], [1, 0, 1])
     assert read_all(url)["label"].to_pylist() == [1, 0, 1]
 
 
@@ -360,12 +360,12 @@ def test_a_remote_tar_is_planned_without_reading_its_images(tmp_path):
         assert source.images == 20
         assert sum(ranges) < 0.1 * 20 * len(big)
         ranges.clear()
-        rows = read_parts(source.url, source.format, None, [("a.tar", 7, 9)], CONFIG)
+        rows = read_parts(source, [("a.tar", 7, 9)])
         assert rows["id"].to_pylist() == ["07", "08"]
         # A worker reads the headers once, and then exactly the bytes of its rows.
         assert max(ranges) < 2 * len(big) + 5 * 1024
         ranges.clear()
-        read_parts(source.url, source.format, None, [("a.tar", 3, 4)], CONFIG)
+        read_parts(source, [("a.tar", 3, 4)])
         assert sum(ranges) < len(big) + 20_000
 
 
@@ -401,7 +401,7 @@ def test_the_image_of_a_sample_with_a_mask_is_named_and_the_mask_comes_along(tmp
     assert image_bytes(table) == [PNG, PNG, b""]
     assert table["seg.png"].to_pylist() == [mask] * 3
     assert table["label"].to_pylist() == [1, 0, 1]
-    assert read_labels(open_source(url, config), config).tolist() == [1, 0, 1]
+    assert read_labels(open_source(url, config)).tolist() == [1, 0, 1]
     refused(url, "none of its 3 samples has an image (photo.png)", image_column="photo.png")
 
 
@@ -428,7 +428,7 @@ def test_a_tar_that_changed_since_it_was_listed_is_named(tmp_path):
     assert open_source(url, CONFIG).images == 2
     tar(tmp_path / "a.tar", *sample("0"))
     with pytest.raises(InputError, match=r"a\.tar: has no 2 samples"):
-        read_parts(url, "webdataset", None, [("a.tar", 0, 2)], CONFIG)
+        read_parts(Source(url, "webdataset", None, CONFIG), [("a.tar", 0, 2)])
 
 
 def test_labels_in_json_behind_an_index_are_read_with_the_rows(tmp_path):

@@ -119,7 +119,7 @@ def test_convert_real_cifar(shared_data, tmp_path):
     assert convert(url, str(tmp_path / "out"), CONFIG) == 10_000
     again = open_source(str(tmp_path / "out"), CONFIG)
     assert [part.rows for part in again.parts] == [4096, 4096, 1808]
-    first, copy = (next(read_tables(open_source(each, CONFIG), CONFIG)) for each in (url, again.url))
+    first, copy = (next(read_tables(open_source(each, CONFIG))) for each in (url, again.url))
     assert first.equals(copy)
 
 

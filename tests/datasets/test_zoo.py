@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +69,7 @@ def test_truncated_images_are_never_filled_with_grey():
 
 def job(source, classes, data):
     return Job(
-        source=source.url,
-        format=source.format,
-        classes=classes,
-        data=data,
+        source=replace(source, parts=(), classes=classes, data=data),
         output=f"{source.url}-out",
         denoiser="",
         purify=PurifyConfig(),

@@ -147,7 +147,7 @@ def _reader(key: str) -> Callable[[bytes, random.Random], None]:
         store.write(key, data)
         try:
             source = open_source(f"{store.url}/{key}", POLICIES[0])
-            tables = list(read_tables(source, POLICIES[0]))
+            tables = list(read_tables(source))
         except InputError as error:
             if key in str(error):
                 raise

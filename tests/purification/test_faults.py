@@ -37,10 +37,7 @@ def first_shard(world: World, output: object, source: object = None, **settings:
     config = resolve(None, {**DEBUG, "purify.batch_size": 8, **dotted(settings)}, {})
     opened = open_source(str(source or world.poisoned), config.data)
     job = Job(
-        source=opened.url,
-        format=opened.format,
-        classes=None,
-        data=config.data,
+        source=replace(opened, parts=(), classes=None),
         output=str(output),
         denoiser=world.denoiser,
         purify=config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1}),

@@ -376,7 +376,7 @@ def parquet_files(folder, count):
 def test_few_objects_of_many_images_are_opened_for_samples(tmp_path, monkeypatch):
     parquet_files(tmp_path, 20)
     opened, read = [], prepare.read_parts
-    monkeypatch.setattr(prepare, "read_parts", lambda *given: opened.append(given[3][0]) or read(*given))
+    monkeypatch.setattr(prepare, "read_parts", lambda *given: opened.append(given[1][0]) or read(*given))
     assert len(samples_of(tmp_path)) == 64
     assert [key for key, _, _ in opened] == [f"{number:02d}.parquet" for number in range(0, 20, 3)]
     assert max(stop for _, _, stop in opened) == 10
@@ -388,8 +388,8 @@ def test_an_object_that_cannot_be_read_does_not_end_the_sampling(tmp_path, monke
     read, damaged = prepare.read_parts, {"00.parquet", "02.parquet"}
 
     def read_some(*given):
-        if given[3][0][0] in damaged:
-            raise InputError(f"{given[3][0][0]}: damaged")
+        if given[1][0][0] in damaged:
+            raise InputError(f"{given[1][0][0]}: damaged")
         return read(*given)
 
     monkeypatch.setattr(prepare, "read_parts", read_some)
@@ -489,6 +489,6 @@ def test_what_cannot_be_read_becomes_error_rows_of_its_own(world, tmp_path):
     assert [(row["id"], row["key"]) for row in failures] == [(gone, gone)]
     assert "is a link to a missing file, or was deleted after the source was listed" in failures[0]["error"]
     assert decoded["fatal"][0].as_py() == ""
-    strict = replace(job, data=job.data.model_copy(update={"on_error": "stop"}))
+    strict = replace(job, source=replace(job.source, data=DataConfig(on_error="stop")))
     stopped = str(error_of_note(decode(strict, task)["fatal"][0].as_py()))
     assert "is a link to a missing file, or was deleted after the source was listed" in stopped

@@ -11,14 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from eclipse_ray.cluster.connect import (
-    Resources,
-    check_denoiser,
-    connect,
-    local_denoiser,
-    open_denoiser,
-    refuse_process_local,
-)
+from eclipse_ray.cluster.connect import Resources, check_denoiser, connect, local_denoiser, refuse_process_local
 from eclipse_ray.cluster.work import Watch, reaching, watched
 from eclipse_ray.config import Config, content_hash
 from eclipse_ray.datasets.formats import Source, open_source, read_parts, refuse_output_inside
@@ -33,7 +26,15 @@ from eclipse_ray.errors import ConfigError, EclipseError, InputError, error_of_n
 from eclipse_ray.log import say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.run import IO_CPUS, dataset_of, on_actors, pool
-from eclipse_ray.purification.stages import FailureRow, Pixels, pack, purify_batch, same_size_batches, unpack
+from eclipse_ray.purification.stages import (
+    DenoisingActor,
+    FailureRow,
+    Pixels,
+    pack,
+    purify_batch,
+    same_size_batches,
+    unpack,
+)
 from eclipse_ray.results import AuditResult
 from eclipse_ray.storage.store import Store
 
@@ -56,7 +57,7 @@ def read_crops(batch: pa.Table, job: AuditJob) -> pa.Table:
     try:
         return _read_crops([tuple(span) for span in json.loads(batch["spans"][0].as_py())], job)
     except EclipseError as error:
-        return _fatal(error)
+        return pack({"read": [0]}, CROPS_SCHEMA.empty_table(), [], [], note_of_error(error))
 
 
 def _read_crops(spans: Sequence[Span], job: AuditJob) -> pa.Table:
@@ -88,41 +89,24 @@ def _crop(encoded: bytes, config: Config) -> Pixels:
     return centre_crop(image, side)
 
 
-def _fatal(error: EclipseError) -> pa.Table:
-    return pack({"read": [0]}, CROPS_SCHEMA.empty_table(), [], [], note_of_error(error))
-
-
-class Denoised:
+class Denoised(DenoisingActor):
     """The actor of an audit with a denoiser: adds to each crop what remains of it."""
 
     def __init__(self, job: AuditJob) -> None:
-        torch.set_num_threads(1)
         folder, self.settings, self.seed = job.config.audit.denoiser, job.config.purify, job.config.run.seed
         assert folder is not None
-        self.refused: EclipseError | None = None
-        try:
-            self.denoiser = open_denoiser(folder, self.settings.precision)
-        except EclipseError as error:
-            # Ray would lose it here.
-            self.refused = error
+        super().__init__(folder, self.settings)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def handle(self, batch: pa.Table) -> pa.Table:
         """Return the row with each crop followed, in a second half of the images, by its denoised form."""
-        if batch["fatal"][0].as_py():
-            return batch
-        if self.refused:
-            return _fatal(self.refused)
         table, crops, failures = unpack(batch)
         ids: list[str] = table["id"].to_pylist()
         denoised: list[Pixels] = list(crops)
-        try:
-            for places in same_size_batches(crops, self.settings.batch_size, self.settings.batch_pixels):
-                images = np.stack([crops[place] for place in places])
-                done = self._symmetric(images, [ids[place] for place in places])
-                for place, image in zip(places, done, strict=True):
-                    denoised[place] = image
-        except EclipseError as error:
-            return _fatal(error)
+        for places in same_size_batches(crops, self.settings.batch_size, self.settings.batch_pixels):
+            images = np.stack([crops[place] for place in places])
+            done = self._symmetric(images, [ids[place] for place in places])
+            for place, image in zip(places, done, strict=True):
+                denoised[place] = image
         return pack({"read": batch["read"].to_pylist()}, table, [*crops, *denoised], failures)
 
     def _symmetric(self, images: Pixels, ids: Sequence[str]) -> Pixels:

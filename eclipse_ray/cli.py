@@ -564,14 +564,12 @@ def _experiment(
         work = (
             f"{result.done:,} of {result.cells:,} cells are measured, {len(result.missing):,} trainings are left"
         )
-        left = f"about {duration(result.seconds_left)}"
     else:
         work = (
             f"{result.done:,} of {result.trials:,} trials are measured; {result.denoisers:,} denoisers to train, "
         )
         work += f"{result.purifications:,} purifications, then the trials"
-        left = f"about {duration(result.seconds_left)}"
-    left += " on this machine"
+    left = f"about {duration(result.seconds_left)} on this machine"
     if result.unknown:
         left = f"{left}, and what was" if result.seconds_left else "their time is not known yet,"
         left += f" never measured here: {', '.join(result.unknown)}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 
+from pydantic import create_model
 from torch import Generator, Tensor, nn
 
-from eclipse_ray.config import DefenseConfig, meant
+from eclipse_ray.config import DefenseConfig, validated
 from eclipse_ray.defenses import simple as iss
 from eclipse_ray.defenses.adversarial import Aa, At, adversarial_training, ueraser, ueraser_max
 from eclipse_ray.defenses.eclipse import Avatar, Draws, avatar, compensate, purify, purify_and_bake, purify_draws
@@ -60,20 +60,18 @@ def defense_settings() -> dict[str, type[DefenseSettings]]:
     return {name: one.settings for name, one in DEFENSES.items() if one.settings is not None}
 
 
+# The fields of the last base come first, and settings are written in the order of DEFENSES.
+_BASES = tuple(reversed(dict.fromkeys(defense_settings().values())))
+_Every = create_model("_Every", __base__=_BASES, __cls_kwargs__={"extra": "forbid"})
+
+
 def resolved_defense(config: DefenseConfig) -> DefenseConfig:
     """Return `config` with every setting of every defense written out.
 
     Raises ConfigError for a setting that no defense has, naming the nearest, and for a value out of range.
     """
-    models = dict.fromkeys(defense_settings().values())
-    known = [key for model in models for key in model.model_fields]
-    for key in config.model_extra or {}:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            named = " or ".join(meant("defense.", key, known) or [f"defense.{close}"])
-            raise ConfigError(f"defense.{key}: unknown setting; did you mean {named}?")
-    parts = [model.of(config).model_dump(mode="json") for model in models]
-    return DefenseConfig.model_validate({key: value for part in parts for key, value in part.items()})
+    every = validated(_Every, config.model_extra or {}, "defense")
+    return DefenseConfig.model_validate(every.model_dump(mode="json"))
 
 
 def combine(name: str) -> Defense:

@@ -362,41 +362,53 @@ def purify_batch(
     )
 
 
-class Purifier:
-    """The actor of the pool: holds a denoiser on its device and purifies shard after shard."""
+class DenoisingActor:
+    """Holds a denoiser on its device. An error for people becomes `fatal` of a row, because Ray would lose it."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, url: str, settings: PurifyConfig) -> None:
         import torch
 
         # One thread each, because threads change how sums are split, and so the bytes.
         torch.set_num_threads(1)
+        self.refused = ""
+        try:
+            self.denoiser = open_denoiser(url, settings.precision)
+        except EclipseError as error:
+            self.refused = note_of_error(error)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Return what `handle` makes of a row, or the same row with an error that ends the run."""
+        fatal = batch["fatal"][0].as_py() or self.refused
+        if not fatal:
+            try:
+                return self.handle(batch)
+            except EclipseError as error:
+                fatal = note_of_error(error)
+        return batch.set_column(batch.schema.get_field_index("fatal"), "fatal", pa.array([fatal]))
+
+    def handle(self, batch: pa.Table) -> pa.Table:
+        """Return the row with its images denoised."""
+        raise NotImplementedError
+
+
+class Purifier(DenoisingActor):
+    """The actor of the pool: purifies shard after shard."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job.denoiser, job.purify)
         self.job = job
         self.note = ""
         self.idle_since = time.monotonic()
-        self.refused = ""
-        try:
-            self.denoiser = open_denoiser(job.denoiser, job.purify.precision)
-        except EclipseError as error:
-            # Said with the first shard, because Ray would lose it here.
-            self.refused = note_of_error(error)
         self._tell("", 0)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def handle(self, batch: pa.Table) -> pa.Table:
         """Return the shard with its images purified; those that are too small or kill the actor fail."""
-        if batch["fatal"][0].as_py():
-            return batch
-        if self.refused:
-            return batch.set_column(batch.schema.get_field_index("fatal"), "fatal", pa.array([self.refused]))
         started = time.monotonic()
         waited = started - self.idle_since
         table, images, failures = unpack(batch)
         ids: list[str] = table["id"].to_pylist()
-        outcomes: dict[int, Outcome] = {}
-        fatal, self.note = "", ""
-        try:
-            outcomes = self._outcomes(task_of(batch), images, ids)
-        except StorageError as error:
-            fatal = note_of_error(error)
+        self.note = ""
+        outcomes = self._outcomes(task_of(batch), images, ids)
         kept: list[int] = []
         done: list[Pixels] = []
         labels = _labels(table)
@@ -415,7 +427,7 @@ class Purifier:
         self.idle_since = started + took
         metrics.observe({"denoise_seconds": took, "input_wait_seconds": waited}, self.job.run)
         columns[BUSY_COLUMN] = [took]
-        return pack(columns, table, done, failures, fatal, self.note)
+        return pack(columns, table, done, failures, note=self.note)
 
     def _changes(self, before: Sequence[Pixels], after: Sequence[Pixels]) -> dict[str, NDArray[np.float32]]:
         """Return how far each image was changed: PSNR in dB and SSIM, which is NaN for a very small image."""

@@ -173,14 +173,19 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     name, claimed = _claimed(url, store, visible)
     read = {entry.key for entry in claimed}
     left = [entry.key for entry in entries if entry.key not in read and not _is_given(store, entry, given)]
-    passed_over = _passed_over(name, left, read)
-    if passed_over and data_config.strict:
-        raise InputError(f"{url}: {passed_over}; take them out of the source, or leave out --strict")
-    if passed_over:
-        say_once(f"{url}: {passed_over}{_hint(store, left, data_config)}")
-    if name != "folder":
-        _refuse_mixed_splits(url, claimed, data_config)
-    parts, classes = _listed(url, name, store, claimed, data_config)
+    try:
+        if name != "folder":
+            _refuse_mixed_splits(url, claimed, data_config)
+        parts, classes = _listed(url, name, store, claimed, data_config)
+        left += [f"{part.key}/{hidden}" for part in parts for hidden in part.hidden]
+    finally:
+        # If the listing is refused too: a file with the labels may be among these.
+        passed_over = _passed_over(name, left, read)
+        if passed_over and data_config.strict:
+            raise InputError(f"{url}: {passed_over}; take them out of the source, or leave out --strict")
+        if passed_over:
+            say_once(f"{url}: {passed_over}{_hint(store, left, data_config)}")
+    parts = [part for part in parts if part.rows]
     if not parts:
         raise InputError(f"{url}: has no images in it; name a dataset with at least one")
     if noted is not None and noted != (found := sum(part.rows for part in parts)):

@@ -103,7 +103,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     for part, _, labels in found:
         for label in labels:
             check_label(f"{store.url}/{part.key}", label, classes)
-    return [part for part, *_ in found if part.rows], classes
+    return [part for part, *_ in found], classes
 
 
 def _warn_of_wide_groups(where: str, metadata: pq.FileMetaData) -> None:

@@ -51,12 +51,16 @@ Span = tuple[str, int, int]
 
 
 class Part(NamedTuple):
-    """A source object, of which ranges of rows are read: key, number of rows, size in bytes, version."""
+    """A source object, of which ranges of rows are read: key, number of rows, size in bytes, version.
+
+    `hidden` are the names of what is hidden in a tar and not read.
+    """
 
     key: str
     rows: int
     size: int
     version: str
+    hidden: tuple[str, ...] = ()
 
 
 def canonical_table(

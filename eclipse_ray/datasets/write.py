@@ -69,18 +69,11 @@ def write_dataset(
     """
     store = Store(url)
     mark = _begin(store, doing, resume)
-    schema = pa.schema([])
+    columns = set[str]()
 
     def watched() -> Iterator[pa.Table]:
-        nonlocal schema
         for table in tables:
-            try:
-                schema = pa.unify_schemas([schema, table.schema])
-            except pa.ArrowException as error:
-                raise InputError(
-                    f"{source}: its files have different columns: {error}; make them alike, or leave such columns "
-                    "out with --set data.extra_columns=drop"
-                ) from error
+            columns.update(table.column_names)
             yield table
 
     try:
@@ -94,7 +87,7 @@ def write_dataset(
         "images": images,
         "classes": None if classes is None else list(classes),
         "source": source,
-        **({} if "label" in schema.names else {LABELLED: False}),
+        **({} if "label" in columns else {LABELLED: False}),
         **({"passed_over": passed_over} if passed_over else {}),
     }
     if layout == "webdataset":

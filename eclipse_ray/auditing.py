@@ -21,7 +21,7 @@ from eclipse_ray.cluster.connect import (
 )
 from eclipse_ray.cluster.work import Watch, reaching, watched
 from eclipse_ray.config import Config, content_hash
-from eclipse_ray.datasets.formats import Source, open_source, read_parts, refuse_output_inside
+from eclipse_ray.datasets.formats import Source, open_source, read_parts, refuse_output
 from eclipse_ray.datasets.images import ImageError, centre_crop, decode_stored, resize_image
 from eclipse_ray.datasets.memory import random_chunks, require_classes, rows_in
 from eclipse_ray.datasets.table import Span, image_bytes, labels_or_none
@@ -170,7 +170,7 @@ def audit(config: Config) -> Audit:
         raise ConfigError("audit needs a dataset: eclipse-ray audit SRC [--clean SRC]")
     for url in (source, clean_url):
         if url:
-            refuse_output_inside(url, config.audit.output)
+            refuse_output(url, config.audit.output)
             refuse_process_local(url, Store(url).in_this_process_only)
     if config.audit.output:
         Store(config.audit.output).require_writable()

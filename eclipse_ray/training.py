@@ -38,7 +38,7 @@ from eclipse_ray.cluster.connect import (
 from eclipse_ray.cluster.metrics import Curves, open_curves
 from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thread, reaching, start_board
 from eclipse_ray.config import Config, DenoiserConfig, digest, to_yaml
-from eclipse_ray.datasets.formats import refuse_output_inside
+from eclipse_ray.datasets.formats import refuse_output
 from eclipse_ray.datasets.memory import ImageSet, MixedSet, load_mixed, load_squares
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.checkpoint import (
@@ -76,7 +76,7 @@ def train(config: Config) -> TrainResult:
     clean, output = _locations(config)
     for url in (clean, config.denoiser.against):
         if url:
-            refuse_output_inside(url, output)
+            refuse_output(url, output)
     store = Store(output)
     refuse_process_local(output, store.in_this_process_only)
     store.require_writable()

@@ -291,6 +291,18 @@ HOURS = {
 }
 
 
+@pytest.mark.parametrize("begin", HOURS.values(), ids=HOURS)
+def test_a_folder_is_not_written_under_the_name_of_a_file(begin, tmp_path):
+    for ending in (".npz", ".PT", ".parquet", ".tar", ".gz", ".png", ".zip", ".arrow"):
+        with pytest.raises(
+            InputError, match=f"out{ending}: a folder is written, and {ending} is the ending of a file"
+        ):
+            begin(str(tmp_path / "source"), str(tmp_path / f"out{ending}"))
+    for name in ("out.1", "data_batch_1"):
+        with pytest.raises(InputError, match="there is nothing here"):
+            begin(str(tmp_path / "source"), str(tmp_path / name))
+
+
 @pytest.mark.parametrize("out", ["link", "link/out"])
 @pytest.mark.parametrize("begin", HOURS.values(), ids=HOURS)
 def test_an_output_that_is_a_link_to_nowhere_is_named(begin, out, tmp_path):

@@ -164,7 +164,7 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     InputError if it cannot be read as one dataset, if its labels are doubtful and data.labels says nothing, and
     with data.strict if a file would be passed over.
     """
-    refuse_output_inside(url, data_config.output)
+    refuse_output(url, data_config.output)
     store, entries, strangers, noted = _look(url)
     _refuse_bad_names(entries)
     given, data_config = _given_labels(Store(url).url, data_config)
@@ -504,8 +504,18 @@ def _read_span(
     return table.add_column(2, "label", labels.label_column(found))
 
 
-def refuse_output_inside(url: str, output: str | None) -> None:
-    """Raise InputError if `output`, a folder that a verb will write, lies inside the source at `url`."""
+def refuse_output(url: str, output: str | None) -> None:
+    """Raise InputError if `output`, a folder that a verb will write, lies inside the source at `url`.
+
+    Or if it is named like a file: `convert SRC x.npz` would make a folder of that name.
+    """
+    ending = posixpath.splitext(Store(output).url)[1] if output else ""
+    if any(each.claims(ending) for each in FORMATS.values()) or any(
+        re.fullmatch(suffix, ending, re.IGNORECASE) for suffix, _ in _NAMES
+    ):
+        raise InputError(
+            f"{output}: a folder is written, and {ending} is the ending of a file; name it without that"
+        )
     # The next listing of the source would hold the output too. Of a purification only data/ is listed.
     source = Store(url)
     if output and Store(output).url.startswith(f"{source.url}/") and not source.exists(RUN_PLAN):

@@ -160,16 +160,6 @@ def refuse_repeated(url: str, ids: Sequence[str]) -> None:
         raise InputError(f"{url}: id {twice} occurs more than once; give every image its own id")
 
 
-def refuse_extras(url: str, table: pa.Table, what: str) -> None:
-    """Raise InputError for extra columns, which a layout, in words `what`, cannot hold."""
-    extras = extra_columns(table).column_names
-    if extras:
-        raise InputError(
-            f"{url}: {what} cannot hold the column {extras[0]!r}; use the parquet layout, or leave such columns "
-            "out with --set data.extra_columns=drop"
-        )
-
-
 def refuse_types(url: str, files: Mapping[str, Mapping[str, pa.DataType]], config: DataConfig) -> None:
     """Raise InputError if an extra column is of different types in two files of a dataset, given by their keys."""
     first: dict[str, tuple[str, pa.DataType]] = {}

@@ -30,7 +30,7 @@ from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.diffusion.tiling import MIN_SIDE
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, error_of_note, note_of_error
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.run import IO_CPUS, dataset_of, on_actors, pool
 from eclipse_ray.purification.stages import FailureRow, Pixels, pack, purify_batch, same_size_batches, unpack
@@ -189,7 +189,7 @@ def audit(config: Config) -> Audit:
             say(f"audit: {clean_url} has no labels, so that the sample cannot be compared with it; add them")
     side = common_side([*crops, *others])
     sample, clean = as_images(crops, side), as_images(others, side) if others else None
-    say(f"audit: scoring {len(sample.images):,} images of {side} px")
+    say(f"audit: scoring {counted(len(sample.images), 'image')} of {side} px")
     scores = score_images(sample, clean, config.run.seed)
     finding = judge(sample, scores, config.audit.alpha)
     return Audit(_result(config, finding, scores, sample, clean), sample, clean)
@@ -250,7 +250,7 @@ def _crops(config: Config, url: str, source: Source) -> list[Crop]:
             failed += failures
             line.advance(read, failures)
     if failed:
-        say(f"audit: {failed} images of {url} cannot be decoded or are too small; they are left out")
+        say(f"audit: {counted(failed, 'image')} of {url} left out as damaged or too small")
     if not crops:
         raise InputError(f"{url}: no image could be looked at; check that they decode and have 16 pixels a side")
     return sorted(crops, key=lambda crop: (crop.draw, crop.id))
@@ -285,8 +285,8 @@ def _refuse_shared(source: str, clean_url: str, crops: Sequence[Crop], others: S
     shared = {content_hash(crop.pixels) for crop in crops} & {content_hash(crop.pixels) for crop in others}
     if shared:
         raise InputError(
-            f"{source}, {clean_url}: sample and clean set share {len(shared)} images (by content); a clean set is "
-            "compared with the sample only if it is disjoint from it"
+            f"{source}, {clean_url}: sample and clean set share {counted(len(shared), 'image')} (by content); a "
+            "clean set is compared with the sample only if it is disjoint from it"
         )
 
 

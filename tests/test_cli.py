@@ -145,7 +145,7 @@ def test_a_dry_run_and_a_clean_up_say_what_they_found(monkeypatch, capfd, world,
     words = ["purify", world.poisoned, str(tmp_path / "out"), "--denoiser", world.denoiser, "--dry-run"]
     code, out, err = call(monkeypatch, capfd, *words)
     assert (code, err) == (0, "")
-    assert "240 of 240 images to purify, in 1 of 1 shards" in out
+    assert "240 of 240 images to purify, in 1 of 1 shard, from" in out
     assert "nothing was written" in out
     assert not (tmp_path / "out").exists()
     code, out, _ = call(monkeypatch, capfd, "gc", finished)

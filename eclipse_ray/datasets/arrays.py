@@ -17,7 +17,7 @@ from eclipse_ray.datasets import folder
 from eclipse_ray.datasets.images import Pixels, encode_image
 from eclipse_ray.datasets.table import Part, canonical_table, check_label, noted_classes, refuse_types
 from eclipse_ray.errors import InputError
-from eclipse_ray.log import say_once
+from eclipse_ray.log import counted, say_once
 from eclipse_ray.storage.store import Entry, Store
 
 ADVICE = (
@@ -298,7 +298,7 @@ def state(url: str, parts: Sequence[Part], forms: dict[Form, int]) -> None:
         kind = "float" if number.kind == "f" else "uint8" if number == np.uint8 else "integer"
         span = "" if number == np.uint8 else " in [0, 1]" if layout.white == 1 else " in 0 to 255"
         order = {"gray": "HW", "planes": "as planes of red, green and blue"}.get(layout.order, layout.order)
-        say_once(f"{where}: read as {images:,} {kind} images{span}, {order}, {labels}")
+        say_once(f"{where}: read as {counted(images, f'{kind} image')}{span}, {order}, {labels}")
 
 
 def _range(where: str, shape: Sequence[int], dtype: np.dtype[Any], rows: Rows) -> tuple[float, float]:

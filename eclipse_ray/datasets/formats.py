@@ -32,7 +32,7 @@ from eclipse_ray.datasets.table import (
     with_classes,
 )
 from eclipse_ray.errors import InputError, did_you_mean
-from eclipse_ray.log import say_once
+from eclipse_ray.log import counted, say_once
 from eclipse_ray.storage import is_hidden
 from eclipse_ray.storage.store import Entry, Store
 
@@ -190,8 +190,8 @@ def open_source(url: str, data_config: DataConfig) -> Source:
         raise InputError(f"{url}: has no images in it; name a dataset with at least one")
     if noted is not None and noted != (found := sum(part.rows for part in parts)):
         raise InputError(
-            f"{url}: its files hold {found:,} images, and {noted} were written; make this dataset again, or, if "
-            f"you changed its files yourself, set images to {found} in its {NOTE}"
+            f"{url}: its files hold {counted(found, 'image')}, and {noted} were written; make this dataset again, "
+            f"or, if you changed its files yourself, set images to {found} in its {NOTE}"
         )
     if given is not None:
         parts, classes = labels.matched(given, store.url, name, parts)

@@ -14,7 +14,7 @@ import torch
 from eclipse_ray.cluster.connect import Resources, check_denoiser, connect, local_denoiser, refuse_process_local
 from eclipse_ray.cluster.work import Watch, reaching, watched
 from eclipse_ray.config import Config, content_hash
-from eclipse_ray.datasets.formats import Source, open_source, read_parts, refuse_output_inside
+from eclipse_ray.datasets.formats import Source, open_source, read_parts, refuse_output
 from eclipse_ray.datasets.images import ImageError, centre_crop, decode_stored, resize_image
 from eclipse_ray.datasets.memory import random_chunks, require_classes, rows_in
 from eclipse_ray.datasets.table import Span, image_bytes, labels_or_none
@@ -23,7 +23,7 @@ from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card
 from eclipse_ray.diffusion.noise import uniform
 from eclipse_ray.diffusion.tiling import MIN_SIDE
 from eclipse_ray.errors import ConfigError, EclipseError, InputError, error_of_note, note_of_error
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.run import IO_CPUS, dataset_of, on_actors, pool
 from eclipse_ray.purification.stages import (
@@ -152,7 +152,7 @@ def audit(config: Config) -> Audit:
         raise ConfigError("audit needs a dataset: eclipse-ray audit SRC [--clean SRC]")
     for url in (source, clean_url):
         if url:
-            refuse_output_inside(url, config.audit.output)
+            refuse_output(url, config.audit.output)
             refuse_process_local(url, Store(url).in_this_process_only)
     if config.audit.output:
         Store(config.audit.output).require_writable()
@@ -171,7 +171,7 @@ def audit(config: Config) -> Audit:
             say(f"audit: {clean_url} has no labels, so that the sample cannot be compared with it; add them")
     side = common_side([*crops, *others])
     sample, clean = as_images(crops, side), as_images(others, side) if others else None
-    say(f"audit: scoring {len(sample.images):,} images of {side} px")
+    say(f"audit: scoring {counted(len(sample.images), 'image')} of {side} px")
     scores = score_images(sample, clean, config.run.seed)
     finding = judge(sample, scores, config.audit.alpha)
     return Audit(_result(config, finding, scores, sample, clean), sample, clean)
@@ -231,7 +231,7 @@ def _crops(config: Config, url: str, source: Source) -> list[Crop]:
             failed += failures
             line.advance(read, failures)
     if failed:
-        say(f"audit: {failed} images of {url} cannot be decoded or are too small; they are left out")
+        say(f"audit: {counted(failed, 'image')} of {url} left out as damaged or too small")
     if not crops:
         raise InputError(f"{url}: no image could be looked at; check that they decode and have 16 pixels a side")
     return sorted(crops, key=lambda crop: (crop.draw, crop.id))
@@ -266,8 +266,8 @@ def _refuse_shared(source: str, clean_url: str, crops: Sequence[Crop], others: S
     shared = {content_hash(crop.pixels) for crop in crops} & {content_hash(crop.pixels) for crop in others}
     if shared:
         raise InputError(
-            f"{source}, {clean_url}: sample and clean set share {len(shared)} images (by content); a clean set is "
-            "compared with the sample only if it is disjoint from it"
+            f"{source}, {clean_url}: sample and clean set share {counted(len(shared), 'image')} (by content); a "
+            "clean set is compared with the sample only if it is disjoint from it"
         )
 
 

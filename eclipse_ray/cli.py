@@ -38,7 +38,7 @@ from eclipse_ray.errors import (
     InterruptedRunError,
     end_at_once,
 )
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.parameters import (
     OUTPUT,
     PLACES,
@@ -465,11 +465,11 @@ def in_words(result: Result) -> str:
             return _dataset(result)
         case made.DryRunResult():
             return (
-                f"{result.images_left:,} of {result.planned:,} images to purify, in {result.shards_left:,} of "
-                f"{result.shards:,} shards, from {volume(result.input_bytes)}; about "
-                f"{volume(result.output_bytes)} to write, {duration(3600 * result.device_hours)} on one such "
-                f"{result.device} as here, {duration(3600 * result.cpu_hours)} of one core to decode and encode; "
-                f"nothing was written to {result.output}"
+                f"{result.images_left:,} of {counted(result.planned, 'image')} to purify, in "
+                f"{result.shards_left:,} of {counted(result.shards, 'shard')}, from {volume(result.input_bytes)}; "
+                f"about {volume(result.output_bytes)} to write, {duration(3600 * result.device_hours)} on one "
+                f"such {result.device} as here, {duration(3600 * result.cpu_hours)} of one core to decode and "
+                f"encode; nothing was written to {result.output}"
             )
     return _sentence(result)
 
@@ -479,7 +479,7 @@ def _sentence(result: Result) -> str:
         case made.TrainResult():
             return (
                 f"denoiser in {result.denoiser}: {result.denoise_psnr:.2f} dB on held-out images "
-                f"(noised: {result.noisy_psnr:.2f} dB) after {result.iterations:,} iterations"
+                f"(noised: {result.noisy_psnr:.2f} dB) after {counted(result.iterations, 'iteration')}"
             )
         case made.ImportResult():
             return (
@@ -490,17 +490,19 @@ def _sentence(result: Result) -> str:
         case made.PurifyResult():
             rate = result.images_per_second
             speed = pace(rate, "images") if rate else "all before this run"
-            counts = f"{result.ok:,} of {result.planned:,} images purified, {result.failed:,} failed"
+            counts = f"{result.ok:,} of {counted(result.planned, 'image')} purified, {result.failed:,} failed"
             return f"{counts}, {speed}, in {result.output}"
         case made.StatusResult():
-            shards = f"{result.shards_done:,} of {result.shards:,} shards"
-            return f"{shards}, {result.ok:,} of {result.planned:,} images, {result.failed:,} failed"
+            shards = f"{result.shards_done:,} of {counted(result.shards, 'shard')}"
+            return f"{shards}, {result.ok:,} of {counted(result.planned, 'image')}, {result.failed:,} failed"
         case made.VerifyResult():
-            counts = f"{result.images:,} images and {result.failed:,} failures of {result.planned:,}"
+            counts = (
+                f"{counted(result.images, 'image')} and {counted(result.failed, 'failure')} of {result.planned:,}"
+            )
             return "\n".join([*result.mismatched, counts, "ok" if result.ok else "NOT ok"])
         case made.GcResult():
-            uploads = f"{result.uploads_aborted:,} uploads aborted"
-            return f"{result.removed:,} leftovers removed, {uploads} in {result.output}"
+            uploads = f"{counted(result.uploads_aborted, 'upload')} aborted"
+            return f"{counted(result.removed, 'leftover')} removed, {uploads} in {result.output}"
         case made.ReportResult():
             return f"report: {result.report}"
         case made.SubmitResult():
@@ -511,13 +513,13 @@ def _sentence(result: Result) -> str:
 def _dataset(result: made.DatasetResult) -> str:
     match result.details:
         case {"clean": clean, "rest": rest}:
-            return f"{clean:,} images in {result.output}/clean, {rest:,} in {result.output}/rest"
+            return f"{counted(clean, 'image')} in {result.output}/clean, {rest:,} in {result.output}/rest"
         case {"matched": matched}:
-            return f"{matched:,} of {result.images:,} images matched and labelled in {result.output}"
+            return f"{matched:,} of {counted(result.images, 'image')} matched and labelled in {result.output}"
         case {"poison": _} | {"half": _}:
             words = ", ".join(f"{key} {value}" for key, value in result.details.items() if value not in (None, ""))
-            return f"{result.images:,} images poisoned ({words}) in {result.output}"
-    return f"{result.images:,} images written to {result.output}"
+            return f"{counted(result.images, 'image')} poisoned ({words}) in {result.output}"
+    return f"{counted(result.images, 'image')} written to {result.output}"
 
 
 def _checks(result: made.DoctorResult) -> str:
@@ -551,24 +553,29 @@ def _experiment(
     if isinstance(result, made.EvaluateResult):
         return (
             f"test accuracy {result.test_accuracy:.2f} ± {result.test_accuracy_std:.2f} % "
-            f"(n = {result.seeds}, {result.victim}, {result.epochs} epochs, compensation {result.compensation})"
+            f"(n = {result.seeds}, {result.victim}, {counted(result.epochs, 'epoch')}, compensation "
+            f"{result.compensation})"
         )
     if isinstance(result, made.MatrixResult | made.SweepResult):
         lines = [f"failed: {title}: {message}" for title, message in result.failures.items()]
         if isinstance(result, made.MatrixResult):
-            return "\n".join([*lines, f"{result.done:,} of {result.cells:,} cells measured; see {result.table}"])
+            return "\n".join(
+                [*lines, f"{result.done:,} of {counted(result.cells, 'cell')} measured; see {result.table}"]
+            )
         best = [f"{section}.{key} {value}" for section, keys in result.best.items() for key, value in keys.items()]
-        found = f"best of {result.trials:,} trials (score {result.score:.2f})"
+        found = f"best of {counted(result.trials, 'trial')} (score {result.score:.2f})"
         return "\n".join([*lines, f"{found}: {', '.join(best)}"])
     if isinstance(result, made.MatrixPlan):
         work = (
-            f"{result.done:,} of {result.cells:,} cells are measured, {len(result.missing):,} trainings are left"
+            f"{result.done:,} of {counted(result.cells, 'cell')} measured, "
+            f"{counted(len(result.missing), 'training')} left"
         )
     else:
         work = (
-            f"{result.done:,} of {result.trials:,} trials are measured; {result.denoisers:,} denoisers to train, "
+            f"{result.done:,} of {counted(result.trials, 'trial')} measured; "
+            f"{counted(result.denoisers, 'denoiser')} to train, "
+            f"{counted(result.purifications, 'purification')}, then the trials"
         )
-        work += f"{result.purifications:,} purifications, then the trials"
     left = f"about {duration(result.seconds_left)} on this machine"
     if result.unknown:
         left = f"{left}, and what was" if result.seconds_left else "their time is not known yet,"

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eclipse_ray.errors import InputError
+from eclipse_ray.log import counted
 from eclipse_ray.quality import LUMA
 
 Verdict = Literal["clean", "poisoned"]
@@ -331,8 +332,8 @@ def check_labels(sample: Images) -> Tensor:
     found, labels, counts = torch.unique(sample.labels, return_inverse=True, return_counts=True)
     if len(labels) < LEAST_IMAGES or len(found) < 2 or int(counts.min()) < LEAST_OF_CLASS:
         raise InputError(
-            f"audit found {len(labels)} images of {len(found)} classes, the smallest of {int(counts.min())}; it "
-            f"needs {LEAST_IMAGES} images and two classes of {LEAST_OF_CLASS} or more"
+            f"audit found {counted(len(labels), 'image')} of {counted(len(found), 'class')}, the smallest of "
+            f"{int(counts.min())}; it needs {LEAST_IMAGES} images and two classes of {LEAST_OF_CLASS} or more"
         )
     return labels
 

@@ -46,6 +46,11 @@ def say(text: str, level: str = "info", **fields: Any) -> None:
     _STATE["write"](text)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words: 1 image, 1,234 images, 2 classes."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 @lru_cache(maxsize=256)
 def say_once(text: str) -> None:
     """Write one line, once per process."""

@@ -38,7 +38,7 @@ from eclipse_ray.cluster.connect import (
 from eclipse_ray.cluster.metrics import Curves, open_curves
 from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thread, reaching, start_board
 from eclipse_ray.config import Config, DenoiserConfig, digest, to_yaml
-from eclipse_ray.datasets.formats import refuse_output_inside
+from eclipse_ray.datasets.formats import refuse_output
 from eclipse_ray.datasets.memory import ImageSet, MixedSet, load_mixed, load_squares
 from eclipse_ray.diffusion import training
 from eclipse_ray.diffusion.checkpoint import (
@@ -55,7 +55,7 @@ from eclipse_ray.diffusion.sampling import ENGINE_VERSION
 from eclipse_ray.diffusion.training import centre_crops, image_buffer
 from eclipse_ray.errors import ConfigError, InputError, InterruptedRunError, ResumeError
 from eclipse_ray.inversion import METHOD, SURROGATES, Inversion, fit_surrogate, open_surrogate, surrogate_settings
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.poisons.interface import LabelledImages, Session
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import TrainResult
@@ -76,7 +76,7 @@ def train(config: Config) -> TrainResult:
     clean, output = _locations(config)
     for url in (clean, config.denoiser.against):
         if url:
-            refuse_output_inside(url, output)
+            refuse_output(url, output)
     store = Store(output)
     refuse_process_local(output, store.in_this_process_only)
     store.require_writable()
@@ -141,7 +141,9 @@ def _suspicious_set(config: Config, clean: str, trusted: MixedSet) -> Suspicious
     squares, known = load_squares(against, config.data, side, MOST_SUSPICIOUS, seed)
     shared = len(known.keys() & set(trusted.hashes))
     if shared:
-        raise InputError(f"{against}, {clean}: share {shared} images (by content); they must be disjoint")
+        raise InputError(
+            f"{against}, {clean}: share {counted(shared, 'image')} (by content); they must be disjoint"
+        )
     labels = [label for each in known.values() for label in each]
     if len(set(labels)) < 2:
         raise InputError(f"{against}: all images have one label, so no network can learn what poisons them")
@@ -184,7 +186,7 @@ def _run_training(
         require_gpus(resources, workers * use_gpu, f"denoiser.use_gpu with denoiser.num_workers={workers}")
         require_place(resources, 1, float(use_gpu), "a worker of the training")
     name, record, filters = "train", None, []
-    starting = f"starting {workers} worker{'s' * (workers > 1)}"
+    starting = f"starting {counted(workers, 'worker')}"
     if suspicious is not None:
         name, record = "train, part 3 of 3: denoiser", suspicious.record()
         filters = _find_filters(config, store, images, suspicious)

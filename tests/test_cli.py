@@ -145,7 +145,7 @@ def test_a_dry_run_and_a_clean_up_say_what_they_found(monkeypatch, capfd, world,
     words = ["purify", world.poisoned, str(tmp_path / "out"), "--denoiser", world.denoiser, "--dry-run"]
     code, out, err = call(monkeypatch, capfd, *words)
     assert (code, err) == (0, "")
-    assert "240 of 240 images to purify, in 1 of 1 shards" in out
+    assert "240 of 240 images to purify, in 1 of 1 shard, from" in out
     assert "nothing was written" in out
     assert not (tmp_path / "out").exists()
     code, out, _ = call(monkeypatch, capfd, "gc", finished)
@@ -289,6 +289,18 @@ HOURS = {
     "apply": lambda source, out: verbs.apply("delta.pt", source, out),
     "split": lambda source, out: verbs.split(source, clean=1, out=out),
 }
+
+
+@pytest.mark.parametrize("begin", HOURS.values(), ids=HOURS)
+def test_a_folder_is_not_written_under_the_name_of_a_file(begin, tmp_path):
+    for ending in (".npz", ".PT", ".parquet", ".tar", ".gz", ".png", ".zip", ".arrow"):
+        with pytest.raises(
+            InputError, match=f"out{ending}: a folder is written, and {ending} is the ending of a file"
+        ):
+            begin(str(tmp_path / "source"), str(tmp_path / f"out{ending}"))
+    for name in ("out.1", "data_batch_1"):
+        with pytest.raises(InputError, match="there is nothing here"):
+            begin(str(tmp_path / "source"), str(tmp_path / name))
 
 
 @pytest.mark.parametrize("out", ["link", "link/out"])

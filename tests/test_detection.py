@@ -159,5 +159,5 @@ def test_too_little_to_learn_from_is_refused(drawn):
         check_labels(Images(sample.images, None))
     with pytest.raises(InputError, match="99 images of 10 classes"):
         check_labels(sample.take(torch.arange(99)))
-    with pytest.raises(InputError, match="1 classes"):
+    with pytest.raises(InputError, match="images of 1 class, the"):
         check_labels(Images(sample.images, torch.zeros(COUNT, dtype=torch.int64)))

@@ -16,8 +16,9 @@ import typer
 from eclipse_ray import cli, parameters, verbs
 from eclipse_ray.config import Config, load_config, parse_assignment
 from eclipse_ray.errors import ConfigError
+from eclipse_ray.log import counted
 from eclipse_ray.parameters import PLANS, declared, resolve, resolved
-from eclipse_ray.results import DatasetResult, Result
+from eclipse_ray.results import DatasetResult, GcResult, Result, StatusResult, VerifyResult
 from tests.support import call
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,6 +253,23 @@ def test_a_slip_of_the_pen_is_one_sentence_and_exit_2(monkeypatch, capfd, words,
 def test_what_a_poison_does_not_have_is_not_said():
     result = DatasetResult(3, "out", {"poison": "ar", "variant": "", "eps_255": None, "classes": 0})
     assert cli.in_words(result) == "3 images poisoned (poison ar, classes 0) in out"
+
+
+ONE_OF_EACH = [
+    (DatasetResult(1, "out"), "1 image written to out"),
+    (DatasetResult(2000, "out"), "2,000 images written to out"),
+    (DatasetResult(1, "out", {"poison": "ar"}), "1 image poisoned (poison ar) in out"),
+    (DatasetResult(1, "out", {"matched": 1}), "1 of 1 image matched and labelled in out"),
+    (DatasetResult(3, "out", {"clean": 1, "rest": 2}), "1 image in out/clean, 2 in out/rest"),
+    (StatusResult(1, 0, 1, 1, 1), "1 of 1 shard, 0 of 1 image, 1 failed"),
+    (VerifyResult(True, 2, 1, 1), "1 image and 1 failure of 2\nok"),
+    (GcResult(1, 1, "out"), "1 leftover removed, 1 upload aborted in out"),
+]
+
+
+def test_one_of_a_thing_is_said_in_the_singular():
+    assert [cli.in_words(result) for result, _ in ONE_OF_EACH] == [words for _, words in ONE_OF_EACH]
+    assert [counted(count, "class") for count in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
 
 
 def test_help_shows_default_and_range_of_a_setting():

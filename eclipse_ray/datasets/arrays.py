@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets import folder
 from eclipse_ray.datasets.images import Pixels, encode_image
-from eclipse_ray.datasets.table import Part, SourceFile, canonical_table, check_label, noted_classes
+from eclipse_ray.datasets.table import Part, SourceFile, canonical_table, check_label, noted_classes, refuse_types
 from eclipse_ray.errors import InputError
-from eclipse_ray.log import say_once
+from eclipse_ray.log import counted, say_once
 from eclipse_ray.storage.store import Entry, Store
 
 ADVICE = (
@@ -56,7 +56,7 @@ class ArrayFile(NamedTuple):
     `labels` reads int64 (N), and is None if data.labels says what they are; `whole` says that their type is one of
     whole numbers, so that a listing need not read them. `said` says where the labels come from, "" if the form of
     the file goes without saying. `version` is that of a second file, which holds the labels. `columns` are the
-    extra columns.
+    extra columns, and `kinds` their types.
     """
 
     shape: tuple[int, ...]
@@ -71,6 +71,7 @@ class ArrayFile(NamedTuple):
     ids: Callable[[int, int], list[str]] | None = None
     paths: Callable[[int, int], list[str]] | None = None
     columns: Mapping[str, Callable[[int, int], pa.Array]] = {}
+    kinds: Mapping[str, pa.DataType] = {}
 
 
 Opener = Callable[[Store, Entry, DataConfig], AbstractContextManager[ArrayFile]]
@@ -82,11 +83,13 @@ def list_parts(
 ) -> tuple[list[Part], list[str] | None]:
     """Return one part per file that has rows, and the class names if a note or the first file has them.
 
-    Says how the files are read. Raises InputError for a file that holds no images, or labels that do not fit.
+    Says how the files are read. Raises InputError for a file that holds no images, labels that do not fit,
+    or an extra column of several types.
     """
     parts: list[Part] = []
     forms = Counter[Form]()
     labelled: dict[str, bool] = {}
+    kinds: dict[str, Mapping[str, pa.DataType]] = {}
     # Arrays that may be one image, and the sizes of gray images in other files, which settle what those are.
     doubtful: dict[str, ArrayFile] = {}
     gray: set[tuple[int, ...]] = set()
@@ -99,7 +102,7 @@ def list_parts(
                 classes = classes or file.classes()
             if file.labels is not None and not file.whole:
                 _check_labels(f"{store.url}/{entry.key}", file.labels(0, rows), classes)
-        labelled[entry.key] = file.labels is not None
+        labelled[entry.key], kinds[entry.key] = file.labels is not None, file.kinds
         if len(file.shape) == 3:
             one = config.label_file is None and (rows == 3 or file.shape[2] in (1, 3))
             if one and not _is_labelled(opened, store, entry, config):
@@ -117,8 +120,9 @@ def list_parts(
                 "ones, or write image files"
             )
     folder.refuse_doubtful(store, config, labelled)
+    refuse_types(store.url, kinds, config)
     state(store.url, parts, forms)
-    return [part for part in parts if part.rows], classes
+    return parts, classes
 
 
 def read_rows(opened: Opener, source: SourceFile, start: int, stop: int) -> pa.Table:
@@ -284,7 +288,7 @@ def state(url: str, parts: Sequence[Part], forms: dict[Form, int]) -> None:
         kind = "float" if number.kind == "f" else "uint8" if number == np.uint8 else "integer"
         span = "" if number == np.uint8 else " in [0, 1]" if layout.white == 1 else " in 0 to 255"
         order = {"gray": "HW", "planes": "as planes of red, green and blue"}.get(layout.order, layout.order)
-        say_once(f"{where}: read as {images:,} {kind} images{span}, {order}, {labels}")
+        say_once(f"{where}: read as {counted(images, f'{kind} image')}{span}, {order}, {labels}")
 
 
 def _range(where: str, shape: Sequence[int], dtype: np.dtype[Any], rows: Rows) -> tuple[float, float]:

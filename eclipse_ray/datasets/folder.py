@@ -23,7 +23,6 @@ from eclipse_ray.datasets.table import (
     image_bytes,
     noted_classes,
     read_note,
-    refuse_extras,
 )
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
@@ -311,12 +310,11 @@ def _doubt(store: Store, keys: Sequence[str], tops: set[str], words: set[str], c
 def write(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | None = None) -> int:
     """Write the unchanged bytes of each image into one folder per class, or one folder if there are no labels.
 
-    Returns the number of images. Raises InputError if only some rows have labels, for two ids that give the
-    same file name, and for extra columns.
+    Returns the number of images. Raises InputError if only some rows have labels, and for two ids that give the
+    same file name.
     """
     images = 0
     for table in tables:
-        refuse_extras(store.url, table, "a folder of images")
         known = all_labels(store.url, table)
         labels: Sequence[int | None] = [None] * table.num_rows if known is None else known
         for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):

@@ -33,7 +33,7 @@ from eclipse_ray.datasets.table import (
     with_classes,
 )
 from eclipse_ray.errors import InputError, did_you_mean
-from eclipse_ray.log import say_once
+from eclipse_ray.log import counted, say_once
 from eclipse_ray.storage import is_hidden
 from eclipse_ray.storage.store import Entry, Store
 
@@ -167,7 +167,7 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     InputError if it cannot be read as one dataset, if its labels are doubtful and data.labels says nothing, and
     with data.strict if a file would be passed over.
     """
-    refuse_output_inside(url, data_config.output)
+    refuse_output(url, data_config.output)
     store, entries, strangers, noted = _look(url)
     _refuse_bad_names(entries)
     # Reading decides for each file anew whether the label file is about it.
@@ -178,20 +178,25 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     name, claimed = _claimed(url, store, visible)
     read = {entry.key for entry in claimed}
     left = [entry.key for entry in entries if entry.key not in read and not _is_given(store, entry, given)]
-    passed_over = _passed_over(name, left, read)
-    if passed_over and data_config.strict:
-        raise InputError(f"{url}: {passed_over}; take them out of the source, or leave out --strict")
-    if passed_over:
-        say_once(f"{url}: {passed_over}{_hint(store, left, data_config)}")
-    if name != "folder":
-        _refuse_mixed_splits(url, claimed, data_config)
-    parts, classes = _listed(url, name, store, claimed, data_config)
+    try:
+        if name != "folder":
+            _refuse_mixed_splits(url, claimed, data_config)
+        parts, classes = _listed(url, name, store, claimed, data_config)
+        left += [f"{part.key}/{hidden}" for part in parts for hidden in part.hidden]
+    finally:
+        # If the listing is refused too: a file with the labels may be among these.
+        passed_over = _passed_over(name, left, read)
+        if passed_over and data_config.strict:
+            raise InputError(f"{url}: {passed_over}; take them out of the source, or leave out --strict")
+        if passed_over:
+            say_once(f"{url}: {passed_over}{_hint(store, left, data_config)}")
+    parts = [part for part in parts if part.rows]
     if not parts:
         raise InputError(f"{url}: has no images in it; name a dataset with at least one")
     if noted is not None and noted != (found := sum(part.rows for part in parts)):
         raise InputError(
-            f"{url}: its files hold {found:,} images, and {noted} were written; make this dataset again, or, if "
-            f"you changed its files yourself, set images to {found} in its {NOTE}"
+            f"{url}: its files hold {counted(found, 'image')}, and {noted} were written; make this dataset again, "
+            f"or, if you changed its files yourself, set images to {found} in its {NOTE}"
         )
     if given is not None:
         parts, classes = labels.matched(given, store.url, name, parts)
@@ -496,8 +501,18 @@ def _read_span(source: Source, store: Store, given: labels.LabelFile | None, spa
     return table.add_column(2, "label", labels.label_column(found))
 
 
-def refuse_output_inside(url: str, output: str | None) -> None:
-    """Raise InputError if `output`, a folder that a verb will write, lies inside the source at `url`."""
+def refuse_output(url: str, output: str | None) -> None:
+    """Raise InputError if `output`, a folder that a verb will write, lies inside the source at `url`.
+
+    Or if it is named like a file: `convert SRC x.npz` would make a folder of that name.
+    """
+    ending = posixpath.splitext(Store(output).url)[1] if output else ""
+    if any(each.claims(ending) for each in FORMATS.values()) or any(
+        re.fullmatch(suffix, ending, re.IGNORECASE) for suffix, _ in _NAMES
+    ):
+        raise InputError(
+            f"{output}: a folder is written, and {ending} is the ending of a file; name it without that"
+        )
     # The next listing of the source would hold the output too. Of a purification only data/ is listed.
     source = Store(url)
     if output and Store(output).url.startswith(f"{source.url}/") and not source.exists(RUN_PLAN):

@@ -17,7 +17,7 @@ from eclipse_ray.datasets.memory import require_classes
 from eclipse_ray.datasets.table import canonical_table, extra_columns, image_bytes
 from eclipse_ray.datasets.write import converted, refuse_existing, write_dataset
 from eclipse_ray.errors import InputError
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.storage.store import Store
 
 _POOL = 8
@@ -78,7 +78,10 @@ def labels_from(
         passed_over=poisoned.passed_over,
     )
     margin = float(margins.min())
-    say(f"{output}: {images:,} of {images:,} images matched, each nearer than the next by at least {margin:,.0f}")
+    say(
+        f"{output}: {images:,} of {counted(images, 'image')} matched, each nearer than the next by at "
+        f"least {margin:,.0f}"
+    )
     return Matched(images, margin, output)
 
 
@@ -108,8 +111,8 @@ def partners(source: str, clean: str, data_config: DataConfig, trusted: str | No
     made_of = {names[row]: ids[image] for row, image in taken.items() if row < len(names)}
     left_out = f"; {len(ids) - len(made_of):,} were made of images of {trusted} and are left out"
     say(
-        f"{source}: {len(made_of):,} of {len(ids):,} images matched with those of {clean} by their content, each "
-        f"nearer than the next by at least {float(margins.min()):,.0f}"
+        f"{source}: {len(made_of):,} of {counted(len(ids), 'image')} matched with those of {clean} by their "
+        f"content, each nearer than the next by at least {float(margins.min()):,.0f}"
         + (left_out if len(made_of) < len(ids) else "")
     )
     return made_of

@@ -25,7 +25,7 @@ from eclipse_ray.datasets.formats import (
 from eclipse_ray.datasets.images import centre_crop, decode_required, resize_image
 from eclipse_ray.datasets.table import Part, Span, image_bytes, labels_or_none, refuse_repeated
 from eclipse_ray.errors import InputError
-from eclipse_ray.log import say_once
+from eclipse_ray.log import counted, say_once
 
 # Largest number of images and of stored bytes in one chunk.
 CHUNK_IMAGES, CHUNK_BYTES = 1024, 64 * 2**20
@@ -115,7 +115,7 @@ def _classes_line(names: Sequence[str], counts: Sequence[int], named: bool) -> s
     """
     found = {name: count for name, count in zip(names, counts, strict=True) if named or count}
     shown = [f"{name} {count:,}" for name, count in found.items()][:_CLASSES_SHOWN]
-    line = f"{len(found):,} classes in {sum(counts):,} images: {', '.join(shown)}"
+    line = f"{counted(len(found), 'class')} in {counted(sum(counts), 'image')}: {', '.join(shown)}"
     if len(found) > _CLASSES_SHOWN:
         least, most = min(found.values()), max(found.values())
         line += f" and {len(found) - _CLASSES_SHOWN:,} more, each {least:,} to {most:,}"

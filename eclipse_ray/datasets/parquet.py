@@ -33,6 +33,7 @@ from eclipse_ray.datasets.table import (
     canonical_table,
     check_label,
     label_like,
+    refuse_types,
     regroup,
     say_left_out,
     table_to_parquet,
@@ -62,13 +63,14 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     """Return one part per file that has rows, from the footers, and the class names if a footer has them.
 
     Of labels that are text the column is read; without names in a footer the classes are the sorted texts. Raises
-    InputError for a damaged file, an unknown extension type, a missing image or label column, or paths instead of
-    images.
+    InputError for a damaged file, an unknown extension type, a missing image or label column, paths instead of
+    images, or an extra column of several types.
     """
 
     labelled: dict[str, bool] = {}
     texts: dict[str, set[str] | None] = {}
     forms: list[tuple[Form, int]] = []
+    kinds: dict[str, dict[str, pa.DataType]] = {}
 
     def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
@@ -79,6 +81,8 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             say_left_out(store.url, schema.names, config.image_column, label, config)
             _refuse_paths(where, metadata, file, config)
             labelled[entry.key] = label is not None
+            extras = {*(_columns(where, schema, config) or schema.names)} - {"id", config.image_column, label}
+            kinds[entry.key] = {field.name: field.type for field in schema if field.name in extras}
             tensors = extensions.tensors_of(where, schema.field(config.image_column))
             if tensors and (order := extensions.order_of_tensors(tensors)):
                 form = Form(Layout(order, 255), "uint8", "without labels" if label is None else "with labels")
@@ -94,6 +98,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         found = list(pool.map(look, entries))
     folder.refuse_doubtful(store, config, labelled)
+    refuse_types(store.url, {part.key: kinds[part.key] for part, *_ in found if part.rows}, config)
     named = {part.key: names for part, names, _ in found if names is not None}
     classes = _common_classes(store, named) if named else _classes_of_texts(store, texts)
     if forms:
@@ -104,7 +109,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     for part, _, labels in found:
         for label in labels:
             check_label(f"{store.url}/{part.key}", label, classes)
-    return [part for part, *_ in found if part.rows], classes
+    return [part for part, *_ in found], classes
 
 
 def _warn_of_wide_groups(where: str, metadata: pq.FileMetaData) -> None:

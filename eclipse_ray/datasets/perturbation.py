@@ -25,7 +25,7 @@ from eclipse_ray.datasets.pickles import read_file, text_of, values_of
 from eclipse_ray.datasets.table import image_bytes, with_images
 from eclipse_ray.datasets.write import refuse_existing, write_dataset
 from eclipse_ray.errors import ConfigError, InputError
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.storage.store import Store
 
 # Of a table that begins at an image number: its perturbations, None for an image that stays as it is.
@@ -132,7 +132,7 @@ def apply(
     applied = Applied(images, perturbed, linf, l2, kind, unit, half, rounding, output)
     record = {**asdict(applied), "delta": delta, "clean": clean, "index": index, "seed": seed}
     Store(output).write(RECORD, json.dumps(record, indent=2).encode())
-    say(f"{output}: {perturbed:,} of {images:,} images changed by at most {linf}/255, mean L2 {l2:.3f}")
+    say(f"{output}: {perturbed:,} of {counted(images, 'image')} changed by at most {linf}/255, mean L2 {l2:.3f}")
     return applied
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,12 +51,16 @@ Span = tuple[str, int, int]
 
 
 class Part(NamedTuple):
-    """A source object, of which ranges of rows are read: key, number of rows, size in bytes, version."""
+    """A source object, of which ranges of rows are read: key, number of rows, size in bytes, version.
+
+    `hidden` are the names of what is hidden in a tar and not read.
+    """
 
     key: str
     rows: int
     size: int
     version: str
+    hidden: tuple[str, ...] = ()
 
 
 class SourceFile(NamedTuple):
@@ -170,14 +174,18 @@ def refuse_repeated(url: str, ids: Sequence[str]) -> None:
         raise InputError(f"{url}: id {twice} occurs more than once; give every image its own id")
 
 
-def refuse_extras(url: str, table: pa.Table, what: str) -> None:
-    """Raise InputError for extra columns, which a layout, in words `what`, cannot hold."""
-    extras = extra_columns(table).column_names
-    if extras:
-        raise InputError(
-            f"{url}: {what} cannot hold the column {extras[0]!r}; use the parquet layout, or leave such columns "
-            "out with --set data.extra_columns=drop"
-        )
+def refuse_types(url: str, files: Mapping[str, Mapping[str, pa.DataType]], config: DataConfig) -> None:
+    """Raise InputError if an extra column is of different types in two files of a dataset, given by their keys."""
+    first: dict[str, tuple[str, pa.DataType]] = {}
+    for key, kinds in files.items():
+        for name, kind in kinds.items():
+            # A column without a value fits any type.
+            other, known = (key, kind) if kind == pa.null() else first.setdefault(name, (key, kind))
+            if kind != known and config.extra_columns == "keep":
+                raise InputError(
+                    f"{url}: column {name!r} holds {known} in {other} and {kind} in {key}; make them alike, or "
+                    "leave such columns out with --set data.extra_columns=drop"
+                )
 
 
 def say_left_out(url: str, names: Collection[str], image: str, label: str | None, config: DataConfig) -> None:

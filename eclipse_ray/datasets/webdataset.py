@@ -77,7 +77,7 @@ class _Look(NamedTuple):
     """What planning sees of one tar: its keys, the labels that are text, and the member of one that is a number.
 
     `examples` holds a key of a sample with (True) and without (False) a label, or of which it is unknown (None).
-    `folders` are those in which its images lie, each with the key of a sample.
+    `folders` are those in which its images lie, each with the key of a sample. `hidden` members are not read.
     """
 
     keys: list[str]
@@ -85,6 +85,7 @@ class _Look(NamedTuple):
     texts: set[str]
     number: str | None
     folders: dict[str, str]
+    hidden: list[str]
 
 
 def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tuple[list[Part], list[str] | None]:
@@ -134,8 +135,11 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
         folder.refuse_doubtful(store, config, {entry.key: classes is not None for entry in entries})
     if config.tar_ids == "key":
         _refuse_repeated_keys(store, entries, looks)
-    parts = [Part(e.key, len(look.keys), e.size, e.version) for e, look in zip(entries, looks, strict=True)]
-    return [part for part in parts if part.rows], classes
+    parts = [
+        Part(entry.key, len(look.keys), entry.size, entry.version, tuple(look.hidden))
+        for entry, look in zip(entries, looks, strict=True)
+    ]
+    return parts, classes
 
 
 def _refuse_numbered(store: Store, entries: Sequence[Entry], looks: Sequence[_Look], config: DataConfig) -> None:
@@ -233,10 +237,11 @@ def _look(source: SourceFile, size: int) -> _Look:
     examples: dict[bool | None, str] = {}
     texts: set[str] = set()
     folders: dict[str, str] = {}
+    hidden: list[str] = []
     number = None
     with _reader(source.store, source.key) as read:
         found, indexed = _listed(source.store, source.key, size, read)
-        for key, sample in group_members(where, found, config.image_column):
+        for key, sample in group_members(where, found, config.image_column, hidden):
             keys.append(key)
             if _image_of(sample, config) is not None:
                 folders.setdefault(posixpath.dirname(key), key)
@@ -253,7 +258,7 @@ def _look(source: SourceFile, size: int) -> _Look:
     if keys and not examples:
         kinds = config.image_column if is_image(config.image_column) else ", ".join(SUFFIXES)
         raise InputError(f"{where}: none of its {len(keys)} samples has an image ({kinds}); leave this tar out")
-    return _Look(keys, examples, texts, number, folders)
+    return _Look(keys, examples, texts, number, folders, hidden)
 
 
 def _is_labelled(sample: Sample, config: DataConfig) -> bool | None:
@@ -331,22 +336,26 @@ def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | No
         if not (offset.isdigit() and length.isdigit() and place < int(offset) <= size):
             raise misfit
         member = Member(path.removeprefix("./"), place, int(offset), int(length))
-        # One block is the header of the member. Further blocks may hold a member that the index leaves out.
-        if member.offset - place > tar.BLOCK and _visible(where, read, place, size)[1:] != member[2:]:
-            raise misfit
-        found.append(member)
+        found += [*_left_out(where, read, member, size, misfit), member]
         place = member.end
     if not tar.is_end(where, read, place, size):
         raise misfit
     return found
 
 
-def _visible(where: str, read: Read, place: int, size: int) -> tuple[str, int, int]:
-    """Return name, offset and size of the next member that is neither a folder nor hidden."""
-    member = tar.next_member(where, read, place, size)
-    while member.name.endswith("/") or folder.is_dotted(member.name):
-        member = tar.next_member(where, read, member.end, size)
-    return member.name, member.offset, member.size
+def _left_out(where: str, read: Read, listed: Member, size: int, misfit: InputError) -> Iterator[Member]:
+    """Yield the hidden files that an index leaves out before a member that it lists."""
+    place = listed.begin
+    # One block is the header of the member. Further blocks may hold others.
+    while listed.offset - place > tar.BLOCK:
+        member = tar.next_member(where, read, place, size)
+        if member[2:] == listed[2:]:
+            return
+        is_folder, place = member.name.endswith("/"), member.end
+        if place + tar.BLOCK > listed.offset or not (is_folder or folder.is_dotted(member.name)):
+            raise misfit
+        if not is_folder:
+            yield member
 
 
 def _table(
@@ -535,20 +544,25 @@ def _check_columns(store: Store, table: pa.Table) -> None:
 
 
 def group_members(
-    where: str, found: Iterable[Member], image_column: str = _DEFAULT_IMAGE_COLUMN
+    where: str,
+    found: Iterable[Member],
+    image_column: str = _DEFAULT_IMAGE_COLUMN,
+    hidden: list[str] | None = None,
 ) -> Iterator[tuple[str, Sample]]:
     """Yield (key, members by extension) per sample. Raises InputError if members of a sample are apart.
 
-    A sample has one image; if it has several, `image_column` must be the extension of one.
+    A sample has one image; if it has several, `image_column` must be the extension of one. The names of hidden
+    members are added to `hidden`.
     """
     last: dict[str, str] = {}
     current: str | None = None
     sample: Sample = {}
     for member in found:
-        split = _split_name(where, member.name)
-        if split is None:
+        if folder.is_dotted(member.name):
+            if hidden is not None:
+                hidden.append(member.name)
             continue
-        key, extension = split
+        key, extension = _split_name(where, member.name)
         if key != current:
             if current is not None:
                 yield current, sample
@@ -565,9 +579,7 @@ def group_members(
         yield current, sample
 
 
-def _split_name(where: str, name: str) -> tuple[str, str] | None:
-    if folder.is_dotted(name):
-        return None
+def _split_name(where: str, name: str) -> tuple[str, str]:
     above, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     extension = extension.lower()

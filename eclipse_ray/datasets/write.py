@@ -26,9 +26,9 @@ from eclipse_ray.datasets.table import (
     LABELLED,
     NOTE,
     all_labels,
+    extra_columns,
     image_bytes,
     labels_or_none,
-    refuse_extras,
     with_images,
 )
 from eclipse_ray.errors import InputError
@@ -45,6 +45,7 @@ _WRITERS: dict[Layout, Writer] = {
     "pt": lambda store, tables, _, config: _write_whole(store, tables, config, _torch_file),
     "pkl": lambda store, tables, _, config: _write_whole(store, tables, config, _pickled_pairs),
 }
+_WITHOUT_EXTRAS = ("folder", "npy", "pt", "pkl")
 
 
 def write_dataset(
@@ -69,18 +70,18 @@ def write_dataset(
     """
     store = Store(url)
     mark = _begin(store, doing, resume)
-    schema = pa.schema([])
+    columns = set[str]()
 
     def watched() -> Iterator[pa.Table]:
-        nonlocal schema
         for table in tables:
-            try:
-                schema = pa.unify_schemas([schema, table.schema])
-            except pa.ArrowException as error:
+            columns.update(table.column_names)
+            extras = extra_columns(table).column_names
+            # At the first table: a writer may read all of them before it writes.
+            if extras and layout in _WITHOUT_EXTRAS:
                 raise InputError(
-                    f"{source}: its files have different columns: {error}; make them alike, or leave such columns "
-                    "out with --set data.extra_columns=drop"
-                ) from error
+                    f"{store.url}: the {layout} layout cannot hold the column {extras[0]!r}; use the parquet "
+                    "layout, or leave such columns out with --set data.extra_columns=drop"
+                )
             yield table
 
     try:
@@ -94,7 +95,7 @@ def write_dataset(
         "images": images,
         "classes": None if classes is None else list(classes),
         "source": source,
-        **({} if "label" in schema.names else {LABELLED: False}),
+        **({} if "label" in columns else {LABELLED: False}),
         **({"passed_over": passed_over} if passed_over else {}),
     }
     if layout == "webdataset":
@@ -119,7 +120,6 @@ def _write_whole(
     files_of: Callable[[str, Arrays], dict[str, bytes]],
 ) -> int:
     table = pa.concat_tables(tables, promote_options="default")
-    refuse_extras(store.url, table, "an array file")
     images, labels = npz.stack_images(store.url, table, config), all_labels(store.url, table)
     whole = images, None if labels is None else np.array(labels, np.int64)
     for name, data in files_of(store.url, whole).items():

@@ -27,7 +27,7 @@ from eclipse_ray.defenses.interface import Material
 from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.errors import InputError
 from eclipse_ray.experiments.recipe import Column, Facts, Row, transforms
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.poisons import POISONS
 from eclipse_ray.quality import WINDOW, psnr, ssim, survival
 from eclipse_ray.storage.store import Store
@@ -237,8 +237,8 @@ def load_published(
     images = found.take([place[name] for name in names])
     if labelled and len(other := np.flatnonzero(images.labels != source.labels)):
         raise InputError(
-            f"{url}: {len(other):,} images have another label than in {clean}, such as {source.ids[other[0]]}; "
-            "give both the same labels"
+            f"{url}: {counted(len(other), 'image')} with another label than in {clean}, such as "
+            f"{source.ids[other[0]]}; give both the same labels"
         )
     require_one_size(url, images, clean, source)
     return replace(images, ids=source.ids, labels=source.labels, classes=source.classes), names

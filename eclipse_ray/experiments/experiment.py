@@ -34,7 +34,7 @@ from eclipse_ray.experiments.recipe import (
     sparse_counts,
 )
 from eclipse_ray.experiments.search import SPARSE_PERCENT, Space, Trial
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.storage.store import Store
 
 PERCENT_OF_THREAT_MODEL = 5.0
@@ -267,7 +267,7 @@ def _first(images: ImageSet, count: int | None) -> ImageSet:
     if count is None:
         return images
     if count > len(images.ids):
-        raise InputError(f"matrix.sparse_limit {count}: the sparse set has {len(images.ids)} images")
+        raise InputError(f"matrix.sparse_limit {count}: the sparse set has {counted(len(images.ids), 'image')}")
     return images.take(range(count))
 
 
@@ -445,7 +445,9 @@ def _refuse(where: str, train: set[str], test: set[str], sparse: set[str]) -> No
     ):
         shared = len(first & second)
         if shared:
-            raise InputError(f"{where}: {name} share {shared} images (by content); they must be disjoint")
+            raise InputError(
+                f"{where}: {name} share {counted(shared, 'image')} (by content); they must be disjoint"
+            )
 
 
 def score_of(result: Measured, fidelity_weight: float) -> float:

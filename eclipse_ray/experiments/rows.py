@@ -25,6 +25,7 @@ from eclipse_ray.experiments.artifacts import denoiser_folder
 from eclipse_ray.experiments.experiment import Experiment, labels_of, open_matrix, open_sweep, score_of
 from eclipse_ray.experiments.recipe import PUBLISHED, Column, Recipe, Row
 from eclipse_ray.experiments.search import COMPENSATION_AXES, Trial
+from eclipse_ray.log import counted
 from eclipse_ray.poisons import budget, cost_of, variant_of
 from eclipse_ray.results import (
     EvaluateResult,
@@ -286,8 +287,9 @@ def sweep_view(experiment: Experiment) -> SweepView:
         rows=rows,
         best=_best_tree(experiment, best_trial(experiment)) if trials else {},
         summary=(
-            f"{len(rows)} of {experiment.trials_wanted()} trials, "
-            f"{len(sets.source.ids):,} of {sets.total:,} images, scored on {len(sets.test.ids):,} clean ones"
+            f"{len(rows)} of {counted(experiment.trials_wanted(), 'trial')}, "
+            f"{len(sets.source.ids):,} of {counted(sets.total, 'image')}, scored on "
+            f"{len(sets.test.ids):,} clean ones"
         ),
     )
 

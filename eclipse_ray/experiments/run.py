@@ -58,7 +58,7 @@ from eclipse_ray.experiments.experiment import (
 )
 from eclipse_ray.experiments.recipe import Column, Facts, Measured, Need, Recipe, attacked, denoiser_key
 from eclipse_ray.experiments.search import feasible, make_trial, tuned_point
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.poisoning import fits_at_once
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.results import EvaluateResult, MatrixResult, MatrixView, SweepResult, SweepView
@@ -96,7 +96,7 @@ def matrix(config: Config, write: Callable[[str, MatrixView], object]) -> Matrix
     try:
         missing = experiment.missing()
         if not missing:
-            say(f"matrix: all {len(experiment.grid.recipes)} cells are measured already")
+            say(f"matrix: all {counted(len(experiment.grid.recipes), 'cell')} measured already")
         else:
             with _line(experiment, "matrix") as line:
                 runner = _Runner(experiment, line)
@@ -118,7 +118,7 @@ def sweep(config: Config, write: Callable[[str, SweepView], object]) -> SweepRes
     try:
         left = experiment.trials_left()
         if left <= 0:
-            say(f"sweep: all {len(experiment.measured_trials())} trials are measured already")
+            say(f"sweep: all {counted(len(experiment.measured_trials()), 'trial')} measured already")
         else:
             with _line(experiment, "sweep") as line:
                 runner = _Runner(experiment, line)
@@ -378,7 +378,7 @@ class _Runner:
     def _failed(self, recipes: list[Recipe], error: BaseException) -> None:
         message = message_of(error)
         self.experiment.failures |= {recipe.title: message for recipe in recipes}
-        say(f"{self.name}: {len(recipes)} cells failed, {recipes[0].title} among them: {message}")
+        say(f"{self.name}: {counted(len(recipes), 'cell')} failed, {recipes[0].title} among them: {message}")
 
 
 def share(config: Config, name: str, resources: Resources) -> tuple[float, int, int]:

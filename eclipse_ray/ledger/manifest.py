@@ -19,6 +19,7 @@ from eclipse_ray.ledger.status import (
     read_statuses,
     scan_statuses,
 )
+from eclipse_ray.log import counted
 from eclipse_ray.results import VerifyResult
 from eclipse_ray.storage.store import Store
 
@@ -203,7 +204,7 @@ def _check_object(
         return 0
     path = store.path(key)
     if len(ids) != rows:
-        problems.append(f"{path}: holds {len(ids)} images, its status says {rows}")
+        problems.append(f"{path}: holds {counted(len(ids), 'image')}, its status says {rows}")
     _check_ids(path, ids, seen, problems)
     return len(ids)
 
@@ -242,7 +243,7 @@ def _check_ids(path: str, ids: Sequence[object], seen: set[bytes], problems: lis
             doubled.append(value)
         seen.add(short)
     if nulls:
-        problems.append(f"{path}: {nulls} images have no id")
+        problems.append(f"{path}: {counted(nulls, 'image')} without an id")
     if doubled:
         problems.append(f"{path}: {len(doubled)} ids occur elsewhere in the output too, such as {doubled[0]!r}")
 

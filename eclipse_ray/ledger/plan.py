@@ -18,6 +18,7 @@ from eclipse_ray.config import Config, difference, digest, recorded_config
 from eclipse_ray.datasets.table import Part
 from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.ledger import layout
+from eclipse_ray.log import counted
 from eclipse_ray.storage.store import Store
 
 SCHEMA = layout.columns("shard:string key:string start:int64 stop:int64 size:int64 version:string")
@@ -187,7 +188,7 @@ def _other_version(store: Store, key: str, note: dict[str, Any]) -> str:
 def _refuse_growth(
     store: Store, stored: Plan, fresh: list[str], classes: Sequence[str] | None, extend: bool
 ) -> None:
-    found = f"the source has {len(fresh)} objects that the plan lacks, such as {min(fresh)}"
+    found = f"the source has {counted(len(fresh), 'object')} that the plan lacks, such as {min(fresh)}"
     if not extend:
         raise ResumeError(
             f"{store.url}: {found}; add --extend to purify them too, or take them out of the source to resume"

@@ -20,7 +20,7 @@ from eclipse_ray.cluster.connect import Resources, connect, require_cpus, requir
 from eclipse_ray.cluster.work import BoardWatcher, NamedActor, Watch, pass_by_value, reaching, start_board, watched
 from eclipse_ray.config import Config
 from eclipse_ray.errors import error_of_note
-from eclipse_ray.log import say
+from eclipse_ray.log import counted, say
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.plan import Prepared, prepare, warn_if_unsuitable
 from eclipse_ray.purification.stages import (
@@ -69,13 +69,13 @@ def _run(prepared: Prepared, tasks: list[Task]) -> float:
     total = sum(shard.rows for shard in shards)
     done = total - sum(task.shard.rows for task in tasks)
     if done:
-        say(f"purify: resuming, {len(shards) - len(tasks)} of {len(shards)} shards are already committed")
+        say(f"purify: resuming, {len(shards) - len(tasks)} of {counted(len(shards), 'shard')} already committed")
     every = config.run.progress_seconds
     with ProgressLine("purify", "images", total, every, done, phase=reaching(config)) as line:
         resources = connect(config)
         actors, gpus = pool(config, resources, len(tasks))
         line.begin(done)
-        line.phase = f"loading the denoiser on {actors} actor{'s' * (actors > 1)}"
+        line.phase = f"loading the denoiser on {counted(actors, 'actor')}"
         session = ledger.session(prepared.store)
         name = f"board-{uuid4().hex}"
         board, named = start_board(name), NamedActor(name)

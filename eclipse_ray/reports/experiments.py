@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from eclipse_ray.config import flatten
 from eclipse_ray.errors import InputError
 from eclipse_ray.ledger import layout
+from eclipse_ray.log import counted
 from eclipse_ray.reports.blocks import Block, Chart, Charts, Code, Section, Table, Text, value_words
 from eclipse_ray.reports.charts import LIGHT, MARKERS, WIDE, draw, legible, lines
 from eclipse_ray.reports.folder import BEST, read_mapping
@@ -261,7 +262,7 @@ def sweep(store: Store) -> Section:
         name = min(missing, default=OBJECTIVE)
         raise InputError(f"{store.path(RESULTS)}: has no whole column {name}; run the same sweep command again")
     axes = [name for name in SETTINGS if len({str(row[name]) for row in rows}) > 1]
-    view = SweepView(axes, rows, best, f"{len(rows):,} trials")
+    view = SweepView(axes, rows, best, counted(len(rows), "trial"))
     first = best_first(rows)[0]
     words = ", ".join(f"{name} {value_words(first[name])}" for name in axes or ["t_star", "num_inference_steps"])
     lead = (

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from eclipse_ray.datasets.images import centre_crop, encode_image, resize_image
 from eclipse_ray.diffusion.sampling import absorb, to_model_range, to_uint8
+from eclipse_ray.log import counted
 from eclipse_ray.progress import duration, volume
 from eclipse_ray.quality import EQUAL_PSNR
 from eclipse_ray.reports.blocks import (
@@ -51,7 +52,7 @@ def sections(run: Purification) -> list[Section]:
 def facts(run: Purification, quality: Sequence[str] = ()) -> Facts:
     """Return the first page: what was done, is it still good (after the sentences `quality`), and so on."""
     noise = run.noise
-    steps = f"{noise.num_inference_steps:,} step{'s' if noise.num_inference_steps > 1 else ''}"
+    steps = counted(noise.num_inference_steps, "step")
     left = run.planned - run.ok - run.failed
     end = f", and {left:,} are still to be done: the run is not finished" if left else ""
     failed = f"{run.failed:,} failed" if run.failed else "none failed"
@@ -108,7 +109,7 @@ def _failed(run: Purification) -> str:
         return "Every image that was tried could be purified."
     (reason, _), *_ = Counter(failure.error for failure in run.failures).most_common(1)
     share = 100 * run.failed / max(run.planned, 1)
-    images = f"{run.failed:,} image{'' if run.failed == 1 else 's'}"
+    images = counted(run.failed, "image")
     return f"{images} ({share:.2f} % of the plan); the most frequent reason: {reason.rstrip('.')}."
 
 
@@ -128,7 +129,7 @@ def _cost(run: Purification) -> list[str]:
 
 def _of(run: Purification) -> str:
     count = len(_values(run, "psnr"))
-    return f"all {count:,} images" if count == run.ok else f"{count:,} of {run.ok:,} images"
+    return f"all {counted(count, 'image')}" if count == run.ok else f"{count:,} of {counted(run.ok, 'image')}"
 
 
 def _values(run: Purification, name: str) -> Floats:

@@ -12,7 +12,7 @@ from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.table import canonical_table, image_bytes
-from eclipse_ray.datasets.write import convert
+from eclipse_ray.datasets.write import convert, write_dataset
 from eclipse_ray.errors import InputError
 from tests.datasets.helpers import CONFIG, noise, read_all, table_of, write_set
 
@@ -69,7 +69,10 @@ def test_tars_are_what_their_readers_expect(tmp_path):
         ("npz", {"tags": [["a"], ["b"]]}, "column 'tags'"),
         ("npz", {"n": [1, None]}, "column 'n' (int64, 1 empty)"),
         ("npz", {"x": [1, 2]}, "another meaning"),
-        *((layout, {"txt": ["a", "b"]}, "an array file cannot hold the column 'txt'") for layout in LONE_ARRAYS),
+        *(
+            (layout, {"txt": ["a", "b"]}, f"the {layout} layout cannot hold the column 'txt'")
+            for layout in LONE_ARRAYS
+        ),
     ],
 )
 def test_a_column_that_a_layout_cannot_hold_is_refused_unless_it_is_dropped(tmp_path, layout, extras, words):
@@ -81,6 +84,16 @@ def test_a_column_that_a_layout_cannot_hold_is_refused_unless_it_is_dropped(tmp_
     # The refused call left nothing, so the same output can be used.
     convert(source, out, DataConfig(extra_columns="drop"), layout)
     assert load_images(out, CONFIG).images.shape == (2, 32, 32, 3)
+
+
+@pytest.mark.parametrize("layout", ["folder", *LONE_ARRAYS])
+def test_a_column_that_a_layout_cannot_hold_is_refused_before_the_rest_is_read(tmp_path, layout):
+    tables = iter([table_of(noise(1), [0], extras=pa.table({"txt": ["a"]})), table_of(noise(1), [0])])
+    with pytest.raises(
+        InputError, match=f"the {layout} layout cannot hold the column 'txt'; use the parquet layout"
+    ):
+        write_dataset(str(tmp_path / "out"), tables, classes=None, source="src", layout=layout)
+    assert len(list(tables)) == 1
 
 
 @pytest.mark.parametrize("layout", LONE_ARRAYS)

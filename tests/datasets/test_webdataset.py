@@ -83,15 +83,23 @@ def test_what_is_hidden_is_passed_over_in_a_tar_as_in_a_folder(tmp_path):
     seen = ["_other/_0.png", "cat/_0.png", "dog/b.png"]
     plain = read_all(fill(tmp_path / "plain", *seen, *HIDDEN))
     assert (plain["id"].to_pylist(), plain["label"].to_pylist()) == (seen, [0, 1, 2])
-    url = tar(tmp_path / "tar/a.tar", *((key, PNG) for key in [*HIDDEN[:5], *seen[:2], *HIDDEN[5:], seen[2]]))
+    words = "10 files are passed over: 5 .png, 3 without a suffix, 1 "
+    assert open_source(str(tmp_path / "plain"), CONFIG).passed_over.startswith(words)
+    long = f"cat/.{'x' * 120}/a.png"
+    members = [FOLDER, *HIDDEN[:5], *seen[:2], *HIDDEN[5:9], long, seen[2]]
+    url = tar(tmp_path / "tar/a.tar", *((key, PNG) if isinstance(key, str) else key for key in members))
     with tarfile.open(tmp_path / "tar/a.tar") as archive:
-        lines = {each.name: f"x {each.offset_data} {each.size} {each.name}" for each in archive}
+        lines = {each.name: f"x {each.offset_data} {each.size} {each.name}" for each in archive if each.isfile()}
     for kept in ((), lines, seen):
         if kept:
             (tmp_path / "tar/a.idx").write_text("\n".join(["v1.2 3", *(lines[name] for name in kept)]))
         rows = read_all(url)
         assert [f"{key}.png" for key in rows["id"].to_pylist()] == seen
         assert rows["label"].to_pylist() == [0, 1, 2]
+        assert open_source(url, CONFIG).passed_over == f"{words}.jpg, 1 .pkl, such as a.tar/{HIDDEN[0]}"
+        refused(url, words, strict=True)
+    tar(tmp_path / "tar/b.tar", (".only", PNG))
+    assert open_source(url, CONFIG).passed_over.startswith("11 files are passed over")
 
 
 def test_labels_come_from_json_when_there_is_no_cls_or_when_named(tmp_path):

@@ -2,6 +2,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import choose_clean, load_images
 from eclipse_ray.datasets.perturbation import apply
 from eclipse_ray.datasets.table import canonical_table, image_bytes, regroup
-from eclipse_ray.datasets.write import convert, split, write_dataset
+from eclipse_ray.datasets.write import convert, split
 from eclipse_ray.errors import InputError, StorageError
 from eclipse_ray.storage.local import LocalFolder
 from tests.datasets.helpers import CONFIG, PNG, fill, noise, read_all, refused, table_of, write_set
@@ -167,11 +168,29 @@ def test_what_an_interrupted_command_left_is_written_anew_by_the_same_one(verb, 
     assert sum(read_all(part).num_rows for part in parts) == 9
 
 
-@pytest.mark.parametrize("layout", ["parquet", "webdataset", "npz", "npy"])
-def test_files_whose_columns_are_of_different_types_are_refused(layout, tmp_path):
-    tables = [table_of(noise(1), [0]).append_column("x", pa.array([value])) for value in (1, "a")]
-    with pytest.raises(InputError, match=r"^src: its files have different columns: .* x .*; make them alike"):
-        write_dataset(str(tmp_path), tables, classes=None, source="src", layout=layout)
+@pytest.mark.parametrize("suffix", ["parquet", "npz"])
+@pytest.mark.parametrize(("values", "types"), [((1, "a"), "int64 string"), ((1, 1.5), "int64 double")])
+def test_files_whose_extra_columns_are_of_different_types_are_refused_when_they_are_listed(
+    suffix, values, types, tmp_path
+):
+    def write(name, value):
+        if suffix == "npz":
+            np.savez(tmp_path / name, images=noise(1), labels=np.zeros(1, int), note=np.array([value]))
+        else:
+            pq.write_table(table_of(noise(1), [0], extras=pa.table({"note": pa.array([value])})), tmp_path / name)
+
+    for number, value in enumerate((values[0], values[0], values[1])):
+        write(f"{number}.{suffix}", value)
+    first, second = types.split()
+    words = f"column 'note' holds {first} in 0.{suffix} and {second} in 2.{suffix}; make them alike"
+    refused(tmp_path, words, "data.extra_columns=drop")
+    assert read_all(tmp_path, extra_columns="drop").num_rows == 3
+    write(f"2.{suffix}", None if suffix == "parquet" else values[0])
+    assert read_all(tmp_path)["note"].to_pylist()[:2] == [values[0]] * 2
+    for number in (0, 1):
+        write(f"{number}.{suffix}", "b" * (number + 1))
+    write(f"2.{suffix}", "c")
+    assert read_all(tmp_path)["note"].to_pylist() == ["b", "bb", "c"]
 
 
 @pytest.mark.parametrize("layout", ["parquet", "folder", "webdataset", "npz", "npy"])

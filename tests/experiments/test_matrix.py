@@ -240,7 +240,7 @@ def test_a_published_poison_that_is_no_copy_of_the_training_images_is_refused(wo
     labels = theirs.labels.copy()
     labels[[0, 5]] = (labels[[0, 5]] + 1) % 10
     relabelled = replace(theirs, labels=labels)
-    refused(world, relabelled, tmp_path, f": 2 images have another label than in {world.rest}")
+    refused(world, relabelled, tmp_path, f": 2 images with another label than in {world.rest}")
     large = replace(theirs, images=np.kron(theirs.images, np.ones((1, 2, 2, 1), np.uint8)))
     refused(world, large, tmp_path, r" has \(32, 32\) images")
     with pytest.raises(InputError, match="nowhere"):
@@ -310,7 +310,7 @@ def test_a_match_by_content_that_is_doubtful_or_not_whole_is_refused(world, thei
     labels = theirs.labels.copy()
     labels[4] = (labels[4] + 1) % 10
     wrong = replace(plain, labels=labels, classes=theirs.classes)
-    refused(world, wrong, tmp_path, f": 1 images have another label than in {world.rest}", matrix__limit=None)
+    refused(world, wrong, tmp_path, f": 1 image with another label than in {world.rest}", matrix__limit=None)
 
 
 @pytest.mark.parametrize(

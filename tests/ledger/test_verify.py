@@ -177,7 +177,7 @@ def test_table_without_ids_is_found():
     shards = plan_shards([part("a"), part("b")], 2)
     start(store, shards)
     nameless = table_bytes(pq.read_table(pa.BufferReader(table(["a", "b"]))).drop(["id"]))
-    tables = [(nameless, "`id` column"), (table(["a", None]), "1 images have no id")]
+    tables = [(nameless, "`id` column"), (table(["a", None]), "1 image without an id")]
     for generation, (ok, words) in enumerate(tables):
         commit_ids(store, shards[0], ok, generation=generation)
         finalise(store)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eclipse_ray.datasets.formats import open_source
-from eclipse_ray.datasets.images import ImageError, encode_image
+from eclipse_ray.datasets.images import ImageError
 from eclipse_ray.diffusion import network, sampling
 from eclipse_ray.errors import ConfigError, StorageError, error_of_note
 from eclipse_ray.ledger import open_run, plan_shards, read_statuses, session
@@ -28,6 +28,7 @@ from eclipse_ray.purification.stages import (
     task_rows,
     unpack,
 )
+from tests.datasets.helpers import fill, noise
 from tests.ledger.helpers import make_fingerprint, plan_of
 from tests.support import DEBUG, World, board_of, dotted
 
@@ -193,16 +194,15 @@ def test_drivers_that_die_again_and_again_blame_no_image(world, tmp_path):
     [(40, {"data__max_pixels": 1000}, "large"), (12, {}, "small"), (None, {}, "undecodable")],
 )
 def test_a_failure_has_its_kind_whatever_its_words(world, tmp_path, side, settings, kind):
-    folder = tmp_path / "source"
-    folder.mkdir()
-    image = encode_image(np.zeros((side or 16, side or 16, 3), np.uint8), "png")
     # A name that tells of another kind.
-    (folder / "too little memory kills.png").write_bytes(image if side else image[:40])
-    (folder / "whole.png").write_bytes(encode_image(np.zeros((16, 16, 3), np.uint8), "png"))
+    file = tmp_path / "source/too little memory kills.png"
+    folder = fill(file.parent, file.name, "whole.png", images=[noise(1, side or 16)[0], noise(1, 16)[0]])
+    if side is None:
+        file.write_bytes(file.read_bytes()[:40])
     job, task = first_shard(world, tmp_path / "out", folder, **settings)
     _, images, failures = unpack(Purifier(job)(decode(job, task)))
     assert len(images) == 1
-    assert [(failure["id"], failure["kind"]) for failure in failures] == [("too little memory kills.png", kind)]
+    assert [(failure["id"], failure["kind"]) for failure in failures] == [(file.name, kind)]
 
 
 def test_the_workers_of_the_other_stages_start_without_torch():

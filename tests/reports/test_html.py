@@ -288,12 +288,6 @@ def test_a_finished_run_stays_finished_when_no_report_can_be_written(world, tmp_
     assert json.loads((folder / "_eclipse/command.json").read_text())["command"].startswith("eclipse-ray")
 
 
-def test_the_verb_is_the_package_s_whatever_was_imported_before():
-    import eclipse_ray
-
-    assert eclipse_ray.report is verbs.report
-
-
 def test_an_evaluation_is_not_written_over_another_run(world, folders):
     with pytest.raises(InputError, match="already holds data"):
         verbs.evaluate(world.rest, test=world.test, out=str(folders["purify"]))

@@ -50,14 +50,6 @@ def undisturbed(world, tmp_path_factory):
     return {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
 
 
-@pytest.mark.chaos
-def test_killed_half_way(world, tmp_path, undisturbed):
-    output = tmp_path / "out"
-    committed = kill_at(world, output, SHARDS // 3)
-    assert SHARDS // 3 <= committed < SHARDS
-    finish_and_check(world, output, undisturbed)
-
-
 # Eleven drivers and as many clusters.
 @pytest.mark.timeout(900)
 @pytest.mark.chaos

@@ -289,36 +289,3 @@ def test_a_strict_run_ends_at_the_first_unreadable_image_and_says_which(tmp_path
     assert code == 2, said
     assert damaged.name in said
     assert "data.on_error=row" in said
-
-
-@pytest.mark.chaos
-def test_a_node_that_disappears_costs_only_its_shards(world, tmp_path, undisturbed):
-    from ray.cluster_utils import Cluster
-
-    output = tmp_path / "out"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
-    try:
-        node = cluster.add_node(num_cpus=3)
-        cluster.wait_for_nodes()
-        words = command(world, output, **{"purify.actors": 3})
-        driver = subprocess.Popen(
-            words,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
-        )
-        deadline = time.monotonic() + 200
-        while done(output) < 3:
-            assert driver.poll() is None, "ended before the node was lost"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        cluster.remove_node(node, allow_graceful=False)
-        lost_at = done(output)
-        _, said = driver.communicate(timeout=200)
-        assert driver.returncode == 0, said
-    finally:
-        cluster.shutdown()
-    assert 3 <= lost_at < len(objects(undisturbed)), "no fault fired"
-    assert objects(output) == objects(undisturbed)
-    assert verbs.verify(str(output)).ok

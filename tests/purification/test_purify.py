@@ -86,14 +86,6 @@ def test_one_actor_gives_the_same_bytes(world, purified, tmp_path):
     assert object_names(tmp_path / "one") == object_names(purified[0])
 
 
-@pytest.mark.chaos
-def test_another_batch_size_changes_next_to_nothing(world, purified, tmp_path):
-    purify(world, tmp_path / "seven", **{"purify.batch_size": 7})
-    seven, whole = (pixels_of(read_output(folder)).astype(int) for folder in (tmp_path / "seven", purified[0]))
-    assert np.abs(seven - whole).max() <= 1
-    assert (seven != whole).mean() <= 0.001
-
-
 def test_running_again_does_nothing_and_says_the_same(world, purified):
     output, _ = purified
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
@@ -101,23 +93,6 @@ def test_running_again_does_nothing_and_says_the_same(world, purified):
     assert (again.planned, again.ok, again.failed, again.images_per_second) == (240, 240, 0, 0.0)
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     assert before == after
-
-
-@pytest.mark.chaos
-def test_a_missing_shard_is_made_again_byte_for_byte(world, purified, tmp_path):
-    output = tmp_path / "partial"
-    shutil.copytree(purified[0], output)
-    names = object_names(output)
-    lost = output / names["000003"]
-    content = lost.read_bytes()
-    lost.unlink()
-    (output / "_eclipse/status/000003/0.json").unlink()
-    (output / "_eclipse/manifest.parquet").unlink()
-    with pytest.raises(InputError, match="not finished"):
-        open_source(str(output), DATA)
-    purify(world, output)
-    assert lost.read_bytes() == content
-    assert verbs.verify(str(output)).ok
 
 
 @pytest.mark.parametrize(

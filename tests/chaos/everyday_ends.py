@@ -5,8 +5,6 @@
 Prints a table, and counts bad ends by their kind; none is the aim. Every command has a pseudo-terminal of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import pty

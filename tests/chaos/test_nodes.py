@@ -5,8 +5,6 @@ that of a lost node finds no other place. Purifying a shard takes ten seconds mo
 needs network namespaces, hence root.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 `make test` has the same without Ray: tests/ledger/test_attempts.py and tests/purification/test_faults.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

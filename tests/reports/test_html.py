@@ -1,7 +1,5 @@
 """The page: whole, escaped, from nowhere else, and with the sections its folder calls for."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Whole runs on a real S3 server: two drivers at once, a driver that dies, and a purification from S3 to S3."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The store on a real S3 server: races, names, parts, listings, leftovers."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -166,6 +166,16 @@ def untrained_denoiser(**settings: object) -> Denoiser:
     return build_denoiser(network, config).eval()
 
 
+def assignments(settings: dict[str, object]) -> list[str]:
+    """Return settings as words of the command line."""
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+def shards_done(output: Path) -> int:
+    """Return how many statuses of shards a purification has written."""
+    return sum(1 for _ in output.glob("_eclipse/status/*/*.json"))
+
+
 def kill_and_go_on(arguments: list[str], output: Path, least: int, cells: int) -> dict[str, object]:
     """Kill an experiment of `cells` once `least` have a result, run it again; return the object it prints."""
     results, log = output / "results", output.parent / "log"

@@ -23,7 +23,7 @@ from eclipse_ray.inversion import METHOD, SURROGATES
 from eclipse_ray.parameters import resolve
 from eclipse_ray.training import _fingerprint, deciding_settings
 from tests.datasets.helpers import fill, noise
-from tests.support import DEBUG, board_of, kill_when
+from tests.support import DEBUG, assignments, board_of, kill_when
 
 SHORT = {**DEBUG, "denoiser.iterations": 20, "denoiser.checkpoint_every": 10, "denoiser.num_workers": 2}
 
@@ -81,10 +81,8 @@ def test_two_workers_train_the_network_of_one_process(world, trained):
 @pytest.mark.chaos
 def test_a_killed_training_continues(world, trained, tmp_path):
     output = tmp_path / "killed"
-    arguments = ["train", "--clean", world.clean, "--out", str(output)]
     settings = {**SHORT, "denoiser.iterations": 90, "denoiser.checkpoint_every": 30}
-    for key, value in settings.items():
-        arguments += ["--set", f"{key}={value}"]
+    arguments = ["train", "--clean", world.clean, "--out", str(output), *assignments(settings)]
 
     def checkpointed() -> bool:
         return any(output.glob("_eclipse/train/*/checkpoint_*"))

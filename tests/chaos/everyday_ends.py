@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from eclipse_ray.errors import EXIT_RUN_AGAIN, STOPPED
 from tests.chaos.everyday import Trial, table
-from tests.support import DEBUG, World, make_world
+from tests.support import DEBUG, World, assignments, make_world
 
 LIMIT = 240
 """Seconds after which a command is taken for one that hangs."""
@@ -145,7 +145,7 @@ def words_of(world: World) -> dict[str, list[str]]:
         "sweep": ["sweep", world.poisoned, *search],
     }
     settings = {**DEBUG, "victim.epochs": 3, "purify.shard_images": 60, "denoiser.num_workers": 1}
-    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    sets = assignments(settings)
     return {name: [*words, *sets] for name, words in verbs.items()}
 
 

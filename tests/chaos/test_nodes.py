@@ -22,8 +22,8 @@ from eclipse_ray.diffusion.checkpoint import read_card
 from eclipse_ray.parameters import resolve
 from eclipse_ray.purification.plan import prepare
 from eclipse_ray.purification.stages import Purifier, Task, encode_and_commit, read_and_decode, task_rows
-from tests.chaos.test_workers import PURIFY, command, done, fault, objects
-from tests.support import DEBUG
+from tests.chaos.test_workers import PURIFY, command, fault, objects
+from tests.support import DEBUG, assignments, shards_done
 
 SETTINGS = {
     "purify.shard_images": 8,
@@ -124,15 +124,15 @@ def test_one_node_is_lost_and_another_comes_late(world, tmp_path, undisturbed, m
         lost = join(cluster, num_cpus=3, num_gpus=1)
         cluster.wait_for_nodes()
         driver = start(command(world, output, **SETTINGS), RAY_ADDRESS=cluster.address)
-        wait_for(lambda: done(output) >= 4, driver)
+        wait_for(lambda: shards_done(output) >= 4, driver)
         in_flight = started(output) - committed(output)
         cluster.remove_node(lost, allow_graceful=False)
-        lost_at = done(output)
+        lost_at = shards_done(output)
         in_flight |= started(output) - committed(output)
         late = join(cluster, num_cpus=3, num_gpus=1)
         raylet = late.all_processes["raylet"][0].process.pid
         wait_for(lambda: bool(working_actors(raylet)), driver)
-        came_at = done(output)
+        came_at = shards_done(output)
         _, said = driver.communicate(timeout=PATIENCE)
     finally:
         cluster.shutdown()
@@ -159,9 +159,7 @@ def test_training_goes_on_with_the_workers_that_are_left(world, tmp_path):
         "denoiser.report_every": 50,
     }
     words = [sys.executable, "-m", "eclipse_ray", "train", "--json"]
-    words += ["--clean", world.clean, "--out", str(output)]
-    for key, value in settings.items():
-        words += ["--set", f"{key}={value}"]
+    words += ["--clean", world.clean, "--out", str(output), *assignments(settings)]
     cluster = Cluster()
     try:
         join(cluster, num_cpus=1)
@@ -242,10 +240,10 @@ def test_a_node_cut_off_for_twenty_seconds_changes_nothing(world, tmp_path, undi
                 assert node.poll() is None, "a node did not start: see its log"
             words = ["ip", "netns", "exec", names[0], *command(world, output, **SETTINGS)]
             driver = start(words, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
-            wait_for(lambda: done(output) >= 4, driver)
+            wait_for(lambda: shards_done(output) >= 4, driver)
             cut = names[2].replace("n2", "v2")
             ip(f"link set {cut} down")
-            at = done(output)
+            at = shards_done(output)
             time.sleep(20)
             ip(f"link set {cut} up")
             _, said = driver.communicate(timeout=PATIENCE)

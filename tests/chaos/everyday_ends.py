@@ -145,8 +145,7 @@ def words_of(world: World) -> dict[str, list[str]]:
         "sweep": ["sweep", world.poisoned, *search],
     }
     settings = {**DEBUG, "victim.epochs": 3, "purify.shard_images": 60, "denoiser.num_workers": 1}
-    sets = assignments(settings)
-    return {name: [*words, *sets] for name, words in verbs.items()}
+    return {name: [*words, *assignments(settings)] for name, words in verbs.items()}
 
 
 class Count:

@@ -2,9 +2,8 @@
 
 import pytest
 
-from eclipse_ray import ledger, verbs
-from eclipse_ray.storage.store import Store
-from tests.support import DEBUG, assignments, kill_when, read_output, run_cli, shards_done
+from eclipse_ray import verbs
+from tests.support import DEBUG, assignments, kill_when, object_names, read_output, run_cli, shards_done
 
 # One image a pass and every timestep: slow enough that a kill lands in the middle.
 SETTINGS = {
@@ -31,8 +30,7 @@ def finish_and_check(world, output, undisturbed) -> None:
     result = run_cli(*arguments(world, output))
     assert (result["planned"], result["ok"], result["failed"]) == (240, 240, 0)
     assert verbs.verify(str(output)).ok
-    names = {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
-    assert names == undisturbed
+    assert object_names(output) == undisturbed
     assert len(set(read_output(output)["id"].to_pylist())) == 240
 
 
@@ -40,7 +38,7 @@ def finish_and_check(world, output, undisturbed) -> None:
 def undisturbed(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     verbs.purify(world.poisoned, str(output), denoiser=world.denoiser, settings=SETTINGS)
-    return {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
+    return object_names(output)
 
 
 # Eleven drivers and as many clusters.

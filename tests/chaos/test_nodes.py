@@ -19,11 +19,9 @@ import yaml
 
 from eclipse_ray import verbs
 from eclipse_ray.diffusion.checkpoint import read_card
-from eclipse_ray.parameters import resolve
-from eclipse_ray.purification.plan import prepare
-from eclipse_ray.purification.stages import Purifier, Task, encode_and_commit, read_and_decode, task_rows
-from tests.chaos.test_workers import PURIFY, command, fault, objects
-from tests.support import DEBUG, assignments, shards_done
+from tests.chaos.test_workers import PURIFY, command, fault
+from tests.reports.material import purify_here
+from tests.support import DEBUG, assignments, object_names, shards_done
 
 SETTINGS = {
     "purify.shard_images": 8,
@@ -41,15 +39,9 @@ PATIENCE = 600
 def undisturbed(world, tmp_path_factory):
     """The same work in this process, one shard after another, without Ray."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    named = {"data.source": world.poisoned, "data.output": str(output), "purify.denoiser": world.denoiser}
     settings = {**DEBUG, **{key: yaml.safe_load(str(value)) for key, value in SETTINGS.items()}}
-    prepared = prepare(resolve(None, settings, named))
-    prepared.claim()
-    purifier = Purifier(prepared.job)
-    for shard in prepared.plan.shards:
-        decoded = read_and_decode(task_rows([Task(shard)])[0], prepared.job)
-        encode_and_commit(purifier(decoded), prepared.job)
-    found = objects(output)
+    purify_here(world.poisoned, str(output), world.denoiser, **settings)
+    found = object_names(output)
     assert len(found) == SHARDS
     return found
 
@@ -139,7 +131,7 @@ def test_one_node_is_lost_and_another_comes_late(world, tmp_path, undisturbed, m
     assert driver.returncode == 0, said
     assert 4 <= lost_at < SHARDS, "no node was lost"
     assert came_at < SHARDS, "the late node came too late"
-    assert objects(output) == undisturbed
+    assert object_names(output) == undisturbed
     assert verbs.verify(str(output)).ok
     assert redone(output) <= in_flight, "a shard that nobody had in hand was done again"
 
@@ -254,5 +246,5 @@ def test_a_node_cut_off_for_twenty_seconds_changes_nothing(world, tmp_path, undi
                 node.wait(timeout=60)
     assert driver.returncode == 0, said
     assert 4 <= at < SHARDS, "no fault fired"
-    assert objects(output) == undisturbed
+    assert object_names(output) == undisturbed
     assert verbs.verify(str(output)).ok

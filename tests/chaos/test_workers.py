@@ -17,11 +17,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray import ledger, verbs
+from eclipse_ray import verbs
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.synthetic import write_synthetic
-from eclipse_ray.storage.store import Store
-from tests.support import DEBUG, World, assignments, pixels_of, read_output, shards_done
+from tests.support import DEBUG, World, assignments, object_names, pixels_of, read_output, shards_done, wait_until
 
 SETTINGS = {**DEBUG, "purify.shard_images": 20, "purify.actors": 2, "purify.batch_size": 8}
 IMAGES = 240
@@ -70,10 +69,6 @@ def images_of_a_folder(world, tmp_path, count: int) -> tuple[World, list[Path]]:
     return replace(world, poisoned=str(tmp_path / "source")), sorted((tmp_path / "source").rglob("*.png"))
 
 
-def objects(output) -> dict[str, str | None]:
-    return {name: status.object for name, status in ledger.read_statuses(Store(str(output))).items()}
-
-
 def errors(output) -> dict[str, str]:
     rows = [
         row for file in (output / "_eclipse/errors").glob("*.parquet") for row in pq.read_table(file).to_pylist()
@@ -103,12 +98,12 @@ def test_an_image_that_kills_its_actor_becomes_an_error_row_then_a_retry_mends_i
     assert list(errors(output)) == [lost]
     assert "kills the worker" in errors(output)[lost]
     assert_all_but(output, undisturbed, lost)
-    before = objects(output)
+    before = object_names(output)
     code, printed, said = run(command(world, output, "--retry-failed"))
     assert code == 0, said
     assert json.loads(printed)["failed"] == 0
     assert verbs.verify(str(output)).ok
-    after = objects(output)
+    after = object_names(output)
     assert sum(before[name] != after[name] for name in before) == 1
     assert read_output(output)["id"].to_pylist() == read_output(undisturbed)["id"].to_pylist()
 
@@ -162,7 +157,7 @@ def test_three_killed_actors_change_nothing(world, tmp_path, undisturbed):
     thread.join()
     assert code == 0, said
     assert len(killed) == 3, "no fault fired"
-    assert objects(output) == objects(undisturbed)
+    assert object_names(output) == object_names(undisturbed)
     assert verbs.verify(str(output)).ok
 
 
@@ -181,7 +176,7 @@ def test_a_worker_that_ends_or_hangs_ends_the_run_and_the_next_run_completes_it(
     assert time.monotonic() - started < 4 * limit
     code, _, said = run(words)
     assert code == 0, said
-    assert objects(output) == objects(undisturbed)
+    assert object_names(output) == object_names(undisturbed)
 
 
 def verb_with(name: str, world, output) -> tuple[list[str], str]:
@@ -229,7 +224,7 @@ def test_two_drivers_on_one_output_agree(world, tmp_path, undisturbed):
         printed, said = driver.communicate(timeout=280)
         assert driver.returncode == 0, said
         assert json.loads(printed)["ok"] == IMAGES
-    assert objects(output) == objects(undisturbed)
+    assert object_names(output) == object_names(undisturbed)
     assert verbs.verify(str(output)).ok
     assert [path.name for path in (output / "data").iterdir() if path.name.startswith(".tmp")] == []
 
@@ -238,18 +233,14 @@ def test_two_drivers_on_one_output_agree(world, tmp_path, undisturbed):
 def test_sigterm_says_that_the_run_can_be_resumed(world, tmp_path, undisturbed):
     output = tmp_path / "out"
     driver = subprocess.Popen(command(world, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
-    while shards_done(output) < 2:
-        assert driver.poll() is None, "ended before the signal"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: shards_done(output) >= 2, "two shards", 200, driver)
     driver.terminate()
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 75, said
-    assert shards_done(output) < len(objects(undisturbed))
+    assert shards_done(output) < len(object_names(undisturbed))
     code, _, said = run(command(world, output))
     assert code == 0, said
-    assert objects(output) == objects(undisturbed)
+    assert object_names(output) == object_names(undisturbed)
 
 
 @pytest.mark.chaos

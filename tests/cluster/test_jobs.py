@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ray.job_submission import JobSubmissionClient
 
 from eclipse_ray.config import load_config, to_yaml
 from tests.cluster.head import TOKEN, environment, running_head
-from tests.support import DEBUG, assignments, read_output, run_cli, shards_done
+from tests.support import DEBUG, assignments, read_output, run_cli, shards_done, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = {"purify.shard_images": 40, "purify.actors": 1}
@@ -50,13 +49,6 @@ def submit(head, *arguments, token=TOKEN) -> subprocess.CompletedProcess:
 
 def client(head) -> JobSubmissionClient:
     return JobSubmissionClient(head.address, headers={"Authorization": f"Bearer {TOKEN}"})
-
-
-def wait_until(condition, what: str, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")

@@ -30,25 +30,16 @@ from eclipse_ray.purification.stages import (
 )
 from tests.datasets.helpers import fill, noise
 from tests.ledger.helpers import make_fingerprint, plan_of
-from tests.support import DEBUG, World, board_of, dotted
+from tests.support import DEBUG, World, board_of, dotted, job_of
 
 
 def first_shard(world: World, output: object, source: object = None, **settings: object) -> tuple[Job, Task]:
     """Return a job that resumes nothing and knows no sparse set, and the first 16 images of its source."""
     config = resolve(None, {**DEBUG, "purify.batch_size": 8, **dotted(settings)}, {})
     opened = open_source(str(source or world.poisoned), config.data)
-    job = Job(
-        source=opened.url,
-        format=opened.format,
-        classes=None,
-        data=config.data,
-        output=str(output),
-        denoiser=world.denoiser,
-        purify=config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1}),
-        seed=0,
-        compensation=config.compensation,
-        sparse_hashes=frozenset(),
-    )
+    purify = config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1})
+    own = {"denoiser": world.denoiser, "purify": purify, "compensation": config.compensation}
+    job = job_of(opened, config.data, output=str(output), **own)
     shards = plan_shards(opened.parts, 16)[:1]
     open_run(job.store(), plan_of(shards), make_fingerprint(shards), "")
     return job, Task(shards[0])

@@ -29,7 +29,16 @@ from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
 from tests.datasets.helpers import fill, noise, table_of
 from tests.purification.test_faults import decode, first_shard
-from tests.support import DEBUG, World, dotted, pixels_of, read_output, train_denoiser, untrained_denoiser
+from tests.support import (
+    DEBUG,
+    World,
+    dotted,
+    object_names,
+    pixels_of,
+    read_output,
+    train_denoiser,
+    untrained_denoiser,
+)
 
 SHARDS = {**DEBUG, "purify.shard_images": 32, "purify.actors": 2}
 DATA = DataConfig()
@@ -44,10 +53,6 @@ def purified(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("purified") / "out"
     result = purify(world, output)
     return output, result
-
-
-def object_names(output):
-    return {shard: status.object for shard, status in read_statuses(Store(str(output))).items()}
 
 
 def test_every_image_arrives_once_with_its_label(world, purified):
@@ -140,7 +145,8 @@ def test_undecodable_images_become_error_rows(world, tmp_path):
     broken = broken.append_column("source_url", pa.array([f"u{i}" for i in range(40)]))
     (tmp_path / "src").mkdir()
     pq.write_table(broken, tmp_path / "src/part.parquet")
-    result = verbs.purify(str(tmp_path / "src"), str(tmp_path / "out"), denoiser=world.denoiser, settings=SHARDS)
+    places = str(tmp_path / "src"), str(tmp_path / "out")
+    result = verbs.purify(*places, denoiser=world.denoiser, settings=SHARDS)
     assert (result.planned, result.ok, result.failed) == (40, 29, 11)
     errors = pa.concat_tables(pq.read_table(f) for f in (tmp_path / "out/_eclipse/errors").glob("*.parquet"))
     assert sorted(errors["id"].to_pylist()) == sorted(
@@ -152,13 +158,7 @@ def test_undecodable_images_become_error_rows(world, tmp_path):
     assert output["source_url"].to_pylist() == [urls[name] for name in output["id"].to_pylist()]
     assert verbs.verify(str(tmp_path / "out")).ok
     for retry_failed, left in ((False, 0), (True, 40)):
-        plan = verbs.purify_plan(
-            str(tmp_path / "src"),
-            str(tmp_path / "out"),
-            denoiser=world.denoiser,
-            settings=SHARDS,
-            retry_failed=retry_failed,
-        )
+        plan = verbs.purify_plan(*places, denoiser=world.denoiser, settings=SHARDS, retry_failed=retry_failed)
         assert plan.images_left == left
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
+from tests.datasets.helpers import fill
 from tests.support import World, make_world
 
 
@@ -31,10 +31,9 @@ def world(tmp_path_factory) -> World:
 @pytest.fixture(scope="session")
 def unlabelled(world, tmp_path_factory) -> str:
     """Folder of the images of `world.clean` without their labels."""
-    folder = tmp_path_factory.mktemp("unlabelled")
-    for index, image in enumerate(load_images(world.clean, DataConfig()).images):
-        (folder / f"{index}.png").write_bytes(encode_image(image, "png"))
-    return str(folder)
+    images = load_images(world.clean, DataConfig()).images
+    keys = [f"{index}.png" for index in range(len(images))]
+    return fill(tmp_path_factory.mktemp("unlabelled"), *keys, images=images)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +19,18 @@ import pytest
 import torch
 
 from eclipse_ray import cli, verbs
-from eclipse_ray.config import DataConfig, DenoiserConfig, load_config
+from eclipse_ray.config import CompensationConfig, DataConfig, DenoiserConfig, PurifyConfig, load_config
+from eclipse_ray.datasets.formats import Source
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.synthetic import write_synthetic
 from eclipse_ray.diffusion.checkpoint import Card, save_denoiser
 from eclipse_ray.diffusion.network import Denoiser, build_denoiser, build_unet
 from eclipse_ray.diffusion.training import run_fit, start_fit
+from eclipse_ray.ledger import read_statuses
+from eclipse_ray.purification.stages import Job
 from eclipse_ray.results import MatrixPlan, MatrixResult, SweepPlan, SweepResult
+from eclipse_ray.storage.store import Store
 
 DEBUG = {"denoiser.preset": "debug"}
 # The same size of a network of diffusers.
@@ -152,6 +156,13 @@ def debug_config(**settings: object) -> DenoiserConfig:
     return load_config(None, {**DEBUG, **{f"denoiser.{key}": value for key, value in settings.items()}}).denoiser
 
 
+def job_of(source: Source, **own: object) -> Job:
+    """Return a job of a worker that resumes nothing and knows no sparse set."""
+    usual = {"output": f"{source.url}-out", "denoiser": "", "purify": PurifyConfig(), "seed": 0}
+    usual |= {"compensation": CompensationConfig(), "sparse_hashes": frozenset()}
+    return Job(source=replace(source, parts=(), classes=None), **{**usual, **own})
+
+
 def untrained_denoiser(**settings: object) -> Denoiser:
     """Return a debug denoiser with drawn weights: what it does to an image is arbitrary, and repeatable."""
     config = debug_config(**settings)
@@ -164,6 +175,32 @@ def untrained_denoiser(**settings: object) -> Denoiser:
                 if not bool(parameter.any()):
                     parameter.normal_(std=0.1)
     return build_denoiser(network, config).eval()
+
+
+def assignments(settings: dict[str, object]) -> list[str]:
+    """Return settings as words of the command line."""
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+def object_names(output: str | Path) -> dict[str, str | None]:
+    """Return the name of each shard's object, which tells its bytes by their hash."""
+    return {shard: status.object for shard, status in read_statuses(Store(str(output))).items()}
+
+
+def shards_done(output: Path) -> int:
+    """Return how many statuses of shards a purification has written."""
+    return sum(1 for _ in output.glob("_eclipse/status/*/*.json"))
+
+
+def wait_until(
+    condition: Callable[[], object], what: str, seconds: float = 300, process: subprocess.Popen | None = None
+) -> None:
+    """Return once a condition holds; fail if that takes too long, or if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, f"{what}: the process ended before"
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.02)
 
 
 def kill_and_go_on(arguments: list[str], output: Path, least: int, cells: int) -> dict[str, object]:

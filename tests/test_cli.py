@@ -7,17 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from eclipse_ray import ledger, verbs
-from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.errors import InputError
 from eclipse_ray.parameters import declared
 from eclipse_ray.results import StatusResult
 from eclipse_ray.storage.store import Store
 from eclipse_ray.verbs import VERBS
+from tests.datasets.helpers import fill, noise
 from tests.diffusion.original_unet import Original, original_unet
 from tests.support import call, run_cli
 
@@ -26,13 +25,8 @@ PRESET = ["--set", "denoiser.preset=debug"]
 
 
 def folder_of_images(folder, size: int, count: int = 3) -> str:
-    rng = np.random.default_rng(0)
-    for index in range(count):
-        image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        target = folder / "ab"[index % 2]
-        target.mkdir(parents=True, exist_ok=True)
-        (target / f"{index}.png").write_bytes(encode_image(image, "png"))
-    return str(folder)
+    keys = [f"{'ab'[index % 2]}/{index}.png" for index in range(count)]
+    return fill(folder, *keys, images=noise(count, size))
 
 
 # What is typed, and what the sentence must say.

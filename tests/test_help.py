@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import typer
 
 from eclipse_ray import cli, parameters, verbs
 from eclipse_ray.config import Config, load_config, parse_assignment
-from eclipse_ray.errors import ConfigError
 from eclipse_ray.log import counted
 from eclipse_ray.parameters import PLANS, declared, resolve, resolved
 from eclipse_ray.results import DatasetResult, GcResult, Result, StatusResult, VerifyResult
@@ -319,20 +317,6 @@ def test_no_subpackage_hides_the_verb_of_its_name():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"poison.name": "em", "poison.stepps": 3}, "poison.stepps: no poison has such a setting"),
-        ({"poison.name": "em", "poison.steps": 0}, "poison.steps: "),
-        ({"defense.aa_draw": 3}, "did you mean defense.aa_draws?"),
-        ({"defense.aa_draws": 0}, "defense.aa_draws: "),
-    ],
-)
-def test_settings_of_single_poisons_and_defenses_are_checked_when_they_are_read(settings, sentence):
-    with pytest.raises(ConfigError, match=re.escape(sentence)):
-        resolve(None, settings, {})
 
 
 def test_settings_of_a_poison_that_is_named_later_are_kept():

@@ -18,7 +18,7 @@ from eclipse_ray.errors import InputError, ResumeError
 from eclipse_ray.poisoning import FIT_KEY, STATE_KEY, PoisonJob, chunk_key, fit_stored, largest_norm, poison_chunk
 from eclipse_ray.storage.store import Store
 from tests.poisons.helpers import CPU, Killed, tiny_config
-from tests.support import kill_when, read_output, run_cli
+from tests.support import assignments, kill_when, read_output, run_cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = DataConfig()
@@ -144,8 +144,7 @@ TINY = {
 
 
 def words(source, output, **settings) -> list[str]:
-    chosen = {**TINY, **settings}
-    return ["poison", "em", source, str(output), *(w for k, v in chosen.items() for w in ("--set", f"{k}={v}"))]
+    return ["poison", "em", source, str(output), *assignments({**TINY, **settings})]
 
 
 def test_em_on_ray_within_its_bound_and_done_once(source, tmp_path):

@@ -14,7 +14,6 @@ from ray.train import Checkpoint
 from eclipse_ray import training, verbs
 from eclipse_ray.cluster.connect import Resources
 from eclipse_ray.config import load_config
-from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
 from eclipse_ray.diffusion.sampling import purify_images
@@ -23,7 +22,8 @@ from eclipse_ray.errors import ConfigError, InputError, ResumeError
 from eclipse_ray.inversion import METHOD, SURROGATES
 from eclipse_ray.parameters import resolve
 from eclipse_ray.training import _fingerprint, deciding_settings
-from tests.support import DEBUG, board_of, kill_when
+from tests.datasets.helpers import fill, noise
+from tests.support import DEBUG, assignments, board_of, kill_when
 
 SHORT = {**DEBUG, "denoiser.iterations": 20, "denoiser.checkpoint_every": 10, "denoiser.num_workers": 2}
 
@@ -81,10 +81,8 @@ def test_two_workers_train_the_network_of_one_process(world, trained):
 @pytest.mark.chaos
 def test_a_killed_training_continues(world, trained, tmp_path):
     output = tmp_path / "killed"
-    arguments = ["train", "--clean", world.clean, "--out", str(output)]
     settings = {**SHORT, "denoiser.iterations": 90, "denoiser.checkpoint_every": 30}
-    for key, value in settings.items():
-        arguments += ["--set", f"{key}={value}"]
+    arguments = ["train", "--clean", world.clean, "--out", str(output), *assignments(settings)]
 
     def checkpointed() -> bool:
         return any(output.glob("_eclipse/train/*/checkpoint_*"))
@@ -299,13 +297,10 @@ def test_a_suspicious_set_that_is_trusted_or_without_labels_or_of_one_is_refused
 
 @pytest.mark.chaos
 def test_images_of_several_sizes_are_trained_on_by_crops(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "src").mkdir()
-    for index, (height, width) in enumerate([(16, 16), (40, 17), (25, 60), (18, 18)]):
-        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        (tmp_path / f"src/{index}.png").write_bytes(encode_image(image, "png"))
+    images = [noise(1, *size)[0] for size in [(16, 16), (40, 17), (25, 60), (18, 18)]]
+    source = fill(tmp_path / "src", *(f"{index}.png" for index in range(4)), images=images)
     settings = {**SHORT, "denoiser.iterations": 4, "denoiser.num_workers": 2}
-    result = verbs.train(clean=str(tmp_path / "src"), out=str(tmp_path / "out"), settings=settings)
+    result = verbs.train(clean=source, out=str(tmp_path / "out"), settings=settings)
     assert result.iterations == 4
     assert read_card(tmp_path / "out").sparse_images == 4
 

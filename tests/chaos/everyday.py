@@ -1,7 +1,5 @@
 """The table of everyday trials: what was done, the exit code, seconds until the sentence, the sentence."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@
 Prints a table, and counts bad ends by their kind; none is the aim. Every command has a pseudo-terminal of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import pty
@@ -26,7 +24,7 @@ from typing import NamedTuple
 
 from eclipse_ray.errors import EXIT_RUN_AGAIN, STOPPED
 from tests.chaos.everyday import Trial, table
-from tests.support import DEBUG, World, make_world
+from tests.support import DEBUG, World, assignments, make_world
 
 LIMIT = 240
 """Seconds after which a command is taken for one that hangs."""
@@ -147,8 +145,7 @@ def words_of(world: World) -> dict[str, list[str]]:
         "sweep": ["sweep", world.poisoned, *search],
     }
     settings = {**DEBUG, "victim.epochs": 3, "purify.shard_images": 60, "denoiser.num_workers": 1}
-    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return {name: [*words, *sets] for name, words in verbs.items()}
+    return {name: [*words, *assignments(settings)] for name, words in verbs.items()}
 
 
 class Count:

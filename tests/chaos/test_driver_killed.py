@@ -2,9 +2,8 @@
 
 import pytest
 
-from eclipse_ray import ledger, verbs
-from eclipse_ray.storage.store import Store
-from tests.support import DEBUG, kill_when, read_output, run_cli
+from eclipse_ray import verbs
+from tests.support import DEBUG, assignments, kill_when, object_names, read_output, run_cli, shards_done
 
 # One image a pass and every timestep: slow enough that a kill lands in the middle.
 SETTINGS = {
@@ -18,28 +17,20 @@ SHARDS = 30
 
 
 def arguments(world, output) -> list[str]:
-    words = ["purify", world.poisoned, str(output), "--denoiser", world.denoiser]
-    for key, value in SETTINGS.items():
-        words += ["--set", f"{key}={value}"]
-    return words
-
-
-def done(output) -> int:
-    return sum(1 for _ in (output / "_eclipse/status").glob("*/*.json"))
+    return ["purify", world.poisoned, str(output), "--denoiser", world.denoiser, *assignments(SETTINGS)]
 
 
 def kill_at(world, output, shards: int) -> int:
     """SIGKILL a run once `shards` shards are committed; return how many were when it died."""
-    kill_when(arguments(world, output), lambda: done(output) >= shards, output.with_suffix(".log"))
-    return done(output)
+    kill_when(arguments(world, output), lambda: shards_done(output) >= shards, output.with_suffix(".log"))
+    return shards_done(output)
 
 
 def finish_and_check(world, output, undisturbed) -> None:
     result = run_cli(*arguments(world, output))
     assert (result["planned"], result["ok"], result["failed"]) == (240, 240, 0)
     assert verbs.verify(str(output)).ok
-    names = {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
-    assert names == undisturbed
+    assert object_names(output) == undisturbed
     assert len(set(read_output(output)["id"].to_pylist())) == 240
 
 
@@ -47,15 +38,7 @@ def finish_and_check(world, output, undisturbed) -> None:
 def undisturbed(world, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     verbs.purify(world.poisoned, str(output), denoiser=world.denoiser, settings=SETTINGS)
-    return {shard: s.object for shard, s in ledger.read_statuses(Store(str(output))).items()}
-
-
-@pytest.mark.chaos
-def test_killed_half_way(world, tmp_path, undisturbed):
-    output = tmp_path / "out"
-    committed = kill_at(world, output, SHARDS // 3)
-    assert SHARDS // 3 <= committed < SHARDS
-    finish_and_check(world, output, undisturbed)
+    return object_names(output)
 
 
 # Eleven drivers and as many clusters.
@@ -65,10 +48,10 @@ def test_killed_at_ten_points(world, tmp_path, undisturbed):
     output = tmp_path / "out"
     fired = 0
     for point in range(10):
-        before = done(output)
+        before = shards_done(output)
         committed = kill_at(world, output, max(before, point * SHARDS // 11))
         assert committed >= before, "a committed shard was lost"
         fired += 1
     assert fired == 10
-    assert done(output) < SHARDS
+    assert shards_done(output) < SHARDS
     finish_and_check(world, output, undisturbed)

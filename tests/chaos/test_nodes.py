@@ -5,8 +5,6 @@ that of a lost node finds no other place. Purifying a shard takes ten seconds mo
 needs network namespaces, hence root.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -21,11 +19,9 @@ import yaml
 
 from eclipse_ray import verbs
 from eclipse_ray.diffusion.checkpoint import read_card
-from eclipse_ray.parameters import resolve
-from eclipse_ray.purification.plan import prepare
-from eclipse_ray.purification.stages import Purifier, Task, encode_and_commit, read_and_decode, task_rows
-from tests.chaos.test_workers import PURIFY, command, done, fault, objects
-from tests.support import DEBUG
+from tests.chaos.test_workers import PURIFY, command, fault
+from tests.reports.material import purify_here
+from tests.support import DEBUG, assignments, object_names, shards_done
 
 SETTINGS = {
     "purify.shard_images": 8,
@@ -43,15 +39,9 @@ PATIENCE = 600
 def undisturbed(world, tmp_path_factory):
     """The same work in this process, one shard after another, without Ray."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    named = {"data.source": world.poisoned, "data.output": str(output), "purify.denoiser": world.denoiser}
     settings = {**DEBUG, **{key: yaml.safe_load(str(value)) for key, value in SETTINGS.items()}}
-    prepared = prepare(resolve(None, settings, named))
-    prepared.claim()
-    purifier = Purifier(prepared.job)
-    for shard in prepared.plan.shards:
-        decoded = read_and_decode(task_rows([Task(shard)])[0], prepared.job)
-        encode_and_commit(purifier(decoded), prepared.job)
-    found = objects(output)
+    purify_here(world.poisoned, str(output), world.denoiser, **settings)
+    found = object_names(output)
     assert len(found) == SHARDS
     return found
 
@@ -126,22 +116,22 @@ def test_one_node_is_lost_and_another_comes_late(world, tmp_path, undisturbed, m
         lost = join(cluster, num_cpus=3, num_gpus=1)
         cluster.wait_for_nodes()
         driver = start(command(world, output, **SETTINGS), RAY_ADDRESS=cluster.address)
-        wait_for(lambda: done(output) >= 4, driver)
+        wait_for(lambda: shards_done(output) >= 4, driver)
         in_flight = started(output) - committed(output)
         cluster.remove_node(lost, allow_graceful=False)
-        lost_at = done(output)
+        lost_at = shards_done(output)
         in_flight |= started(output) - committed(output)
         late = join(cluster, num_cpus=3, num_gpus=1)
         raylet = late.all_processes["raylet"][0].process.pid
         wait_for(lambda: bool(working_actors(raylet)), driver)
-        came_at = done(output)
+        came_at = shards_done(output)
         _, said = driver.communicate(timeout=PATIENCE)
     finally:
         cluster.shutdown()
     assert driver.returncode == 0, said
     assert 4 <= lost_at < SHARDS, "no node was lost"
     assert came_at < SHARDS, "the late node came too late"
-    assert objects(output) == undisturbed
+    assert object_names(output) == undisturbed
     assert verbs.verify(str(output)).ok
     assert redone(output) <= in_flight, "a shard that nobody had in hand was done again"
 
@@ -161,9 +151,7 @@ def test_training_goes_on_with_the_workers_that_are_left(world, tmp_path):
         "denoiser.report_every": 50,
     }
     words = [sys.executable, "-m", "eclipse_ray", "train", "--json"]
-    words += ["--clean", world.clean, "--out", str(output)]
-    for key, value in settings.items():
-        words += ["--set", f"{key}={value}"]
+    words += ["--clean", world.clean, "--out", str(output), *assignments(settings)]
     cluster = Cluster()
     try:
         join(cluster, num_cpus=1)
@@ -244,10 +232,10 @@ def test_a_node_cut_off_for_twenty_seconds_changes_nothing(world, tmp_path, undi
                 assert node.poll() is None, "a node did not start: see its log"
             words = ["ip", "netns", "exec", names[0], *command(world, output, **SETTINGS)]
             driver = start(words, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
-            wait_for(lambda: done(output) >= 4, driver)
+            wait_for(lambda: shards_done(output) >= 4, driver)
             cut = names[2].replace("n2", "v2")
             ip(f"link set {cut} down")
-            at = done(output)
+            at = shards_done(output)
             time.sleep(20)
             ip(f"link set {cut} up")
             _, said = driver.communicate(timeout=PATIENCE)
@@ -258,5 +246,5 @@ def test_a_node_cut_off_for_twenty_seconds_changes_nothing(world, tmp_path, undi
                 node.wait(timeout=60)
     assert driver.returncode == 0, said
     assert 4 <= at < SHARDS, "no fault fired"
-    assert objects(output) == undisturbed
+    assert object_names(output) == undisturbed
     assert verbs.verify(str(output)).ok

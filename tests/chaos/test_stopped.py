@@ -11,7 +11,7 @@ import pytest
 
 from tests.chaos.everyday import table
 from tests.chaos.everyday_ends import LONG, SHORT, measure
-from tests.support import DEBUG
+from tests.support import DEBUG, assignments
 
 PATIENCE = 300
 
@@ -20,7 +20,8 @@ ENDLESS = {"cost": "reduced", "rounds": 100_000, "round_batches": 1, "stop_error
 
 def words(world, output) -> dict[str, list[str]]:
     """Return work of each verb that would take hours, to be stopped as soon as some of it is done."""
-    sets = ["--set", "victim.epochs=100000", "--set", "evaluate.seeds=1"]
+    sets = assignments({"victim.epochs": 100_000, "evaluate.seeds": 1})
+    endless = assignments({"denoiser.iterations": 1_000_000})
     grid = {
         "data": {"source": world.poisoned, "test": world.test},
         "matrix": {"clean": True, "defenses": ["none"]},
@@ -32,15 +33,7 @@ def words(world, output) -> dict[str, list[str]]:
     configs["grid"].write_text(json.dumps(grid))
     configs["fit"].write_text(json.dumps(fit))
     return {
-        "train": [
-            "train",
-            "--clean",
-            world.clean,
-            "--out",
-            f"{output}/out",
-            "--set",
-            "denoiser.iterations=1000000",
-        ],
+        "train": ["train", "--clean", world.clean, "--out", f"{output}/out", *endless],
         "evaluate": ["evaluate", world.poisoned, "--test", world.test, *sets],
         "matrix": ["evaluate", "--config", str(configs["grid"]), *sets],
         "fit of a poison": ["evaluate", "--config", str(configs["fit"]), *sets],
@@ -58,8 +51,7 @@ def words(world, output) -> dict[str, list[str]]:
 )
 def test_a_driver_that_is_asked_to_stop_says_so_and_exits_75(world, tmp_path, verb, stop, group):
     command = [sys.executable, "-m", "eclipse_ray", *words(world, tmp_path)[verb]]
-    for key, value in {**DEBUG, "run.progress_seconds": 0.5, "denoiser.num_workers": 1}.items():
-        command += ["--set", f"{key}={value}"]
+    command += assignments({**DEBUG, "run.progress_seconds": 0.5, "denoiser.num_workers": 1})
     driver = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

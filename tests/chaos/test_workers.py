@@ -3,8 +3,6 @@
 `make test` has the same without Ray: tests/ledger/test_attempts.py and tests/purification/test_faults.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -12,17 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from eclipse_ray import ledger, verbs
+from eclipse_ray import verbs
 from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.synthetic import write_synthetic
-from eclipse_ray.storage.store import Store
-from tests.support import DEBUG, pixels_of, read_output
+from tests.support import DEBUG, World, assignments, object_names, pixels_of, read_output, shards_done, wait_until
 
 SETTINGS = {**DEBUG, "purify.shard_images": 20, "purify.actors": 2, "purify.batch_size": 8}
 IMAGES = 240
@@ -39,10 +37,7 @@ def undisturbed(world, tmp_path_factory):
 
 def command(world, output, *more: str, **settings) -> list[str]:
     words = [sys.executable, "-m", "eclipse_ray", "purify", world.poisoned, str(output)]
-    words += ["--denoiser", world.denoiser, "--json", *more]
-    for key, value in {**SETTINGS, **settings}.items():
-        words += ["--set", f"{key}={value}"]
-    return words
+    return [*words, "--denoiser", world.denoiser, "--json", *more, *assignments({**SETTINGS, **settings})]
 
 
 def run(words: list[str], **environment: str) -> tuple[int, str, str]:
@@ -67,8 +62,11 @@ def an_id(world, number: int) -> str:
     return [name for file in files for name in pq.read_table(file, columns=["id"])["id"].to_pylist()][number]
 
 
-def objects(output) -> dict[str, str | None]:
-    return {name: status.object for name, status in ledger.read_statuses(Store(str(output))).items()}
+def images_of_a_folder(world, tmp_path, count: int) -> tuple[World, list[Path]]:
+    """Return the world with a folder of other images in the place of the poisoned ones, and its files."""
+    write_synthetic(str(tmp_path / "images"), count, 16, 5)
+    verbs.convert(str(tmp_path / "images"), str(tmp_path / "source"), layout="folder", settings=DEBUG)
+    return replace(world, poisoned=str(tmp_path / "source")), sorted((tmp_path / "source").rglob("*.png"))
 
 
 def errors(output) -> dict[str, str]:
@@ -100,32 +98,29 @@ def test_an_image_that_kills_its_actor_becomes_an_error_row_then_a_retry_mends_i
     assert list(errors(output)) == [lost]
     assert "kills the worker" in errors(output)[lost]
     assert_all_but(output, undisturbed, lost)
-    before = objects(output)
+    before = object_names(output)
     code, printed, said = run(command(world, output, "--retry-failed"))
     assert code == 0, said
     assert json.loads(printed)["failed"] == 0
     assert verbs.verify(str(output)).ok
-    after = objects(output)
+    after = object_names(output)
     assert sum(before[name] != after[name] for name in before) == 1
     assert read_output(output)["id"].to_pylist() == read_output(undisturbed)["id"].to_pylist()
 
 
 @pytest.mark.chaos
 def test_an_image_that_kills_its_decoder_becomes_an_error_row(world, tmp_path):
-    source, output, log = tmp_path / "source", tmp_path / "out", tmp_path / "fired"
-    write_synthetic(str(tmp_path / "images"), 96, 16, 5)
-    verbs.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
-    victim = sorted(source.rglob("*.png"))[80]
+    output, log = tmp_path / "out", tmp_path / "fired"
+    of_folder, files = images_of_a_folder(world, tmp_path, 96)
+    victim = files[80]
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     # Bytes after the end of a PNG are no part of it.
     victim.write_bytes(encode_image(image, "png") + b"KILLER")
-    words = command(world, output)
-    words[words.index(world.poisoned)] = str(source)
-    code, printed, said = run(words, **fault(log, DECODE, "kill", "KILLER"))
+    code, printed, said = run(command(of_folder, output), **fault(log, DECODE, "kill", "KILLER"))
     # Once more than the workers die: it is among the samples that are read before the run.
     assert (code, fired(log)) == (3, 6), said
     assert json.loads(printed)["failed"] == 1
-    assert list(errors(output)) == [str(victim.relative_to(source))]
+    assert list(errors(output)) == [str(victim.relative_to(tmp_path / "source"))]
     assert verbs.verify(str(output)).ok
 
 
@@ -142,10 +137,6 @@ def actors() -> list[int]:
     return found
 
 
-def done(output) -> int:
-    return sum(1 for _ in (output / "_eclipse/status").glob("*/*.json"))
-
-
 @pytest.mark.chaos
 def test_three_killed_actors_change_nothing(world, tmp_path, undisturbed):
     output, killed = tmp_path / "out", []
@@ -155,7 +146,7 @@ def test_three_killed_actors_change_nothing(world, tmp_path, undisturbed):
         while len(killed) < 3 and time.monotonic() < deadline:
             alive = [actor for actor in actors() if actor not in killed]
             # Each at a later stage, and only while there is work left for its successor.
-            if alive and 2 * len(killed) < done(output) < 11:
+            if alive and 2 * len(killed) < shards_done(output) < 11:
                 os.kill(alive[0], signal.SIGKILL)
                 killed.append(alive[0])
             time.sleep(0.02)
@@ -166,7 +157,7 @@ def test_three_killed_actors_change_nothing(world, tmp_path, undisturbed):
     thread.join()
     assert code == 0, said
     assert len(killed) == 3, "no fault fired"
-    assert objects(output) == objects(undisturbed)
+    assert object_names(output) == object_names(undisturbed)
     assert verbs.verify(str(output)).ok
 
 
@@ -185,7 +176,7 @@ def test_a_worker_that_ends_or_hangs_ends_the_run_and_the_next_run_completes_it(
     assert time.monotonic() - started < 4 * limit
     code, _, said = run(words)
     assert code == 0, said
-    assert objects(output) == objects(undisturbed)
+    assert object_names(output) == object_names(undisturbed)
 
 
 def verb_with(name: str, world, output) -> tuple[list[str], str]:
@@ -203,9 +194,7 @@ def verb_with(name: str, world, output) -> tuple[list[str], str]:
 def test_a_worker_that_hangs_ends_every_verb_with_75_and_a_sentence(verb, world, tmp_path):
     words, function = verb_with(verb, world, tmp_path / "out")
     log, limit = tmp_path / "fired", 30.0
-    start = [sys.executable, "-m", "eclipse_ray", *words]
-    for key, value in {**DEBUG, "run.watchdog_seconds": limit}.items():
-        start += ["--set", f"{key}={value}"]
+    start = [sys.executable, "-m", "eclipse_ray", *words, *assignments({**DEBUG, "run.watchdog_seconds": limit})]
     started = time.monotonic()
     code, _, said = run(start, **fault(log, function, "sleep", "always"))
     assert fired(log) >= 1, "no fault fired"
@@ -235,7 +224,7 @@ def test_two_drivers_on_one_output_agree(world, tmp_path, undisturbed):
         printed, said = driver.communicate(timeout=280)
         assert driver.returncode == 0, said
         assert json.loads(printed)["ok"] == IMAGES
-    assert objects(output) == objects(undisturbed)
+    assert object_names(output) == object_names(undisturbed)
     assert verbs.verify(str(output)).ok
     assert [path.name for path in (output / "data").iterdir() if path.name.startswith(".tmp")] == []
 
@@ -244,31 +233,24 @@ def test_two_drivers_on_one_output_agree(world, tmp_path, undisturbed):
 def test_sigterm_says_that_the_run_can_be_resumed(world, tmp_path, undisturbed):
     output = tmp_path / "out"
     driver = subprocess.Popen(command(world, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
-    while done(output) < 2:
-        assert driver.poll() is None, "ended before the signal"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: shards_done(output) >= 2, "two shards", 200, driver)
     driver.terminate()
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 75, said
-    assert done(output) < len(objects(undisturbed))
+    assert shards_done(output) < len(object_names(undisturbed))
     code, _, said = run(command(world, output))
     assert code == 0, said
-    assert objects(output) == objects(undisturbed)
+    assert object_names(output) == object_names(undisturbed)
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize(("bad", "code"), [(0, 0), (1, 0), (50, 3), (100, 3)])
 def test_unreadable_images_decide_the_exit_code(bad, code, tmp_path, world):
-    source, output = tmp_path / "source", tmp_path / "out"
-    write_synthetic(str(tmp_path / "images"), 100, 16, 5)
-    verbs.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
-    for file in sorted(source.rglob("*.png"))[:bad]:
+    output = tmp_path / "out"
+    of_folder, files = images_of_a_folder(world, tmp_path, 100)
+    for file in files[:bad]:
         file.write_bytes(file.read_bytes()[:40])
-    words = command(world, output)
-    words[words.index(world.poisoned)] = str(source)
-    found, printed, said = run(words)
+    found, printed, said = run(command(of_folder, output))
     assert found == code, said
     result = json.loads(printed)
     assert (result["planned"], result["ok"], result["failed"]) == (100, 100 - bad, bad)
@@ -278,47 +260,10 @@ def test_unreadable_images_decide_the_exit_code(bad, code, tmp_path, world):
 
 @pytest.mark.chaos
 def test_a_strict_run_ends_at_the_first_unreadable_image_and_says_which(tmp_path, world):
-    source, output = tmp_path / "source", tmp_path / "out"
-    write_synthetic(str(tmp_path / "images"), 32, 16, 5)
-    verbs.convert(str(tmp_path / "images"), str(source), layout="folder", settings=DEBUG)
-    damaged = sorted(source.rglob("*.png"))[7]
+    of_folder, files = images_of_a_folder(world, tmp_path, 32)
+    damaged = files[7]
     damaged.write_bytes(damaged.read_bytes()[:40])
-    words = command(world, output, **{"data.on_error": "stop"})
-    words[words.index(world.poisoned)] = str(source)
-    code, _, said = run(words)
+    code, _, said = run(command(of_folder, tmp_path / "out", **{"data.on_error": "stop"}))
     assert code == 2, said
     assert damaged.name in said
     assert "data.on_error=row" in said
-
-
-@pytest.mark.chaos
-def test_a_node_that_disappears_costs_only_its_shards(world, tmp_path, undisturbed):
-    from ray.cluster_utils import Cluster
-
-    output = tmp_path / "out"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3})
-    try:
-        node = cluster.add_node(num_cpus=3)
-        cluster.wait_for_nodes()
-        words = command(world, output, **{"purify.actors": 3})
-        driver = subprocess.Popen(
-            words,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
-        )
-        deadline = time.monotonic() + 200
-        while done(output) < 3:
-            assert driver.poll() is None, "ended before the node was lost"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        cluster.remove_node(node, allow_graceful=False)
-        lost_at = done(output)
-        _, said = driver.communicate(timeout=200)
-        assert driver.returncode == 0, said
-    finally:
-        cluster.shutdown()
-    assert 3 <= lost_at < len(objects(undisturbed)), "no fault fired"
-    assert objects(output) == objects(undisturbed)
-    assert verbs.verify(str(output)).ok

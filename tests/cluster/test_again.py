@@ -3,10 +3,11 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.support import wait_until
 
 AGAIN = Path(__file__).resolve().parents[2] / "cluster" / "again.py"
 
@@ -46,10 +47,7 @@ def test_sigterm_is_passed_on_and_ends_it(tmp_path):
         "time.sleep(3600)\n"
     )
     process = subprocess.Popen([sys.executable, str(AGAIN), "--wait", "0.01", "--", sys.executable, "-c", program])
-    deadline = time.monotonic() + 30
-    while not (log.exists() and log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: log.exists() and log.read_text(), "a start", 30)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
     assert log.read_text() == "start\nterm\n"

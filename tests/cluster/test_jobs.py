@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ray.job_submission import JobSubmissionClient
 
 from eclipse_ray.config import load_config, to_yaml
 from tests.cluster.head import TOKEN, environment, running_head
-from tests.support import DEBUG, read_output, run_cli
+from tests.support import DEBUG, assignments, read_output, run_cli, shards_done, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = {"purify.shard_images": 40, "purify.actors": 1}
@@ -35,9 +34,7 @@ def head():
 
 def words(world, output, settings, source=None) -> list[str]:
     arguments = ["purify", str(source or world.poisoned), str(output), "--denoiser", world.denoiser]
-    for key, value in {**DEBUG, **settings}.items():
-        arguments += ["--set", f"{key}={value}"]
-    return arguments
+    return [*arguments, *assignments({**DEBUG, **settings})]
 
 
 def submission(head, *arguments, token=TOKEN) -> dict:
@@ -52,17 +49,6 @@ def submit(head, *arguments, token=TOKEN) -> subprocess.CompletedProcess:
 
 def client(head) -> JobSubmissionClient:
     return JobSubmissionClient(head.address, headers={"Authorization": f"Bearer {TOKEN}"})
-
-
-def done(output) -> int:
-    return sum(1 for _ in (output / "_eclipse/status").glob("*/*.json"))
-
-
-def wait_until(condition, what: str, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +183,7 @@ def test_a_stopped_run_is_resumed_by_the_same_command(head, world, tmp_path):
     with log.open("wb") as stream:
         options = {"stdout": stream, "stderr": stream, "start_new_session": True}
         first = subprocess.Popen(**submission(head, *arguments), **options)
-    wait_until(lambda: done(output) >= 2, "two shards")
+    wait_until(lambda: shards_done(output) >= 2, "two shards")
     # Off a terminal Ctrl-C leaves the job alone and says how to stop it.
     os.kill(first.pid, signal.SIGINT)
     assert first.wait(timeout=60) == 75, log.read_text()
@@ -209,7 +195,7 @@ def test_a_stopped_run_is_resumed_by_the_same_command(head, world, tmp_path):
     wait_until(lambda: jobs.get_job_status(job.submission_id).is_terminal(), "stopped", 30)
     text = jobs.get_job_logs(job.submission_id)
     assert "stopped; run the same command again to resume" in text
-    committed = done(output)
+    committed = shards_done(output)
     assert 2 <= committed < 60
     second = submit(head, *arguments, "--json")
     assert second.returncode == 0, second.stdout + second.stderr

@@ -1,7 +1,5 @@
 """Who else gets curves: TensorBoard for real, the others by what is asked of them; and nobody ends a run."""
 
-import time
-
 import pytest
 
 from eclipse_ray import verbs
@@ -9,17 +7,14 @@ from eclipse_ray.cluster import metrics
 from eclipse_ray.cluster.metrics import open_curves
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.experiments import run
-from tests.support import DEBUG
+from tests.support import DEBUG, wait_until
 
 
 def test_tensorboard_gets_values_under_plain_names(tmp_path):
     curves = open_curves(["tensorboard"], str(tmp_path))
     curves.log({"ar, eclipse+aa, small, seed 0": 61.5}, 3)
     (events,) = tmp_path.glob("_eclipse/tensorboard/*/events.*")
-    deadline = time.monotonic() + 60
-    while b"ar/eclipse_aa/small/seed_0" not in events.read_bytes():
-        assert time.monotonic() < deadline, events.read_bytes()
-        time.sleep(0.1)
+    wait_until(lambda: b"ar/eclipse_aa/small/seed_0" in events.read_bytes(), "a value", 60)
 
 
 def test_a_logger_that_fails_is_given_up_and_said_once(tmp_path, monkeypatch, capsys):

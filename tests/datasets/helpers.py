@@ -1,7 +1,5 @@
 """What tests of datasets share: small images and files, and what is read of them."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import pickle

@@ -15,7 +15,7 @@ from eclipse_ray.datasets.table import canonical_table
 from eclipse_ray.datasets.write import write_dataset
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
-from tests.datasets.helpers import CONFIG, fill, noise, read_all, refused, table_of, write_set
+from tests.datasets.helpers import CONFIG, fill, noise, read_all, table_of, write_set
 
 CLASSES = ["zebra", "a/b", ".dot"]
 
@@ -105,19 +105,6 @@ def test_nothing_is_written_over(tmp_path):
     for full, words in ((url, r"already holds data \(data/part-00000"), (tmp_path / "file", "is a file")):
         with pytest.raises(InputError, match=words):
             write_set(full)
-
-
-def test_an_interrupted_write_is_seen(tmp_path):
-    def tables():
-        yield table_of(noise(3, 4))
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_dataset(str(tmp_path), tables(), classes=None, source="test")
-    (tmp_path / "data").mkdir(exist_ok=True)
-    refused(tmp_path, "interrupted")
-    with pytest.raises(InputError, match="interrupted"):
-        write_set(tmp_path)
 
 
 def test_folder_keeps_bytes_and_names(tmp_path):

@@ -1,7 +1,5 @@
 """A sample of a large dataset reads a bounded part of it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -19,15 +19,6 @@ def put(folder, name="set.npz", compress=False, **arrays):
     return str(folder)
 
 
-def test_gray_images_and_lone_arrays(tmp_path):
-    gray = read_all(put(tmp_path / "gray", images=IMAGES[..., 0]))
-    assert np.array_equal(pixels_of(gray), np.repeat(IMAGES[..., :1], 3, axis=3))
-    assert gray.column_names == ["id", "image"]
-    (tmp_path / "lone").mkdir()
-    np.save(tmp_path / "lone" / "a.npy", IMAGES)
-    assert np.array_equal(pixels_of(read_all(str(tmp_path / "lone"))), IMAGES)
-
-
 def test_labels_beside_images_are_read_in_one_opening(tmp_path, monkeypatch):
     np.save(tmp_path / "images.npy", IMAGES)
     np.save(tmp_path / "labels.npy", LABELS)
@@ -212,31 +203,6 @@ def test_damaged_archives_are_refused(tmp_path):
     short = tmp_path / "s" / "short.npy"
     short.write_bytes(short.read_bytes()[:-10])
     refused(url, "ends too soon", reading=True)
-
-
-def test_train_and_test_files_are_read_one_at_a_time(tmp_path):
-    for name in ("x_train.npy", "x_test.npy"):
-        np.save(tmp_path / name, IMAGES)
-    refused(tmp_path, "more than one split")
-
-
-@pytest.mark.parametrize(
-    ("images", "labels"),
-    [
-        ("gaussian_noise.npy", "labels.npy"),
-        ("images.npy", "labels.npy"),
-        ("train_images.npy", "train_labels.npy"),
-        ("images_train.npy", "labels_train.npy"),
-        ("x.npy", "y.npy"),
-    ],
-)
-def test_labels_lie_in_a_file_beside_the_images(tmp_path, images, labels):
-    np.save(tmp_path / images, np.repeat(np.arange(6, dtype=np.uint8), 48).reshape(6, 4, 4, 3))
-    np.save(tmp_path / labels, (np.arange(6) % 3)[:, None])
-    for url in (tmp_path, tmp_path / images):
-        table = read_all(str(url))
-        assert table["label"].to_pylist() == [0, 1, 2, 0, 1, 2]
-        assert pixels_of(table)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_label_file_is_named_by_the_label_column_or_asked_for(tmp_path):

@@ -141,16 +141,22 @@ def test_labels_of_every_form(tmp_path, labels):
         ("simple_data", "simple_label", LABELS),
         ("cifar10_data", "cifar10_target", LABELS),
         ("X", "y", LABELS.astype(np.uint8)),
+        ("x", "y", LABELS),
+        ("images", "labels", LABELS),
+        ("gaussian_noise", "labels", LABELS),
+        ("train_images", "train_labels", LABELS),
+        ("images_train", "labels_train", LABELS),
     ],
 )
-@pytest.mark.parametrize("values", [IMAGES.astype(np.float32) / 255, IMAGES.astype(np.float64)])
+@pytest.mark.parametrize("values", [IMAGES.astype(np.float32) / 255, IMAGES.astype(np.float64), IMAGES])
 def test_npy_files_with_labels_beside_them(tmp_path, capfd, images, labels, stored, values):
     np.save(tmp_path / f"{images}.npy", values)
     np.save(tmp_path / f"{labels}.npy", stored)
     holds(tmp_path)
     holds(tmp_path / f"{images}.npy")
     span = "[0, 1]" if values.max() <= 1 else "0 to 255"
-    assert f"12 float images in {span}, HWC, with the labels of {labels}.npy" in capfd.readouterr().err
+    kind = "uint8 images" if values is IMAGES else f"float images in {span}"
+    assert f"12 {kind}, HWC, with the labels of {labels}.npy" in capfd.readouterr().err
 
 
 def test_training_and_validation_files_of_ntga_are_read_one_at_a_time(tmp_path):

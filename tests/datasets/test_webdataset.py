@@ -57,39 +57,27 @@ def test_any_range_of_rows_is_read(tmp_path):
         assert image_bytes(rows) == [PNG + name.encode() for name in names[start:stop]]
 
 
-FOLDER = tarfile.TarInfo("./sub")
-FOLDER.type = tarfile.DIRTYPE
-PASSED_OVER = [FOLDER, *sample("./sub/0", 1), ("./sub/._0.png", b"mac"), *sample("./sub/1", 0)]
-
-
-def test_folders_hidden_files_and_leading_dots_are_passed_over_and_may_lack_in_an_index(tmp_path):
-    url = tar(tmp_path / "a.tar", *PASSED_OVER)
-    plain = read_all(url)
-    assert plain["id"].to_pylist() == ["sub/0", "sub/1"]
-    lines = index_of(tmp_path / "a.tar").split("\n")
-    kept = [line for line in lines if line and "._0" not in line and not line.endswith("./sub")]
-    assert len(kept) == len(lines) - 3
-    (tmp_path / "a.idx").write_text("\n".join(kept) + "\n")
-    assert read_all(url).equals(plain)
-
-
 HIDDEN = [
     *(".git/objects/0a", ".git/index", "cat/.DS_Store", "cat/._a.jpg", "._cat/x.pkl", ".ipynb_checkpoints/a.png"),
     *("__MACOSX/cat/._a.png", "__MACOSX/cat/b.png", "dog/.thumbnails/a.png", ".Trash-0/cat/a.png"),
 ]
 
 
-def test_what_is_hidden_is_passed_over_in_a_tar_as_in_a_folder(tmp_path):
+@pytest.mark.parametrize("shared", ["", "./"])
+def test_what_is_hidden_is_passed_over_in_a_tar_as_in_a_folder_and_may_lack_in_an_index(tmp_path, shared):
     seen = ["_other/_0.png", "cat/_0.png", "dog/b.png"]
     plain = read_all(fill(tmp_path / "plain", *seen, *HIDDEN))
     assert (plain["id"].to_pylist(), plain["label"].to_pylist()) == (seen, [0, 1, 2])
     words = "10 files are passed over: 5 .png, 3 without a suffix, 1 "
     assert open_source(str(tmp_path / "plain"), CONFIG).passed_over.startswith(words)
+    folder = tarfile.TarInfo(f"{shared}cat")
+    folder.type = tarfile.DIRTYPE
     long = f"cat/.{'x' * 120}/a.png"
-    members = [FOLDER, *HIDDEN[:5], *seen[:2], *HIDDEN[5:9], long, seen[2]]
-    url = tar(tmp_path / "tar/a.tar", *((key, PNG) if isinstance(key, str) else key for key in members))
+    members = [(f"{shared}{key}", PNG) for key in [*HIDDEN[:5], *seen[:2], *HIDDEN[5:9], long, seen[2]]]
+    url = tar(tmp_path / "tar/a.tar", folder, *members)
     with tarfile.open(tmp_path / "tar/a.tar") as archive:
-        lines = {each.name: f"x {each.offset_data} {each.size} {each.name}" for each in archive if each.isfile()}
+        files = [each for each in archive if each.isfile()]
+    lines = {each.name.removeprefix("./"): f"x {each.offset_data} {each.size} {each.name}" for each in files}
     for kept in ((), lines, seen):
         if kept:
             (tmp_path / "tar/a.idx").write_text("\n".join(["v1.2 3", *(lines[name] for name in kept)]))

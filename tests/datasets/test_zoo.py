@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from eclipse_ray.config import CompensationConfig, DataConfig, PurifyConfig
+from eclipse_ray.config import DataConfig
 from eclipse_ray.datasets.formats import open_source
 from eclipse_ray.datasets.images import ImageError, decode_image, decode_stored
 from eclipse_ray.ledger import plan_shards
-from eclipse_ray.purification.stages import Job, Task, read_and_decode, task_rows, unpack
+from eclipse_ray.purification.stages import Task, read_and_decode, task_rows, unpack
+from tests.support import job_of
 from tests.zoo import NOISE, bombs, saved, specimens
 
 CONFIG = DataConfig()
@@ -67,18 +68,6 @@ def test_truncated_images_are_never_filled_with_grey():
                 decode_image(whole[: int(len(whole) * share)], CONFIG.max_pixels)
 
 
-def job(source, classes, data):
-    return Job(
-        source=replace(source, parts=(), classes=classes, data=data),
-        output=f"{source.url}-out",
-        denoiser="",
-        purify=PurifyConfig(),
-        seed=0,
-        compensation=CompensationConfig(),
-        sparse_hashes=frozenset(),
-    )
-
-
 @pytest.fixture
 def zoo_folder(tmp_path):
     for number, specimen in enumerate(ZOO.values()):
@@ -91,7 +80,7 @@ def test_every_specimen_becomes_an_image_or_an_error_row(zoo_folder):
     shards = plan_shards(source.parts, 16)
     ok, failed = [], []
     for batch in task_rows([Task(shard) for shard in shards]):
-        row = read_and_decode(batch, job(source, None, CONFIG))
+        row = read_and_decode(batch, job_of(source))
         assert row["fatal"][0].as_py() == ""
         table, images, failures = unpack(row)
         assert len(images) == table.num_rows
@@ -106,7 +95,7 @@ def test_every_specimen_becomes_an_image_or_an_error_row(zoo_folder):
 def test_a_run_can_stop_at_the_first_bad_image(zoo_folder):
     source = open_source(zoo_folder, CONFIG)
     (batch,) = task_rows([Task(shard) for shard in plan_shards(source.parts, 1000)])
-    row = read_and_decode(batch, job(source, None, DataConfig(on_error="stop")))
+    row = read_and_decode(batch, job_of(replace(source, data=DataConfig(on_error="stop"))))
     fatal = row["fatal"][0].as_py()
     assert "016.jpg: the image has 16-bit channels in separate planes" in fatal
     assert "data.on_error=row" in fatal

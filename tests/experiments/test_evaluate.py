@@ -5,12 +5,12 @@ import pytest
 
 from eclipse_ray import ledger, verbs
 from eclipse_ray.config import CompensationConfig, Config, load_config
-from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.errors import InputError
 from eclipse_ray.experiments import run
 from eclipse_ray.experiments.experiment import evaluated_compensation, open_evaluation, open_matrix
 from eclipse_ray.storage.store import Store
+from tests.datasets.helpers import fill, noise
 from tests.support import DEBUG, board_of, dotted
 
 QUICK = {**DEBUG, "victim.epochs": 2, "evaluate.seeds": 2, "victim.batch_size": 32}
@@ -101,12 +101,8 @@ def test_sets_that_share_images_are_refused(world, train, test, clean, words):
 
 
 def test_a_test_set_that_lacks_a_class_is_refused(tmp_path):
-    for split, classes in (("train", "abc"), ("test", "bc")):
-        for number, name in enumerate(classes):
-            file = tmp_path / split / name / f"{split}.png"
-            file.parent.mkdir(parents=True)
-            pixels = np.full((16, 16, 3), 10 * number + len(classes), np.uint8)
-            file.write_bytes(encode_image(pixels, "png"))
+    for seed, (split, classes) in enumerate((("train", "abc"), ("test", "bc"))):
+        fill(tmp_path / split, *(f"{name}/0.png" for name in classes), images=noise(3, 16, seed=seed))
     with pytest.raises(InputError, match=r"train has the classes a, b, c and .*test has b, c"):
         verbs.evaluate(str(tmp_path / "train"), test=str(tmp_path / "test"), settings=QUICK)
     places = {f"data.{key}": str(tmp_path / key) for key in ("test", "output")}

@@ -151,12 +151,6 @@ def test_a_clean_set_that_all_trained_the_denoiser_cannot_score_a_victim(world, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_clean_set_without_labels_is_refused(world, half, unlabelled, tmp_path):
-    changes = {"data__clean": unlabelled, "sweep__space": {"purify.t_star": [2, 4]}}
-    with pytest.raises(InputError, match=f"{unlabelled}: has no labels"):
-        verbs.sweep_plan(settings=settings_for(world, tmp_path / "out", half, **changes))
-
-
 def test_images_that_score_trained_no_denoiser_whatever_their_size_in_memory(world, half):
     sets = sets_of(world, half, data__resize=24)
     assert sets.test.images.shape == (10, 24, 24, 3)

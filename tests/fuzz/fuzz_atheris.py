@@ -5,8 +5,6 @@
 The first byte of an input chooses the reader. Ends with libFuzzer's summary, or with the input that crashed it.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import sys

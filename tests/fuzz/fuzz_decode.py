@@ -6,8 +6,6 @@ A reader may return rows or raise ImageError or InputError; anything else is a c
 Prints one JSON object; exit code 1 if anything crashed.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """A small source, its commits, and a store that fails on command."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Sequence
 

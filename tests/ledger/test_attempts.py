@@ -1,7 +1,5 @@
 """Images that kill their worker are found, even if workers also die for other reasons."""
 
-from __future__ import annotations
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """An output that is extended, retried and cleaned up after its first run, also by two drivers at once."""
 
-from __future__ import annotations
-
 import pytest
 
 from eclipse_ray.datasets.table import Part

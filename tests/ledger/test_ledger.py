@@ -3,8 +3,6 @@
 An output folder of another version is reported as such, with advice, and never called damaged.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 

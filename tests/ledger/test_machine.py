@@ -1,7 +1,5 @@
 """Any interleaving of commits, crashes, second drivers and resumes ends with every id exactly once."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable

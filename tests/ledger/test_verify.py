@@ -1,7 +1,5 @@
 """`verify` finds every kind of damage and reports it without raising."""
 
-from __future__ import annotations
-
 import random
 
 import pyarrow as pa

@@ -6,21 +6,17 @@ import torch.nn.functional as F
 
 from eclipse_ray.attacks import crop_flip, draw_crops, keyed_crops, pgd
 from eclipse_ray.config import VictimConfig
-from eclipse_ray.poisons.interface import quiet_session, to_float
+from eclipse_ray.poisons.interface import to_float
 from eclipse_ray.poisons.surrogate import (
     attack,
     checkpoint_epochs,
-    classify,
     epoch_batches,
-    features,
     keyed_generator,
-    load_surrogate,
     new_surrogate,
     rate_at,
-    train_surrogate,
 )
 from eclipse_ray.victims.training import draw_batch
-from tests.poisons.helpers import CLASSES, CPU, Killed, Memory, tiny_images, tiny_settings
+from tests.poisons.helpers import CLASSES, CPU, tiny_images, tiny_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,21 +90,3 @@ def test_checkpoints_are_spread_and_end_with_the_last_epoch():
     assert checkpoint_epochs(120, 30) == list(range(4, 121, 4))
     assert checkpoint_epochs(7, 1) == [7]
     assert checkpoint_epochs(7, 3) == [3, 5, 7]
-
-
-@pytest.mark.parametrize("adversarial", [False, True])
-def test_killed_training_resumes_to_the_same_networks(adversarial):
-    data = tiny_images()
-    config = tiny_settings("efp", adversary_steps=2)
-    how = {"checkpoints": 3, "adversary": config if adversarial else None}
-    whole = train_surrogate(data, config, 0, quiet_session(), **how)
-    memory = Memory(kill_at=2)
-    with pytest.raises(Killed):
-        train_surrogate(data, config, 0, memory.session(), **how)
-    resumed = train_surrogate(data, config, 0, memory.session(), **how)
-    assert resumed.keys() == whole.keys()
-    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
-    first, last = (load_surrogate(whole, index, config, CLASSES, CPU) for index in (0, 2))
-    images = to_float(data.images, CPU)
-    assert not torch.allclose(classify(first, images), classify(last, images))
-    assert features(last, images).shape == (64, 96)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eclipse_ray.datasets.formats import open_source
-from eclipse_ray.datasets.images import ImageError, encode_image
+from eclipse_ray.datasets.images import ImageError
 from eclipse_ray.diffusion import network, sampling
 from eclipse_ray.errors import ConfigError, StorageError, error_of_note
 from eclipse_ray.ledger import open_run, plan_shards, read_statuses, session
@@ -28,23 +28,18 @@ from eclipse_ray.purification.stages import (
     task_rows,
     unpack,
 )
+from tests.datasets.helpers import fill, noise
 from tests.ledger.helpers import make_fingerprint, plan_of
-from tests.support import DEBUG, World, board_of, dotted
+from tests.support import DEBUG, World, board_of, dotted, job_of
 
 
 def first_shard(world: World, output: object, source: object = None, **settings: object) -> tuple[Job, Task]:
     """Return a job that resumes nothing and knows no sparse set, and the first 16 images of its source."""
     config = resolve(None, {**DEBUG, "purify.batch_size": 8, **dotted(settings)}, {})
     opened = open_source(str(source or world.poisoned), config.data)
-    job = Job(
-        source=replace(opened, parts=(), classes=None),
-        output=str(output),
-        denoiser=world.denoiser,
-        purify=config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1}),
-        seed=0,
-        compensation=config.compensation,
-        sparse_hashes=frozenset(),
-    )
+    purify = config.purify.model_copy(update={"t_star": 4, "num_inference_steps": 1})
+    own = {"denoiser": world.denoiser, "purify": purify, "compensation": config.compensation}
+    job = job_of(opened, output=str(output), **own)
     shards = plan_shards(opened.parts, 16)[:1]
     open_run(job.store(), plan_of(shards), make_fingerprint(shards), "")
     return job, Task(shards[0])
@@ -190,16 +185,15 @@ def test_drivers_that_die_again_and_again_blame_no_image(world, tmp_path):
     [(40, {"data__max_pixels": 1000}, "large"), (12, {}, "small"), (None, {}, "undecodable")],
 )
 def test_a_failure_has_its_kind_whatever_its_words(world, tmp_path, side, settings, kind):
-    folder = tmp_path / "source"
-    folder.mkdir()
-    image = encode_image(np.zeros((side or 16, side or 16, 3), np.uint8), "png")
     # A name that tells of another kind.
-    (folder / "too little memory kills.png").write_bytes(image if side else image[:40])
-    (folder / "whole.png").write_bytes(encode_image(np.zeros((16, 16, 3), np.uint8), "png"))
+    file = tmp_path / "source/too little memory kills.png"
+    folder = fill(file.parent, file.name, "whole.png", images=[noise(1, side or 16)[0], noise(1, 16)[0]])
+    if side is None:
+        file.write_bytes(file.read_bytes()[:40])
     job, task = first_shard(world, tmp_path / "out", folder, **settings)
     _, images, failures = unpack(Purifier(job)(decode(job, task)))
     assert len(images) == 1
-    assert [(failure["id"], failure["kind"]) for failure in failures] == [("too little memory kills.png", kind)]
+    assert [(failure["id"], failure["kind"]) for failure in failures] == [(file.name, kind)]
 
 
 def test_the_workers_of_the_other_stages_start_without_torch():

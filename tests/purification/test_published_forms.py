@@ -9,15 +9,15 @@ from PIL import Image
 
 from eclipse_ray import verbs
 from eclipse_ray.config import DataConfig
-from eclipse_ray.datasets.images import encode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.errors import InputError
 from eclipse_ray.reports.folder import Purification
 from eclipse_ray.reports.purified import facts
 from eclipse_ray.storage.store import Store
+from tests.datasets.helpers import fill, noise
 from tests.support import DEBUG
 
-PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), np.uint8)
+PIXELS = noise(12, 16)
 LABELS = np.array([2, 0, 1, 1, 0, 2, 2, 1, 0, 0, 1, 2])
 
 
@@ -65,9 +65,7 @@ def load_archive(folder):
 
 
 def numbered(folder):
-    (folder / "data").mkdir()
-    for number, image in enumerate(PIXELS):
-        (folder / "data" / f"{number}.png").write_bytes(encode_image(image, "png"))
+    fill(folder / "data", *(f"{number}.png" for number in range(len(PIXELS))), images=PIXELS)
 
 
 def load_numbered(folder):
@@ -77,9 +75,7 @@ def load_numbered(folder):
 
 
 def classes(folder):
-    for number, (image, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
-        (folder / str(label)).mkdir(exist_ok=True)
-        (folder / str(label) / f"{number}.png").write_bytes(encode_image(image, "png"))
+    fill(folder, *(f"{label}/{number}.png" for number, label in enumerate(LABELS)), images=PIXELS)
 
 
 def load_classes(folder):

@@ -1,7 +1,5 @@
 """Output folders of every kind, made without Ray, so that tests of reports are quick."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import asdict, replace

@@ -4,8 +4,6 @@ They need Chromium (a Debian package), playwright and axe-core. `.ci/run` instal
 `make browsertools` the others. Where one is missing, these tests are skipped, and the reason names it.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

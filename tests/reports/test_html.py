@@ -1,7 +1,5 @@
 """The page: whole, escaped, from nowhere else, and with the sections its folder calls for."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -286,12 +284,6 @@ def test_a_finished_run_stays_finished_when_no_report_can_be_written(world, tmp_
     conclude(str(folder), no_report=True)
     assert capsys.readouterr().err == ""
     assert json.loads((folder / "_eclipse/command.json").read_text())["command"].startswith("eclipse-ray")
-
-
-def test_the_verb_is_the_package_s_whatever_was_imported_before():
-    import eclipse_ray
-
-    assert eclipse_ray.report is verbs.report
 
 
 def test_an_evaluation_is_not_written_over_another_run(world, folders):

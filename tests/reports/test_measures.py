@@ -1,7 +1,5 @@
 """Numbers of a report against closed forms."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

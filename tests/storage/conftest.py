@@ -1,7 +1,5 @@
 """An S3 server for the whole test session, an environment that points to it, and a proxy that makes faults."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Iterator
 

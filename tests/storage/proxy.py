@@ -1,7 +1,5 @@
 """An HTTP proxy in front of an S3 server that breaks answers on command and counts the faults."""
 
-from __future__ import annotations
-
 import re
 import socket
 import socketserver

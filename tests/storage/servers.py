@@ -1,7 +1,5 @@
 """A real S3 server (SeaweedFS) in a child process, and moto's server in a thread."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

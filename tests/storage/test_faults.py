@@ -1,7 +1,5 @@
 """Broken connections: three faults in a row are retried, more are an error, and no read is ever short."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

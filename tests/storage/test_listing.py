@@ -1,7 +1,5 @@
 """Listings of any length use one request per page, hold one page in memory, and end only where the store ends."""
 
-from __future__ import annotations
-
 import tracemalloc
 from types import SimpleNamespace
 

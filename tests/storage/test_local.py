@@ -1,7 +1,5 @@
 """Put-if-absent between processes, clean-up by another run, full disks, and complete listings on a local disk."""
 
-from __future__ import annotations
-
 import errno
 import os
 import resource

@@ -1,7 +1,5 @@
 """Permanent errors stop within a minute with one sentence: permissions, credentials, clocks, full servers."""
 
-from __future__ import annotations
-
 import datetime
 import re
 import threading

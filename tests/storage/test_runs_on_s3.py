@@ -1,7 +1,5 @@
 """Whole runs on a real S3 server: two drivers at once, a driver that dies, and a purification from S3 to S3."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -16,7 +14,7 @@ from eclipse_ray.storage.store import Store
 from tests.ledger.helpers import complete, make_shards, written
 from tests.storage.proxy import Fault
 from tests.storage.servers import point_at
-from tests.support import DEBUG, run_cli
+from tests.support import DEBUG, object_names, run_cli, wait_until
 
 SHARDS = make_shards(24, 2)
 
@@ -88,8 +86,7 @@ def test_a_driver_killed_in_the_middle_is_resumed_exactly(proxy, faulty_url):
     # The write of the sixth status is never answered. Five shards are committed before it.
     proxy.faults.append(Fault("stall", "^PUT .*/status/000005/", seconds=60))
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, faulty_url])
-    while not proxy.fired["stall"]:
-        assert driver.poll() is None, "the driver ended before the kill"
+    wait_until(lambda: proxy.fired["stall"], "the sixth status", process=driver)
     driver.kill()
     assert driver.wait(30) == -9
     store = Store(faulty_url)
@@ -138,8 +135,7 @@ def test_purify_from_s3_to_s3_through_faults_gives_the_bytes_of_a_run_on_disk(
     assert proxy.fired["cut"] >= 1
     disk = str(tmp_path / "disk")
     run_cli("purify", poisoned_on_s3, disk, "--denoiser", world.denoiser, *settings)
-    names = {shard: status.object for shard, status in read_statuses(Store(output)).items()}
-    assert names == {shard: status.object for shard, status in read_statuses(Store(disk)).items()}
+    assert object_names(output) == object_names(disk)
     point_at(monkeypatch, proxy.server_port)
     assert verbs.verify(output).ok
     assert verbs.status(output).shards_done == 4

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from eclipse_ray.errors import InputError, StorageError
+from eclipse_ray.errors import StorageError
 from eclipse_ray.storage.store import AnyFolder, Store
 from tests.storage.servers import BUCKET, moto, point_at
 
@@ -110,11 +110,6 @@ def test_a_missing_bucket_is_named(mock_server, monkeypatch):
     for call in (store.exists, lambda: store.create("y", b"1"), lambda: list(store.list())):
         with pytest.raises(StorageError, match="no such bucket"):
             call()
-
-
-def test_unknown_locations_are_refused():
-    with pytest.raises(InputError, match="cannot open"):
-        Store("nosuchscheme://bucket")
 
 
 def test_a_store_that_cannot_create_if_absent_needs_a_single_writer(monkeypatch):

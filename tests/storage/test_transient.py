@@ -1,7 +1,5 @@
 """Which errors are retried, how often, and the messages of the others; without a server."""
 
-from __future__ import annotations
-
 import errno
 import socket
 import threading

@@ -1,7 +1,5 @@
 """Files on a web server, which breaks answers: each part that is read of an open file is asked for again."""
 
-from __future__ import annotations
-
 import importlib
 import io
 import re

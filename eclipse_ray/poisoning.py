@@ -38,12 +38,13 @@ from eclipse_ray.datasets.table import (
     with_classes,
 )
 from eclipse_ray.datasets.write import refuse_existing, write_dataset
-from eclipse_ray.diffusion.checkpoint import load_denoiser, weights_digest
+from eclipse_ray.diffusion.checkpoint import load_denoiser, read_card, weights_digest
 from eclipse_ray.diffusion.network import default_device
 from eclipse_ray.errors import ConfigError, InputError
 from eclipse_ray.log import say
 from eclipse_ray.poisons import (
     OPTIMISED,
+    attacks_denoiser,
     budget,
     fit_poison,
     poison_fitted,
@@ -51,6 +52,7 @@ from eclipse_ray.poisons import (
     resolved_poison,
     variant_of,
 )
+from eclipse_ray.poisons.adp import Adp, check_attacked
 from eclipse_ray.poisons.interface import LabelledImages, Session, State
 from eclipse_ray.progress import ProgressLine
 from eclipse_ray.purification.stages import same_size_batches
@@ -244,6 +246,11 @@ def poison(config: Config, *, show_classes: bool = True) -> DatasetResult:
     if not source_url or not output:
         raise ConfigError("poison needs a source and an output: eclipse-ray poison NAME SRC DST")
     config = config.model_copy(update={"poison": resolved_poison(config.poison)})
+    if attacks_denoiser(config.poison):
+        # Before Ray starts, where the fit would refuse the same.
+        folder = config.poison.denoiser
+        t_max = read_card(local_denoiser(folder)).t_max if folder else None
+        check_attacked(Adp.model_validate(config.poison.own()), t_max)
     source = open_source(source_url, config.data)
     labels = require_classes(source_url, source, 2, show=show_classes)
     # The named classes, or one more than the largest label.

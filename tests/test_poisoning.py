@@ -14,7 +14,8 @@ from eclipse_ray.datasets.formats import chunk_spans, open_source
 from eclipse_ray.datasets.images import decode_image
 from eclipse_ray.datasets.memory import load_images
 from eclipse_ray.datasets.synthetic import CLASSES, write_synthetic
-from eclipse_ray.errors import InputError, ResumeError
+from eclipse_ray.diffusion.checkpoint import CARD_FILE
+from eclipse_ray.errors import ConfigError, InputError, ResumeError
 from eclipse_ray.poisoning import FIT_KEY, STATE_KEY, PoisonJob, chunk_key, fit_stored, largest_norm, poison_chunk
 from eclipse_ray.storage.store import Store
 from tests.poisons.helpers import CPU, Killed, tiny_config
@@ -129,6 +130,30 @@ def test_images_of_two_sizes_cannot_be_fitted(source, tmp_path):
     with pytest.raises(InputError, match="differ in size"):
         fit_stored(job(str(tmp_path / "mixed"), tmp_path / "out"), quiet, CPU)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("adp", {"variant": "strong"}, r"poison\.denoiser: adp .*; name its folder"),
+        ("adp", {"variant": "strong", "t_star": 6, "denoiser": "given"}, r"poison\.t_star 6: .* up to 5"),
+        ("adp", {"variant": "strong", "surrogate": "unet"}, "surrogate unet: this poison wants small or resnet18"),
+        ("adp", {"surrogate": "small"}, "surrogate small: this poison wants unet"),
+        ("em", {"surrogate": "unet"}, "surrogate unet: this poison wants small or resnet18"),
+    ],
+)
+def test_what_a_fit_would_refuse_is_refused_before_ray_starts(
+    name, settings, sentence, source, tmp_path, monkeypatch
+):
+    card = {"t_max": 5, "t_star": 4, "num_inference_steps": 1, "iterations": 1, "sparse_images": 0}
+    card |= {"sparse_hashes": [], "fingerprint": "", "settings": {}}
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / CARD_FILE).write_text(json.dumps(card))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(room, "connect", lambda config: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match=sentence):
+        verbs.poison(name, source, "out", settings={f"poison.{key}": value for key, value in settings.items()})
+    assert not (tmp_path / "out").exists()
 
 
 TINY = {

@@ -338,7 +338,7 @@ def _place(values: Any, item: Any) -> tuple[Any, ...]:
     """Return where a wrong value stands: the place that pydantic says without the kinds that it tried there."""
     path: list[Any] = []
     # Of a key that is no text, what holds it.
-    of_key = 2 if item["loc"][-1] == "[key]" else item["type"] == "invalid_key"
+    of_key = 2 if item["loc"][-1:] == ("[key]",) else item["type"] == "invalid_key"
     for part in item["loc"][: len(item["loc"]) - of_key]:
         if values is item["input"]:
             # What follows are kinds, which may be called like the keys of the value.

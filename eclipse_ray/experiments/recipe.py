@@ -379,7 +379,7 @@ def _columns(config: Config, facts: Facts) -> list[Column]:
         parts = ["poison", VERSION, facts.source, numbers, config.run.seed]
         if denoised:
             with _named(f"matrix: {entry.label}"):
-                check_attacked(Adp.model_validate(poison.own()).t_star, facts.of_denoiser(denoised))
+                check_attacked(Adp.model_validate(poison.own()), facts.of_denoiser(denoised).t_max)
             parts.append(denoiser_key(denoised, facts, chosen.matrix.sparse_limit))
         columns.append(Column(entry, chosen.model_copy(update={"poison": poison}), digest(parts)))
     return columns

@@ -21,7 +21,7 @@ from eclipse_ray.attacks import frozen
 from eclipse_ray.compensation import compensate
 from eclipse_ray.config import BATCH_PIXELS, TILE_OVERLAP, CompensationConfig, DenoiserConfig
 from eclipse_ray.diffusion.network import Denoiser, build_unet
-from eclipse_ray.diffusion.sampling import Trained, absorb, eliminate
+from eclipse_ray.diffusion.sampling import absorb, eliminate
 from eclipse_ray.diffusion.tiling import tiled
 from eclipse_ray.errors import ConfigError
 from eclipse_ray.poisons.em import Em, See, minimise_error
@@ -60,17 +60,12 @@ class Adp(Em):
 def fit_adp(data: LabelledImages, settings: Adp, seed: int, session: Session) -> State:
     """Fit noise and network together, as em does, to images as the defender's victim would see them.
 
-    Raises ConfigError for strong without a denoiser and for a surrogate that the variant has no use for.
+    Raises as `check_attacked` does.
     """
     strong = settings.variant == "strong"
-    if strong == (settings.surrogate == "unet"):
-        choices = "small or resnet18, the victim's network" if strong else "unet"
-        raise ConfigError(f"poison.surrogate {settings.surrogate}: adp {settings.variant} wants {choices}")
-    if strong and session.denoiser is None:
-        raise ConfigError("poison.denoiser: adp strong attacks a trained denoiser; name its folder")
     denoiser = session.denoiser if strong else None
-    if denoiser is not None:
-        check_attacked(settings.t_star, denoiser)
+    if strong:
+        check_attacked(settings, denoiser.t_max if denoiser else None)
     with nullcontext() if denoiser is None else frozen(denoiser):
         build = new_surrogate if strong else new_unet
         return minimise_error(
@@ -78,10 +73,12 @@ def fit_adp(data: LabelledImages, settings: Adp, seed: int, session: Session) ->
         )
 
 
-def check_attacked(t_star: int | None, denoiser: Trained) -> None:
-    """Raise ConfigError if the denoiser was not trained at the depth that strong attacks."""
-    if (t_star or 1) > denoiser.t_max:
-        raise ConfigError(f"poison.t_star {t_star}: this denoiser is trained up to {denoiser.t_max}")
+def check_attacked(settings: Adp, t_max: int | None) -> None:
+    """Raise ConfigError if strong has no denoiser, or one (trained up to `t_max`) not as deep."""
+    if t_max is None:
+        raise ConfigError("poison.denoiser: adp strong attacks a trained denoiser; name its folder")
+    if (settings.t_star or 1) > t_max:
+        raise ConfigError(f"poison.t_star {settings.t_star}: this denoiser is trained up to {t_max}")
 
 
 class UNetClassifier(nn.Module):

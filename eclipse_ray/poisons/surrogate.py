@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from eclipse_ray.attacks import crop_flip, draw_crops, frozen, pgd
@@ -54,6 +54,13 @@ class SurrogateSettings(LinfSettings):
     steps: int = Field(ge=1, description="Sign steps when noise is made once.")
     step_size_255: float = Field(gt=0, description="Size of such a step in 1/255.")
     perturb_batch_size: int = Field(512, ge=1, description="Images of one pass when noise is made.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> SurrogateSettings:
+        wanted = ("unet",) if getattr(self, "variant", "") == "paper" else ("small", "resnet18")
+        if self.surrogate not in wanted:
+            raise ValueError(f"surrogate {self.surrogate}: this poison wants {' or '.join(wanted)}")
+        return self
 
 
 class TrainedSettings(SurrogateSettings):

@@ -129,8 +129,6 @@ def test_settings_that_cannot_work_are_named():
     data, strong = tiny_images(48), {"variant": "strong", **SETTINGS}
     with pytest.raises(ConfigError, match="name its folder"):
         fit_poison(data, tiny_config("adp", **strong), 0, quiet_session())
-    with pytest.raises(ConfigError, match="wants unet"):
-        fit_poison(data, tiny_config("adp", surrogate="small"), 0, quiet_session())
     session = replace(Memory().session(), denoiser=untrained_denoiser())
     with pytest.raises(ConfigError, match="trained up to"):
         fit_poison(data, tiny_config("adp", **strong, t_star=9), 0, session)

@@ -36,7 +36,7 @@ from eclipse_ray.cluster.connect import (
     require_place,
 )
 from eclipse_ray.cluster.metrics import Curves, open_curves
-from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thread, reaching, start_board
+from eclipse_ray.cluster.work import BoardWatcher, Watch, brought_home, on_a_thread, reaching, settle, start_board
 from eclipse_ray.config import Config, DenoiserConfig, digest, to_yaml
 from eclipse_ray.datasets.formats import refuse_output
 from eclipse_ray.datasets.memory import ImageSet, MixedSet, load_mixed, load_squares
@@ -383,6 +383,7 @@ def _surrogate_worker(settings: dict[str, Any]) -> None:
         session = Session(ray.train.torch.get_device(), report, lambda: None, lambda _state: None)
         state = fit_surrogate(suspicious, config.denoiser.iterations, config.run.seed + number, session)
         store.write(_surrogate_key(number), safetensors.torch.save(state))
+    settle(settings["board"])
 
 
 class TrainLogger(UserCallback):
@@ -468,6 +469,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         on_step=step,
         perturb=_inversion(config, settings, device) if settings["against"] else None,
     )
+    settle(settings["board"])
 
 
 def _inversion(config: Config, settings: dict[str, Any], device: torch.device) -> Inversion:

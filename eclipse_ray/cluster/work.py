@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray import exceptions
+from ray.actor import ActorHandle
 
 from eclipse_ray.cluster.connect import Resources, address_of, require_gpus
 from eclipse_ray.config import Config
@@ -31,6 +32,8 @@ PATIENCE = 10
 """The next result may take this many times as long as the slowest one yet before the work is taken for dead."""
 LOOK_SECONDS = 0.5
 """Seconds between two looks at a board, or at whether the time is over."""
+SETTLE_SECONDS = 10
+"""How long the end of work waits for its last progress, which a board that is being started again may lose."""
 
 
 class Watch:
@@ -233,6 +236,8 @@ def _noted(function: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
         return "", function(*arguments)
     except EclipseError as error:
         return note_of_error(error), None
+    finally:
+        settle(*arguments)
 
 
 def _error_of_task(note: Any, what: str) -> EclipseError | None:
@@ -314,6 +319,14 @@ def start_board(name: str | None = None) -> Any:
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board).options(name=name).remote()
 
 
+def settle(*arguments: Any) -> None:
+    """Wait until the boards among `arguments` have what this process posted; nobody looks again later."""
+    for board in arguments:
+        if isinstance(board, ActorHandle):
+            # Calls of one process arrive in order.
+            ray.wait([board.__ray_ready__.remote()], timeout=SETTLE_SECONDS)
+
+
 class NamedActor:
     """Stands for the handle of an actor and finds it by name, so that no reference travels with a call."""
 
@@ -364,7 +377,7 @@ class BoardWatcher:
     def __exit__(self, *exception: object) -> None:
         self.stop.set()
         # A driver that is stopped has no time for the last entries.
-        self.thread.join(timeout=10 if exception[0] is None else 0)
+        self.thread.join(timeout=SETTLE_SECONDS if exception[0] is None else 0)
 
     def _read(self) -> None:
         finished = False

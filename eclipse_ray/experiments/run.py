@@ -36,6 +36,7 @@ from eclipse_ray.cluster.work import (
     reaching,
     run_tasks,
     run_trials,
+    settle,
     shares,
     start_board,
 )
@@ -502,6 +503,7 @@ def try_point(parameters: dict[str, Any], config: Config, facts: Facts, bench: l
         # Reported and not raised, because another attempt would fail too.
         tune.report({"error": str(error)})
         return
+    settle(board)
     score = float(np.mean([score_of(result, shared.fidelity_weight) for result in results]))
     tune.report({"score": score, "epoch": config.victim.epochs})
 

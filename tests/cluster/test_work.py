@@ -247,3 +247,22 @@ def test_entries_of_a_board_are_signs_of_life(cluster):
         (done,) = run_tasks(Tasks(report, at_once=1, cpus=0.1), [(board,)], watch)
     assert done.value() == "done"
     assert seen == list(range(-1, 8))
+
+
+def test_an_entry_that_is_still_under_way_when_the_work_ends_is_seen(cluster):
+    @ray.remote(num_cpus=0)
+    class Slow:
+        def entry(self, seconds: float) -> dict[str, int]:
+            time.sleep(seconds)
+            return {"step": 1}
+
+    def report(board, slow) -> None:
+        board.post.remote(slow.entry.remote(3))
+
+    board, slow, seen = start_board(), Slow.remote(), []
+    # So that no process has to start first.
+    ray.get([slow.entry.remote(0), board.take.remote()])
+    watch = Watch("fit", "step", 60)
+    with BoardWatcher(board, lambda entry: seen.append(entry["step"]), watch):
+        list(run_tasks(Tasks(report, at_once=1, cpus=0.1), [(board, slow)], watch))
+    assert seen == [1]

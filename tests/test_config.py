@@ -455,3 +455,35 @@ def test_a_config_file_may_lie_at_any_url(tmp_path):
     with pytest.raises(ConfigError) as caught:
         resolve("https://me:hunter2@host/run.yaml", None, {})
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("folder", "this is a folder; name a YAML file"),
+        ("empty.yaml", "the file is empty; write settings into it, or leave it out"),
+        ("latin.yaml", "this is no text in UTF-8; name a YAML file"),
+        ("binary.yaml", "not valid YAML: no text has the character 0x0"),
+        ("missing.yaml", "there is no such file"),
+        ("closed.yaml", "cannot be read: Permission denied; name a YAML file"),
+        ("empty.yaml/x", "cannot be read: Not a directory; name a YAML file"),
+        ("a\0b", "cannot be read: embedded null byte; name a YAML file"),
+    ],
+)
+def test_what_is_no_config_file_is_said_in_one_sentence(name, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    for file, data in ("empty", b" \n"), ("latin", b"run: \xe4"), ("binary", b"\0\1"), ("closed", b"{}"):
+        Path(f"{file}.yaml").write_bytes(data)
+
+    def read(file):
+        # Who runs the tests may read any file.
+        if file == "closed.yaml":
+            raise PermissionError(13, "Permission denied", file)
+        return Path(file).read_bytes()
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(name, None, read)
+    assert sentence in str(caught.value)
+    assert str(caught.value).startswith(f"{name}: ")
+    assert "\n" not in str(caught.value)

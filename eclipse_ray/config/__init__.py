@@ -270,8 +270,8 @@ def _of_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: line {mark.line + 1 if mark else 1}: {problem}") from None
     except RecursionError:
         raise ConfigError(f"{where}: not valid YAML: nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{where}: not valid YAML: no text has the character {error.character:#x}") from None
 
 
 def _parsed_yaml(file: str, read: Callable[[str], bytes]) -> dict[str, Any]:
@@ -279,8 +279,15 @@ def _parsed_yaml(file: str, read: Callable[[str], bytes]) -> dict[str, Any]:
         text = read(file).decode()
     except FileNotFoundError:
         raise ConfigError(f"{file}: there is no such file{did_you_mean(file)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not a readable YAML file: {error}") from error
+    except IsADirectoryError:
+        raise ConfigError(f"{file}: this is a folder; name a YAML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: this is no text in UTF-8; name a YAML file") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"{file}: cannot be read: {reason}; name a YAML file") from None
+    if not text.strip():
+        raise ConfigError(f"{file}: the file is empty; write settings into it, or leave it out")
     tree = _of_yaml(text, file)
     if tree is None:
         return {}

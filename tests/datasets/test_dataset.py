@@ -20,7 +20,7 @@ from tests.datasets.helpers import CONFIG, fill, noise, read_all, table_of, writ
 CLASSES = ["zebra", "a/b", ".dot"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     labels=st.lists(st.integers(0, 2), min_size=1, max_size=12),
     cuts=st.integers(1, 5),

@@ -24,7 +24,7 @@ LIMIT = 40_000_000
 PIXELS = arrays(np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12), st.just(3)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pixels=PIXELS, encoding=st.sampled_from(["png", "png:0", "png:9", "webp-lossless", "webp-lossless:6"]))
 def test_lossless_encodings_return_the_same_pixels(pixels, encoding):
     encoded = encode_image(pixels, encoding)
@@ -41,7 +41,7 @@ def test_the_number_of_an_encoding_changes_bytes_and_no_pixel():
         assert np.array_equal(decode_image(small, LIMIT), decode_image(fast, LIMIT))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(one=PIXELS, other=PIXELS)
 def test_hashes_are_equal_only_for_equal_pixels(one, other):
     assert len(content_hash(one)) == 32

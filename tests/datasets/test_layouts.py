@@ -26,7 +26,7 @@ def put(url, images, labels, ids=None, extras=None, classes=CLASSES):
     return write_set(url, table_of(images, labels, ids, extras, classes), classes=classes)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     ids=st.lists(TEXT, min_size=1, max_size=9, unique=True),
     layout=st.sampled_from(["parquet", "webdataset", "npz"]),

@@ -26,7 +26,7 @@ def put(folder, table, name="x.parquet"):
     return str(folder)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(ids=st.lists(st.text(max_size=8), min_size=1, max_size=20, unique=True), data=st.data())
 def test_canonical_tables_survive_the_file(tmp_path_factory, ids, data):
     folder = tmp_path_factory.mktemp("canonical")
@@ -62,7 +62,7 @@ def test_images_without_labels_of_which_one_is_missing(tmp_path, kind):
     assert rows["image"].to_pylist() == [{"bytes": b"", "path": None}, {"bytes": PNG, "path": path}]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(start=st.integers(0, 40), length=st.integers(1, 40), group=st.integers(1, 17))
 def test_any_row_range_across_row_groups(tmp_path_factory, start, length, group):
     folder = tmp_path_factory.mktemp("groups")

@@ -39,7 +39,7 @@ def test_normals_are_standard_normal():
     assert abs((flat[:, 0::2] * flat[:, 1::2]).mean()) < 5 / math.sqrt(count / 2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**63 - 1),
     ids=st.lists(st.text(max_size=20), min_size=1, max_size=5, unique=True),

@@ -16,7 +16,7 @@ def denoiser():
     return untrained_denoiser()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 700), st.integers(32, 160), st.integers(0, 80), st.sampled_from([1, 2, 8]))
 def test_tiles_cover_a_side_with_weights_that_add_up_to_one(side, tile, overlap, multiple):
     overlap = min(overlap, tile // 2)

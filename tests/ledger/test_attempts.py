@@ -60,7 +60,7 @@ def test_two_killers_cost_three_deaths_and_two_each():
     assert deaths == PATIENCE + 2 * DEATHS_TO_BLAME
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     killers=st.sets(st.integers(0, ROWS - 1), max_size=4),
     strikes=st.lists(st.integers(0, 2 * ROWS), max_size=8, unique=True),

@@ -169,7 +169,6 @@ class Drivers(RuleBasedStateMachine):
 Drivers.TestCase.settings = settings(
     max_examples=int(os.environ.get("ECLIPSE_RAY_EXAMPLES", "100")),
     stateful_step_count=14,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestDrivers = pytest.mark.ledger(Drivers.TestCase)

@@ -361,7 +361,8 @@ def show(result: Result, as_json: bool, given: Mapping[str, Any]) -> None:
     """Print a result on standard output: one JSON object, or words and the command to type next."""
     lines = [json.dumps(asdict(result)) if as_json else in_words(result)]
     if not as_json and (then := next_words(result, given)):
-        lines.append(f"next: {shlex.join(('eclipse-ray', *then))}")
+        here = f"{os.getcwd()}/"
+        lines.append(f"next: {shlex.join(['eclipse-ray', *(word.removeprefix(here) for word in then)])}")
     _print("\n".join(lines))
 
 
@@ -443,6 +444,8 @@ def next_words(result: Result, given: Mapping[str, Any]) -> tuple[str, ...]:
             return ("evaluate", given["output"], "--test", "TEST") if result.ok else ()
         case made.SweepResult():
             return ("purify", "SRC", "DST", "--config", f"{result.output.rstrip('/')}/best.yaml")
+        case made.AuditResult(verdict="poisoned"):
+            return ("train", "--clean", given["clean"] or "CLEAN", "--out", "DIR")
     return ()
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from eclipse_ray import ledger, verbs
+from eclipse_ray import cli, ledger, verbs
 from eclipse_ray.errors import InputError
 from eclipse_ray.parameters import declared
-from eclipse_ray.results import StatusResult
+from eclipse_ray.results import PurifyResult, StatusResult
 from eclipse_ray.storage.store import Store
 from eclipse_ray.verbs import VERBS
 from tests.datasets.helpers import fill, noise
@@ -312,3 +312,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_source_is_read(b
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match=r"/file/out/.*: a part of this path is a file"):
         begin(str(tmp_path / "source"), str(tmp_path / "file/out"))
+
+
+def test_the_next_command_names_folders_below_this_one_by_short_paths(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for folder, shown in (
+        (f"{tmp_path}/out", "out"),
+        (f"{tmp_path}x/out", f"{tmp_path}x/out"),
+        ("s3://b/out",) * 2,
+    ):
+        cli.show(PurifyResult(1, 1, 0, 1.0, folder), False, {})
+        assert capfd.readouterr().out.splitlines()[-1] == f"next: eclipse-ray verify {shown}"

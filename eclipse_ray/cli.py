@@ -444,8 +444,6 @@ def next_words(result: Result, given: Mapping[str, Any]) -> tuple[str, ...]:
             return ("evaluate", given["output"], "--test", "TEST") if result.ok else ()
         case made.SweepResult():
             return ("purify", "SRC", "DST", "--config", f"{result.output.rstrip('/')}/best.yaml")
-        case made.AuditResult(verdict="poisoned"):
-            return ("train", "--clean", given["clean"] or "CLEAN", "--out", "DIR")
     return ()
 
 

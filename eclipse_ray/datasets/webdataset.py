@@ -28,8 +28,6 @@ from eclipse_ray.datasets.table import (
     ESCAPED_KEYS,
     FILE_BYTES,
     FILE_IMAGES,
-    FRACTION,
-    WHOLE,
     Part,
     SourceFile,
     all_labels,
@@ -38,9 +36,11 @@ from eclipse_ray.datasets.table import (
     extra_columns,
     image_bytes,
     label_like,
+    label_text,
     noted_classes,
     read_note,
     regroup,
+    whole_number,
 )
 from eclipse_ray.datasets.tar import Member, Read
 from eclipse_ray.errors import InputError
@@ -270,7 +270,7 @@ def _is_labelled(sample: Sample, config: DataConfig) -> bool | None:
 def _planned_label(source: SourceFile, sample: Sample, read: Read) -> str | int | None:
     """Return the label of one sample, text as it is stored unless the note names the classes."""
     label = _stored_label(source, sample, read)
-    if source.classes is None and isinstance(label, str) and label and not FRACTION.fullmatch(label):
+    if source.classes is None and isinstance(label, str):
         return label
     return _label(source, sample, read, noted=True)
 
@@ -424,19 +424,16 @@ def _label(source: SourceFile, sample: Sample, read: Read, noted: bool) -> int |
     if value is None:
         return None
     where = f"{source.where}: member {sample[_class_member(sample, source.config) or 'json'].name}"
-    named = classes is not None and not noted
-    if value == "-1" or (not named and isinstance(value, str) and WHOLE.fullmatch(value)):
-        value = int(value.partition(".")[0])
-    if isinstance(value, str) and classes is not None and value in classes:
-        return classes.index(value)
-    no_index = named and value != -1
-    if no_index or not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+    number = whole_number(value) if isinstance(value, str) else value
+    if classes is not None and number != -1 and (number is None or not noted):
+        number = classes.index(value) if isinstance(value, str) and value in classes else None
+    if not isinstance(number, int) or isinstance(number, bool):
         raise InputError(
             f"{where} holds the label {value!r}, expected an integer or one of the classes; mend "
             "it, name another .json field with --set data.label_column=NAME, or delete the index if there is one"
         )
-    check_label(where, value, classes)
-    return value
+    check_label(where, number, classes)
+    return number
 
 
 def _stored_label(source: SourceFile, sample: Sample, read: Read) -> object:
@@ -447,9 +444,13 @@ def _stored_label(source: SourceFile, sample: Sample, read: Read) -> object:
     name = _class_member(sample, source.config)
     if source.config.labels is not None or (name is None and "json" not in sample):
         return None
+    value: object
     if name is not None:
-        return _short(source.where, sample[name], read, _LONGEST_LABEL).strip()
-    value = _fields(source.where, sample["json"], read).get(source.config.label_column)
+        value = _short(source.where, sample[name], read, _LONGEST_LABEL)
+    else:
+        value = _fields(source.where, sample["json"], read).get(source.config.label_column)
+    if isinstance(value, str):
+        return label_text(f"{source.where}: member {sample[name or 'json'].name}", value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -208,12 +208,16 @@ _PARSERS: dict[str, Callable[[str, str, str], Named]] = {
 # ---- Which image gets which label
 
 
-def covers(config: DataConfig, url: str) -> bool:
-    """Return whether the label file of `config` is about the set or object at `url`: it belongs to data.source."""
-    if config.label_file is None or config.source is None:
-        return config.label_file is not None
-    named = Store(config.source).url
-    return url == named or url.startswith(f"{named}/") or fnmatch.fnmatchcase(url, named)
+def settings_for(url: str, config: DataConfig) -> DataConfig:
+    """Return `config` without a label file that is not about the set at `url`: it belongs to data.source."""
+    named = Store(config.source).url if config.source else url
+    about = url == named or url.startswith(f"{named}/") or fnmatch.fnmatchcase(url, named)
+    return config if about or config.label_file is None else config.model_copy(update={"labels": None})
+
+
+def given(config: DataConfig) -> LabelFile | None:
+    """Return the label file of a set that is read with `config`, None if it has none."""
+    return None if config.label_file is None else read_label_file(config.label_file, config.label_column)
 
 
 def matched(found: LabelFile, url: str, format: str, parts: Sequence[Part]) -> tuple[list[Part], list[str] | None]:

@@ -379,6 +379,18 @@ def test_a_label_file_belongs_to_the_source_and_not_to_other_sets(tmp_path):
         name = "x.parquet" if other[:4] == b"PAR1" else "x.tar"
         (tmp_path / name).write_bytes(other)
         assert labels_at(f"{tmp_path}/{name}", source=train, labels=str(tmp_path / "l.npy"))[0] == {"a": 1, "b": 0}
+    # Of a folder that holds data.source the file gives no labels; of a file in data.source it does.
+    (tmp_path / "sets").mkdir()
+    for name, ids in (("x", "ab"), ("y", "cd")):
+        (tmp_path / f"sets/{name}.parquet").write_bytes(rows(*ids, labels=[1, 0]))
+    (tmp_path / "l.json").write_text(json.dumps({"a": "dog", "b": "dog", "c": "cat", "d": "cat"}))
+    folder, file, chosen = f"{tmp_path}/sets", f"{tmp_path}/sets/x.parquet", f"{tmp_path}/sets/[x].parquet"
+    for source in (file, chosen):
+        found = labels_at(folder, source=source, labels=str(tmp_path / "l.json"))
+        assert found == ({"a": 1, "b": 0, "c": 1, "d": 0}, None)
+    for source in (folder, file, chosen, None):
+        found = labels_at(file, source=source, labels=str(tmp_path / "l.json"))
+        assert found == ({"a": 1, "b": 1}, ["cat", "dog"])
 
 
 def test_a_changed_label_file_is_another_input(tmp_path):

@@ -336,23 +336,23 @@ def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | No
         if not (offset.isdigit() and length.isdigit() and place < int(offset) <= size):
             raise misfit
         member = Member(path.removeprefix("./"), place, int(offset), int(length))
-        found += [*_left_out(where, read, member, size, misfit), member]
+        found += [*_left_out(where, read, place, member, size, misfit), member]
         place = member.end
-    if not tar.is_end(where, read, place, size):
-        raise misfit
-    return found
+    return [*found, *_left_out(where, read, place, None, size, misfit)]
 
 
-def _left_out(where: str, read: Read, listed: Member, size: int, misfit: InputError) -> Iterator[Member]:
-    """Yield the hidden files that an index leaves out before a member that it lists."""
-    place = listed.begin
+def _left_out(
+    where: str, read: Read, place: int, listed: Member | None, size: int, misfit: InputError
+) -> Iterator[Member]:
+    """Yield the hidden files from `place` on that an index leaves out, before the member `listed` or the end."""
     # One block is the header of the member. Further blocks may hold others.
-    while listed.offset - place > tar.BLOCK:
+    while listed.offset - place > tar.BLOCK if listed else not tar.is_end(where, read, place, size):
         member = tar.next_member(where, read, place, size)
-        if member[2:] == listed[2:]:
+        if listed and member[2:] == listed[2:]:
             return
         is_folder, place = member.name.endswith("/"), member.end
-        if place + tar.BLOCK > listed.offset or not (is_folder or folder.is_dotted(member.name)):
+        over = listed is not None and place + tar.BLOCK > listed.offset
+        if over or not (is_folder or folder.is_dotted(member.name)):
             raise misfit
         if not is_folder:
             yield member

@@ -314,7 +314,7 @@ def write(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | 
     """
     images = 0
     for table in tables:
-        known = all_labels(store.url, table)
+        known = all_labels(store.url, table, least=0)
         labels: Sequence[int | None] = [None] * table.num_rows if known is None else known
         for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):
             if not store.create(_file_key(name, data, label, classes), data):

@@ -113,11 +113,10 @@ def _label_file(where: str, labels: Any, names: list[str] | None) -> LabelFile:
 
 
 def _from_values(where: str, values: list[Any]) -> tuple[Values, list[str] | None]:
-    for row, value in enumerate(values):
-        if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise InputError(
-                f"{where}: label {row} is {value!r}; expected whole numbers, or names of classes, for all images"
-            )
+    plain = [isinstance(value, str | int | float) and not isinstance(value, bool) for value in values]
+    if False in plain:
+        row = plain.index(False)
+        raise InputError(f"{where}: row {row}: label {values[row]!r} is neither a number nor a text; mend it")
     texts = [label_text(f"{where}: row {row}", str(value)) for row, value in enumerate(values)]
     number = next((row for row, value in enumerate(values) if not isinstance(value, str) and value != -1), None)
     classes = folder.classes_of_texts(where, set(texts), None if number is None else f"row {number}")

@@ -203,15 +203,19 @@ def labels_or_none(table: pa.Table) -> list[int]:
     return labels
 
 
-def all_labels(url: str, table: pa.Table) -> list[int] | None:
-    """Return the labels of a canonical table, None if it has none. Raises InputError if only some have one."""
+def all_labels(url: str, table: pa.Table, least: int = -1) -> list[int] | None:
+    """Return the labels of a canonical table, None if it has none. Raises InputError for a row without one.
+
+    A label below `least` is none.
+    """
     if "label" not in table.column_names:
         return None
     labels: list[int | None] = table["label"].to_pylist()
-    if None in labels:
-        name = table["id"][labels.index(None)].as_py()
+    found = [label for label in labels if label is not None and label >= least]
+    if len(found) < len(labels):
+        name = table["id"][next(row for row, label in enumerate(labels) if label not in found)].as_py()
         raise InputError(f"{url}: image {name} has no label; use the parquet layout for it")
-    return [label for label in labels if label is not None]
+    return found
 
 
 def check_label(where: str, label: int, classes: Sequence[str] | None) -> None:
@@ -222,18 +226,12 @@ def check_label(where: str, label: int, classes: Sequence[str] | None) -> None:
 
 
 def label_text(where: str, text: str) -> str:
-    """Return a label that is text without the space around it.
-
-    Raises InputError for no text, for a number below -1, and for one that is not whole or not written in digits.
-    """
+    """Return a label that is text without the space around it. Raises InputError for no text and other numbers."""
     text = text.strip()
-    if (number := whole_number(text)) is not None:
-        check_label(where, number, None)
-    elif not text or _NUMBER.fullmatch(text):
-        raise InputError(
-            f"{where}: label {text!r} is neither a whole number, such as 3, nor the name of a class; mend it, -1 "
-            "means no label"
-        )
+    if (number := whole_number(text)) is None and (not text or _NUMBER.fullmatch(text)):
+        known = "a whole number, such as 3, nor the name of a class"
+        raise InputError(f"{where}: label {text!r} is neither {known}; mend it, -1 means no label")
+    check_label(where, number or 0, None)
     return text
 
 

@@ -269,10 +269,8 @@ def _is_labelled(sample: Sample, config: DataConfig) -> bool | None:
 
 def _planned_label(source: SourceFile, sample: Sample, read: Read) -> str | int | None:
     """Return the label of one sample, text as it is stored unless the note names the classes."""
-    label = _stored_label(source, sample, read)
-    if source.classes is None and isinstance(label, str):
-        return label
-    return _label(source, sample, read, noted=True)
+    label = _stored_label(source, sample, read) if source.classes is None else None
+    return label if isinstance(label, str) else _label(source, sample, read, noted=True)
 
 
 def _refuse_repeated_keys(store: Store, entries: Sequence[Entry], looks: Sequence[_Look]) -> None:
@@ -441,16 +439,15 @@ def _stored_label(source: SourceFile, sample: Sample, read: Read) -> object:
 
     Floats that are whole numbers become integers. None if there is none, or data.labels says what the labels are.
     """
-    name = _class_member(sample, source.config)
-    if source.config.labels is not None or (name is None and "json" not in sample):
+    where, config = source.where, source.config
+    name = _class_member(sample, config)
+    if config.labels is not None or (name is None and "json" not in sample):
         return None
-    value: object
-    if name is not None:
-        value = _short(source.where, sample[name], read, _LONGEST_LABEL)
-    else:
-        value = _fields(source.where, sample["json"], read).get(source.config.label_column)
+    member = sample[name or "json"]
+    fields = {} if name else _fields(where, member, read)
+    value = _short(where, member, read, _LONGEST_LABEL) if name else fields.get(config.label_column)
     if isinstance(value, str):
-        return label_text(f"{source.where}: member {sample[name or 'json'].name}", value)
+        return label_text(f"{where}: member {member.name}", value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

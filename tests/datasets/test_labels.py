@@ -321,7 +321,7 @@ BAD = {
     "mixed.csv": ("file,label\na.png,1\nb.png,\n", "row 1: label '' is neither"),
     "l.json": ("{", "not readable"),
     "half.json": ("[1, 1.5]", "row 1: label '1.5' is neither a whole number"),
-    "null.json": ("[1, null]", "label 1 is None; expected whole numbers"),
+    "null.json": ("[1, null]", "row 1: label None is neither a number nor"),
     "both.json": ('["cat", -1, 2]', "the labels of row 2 are numbers, others are names, such as cat"),
     "l.yaml": ("a: 1", "not a file of labels"),
     "low.json": ("[-2]", "row 0: label -2 is out of range"),
@@ -622,6 +622,15 @@ def test_a_label_means_the_same_in_each_form(tmp_path, values, labels, classes):
 def test_a_label_that_means_nothing_is_refused_in_the_same_sentence_in_each_form(tmp_path, values, words):
     for form, found in labels_in_each_form(tmp_path, *values).items():
         assert words in found, form
+
+
+def test_an_image_without_a_label_gets_no_class_folder(tmp_path):
+    url = tar(tmp_path / "t/a.tar", ("0.png", PNG), ("0.cls", b"1"), ("1.png", PNG), ("1.cls", b"-1"))
+    for layout in ("npz", "webdataset"):
+        convert(url, str(tmp_path / layout), CONFIG, layout=layout)
+        assert read_labels(open_source(str(tmp_path / layout), CONFIG)).tolist() == [1, -1]
+    with pytest.raises(InputError, match="image 1 has no label; use the parquet layout"):
+        convert(url, str(tmp_path / "folder"), CONFIG, layout="folder")
 
 
 KINDS = ("parquet", "webdataset", "npz", "npy", "pt", "pkl", "cifar")

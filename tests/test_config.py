@@ -149,6 +149,7 @@ WRONG = [
     ("defense: {epochs: 9}", "defense.epochs: unknown setting; did you mean defense.op_epochs or victim.epochs?"),
     ("defense: {t_max: 9}", "defense.t_max: unknown setting; did you mean denoiser.t_max?"),
     ("poison: {holdout: 9}", "poison.holdout: no poison has such a setting; did you mean sweep.holdout"),
+    ("poison: {foo: 1, bar: 2}", "poison.foo, poison.bar: no poison has such a setting; there are poison.scope, "),
     (
         "sweep: {space: {purify.t_star: {low: 1, high: 3, seed: 1}}}",
         "sweep.space.purify.t_star.seed: unknown setting; did you mean sweep.space.purify.t_star.",

@@ -15,7 +15,6 @@ from eclipse_ray.datasets.images import SUFFIXES, suffix_of
 from eclipse_ray.datasets.table import (
     LABEL_NAMES,
     LABELLED,
-    WHOLE,
     Part,
     SourceFile,
     all_labels,
@@ -23,6 +22,7 @@ from eclipse_ray.datasets.table import (
     image_bytes,
     noted_classes,
     read_note,
+    whole_number,
 )
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Entry, Store
@@ -150,17 +150,16 @@ def _classes(tops: Iterable[str]) -> list[str]:
 def classes_of_texts(url: str, texts: set[str], number: str | None) -> list[str] | None:
     """Return the classes that the different labels of a set name, None if they are whole numbers, also as text.
 
-    `number` is a file whose labels are stored as numbers, None if there is none. Raises InputError if there are
-    names beside it.
+    `number` is a file or row whose labels are stored as numbers, None if there is none. Raises InputError if there
+    are names beside it.
     """
-    texts = texts - {"-1"}
-    names = [text for text in texts if not WHOLE.fullmatch(text)]
+    numbers = {text: whole_number(text) for text in texts}
+    names = [text for text in texts if numbers[text] is None]
     if names and number is not None:
         raise InputError(
-            f"{url}: the labels of {number} are numbers and those of other files are names, such as "
-            f"{min(names)}; write all files alike"
+            f"{url}: the labels of {number} are numbers, others are names, such as {min(names)}; write all alike"
         )
-    return _ordered(texts) if names else None
+    return _ordered([text for text in texts if numbers[text] != -1]) if names else None
 
 
 def _ordered(names: Collection[str]) -> list[str]:
@@ -315,7 +314,7 @@ def write(store: Store, tables: Iterable[pa.Table], *, classes: Sequence[str] | 
     """
     images = 0
     for table in tables:
-        known = all_labels(store.url, table)
+        known = all_labels(store.url, table, least=0)
         labels: Sequence[int | None] = [None] * table.num_rows if known is None else known
         for name, data, label in zip(table["id"].to_pylist(), image_bytes(table), labels, strict=True):
             if not store.create(_file_key(name, data, label, classes), data):

@@ -143,6 +143,7 @@ FORMATS: dict[str, Format] = {
 class Source:
     """A dataset and how it is read: with the settings `data`; labels are indices into `classes`, if known.
 
+    A label file in `data` is about this dataset.
     Keys of `parts` are relative to `url`. Workers are told what to read, and get a source without its parts.
     `passed_over` is a sentence on the files that are not read, empty if there are none.
     """
@@ -170,9 +171,8 @@ def open_source(url: str, data_config: DataConfig) -> Source:
     refuse_output(url, data_config.output)
     store, entries, strangers, noted = _look(url)
     _refuse_bad_names(entries)
-    # Reading decides for each file anew whether the label file is about it.
-    asked = data_config
-    given, data_config = _given_labels(Store(url).url, data_config)
+    data_config = labels.settings_for(Store(url).url, data_config)
+    given = labels.given(data_config)
     own = [entry for entry in entries if entry.key not in strangers and not _is_given(store, entry, given)]
     visible = [entry for entry in own if _is_visible(entry.key)]
     name, claimed = _claimed(url, store, visible)
@@ -203,8 +203,8 @@ def open_source(url: str, data_config: DataConfig) -> Source:
         say_once(f"{url}: the labels are those of {given.where}")
     else:
         classes = _folder_classes(store, name, parts, classes, left, data_config)
-    source = Source(store.url, name, classes, asked, parts, passed_over)
-    if given is None and classes is None and (likely := likely_labels(replace(source, data=data_config))):
+    source = Source(store.url, name, classes, data_config, parts, passed_over)
+    if given is None and classes is None and (likely := likely_labels(source)):
         say_once(f"{url}: read without labels; {likely!r} may hold them: --set data.label_column={likely}")
     return source
 
@@ -314,16 +314,6 @@ def _local_folders(store: Store) -> set[str]:
         return {each.name for each in found if each.is_dir() and not is_hidden(each.name)}
 
 
-def _given_labels(url: str, data_config: DataConfig) -> tuple[labels.LabelFile | None, DataConfig]:
-    """Return the label file of a set, None if it has none, and the settings without a file of another set.
-
-    The file belongs to data.source alone.
-    """
-    if labels.covers(data_config, url):
-        return labels.read_label_file(str(data_config.label_file), data_config.label_column), data_config
-    return None, data_config.model_copy(update={"labels": None}) if data_config.label_file else data_config
-
-
 def _is_given(store: Store, entry: Entry, given: labels.LabelFile | None) -> bool:
     return given is not None and f"{store.url}/{entry.key}" == given.where
 
@@ -393,14 +383,13 @@ def read_parts(source: Source, spans: Sequence[Span]) -> pa.Table:
     Raises InputError for an object that is missing, damaged or has other columns than the others.
     """
     store = Store(source.url)
-    given, data_config = _given_labels(f"{store.url}/{spans[0][0]}", source.data)
-    read = partial(_read_span, replace(source, data=data_config), store, given)
+    read = partial(_read_span, source, store, labels.given(source.data))
     if len(spans) == 1:
         tables = [read(spans[0])]
     else:
         with ThreadPoolExecutor(_READING_THREADS) as pool:
             tables = list(pool.map(read, spans))
-    if data_config.extra_columns == "drop":
+    if source.data.extra_columns == "drop":
         tables = [table.drop_columns(extra_columns(table).column_names) for table in tables]
     try:
         return with_classes(pa.concat_tables(tables, promote_options="default"), source.classes)
@@ -416,19 +405,19 @@ def read_labels(source: Source) -> NDArray[np.int64] | None:
     If a label file names the ids of rows, these rows are read as a whole.
     """
     store, parts, classes = Store(source.url), source.parts, source.classes
-    given, data_config = _given_labels(f"{store.url}/{parts[0].key}", source.data)
-    if data_config.labels == "none":
+    given = labels.given(source.data)
+    if source.data.labels == "none":
         return None
     if given is not None and (source.format == "folder" or given.names is None):
         keys = [part.key for part in parts] if source.format == "folder" else [parts[0].key] * parts[0].rows
         return labels.labels_of(given, source.url, source.format, keys, 0)
-    if given is None and _by_folder(source.format, parts[0].key, data_config):
+    if given is None and _by_folder(source.format, parts[0].key, source.data):
         return None if classes is None else _labels_of_folders(store, parts, classes)
 
     def read(part: Part) -> NDArray[np.int64] | None:
         if given is None:
-            return FORMATS[source.format].read_labels(SourceFile(store, part.key, data_config, classes))
-        table = _read_span(replace(source, classes=None, data=data_config), store, given, (part.key, 0, part.rows))
+            return FORMATS[source.format].read_labels(SourceFile(store, part.key, source.data, classes))
+        table = _read_span(replace(source, classes=None), store, given, (part.key, 0, part.rows))
         return np.array(labels_or_none(table), np.int64)
 
     with ThreadPoolExecutor(_READING_THREADS) as pool:

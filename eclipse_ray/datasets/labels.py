@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from eclipse_ray.config import DataConfig, digest
 from eclipse_ray.datasets import arrays, folder, npz, published
 from eclipse_ray.datasets.pickles import read_file, values_of
-from eclipse_ray.datasets.table import FRACTION, LABEL_NAMES, WHOLE, Part
+from eclipse_ray.datasets.table import LABEL_NAMES, WHOLE, Part, check_label, label_of, label_text
 from eclipse_ray.errors import InputError
 from eclipse_ray.storage.store import Store
 
@@ -106,24 +106,23 @@ def _label_file(where: str, labels: Any, names: list[str] | None) -> LabelFile:
         whole, classes = arrays.to_labels(where, labels), None
     else:
         whole, classes = _from_values(where, list(labels))
-    if not len(whole) or int(whole.min()) < -1:
-        raise InputError(f"{where}: holds no labels, or one below -1, which means no label; {_ADVICE}")
+    if not len(whole):
+        raise InputError(f"{where}: holds no labels; {_ADVICE}")
+    check_label(where, int(whole.min()), None)
     return LabelFile(where, whole, names, classes)
 
 
 def _from_values(where: str, values: list[Any]) -> tuple[Values, list[str] | None]:
-    texts = [str(value).strip() for value in values]
-    plain = all(isinstance(value, str | int | float) and not isinstance(value, bool) for value in values)
-    if plain and all(WHOLE.fullmatch(text) for text in texts):
-        return np.array([int(text.partition(".")[0]) for text in texts], np.int64), None
-    for row, (value, text) in enumerate(zip(values, texts, strict=True)):
-        if not isinstance(value, str) or not text or FRACTION.fullmatch(text):
-            raise InputError(
-                f"{where}: label {row} is {value!r}; expected whole numbers, or names of classes, for all images"
-            )
-    classes = folder.classes_of_texts(where, set(texts), None)
-    place = {name: index for index, name in enumerate(classes or [])} | {"-1": -1}
-    return np.array([place[text] for text in texts], np.int64), classes
+    plain = [isinstance(value, str | int | float) and not isinstance(value, bool) for value in values]
+    if False in plain:
+        row = plain.index(False)
+        raise InputError(f"{where}: row {row}: label {values[row]!r} is neither a number nor a text; mend it")
+    texts = [label_text(f"{where}: row {row}", str(value)) for row, value in enumerate(values)]
+    number = next((row for row, value in enumerate(values) if not isinstance(value, str) and value != -1), None)
+    classes = folder.classes_of_texts(where, set(texts), None if number is None else f"row {number}")
+    places = None if classes is None else {name: place for place, name in enumerate(classes)}
+    labels = {text: label_of(text, places) for text in set(texts)}
+    return np.array([labels[text] for text in texts], np.int64), classes
 
 
 # ---- The forms of a text file: each returns names (None: in order) and labels
@@ -208,12 +207,16 @@ _PARSERS: dict[str, Callable[[str, str, str], Named]] = {
 # ---- Which image gets which label
 
 
-def covers(config: DataConfig, url: str) -> bool:
-    """Return whether the label file of `config` is about the set or object at `url`: it belongs to data.source."""
-    if config.label_file is None or config.source is None:
-        return config.label_file is not None
-    named = Store(config.source).url
-    return url == named or url.startswith(f"{named}/") or fnmatch.fnmatchcase(url, named)
+def settings_for(url: str, config: DataConfig) -> DataConfig:
+    """Return `config` without a label file that is not about the set at `url`: it belongs to data.source."""
+    named = Store(config.source).url if config.source else url
+    about = url == named or url.startswith(f"{named}/") or fnmatch.fnmatchcase(url, named)
+    return config if about or config.label_file is None else config.model_copy(update={"labels": None})
+
+
+def given(config: DataConfig) -> LabelFile | None:
+    """Return the label file of a set that is read with `config`, None if it has none."""
+    return None if config.label_file is None else read_label_file(config.label_file, config.label_column)
 
 
 def matched(found: LabelFile, url: str, format: str, parts: Sequence[Part]) -> tuple[list[Part], list[str] | None]:

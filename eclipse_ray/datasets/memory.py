@@ -83,9 +83,6 @@ def require_classes(
         row = int(np.flatnonzero(labels < 0)[0])
         raise InputError(f"{url}: {_place(source.parts, row)} has no label; label it or leave it out")
     top = int(labels.max())
-    if source.classes is not None and top >= len(source.classes):
-        where = _place(source.parts, int(np.flatnonzero(labels == top)[0]))
-        raise InputError(f"{url}: {where} has label {top}, but there are {len(source.classes)} classes; mend it")
     names = source.classes or [f"label {label}" for label in range(top + 1)]
     counts = np.bincount(labels[labels >= 0], minlength=len(names)).tolist()
     present = int(np.count_nonzero(counts))

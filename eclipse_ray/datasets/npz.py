@@ -237,8 +237,9 @@ def _extra_arrays(
         split = config.image_column != _DEFAULT_IMAGES and (_is_like_images(array) or array.name.startswith("y"))
         if array in (images, labels) or array.name in (CLASSES, "image", "label") or split:
             continue
-        fits = array.shape == images.shape[:1] and array.dtype.kind in ("U" if array.name == IDS else "biufU")
-        if fits:
+        # Arrow has no numbers of more than 8 bytes.
+        number = array.dtype.kind in "biuf" and array.dtype.itemsize <= 8 and array.name != IDS
+        if array.shape == images.shape[:1] and (number or array.dtype.kind == "U"):
             extras.append(array)
         elif array.name == IDS or config.extra_columns == "keep":
             raise InputError(

@@ -26,13 +26,14 @@ from eclipse_ray.datasets.table import (
     CANONICAL,
     FILE_BYTES,
     FILE_IMAGES,
-    FRACTION,
     METADATA_KEY,
     Part,
     SourceFile,
     canonical_table,
     check_label,
     label_like,
+    label_of,
+    label_text,
     refuse_types,
     regroup,
     say_left_out,
@@ -376,12 +377,8 @@ def _texts(where: str, column: pa.ChunkedArray) -> set[str] | None:
     if not _is_text(column.type):
         _whole_labels(where, column, None)
         return None
-    texts = set(_label_texts(where, column).unique().drop_null().to_pylist())
-    if "" in texts:
-        raise InputError(f"{where}: some labels are empty texts; leave the cells of images without a label empty")
-    if broken := [text for text in texts if FRACTION.fullmatch(text)]:
-        raise InputError(f"{where}: labels such as {min(broken)!r} are not whole; store one integer per image")
-    return texts
+    column = _plain_text(where, "label", column)
+    return {label_text(where, text) for text in column.unique().drop_null().to_pylist()}
 
 
 def _plain_text(where: str, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
@@ -394,11 +391,6 @@ def _plain_text(where: str, name: str, column: pa.Array | pa.ChunkedArray) -> pa
             f"{where}: column {name!r} holds {column.type}, expected text ({error}); rename the column, or "
             "write it again as text"
         ) from error
-
-
-def _label_texts(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    # Space around a label means nothing, as in tars and label files.
-    return pc.utf8_trim_whitespace(_plain_text(where, "label", column))
 
 
 def _one_each(where: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -419,20 +411,22 @@ def _whole_labels(where: str, column: pa.ChunkedArray, classes: Sequence[str] | 
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
     if _is_text(column.type):
-        column = _label_texts(where, column)
-        if classes is None:
-            column = pc.replace_substring_regex(column, r"\.0+$", "")
-        else:
-            column = pc.if_else(pc.equal(column, "-1"), None, column)
-            found = pc.index_in(column, pa.array([name.strip() for name in classes], pa.string()))
-            lost = pc.index(pc.and_(pc.is_null(found), pc.is_valid(column)), True).as_py()
-            if lost >= 0:
-                raise InputError(f"{where}: label {column[lost]} is none of the classes {', '.join(classes[:20])}")
-            column = found
+        column = _plain_text(where, "label", column)
+        places = None if classes is None else {name.strip(): place for place, name in enumerate(classes)}
+        texts = column.unique().drop_null()
+        labels = [label_of(text.strip(), places) for text in texts.to_pylist()]
+        if None in labels:
+            known = "no whole number" if classes is None else f"none of the classes {', '.join(classes[:20])}"
+            raise InputError(f"{where}: label {texts[labels.index(None)]} is {known}; mend it")
+        column = pc.take(pa.array(labels, pa.int64()), pc.index_in(column, texts))
+        column = column if classes is None else pc.if_else(pc.equal(column, -1), None, column)
     try:
-        return column.cast(pa.int64())
+        column = column.cast(pa.int64())
     except pa.ArrowException as error:
         raise InputError(f"{where}: labels are not whole numbers: {error}; store one integer per image") from error
+    for label in pc.min_max(column).as_py().values():
+        check_label(where, -1 if label is None else label, classes)
+    return column
 
 
 def _refuse_paths(where: str, metadata: pq.FileMetaData, file: BinaryIO, config: DataConfig) -> None:
@@ -539,23 +533,11 @@ def _canonical(source: SourceFile, table: pa.Table, start: int) -> pa.Table:
     try:
         ids = _ids(where, table, source.key, start)
         labels = None if label is None else _whole_labels(where, table[label], classes)
-        _check_labels(where, ids, labels, classes)
     except pa.ArrowException as error:
         raise InputError(f"{where}: ids or labels cannot be read: {error}; mend the source") from error
     known = {"id", config.image_column, label}
     extras = table.select([name for name in table.column_names if name not in known])
     return canonical_table(ids, encoded, labels, extras, classes, paths)
-
-
-def _check_labels(
-    where: str, ids: Sequence[str], labels: pa.ChunkedArray | None, classes: Sequence[str] | None
-) -> None:
-    if labels is None or classes is None:
-        return
-    wrong = pc.fill_null(pc.or_(pc.less(labels, -1), pc.greater_equal(labels, len(classes))), False)
-    row = pc.index(wrong, True).as_py()
-    if row >= 0:
-        check_label(f"{where}: image {ids[row]}", labels[row].as_py(), classes)
 
 
 def _ids(where: str, table: pa.Table, key: str, start: int) -> Sequence[str]:

@@ -43,9 +43,9 @@ LABEL_NAMES = (
     *("label", "labels", "class", "class_id", "target", "category", "y"),
     *("targets", "fine_label", "fine_labels", "label_id"),
 )
-# A label that is text is a whole number, or a fraction, which is an error, or else the name of a class.
-WHOLE = re.compile(r"-?[0-9]{1,18}(?:\.0+)?", re.ASCII)
-FRACTION = re.compile(rf"(?!{WHOLE.pattern}\Z)-?[0-9]*\.[0-9]+", re.ASCII)
+# A label that is text is a whole number, or another number, which is an error, or else the name of a class.
+WHOLE = re.compile(r"[-+]?[0-9]{1,18}(?:\.0*)?")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 Span = tuple[str, int, int]
 
@@ -203,21 +203,50 @@ def labels_or_none(table: pa.Table) -> list[int]:
     return labels
 
 
-def all_labels(url: str, table: pa.Table) -> list[int] | None:
-    """Return the labels of a canonical table, None if it has none. Raises InputError if only some have one."""
+def all_labels(url: str, table: pa.Table, least: int = -1) -> list[int] | None:
+    """Return the labels of a canonical table, None if it has none. Raises InputError for a row without one.
+
+    A label below `least` is none.
+    """
     if "label" not in table.column_names:
         return None
     labels: list[int | None] = table["label"].to_pylist()
-    if None in labels:
-        name = table["id"][labels.index(None)].as_py()
+    found = [label for label in labels if label is not None and label >= least]
+    if len(found) < len(labels):
+        name = table["id"][next(row for row, label in enumerate(labels) if label not in found)].as_py()
         raise InputError(f"{url}: image {name} has no label; use the parquet layout for it")
-    return [label for label in labels if label is not None]
+    return found
 
 
 def check_label(where: str, label: int, classes: Sequence[str] | None) -> None:
-    """Raise InputError unless `label` is an index into `classes` or -1, which means no label."""
-    if classes is not None and not -1 <= label < len(classes):
-        raise InputError(f"{where}: label {label} is out of range, there are {len(classes)} classes; mend it")
+    """Raise InputError unless `label` is an index into `classes`, if known, or -1, which means no label."""
+    if not -1 <= label < (2**63 if classes is None else len(classes)):
+        known = "labels begin at 0" if classes is None else f"there are {len(classes)} classes"
+        raise InputError(f"{where}: label {label} is out of range, {known} and -1 means no label; mend it")
+
+
+def label_text(where: str, text: str) -> str:
+    """Return a label that is text without the space around it. Raises InputError for no text and other numbers."""
+    text = text.strip()
+    if (number := whole_number(text)) is None and (not text or _NUMBER.fullmatch(text)):
+        known = "a whole number, such as 3, nor the name of a class"
+        raise InputError(f"{where}: label {text!r} is neither {known}; mend it, -1 means no label")
+    check_label(where, number or 0, None)
+    return text
+
+
+def whole_number(text: str) -> int | None:
+    """Return the number that is written in a label, None if there is none."""
+    return int(text.partition(".")[0]) if WHOLE.fullmatch(text) else None
+
+
+def label_of(text: str, places: Mapping[str, int] | None) -> int | None:
+    """Return the label that a text means: its place among names, else its number; -1 is no label in both.
+
+    None if it has no such place or number.
+    """
+    number = whole_number(text)
+    return number if places is None or number == -1 else places.get(text)
 
 
 def label_like(names: Iterable[str]) -> str | None:

@@ -28,8 +28,6 @@ from eclipse_ray.datasets.table import (
     ESCAPED_KEYS,
     FILE_BYTES,
     FILE_IMAGES,
-    FRACTION,
-    WHOLE,
     Part,
     SourceFile,
     all_labels,
@@ -38,9 +36,11 @@ from eclipse_ray.datasets.table import (
     extra_columns,
     image_bytes,
     label_like,
+    label_text,
     noted_classes,
     read_note,
     regroup,
+    whole_number,
 )
 from eclipse_ray.datasets.tar import Member, Read
 from eclipse_ray.errors import InputError
@@ -269,10 +269,8 @@ def _is_labelled(sample: Sample, config: DataConfig) -> bool | None:
 
 def _planned_label(source: SourceFile, sample: Sample, read: Read) -> str | int | None:
     """Return the label of one sample, text as it is stored unless the note names the classes."""
-    label = _stored_label(source, sample, read)
-    if source.classes is None and isinstance(label, str) and label and not FRACTION.fullmatch(label):
-        return label
-    return _label(source, sample, read, noted=True)
+    label = _stored_label(source, sample, read) if source.classes is None else None
+    return label if isinstance(label, str) else _label(source, sample, read, noted=True)
 
 
 def _refuse_repeated_keys(store: Store, entries: Sequence[Entry], looks: Sequence[_Look]) -> None:
@@ -336,23 +334,23 @@ def _indexed(store: Store, key: str, size: int, read: Read) -> list[Member] | No
         if not (offset.isdigit() and length.isdigit() and place < int(offset) <= size):
             raise misfit
         member = Member(path.removeprefix("./"), place, int(offset), int(length))
-        found += [*_left_out(where, read, member, size, misfit), member]
+        found += [*_left_out(where, read, place, member, size, misfit), member]
         place = member.end
-    if not tar.is_end(where, read, place, size):
-        raise misfit
-    return found
+    return [*found, *_left_out(where, read, place, None, size, misfit)]
 
 
-def _left_out(where: str, read: Read, listed: Member, size: int, misfit: InputError) -> Iterator[Member]:
-    """Yield the hidden files that an index leaves out before a member that it lists."""
-    place = listed.begin
+def _left_out(
+    where: str, read: Read, place: int, listed: Member | None, size: int, misfit: InputError
+) -> Iterator[Member]:
+    """Yield the hidden files from `place` on that an index leaves out, before the member `listed` or the end."""
     # One block is the header of the member. Further blocks may hold others.
-    while listed.offset - place > tar.BLOCK:
+    while listed.offset - place > tar.BLOCK if listed else not tar.is_end(where, read, place, size):
         member = tar.next_member(where, read, place, size)
-        if member[2:] == listed[2:]:
+        if listed and member[2:] == listed[2:]:
             return
         is_folder, place = member.name.endswith("/"), member.end
-        if place + tar.BLOCK > listed.offset or not (is_folder or folder.is_dotted(member.name)):
+        over = listed is not None and place + tar.BLOCK > listed.offset
+        if over or not (is_folder or folder.is_dotted(member.name)):
             raise misfit
         if not is_folder:
             yield member
@@ -424,19 +422,16 @@ def _label(source: SourceFile, sample: Sample, read: Read, noted: bool) -> int |
     if value is None:
         return None
     where = f"{source.where}: member {sample[_class_member(sample, source.config) or 'json'].name}"
-    named = classes is not None and not noted
-    if value == "-1" or (not named and isinstance(value, str) and WHOLE.fullmatch(value)):
-        value = int(value.partition(".")[0])
-    if isinstance(value, str) and classes is not None and value in classes:
-        return classes.index(value)
-    no_index = named and value != -1
-    if no_index or not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
+    number = whole_number(value) if isinstance(value, str) else value
+    if classes is not None and number != -1 and (number is None or not noted):
+        number = classes.index(value) if isinstance(value, str) and value in classes else None
+    if not isinstance(number, int) or isinstance(number, bool):
         raise InputError(
             f"{where} holds the label {value!r}, expected an integer or one of the classes; mend "
             "it, name another .json field with --set data.label_column=NAME, or delete the index if there is one"
         )
-    check_label(where, value, classes)
-    return value
+    check_label(where, number, classes)
+    return number
 
 
 def _stored_label(source: SourceFile, sample: Sample, read: Read) -> object:
@@ -444,12 +439,15 @@ def _stored_label(source: SourceFile, sample: Sample, read: Read) -> object:
 
     Floats that are whole numbers become integers. None if there is none, or data.labels says what the labels are.
     """
-    name = _class_member(sample, source.config)
-    if source.config.labels is not None or (name is None and "json" not in sample):
+    where, config = source.where, source.config
+    name = _class_member(sample, config)
+    if config.labels is not None or (name is None and "json" not in sample):
         return None
-    if name is not None:
-        return _short(source.where, sample[name], read, _LONGEST_LABEL).strip()
-    value = _fields(source.where, sample["json"], read).get(source.config.label_column)
+    member = sample[name or "json"]
+    fields = {} if name else _fields(where, member, read)
+    value = _short(where, member, read, _LONGEST_LABEL) if name else fields.get(config.label_column)
+    if isinstance(value, str):
+        return label_text(f"{where}: member {member.name}", value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

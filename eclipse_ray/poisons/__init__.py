@@ -115,11 +115,14 @@ def check_poison(config: PoisonConfig) -> None:
 
 
 def _refuse_unknown(chosen: Collection[str], known: Collection[str], sentence: str) -> None:
-    for key in chosen:
-        if key not in known:
-            close = meant("poison.", key, [*known, "name", "cost", *PoisonConfig.OF_A_RUN])
-            named = ", ".join(close or [f"poison.{one}" for one in known])
-            raise ConfigError(f"poison.{key}: {sentence}; {'did you mean' if close else 'there are'} {named}")
+    if wrong := [key for key in chosen if key not in known]:
+        like = [*known, "name", "cost", *PoisonConfig.OF_A_RUN]
+        close = dict.fromkeys(one for key in wrong for one in meant("poison.", key, like))
+        said, named = (
+            ", ".join(f"poison.{key}" for key in wrong),
+            ", ".join(close or map("poison.{}".format, known)),
+        )
+        raise ConfigError(f"{said}: {sentence}; {'did you mean' if close else 'there are'} {named}")
 
 
 def cost_of(config: PoisonConfig) -> str:

@@ -138,7 +138,7 @@ def test_wrong_labels_are_named_before_a_run(tmp_path, labels, words):
 
 def test_labels_out_of_range_without_statistics_are_named_by_their_reader(tmp_path):
     write_labels(tmp_path, [0, 7], write_statistics=False)
-    refused(tmp_path, "image b: label 7 is out of range, there are 2 classes", reading=True)
+    refused(tmp_path, "x.parquet: label 7 is out of range, there are 2 classes", reading=True)
 
 
 def test_page_checksums_are_what_notices(tmp_path):

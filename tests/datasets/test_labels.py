@@ -318,11 +318,13 @@ BAD = {
     "slash.json": (r'[["x/a.png", 1], ["x\\a.png", 1]]', r"x/a\.png, also written x.a\.png occurs more than once"),
     "accent.json": (r'{"\u00e1.png": 1, "a\u0301.png": 2}', "\u00e1.png, also written a\u0301.png occurs"),
     "short.csv": ("file,label\na.png\n", "different lengths"),
-    "mixed.csv": ("file,label\na.png,1\nb.png,\n", "label 1 is ''"),
+    "mixed.csv": ("file,label\na.png,1\nb.png,\n", "row 1: label '' is neither"),
     "l.json": ("{", "not readable"),
-    "half.json": ("[1, 1.5]", "label 0 is 1; expected whole numbers"),
+    "half.json": ("[1, 1.5]", "row 1: label '1.5' is neither a whole number"),
+    "null.json": ("[1, null]", "row 1: label None is neither a number nor"),
+    "both.json": ('["cat", -1, 2]', "the labels of row 2 are numbers, others are names, such as cat"),
     "l.yaml": ("a: 1", "not a file of labels"),
-    "low.txt": ("-2\n", "below -1"),
+    "low.json": ("[-2]", "row 0: label -2 is out of range"),
     "empty.txt": ("", "holds no labels"),
     # In the place of labels in order, of which each line would become a class of its own.
     "table.txt": ("0.png,0\n1.png,1\n", "'0.png,0' names an image"),
@@ -377,6 +379,18 @@ def test_a_label_file_belongs_to_the_source_and_not_to_other_sets(tmp_path):
         name = "x.parquet" if other[:4] == b"PAR1" else "x.tar"
         (tmp_path / name).write_bytes(other)
         assert labels_at(f"{tmp_path}/{name}", source=train, labels=str(tmp_path / "l.npy"))[0] == {"a": 1, "b": 0}
+    # Of a folder that holds data.source the file gives no labels; of a file in data.source it does.
+    (tmp_path / "sets").mkdir()
+    for name, ids in (("x", "ab"), ("y", "cd")):
+        (tmp_path / f"sets/{name}.parquet").write_bytes(rows(*ids, labels=[1, 0]))
+    (tmp_path / "l.json").write_text(json.dumps({"a": "dog", "b": "dog", "c": "cat", "d": "cat"}))
+    folder, file, chosen = f"{tmp_path}/sets", f"{tmp_path}/sets/x.parquet", f"{tmp_path}/sets/[x].parquet"
+    for source in (file, chosen):
+        found = labels_at(folder, source=source, labels=str(tmp_path / "l.json"))
+        assert found == ({"a": 1, "b": 0, "c": 1, "d": 0}, None)
+    for source in (folder, file, chosen, None):
+        found = labels_at(file, source=source, labels=str(tmp_path / "l.json"))
+        assert found == ({"a": 1, "b": 1}, ["cat", "dog"])
 
 
 def test_a_changed_label_file_is_another_input(tmp_path):
@@ -541,29 +555,82 @@ def test_a_list_of_files_may_name_classes(tmp_path):
     assert (found.names, found.classes) == (["9.jpg", "10.jpg"], ["big cat", "dog"])
 
 
-def test_space_around_labels_means_nothing(tmp_path):
-    encoded = [encode_image(image, "png") for image in PIXELS[:3]]
-    for name, values, labels, classes in (
-        ("numbers", [" 1", "2", "0\n"], [1, 2, 0], None),
-        ("names", ["b", " a", "a "], [1, 0, 0], ["a", "b"]),
-    ):
-        pq.write_table(pa.table({"image": encoded, "label": values}), tmp_path / f"{name}.parquet")
-        found, known = labels_at(str(tmp_path / f"{name}.parquet"))
-        assert (list(found.values()), known) == (labels, classes)
+def labels_in_each_form(folder, *values):
+    """Return (labels, classes) of images with these labels in each form, or the sentence that refuses them."""
+    keys, texts = [f"{row}.png" for row in range(len(values))], list(map(str, values))
+    json_texts = [json.dumps({"label": value}) for value in values]
+    url = fill(folder / "images", *keys)
+    for name, members in (("cls", texts), ("json", json_texts)):
+        pairs = [((key, PNG), (f"{row}.{name}", members[row].encode())) for row, key in enumerate(keys)]
+        tar(folder / f"{name}/a.tar", *(member for pair in pairs for member in pair))
+    for name, column in (("values", values), ("texts", texts)):
+        pq.write_table(pa.table({"image": [PNG] * len(keys), "label": list(column)}), folder / f"{name}.parquet")
+    (folder / "l.csv").write_text("file,label\n" + "".join(map("{},{}\n".format, keys, texts)))
+    (folder / "l.json").write_text(json.dumps(dict(zip(keys, values, strict=True))))
+    asked = [(f"{folder}/{name}", {}) for name in ("cls", "json", "values.parquet", "texts.parquet")]
+    asked += [(url, {"labels": f"{folder}/{name}"}) for name in ("l.csv", "l.json")]
+    found = {}
+    for where, settings in asked:
+        form = settings.get("labels", where).rpartition("/")[2]
+        try:
+            labels, classes = labels_at(where, **settings)
+            found[form] = ([-1 if label is None else label for label in labels.values()], classes)
+        except InputError as error:
+            found[form] = str(error)
+    return found
 
 
-def test_texts_mean_the_same_in_a_label_file_as_in_a_table(tmp_path):
-    values = ["c10", "c9", "-1", " c1"]
-    table = pa.table({"image": [encode_image(PIXELS[0], "png")] * 4, "label": values})
-    pq.write_table(table, tmp_path / "t.parquet")
-    (tmp_path / "l.json").write_text(json.dumps(values))
-    found = read_label_file(str(tmp_path / "l.json"))
-    assert (found.labels.tolist(), found.classes) == ([2, 1, -1, 0], ["c1", "c9", "c10"])
-    stored, classes = labels_at(str(tmp_path / "t.parquet"))
-    assert (list(stored.values()), classes) == ([2, 1, None, 0], found.classes)
-    (tmp_path / "l.json").write_text('["cat", "0.5"]')
-    with pytest.raises(InputError, match=r"label 1 is '0\.5'; expected whole numbers, or names of classes"):
-        read_label_file(str(tmp_path / "l.json"))
+@pytest.mark.parametrize(
+    ("values", "labels", "classes"),
+    [
+        (["cat", " cat", "cat\t", "dog"], [0, 0, 0, 1], ["cat", "dog"]),
+        ([" 1", "2", "0 "], [1, 2, 0], None),
+        (["+1", "0", "2"], [1, 0, 2], None),
+        (["1.0", "+0.", "2.00", "-1.0"], [1, 0, 2, -1], None),
+        ([3, 0, -1], [3, 0, -1], None),
+        (["c10", "c9", "-1", " c1", "-1.0", "-01"], [2, 1, -1, 0, -1, -1], ["c1", "c9", "c10"]),
+        (["A", "0", "B", "1.0"], [2, 0, 3, 1], ["0", "1.0", "A", "B"]),
+        (["a man", "1e", "10-19", "e3"], [2, 1, 0, 3], ["10-19", "1e", "a man", "e3"]),
+    ],
+)
+def test_a_label_means_the_same_in_each_form(tmp_path, values, labels, classes):
+    found = labels_in_each_form(tmp_path, *values)
+    assert found == dict.fromkeys(found, (labels, classes))
+    if set(values) == set(classes or ()):
+        tops = {f"{name}/{row}.png": labels[row] for row, name in enumerate(values)}
+        assert labels_at(fill(tmp_path / "tops", *tops), labels="folder") == (tops, classes)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        *(
+            (
+                (wrong, "0"),
+                f"label {wrong.strip()!r} is neither a whole number, such as 3, nor the name of a class",
+            )
+            for wrong in ("", " ", "1e0", "1.000e+00", "0.5", ".5", "+1.5", "-1e3", "9" * 19)
+        ),
+        *(
+            ((wrong, name), "label -2 is out of range, labels begin at 0 and -1 means no label; mend it")
+            for name in ("0", "cat")
+            for wrong in ("-2", "-2.0")
+        ),
+        ((-2, 0), "label -2 is out of range, labels begin at 0 and -1 means no label; mend it"),
+    ],
+)
+def test_a_label_that_means_nothing_is_refused_in_the_same_sentence_in_each_form(tmp_path, values, words):
+    for form, found in labels_in_each_form(tmp_path, *values).items():
+        assert words in found, form
+
+
+def test_an_image_without_a_label_gets_no_class_folder(tmp_path):
+    url = tar(tmp_path / "t/a.tar", ("0.png", PNG), ("0.cls", b"1"), ("1.png", PNG), ("1.cls", b"-1"))
+    for layout in ("npz", "webdataset"):
+        convert(url, str(tmp_path / layout), CONFIG, layout=layout)
+        assert read_labels(open_source(str(tmp_path / layout), CONFIG)).tolist() == [1, -1]
+    with pytest.raises(InputError, match="image 1 has no label; use the parquet layout"):
+        convert(url, str(tmp_path / "folder"), CONFIG, layout="folder")
 
 
 KINDS = ("parquet", "webdataset", "npz", "npy", "pt", "pkl", "cifar")
@@ -578,6 +645,13 @@ def test_every_format_reads_images_without_labels_if_told_so(tmp_path, kind):
     found, classes = labels_at(url, labels="none")
     assert (set(found.values()), classes) == ({None}, None)
     assert (load_images(url, config).images == PIXELS[:3]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("read", [labels_at, lambda url: read_labels(open_source(url, CONFIG))])
+def test_a_label_below_minus_1_is_refused_in_every_format(tmp_path, kind, read):
+    with pytest.raises(InputError, match="label -2 is out of range, labels begin at 0 and -1 means no label"):
+        read(written(tmp_path, kind, [0, -2, 1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

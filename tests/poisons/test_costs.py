@@ -100,6 +100,10 @@ def test_what_a_poison_comes_in_is_named():
         ({"name": "tap", "stepz": 3}, r"poison\.stepz: tap has no such setting; did you mean poison\.steps"),
         ({"name": "tap", "steps": 0}, r"poison\.steps: .*greater than or equal to 1"),
         ({"name": "tap", "rounds": 3}, r"poison\.rounds: tap has no such setting"),
+        (
+            {"name": "tap", "foo": 1, "step": 3},
+            r"poison\.foo, poison\.step: tap has .*; did you mean poison\.steps$",
+        ),
         ({"name": "tab"}, r"poison\.name: tab is unknown; did you mean tap\?"),
         ({"name": "xx"}, r"poison\.name: xx is unknown; there are: urp, lsp,"),
     ],

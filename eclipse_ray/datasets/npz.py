@@ -406,7 +406,7 @@ def _text_array(url: str, name: str, values: list[str]) -> NDArray[np.str_]:
 
 def _column_array(url: str, name: str, column: pa.ChunkedArray) -> NDArray[np.generic]:
     kind = column.type
-    if column.null_count == 0 and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if column.null_count == 0 and pa.types.is_string(kind):
         return _text_array(url, name, column.to_pylist())
     if column.null_count == 0 and (
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)

@@ -175,17 +175,21 @@ def refuse_repeated(url: str, ids: Sequence[str]) -> None:
 
 
 def refuse_types(url: str, files: Mapping[str, Mapping[str, pa.DataType]], config: DataConfig) -> None:
-    """Raise InputError if an extra column is of different types in two files of a dataset, given by their keys."""
-    first: dict[str, tuple[str, pa.DataType]] = {}
-    for key, kinds in files.items():
+    """Raise InputError if an extra column is of two types that no table can hold, in files given by their keys."""
+    known: dict[str, tuple[str, pa.DataType]] = {}
+    for key, kinds in files.items() if config.extra_columns == "keep" else ():
         for name, kind in kinds.items():
-            # A column without a value fits any type.
-            other, known = (key, kind) if kind == pa.null() else first.setdefault(name, (key, kind))
-            if kind != known and config.extra_columns == "keep":
+            other, before = known.setdefault(name, (key, kind))
+            if kind == before:
+                continue
+            try:
+                both = pa.unify_schemas([pa.schema([(name, each)]) for each in (before, kind)]).field(name).type
+            except pa.ArrowException as error:
                 raise InputError(
-                    f"{url}: column {name!r} holds {known} in {other} and {kind} in {key}; make them alike, or "
+                    f"{url}: column {name!r} holds {before} in {other} and {kind} in {key}; make them alike, or "
                     "leave such columns out with --set data.extra_columns=drop"
-                )
+                ) from error
+            known[name] = (other if both == before else key, both)
 
 
 def say_left_out(url: str, names: Collection[str], image: str, label: str | None, config: DataConfig) -> None:

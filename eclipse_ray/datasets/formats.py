@@ -540,8 +540,9 @@ def _passed_over(name: str, left: Sequence[str], read: set[str]) -> str:
 
 
 def _hint(store: Store, left: Sequence[str], data_config: DataConfig) -> str:
-    table = next((key for key in left if key.lower().endswith(labels.TEXT_SUFFIXES)), None)
-    if table is None or data_config.labels is not None or is_hidden(table):
+    tables = (key for key in left if key.lower().endswith(labels.TEXT_SUFFIXES) and not is_hidden(key))
+    table = next(tables, None) if data_config.labels is None else None
+    if table is None:
         return ""
     return f"; if it holds labels, read them with --set data.labels={store.url}/{table}"
 

@@ -238,7 +238,8 @@ def _extra_arrays(
         if array in (images, labels) or array.name in (CLASSES, "image", "label") or split:
             continue
         fits = array.shape == images.shape[:1] and array.dtype.kind in ("U" if array.name == IDS else "biufU")
-        if fits:
+        # Arrow has no long doubles.
+        if fits and array.dtype.char != "g":
             extras.append(array)
         elif array.name == IDS or config.extra_columns == "keep":
             raise InputError(

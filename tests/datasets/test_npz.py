@@ -135,6 +135,7 @@ def test_splits_of_one_file_are_chosen_by_name(tmp_path):
         ({"images": IMAGES / 255 - 0.5}, "eclipse-ray apply"),
         ({"images": IMAGES / 64}, "neither images in [0, 1] nor in 0 to 255"),
         ({"images": IMAGES, "mean": np.zeros(3)}, "data.extra_columns=drop"),
+        ({"images": IMAGES, "depth": np.zeros(11, np.longdouble)}, "data.extra_columns=drop"),
         ({"images": np.zeros((1, 7000, 7000), np.uint8)}, "data.max_pixels"),
     ],
 )

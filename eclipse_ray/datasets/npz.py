@@ -104,7 +104,7 @@ def opened(store: Store, entry: Entry, config: DataConfig, *, listing: bool = Fa
             classes=lambda: _own_classes(where, file, held, config),
             ids=partial(_text_rows, where, file, held[IDS]) if IDS in held and held[IDS] in extras else None,
             columns={each.name: partial(_column, where, file, each) for each in extras if each.name != IDS},
-            kinds={each.name: pa.from_numpy_dtype(each.dtype) for each in extras if each.name != IDS},
+            kinds=[pa.field(each.name, pa.from_numpy_dtype(each.dtype)) for each in extras if each.name != IDS],
         )
 
 

@@ -71,7 +71,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     labelled: dict[str, bool] = {}
     texts: dict[str, set[str] | None] = {}
     forms: list[tuple[Form, int]] = []
-    kinds: dict[str, dict[str, pa.DataType]] = {}
+    kinds: dict[str, list[pa.Field]] = {}
 
     def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
@@ -83,7 +83,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             _refuse_paths(where, metadata, file, config)
             labelled[entry.key] = label is not None
             extras = {*(_columns(where, schema, config) or schema.names)} - {"id", config.image_column, label}
-            kinds[entry.key] = {field.name: field.type for field in schema if field.name in extras}
+            kinds[entry.key] = [field for field in schema if field.name in extras]
             tensors = extensions.tensors_of(where, schema.field(config.image_column))
             if tensors and (order := extensions.order_of_tensors(tensors)):
                 form = Form(Layout(order, 255), "uint8", "without labels" if label is None else "with labels")

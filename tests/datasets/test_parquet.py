@@ -456,6 +456,16 @@ def test_an_extra_column_may_be_stored_in_two_ways(tmp_path, first, second, kind
     )
 
 
+def test_an_extra_column_of_tensors_has_one_shape_in_all_files(tmp_path):
+    for number, shape in enumerate([(1, 2, 3), (1, 2, 3), (1, 3, 2)]):
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros(shape))
+        put(tmp_path, pa.table({"image": [PNG], "depth": column}), f"{number}.parquet")
+        if number < 2:
+            assert read_all(tmp_path).num_rows == number + 1
+    refused(tmp_path, '"shape":[2,3]', "in 0.parquet", '"shape":[3,2]', "in 2.parquet", "extra_columns=drop")
+    assert read_all(tmp_path, extra_columns="drop").num_rows == 3
+
+
 def test_names_of_classes_are_those_of_all_files(tmp_path):
     put(tmp_path, pa.table({"image": [PNG], "label": ["dog"]}), "a.parquet")
     put(tmp_path, pa.table({"image": [PNG], "label": ["cat"]}), "b.parquet")

@@ -375,8 +375,9 @@ def refuse_repeated_ids(source: Source) -> None:
     for key in keys if twice else ():
         for name in read(store, key):
             if _hash(name) in twice and name in home:
+                where = " and ".join(dict.fromkeys((home[name], key)))
                 raise InputError(
-                    f"{store.url}: id {name!r} occurs twice, in {home[name]} and {key}; make ids unique, or drop "
+                    f"{store.url}: id {name!r} occurs twice, in {where}; make ids unique, or drop "
                     f"the {'column' if source.format == 'parquet' else 'array'} id: an image is then called by "
                     "its file and row"
                 )

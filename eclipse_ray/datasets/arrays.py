@@ -71,7 +71,7 @@ class ArrayFile(NamedTuple):
     ids: Callable[[int, int], list[str]] | None = None
     paths: Callable[[int, int], list[str]] | None = None
     columns: Mapping[str, Callable[[int, int], pa.Array]] = {}
-    kinds: Mapping[str, pa.DataType] = {}
+    kinds: Sequence[pa.Field] = ()
 
 
 Opener = Callable[[Store, Entry, DataConfig], AbstractContextManager[ArrayFile]]
@@ -89,7 +89,7 @@ def list_parts(
     parts: list[Part] = []
     forms = Counter[Form]()
     labelled: dict[str, bool] = {}
-    kinds: dict[str, Mapping[str, pa.DataType]] = {}
+    kinds: dict[str, Sequence[pa.Field]] = {}
     # Arrays that may be one image, and the sizes of gray images in other files, which settle what those are.
     doubtful: dict[str, ArrayFile] = {}
     gray: set[tuple[int, ...]] = set()

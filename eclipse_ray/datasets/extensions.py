@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from eclipse_ray.datasets.arrays import Layout, Order, order_of, to_pixels
 from eclipse_ray.datasets.images import encode_image
-from eclipse_ray.datasets.table import EXTENSION, MUTED, extension_of
+from eclipse_ray.datasets.table import EXTENSION, MUTED, OF_EXTENSION, extension_of
 from eclipse_ray.errors import InputError
 
-_METADATA = b"ARROW:extension:metadata"
 # Types that Arrow itself builds without running code.
 _PLAIN = ("arrow.json", "arrow.uuid", "arrow.bool8")
 # Types whose metadata is JSON, by what it says of the shape.
@@ -67,7 +66,7 @@ def tensors_of(where: str, field: pa.Field) -> Tensors | None:
     name = extension_of(field)
     if name not in (*_FIXED, *_ARRAYS, *_VARIABLE):
         return None
-    said = json.loads(field.metadata.get(_METADATA) or b"{}")
+    said = json.loads(field.metadata.get(OF_EXTENSION) or b"{}")
     try:
         own = said.get("permutation") if isinstance(said, dict) else None
         permutation = None if own is None else tuple(int(axis) for axis in own)
@@ -151,7 +150,7 @@ def _fields(field: pa.Field) -> Iterator[pa.Field]:
 
 def _is_json(field: pa.Field) -> bool:
     try:
-        json.loads(field.metadata.get(_METADATA) or b"{}")
+        json.loads(field.metadata.get(OF_EXTENSION) or b"{}")
     except (ValueError, RecursionError):
         return False
     return True

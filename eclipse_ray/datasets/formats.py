@@ -365,8 +365,9 @@ def refuse_repeated_ids(source: Source) -> None:
     for key in keys if twice else ():
         for name in read(store, key):
             if _hash(name) in twice and name in home:
+                where = " and ".join(dict.fromkeys((home[name], key)))
                 raise InputError(
-                    f"{store.url}: id {name!r} occurs twice, in {home[name]} and {key}; make ids unique, or drop "
+                    f"{store.url}: id {name!r} occurs twice, in {where}; make ids unique, or drop "
                     f"the {'column' if source.format == 'parquet' else 'array'} id: an image is then called by "
                     "its file and row"
                 )
@@ -529,8 +530,9 @@ def _passed_over(name: str, left: Sequence[str], read: set[str]) -> str:
 
 
 def _hint(store: Store, left: Sequence[str], data_config: DataConfig) -> str:
-    table = next((key for key in left if key.lower().endswith(labels.TEXT_SUFFIXES)), None)
-    if table is None or data_config.labels is not None or is_hidden(table):
+    tables = (key for key in left if key.lower().endswith(labels.TEXT_SUFFIXES) and not is_hidden(key))
+    table = next(tables, None) if data_config.labels is None else None
+    if table is None:
         return ""
     return f"; if it holds labels, read them with --set data.labels={store.url}/{table}"
 

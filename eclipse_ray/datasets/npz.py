@@ -104,7 +104,7 @@ def opened(store: Store, entry: Entry, config: DataConfig, *, listing: bool = Fa
             classes=lambda: _own_classes(where, file, held, config),
             ids=partial(_text_rows, where, file, held[IDS]) if IDS in held and held[IDS] in extras else None,
             columns={each.name: partial(_column, where, file, each) for each in extras if each.name != IDS},
-            kinds={each.name: pa.from_numpy_dtype(each.dtype) for each in extras if each.name != IDS},
+            kinds=[pa.field(each.name, pa.from_numpy_dtype(each.dtype)) for each in extras if each.name != IDS],
         )
 
 
@@ -407,7 +407,7 @@ def _text_array(url: str, name: str, values: list[str]) -> NDArray[np.str_]:
 
 def _column_array(url: str, name: str, column: pa.ChunkedArray) -> NDArray[np.generic]:
     kind = column.type
-    if column.null_count == 0 and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if column.null_count == 0 and pa.types.is_string(kind):
         return _text_array(url, name, column.to_pylist())
     if column.null_count == 0 and (
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)

@@ -31,6 +31,7 @@ from eclipse_ray.datasets.table import (
     SourceFile,
     canonical_table,
     check_label,
+    extension_of,
     label_like,
     label_of,
     label_text,
@@ -71,7 +72,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
     labelled: dict[str, bool] = {}
     texts: dict[str, set[str] | None] = {}
     forms: list[tuple[Form, int]] = []
-    kinds: dict[str, dict[str, pa.DataType]] = {}
+    kinds: dict[str, list[pa.Field]] = {}
 
     def look(entry: Entry) -> tuple[Part, list[str] | None, list[int]]:
         with store.open(entry.key) as file:
@@ -83,7 +84,7 @@ def list_parts(store: Store, entries: Sequence[Entry], config: DataConfig) -> tu
             _refuse_paths(where, metadata, file, config)
             labelled[entry.key] = label is not None
             extras = {*(_columns(where, schema, config) or schema.names)} - {"id", config.image_column, label}
-            kinds[entry.key] = {field.name: field.type for field in schema if field.name in extras}
+            kinds[entry.key] = [field for field in schema if field.name in extras]
             tensors = extensions.tensors_of(where, schema.field(config.image_column))
             if tensors and (order := extensions.order_of_tensors(tensors)):
                 form = Form(Layout(order, 255), "uint8", "without labels" if label is None else "with labels")
@@ -175,7 +176,7 @@ def read_rows(source: SourceFile, start: int, stop: int) -> pa.Table:
                 table = _streamed(source, metadata, groups, skipped, start, stop, columns)
             else:
                 reader = _reader(file, metadata, pre_buffer=True)
-                table = reader.read_row_groups(groups, columns).slice(start - skipped, stop - start)
+                table = _in_plain(reader.read_row_groups(groups, columns)).slice(start - skipped, stop - start)
     if table.num_rows != stop - start:
         raise InputError(
             f"{where}: expected rows {start} to {stop}, found {table.num_rows} of them; "
@@ -231,7 +232,7 @@ def _reading(where: str) -> Iterator[None]:
 
 
 def _metadata(where: str, file: BinaryIO) -> tuple[pq.FileMetaData, pa.Schema]:
-    """Return the footer and its schema; all columns are plain. Raises InputError for an incomplete file."""
+    """Return the footer and its schema, in plain types. Raises InputError for an incomplete file."""
     # Only the bytes of the footer are read. Arrow would read 64 KiB from the end, which include image bytes.
     size = file.seek(0, 2)
     file.seek(max(0, size - 8))
@@ -243,7 +244,37 @@ def _metadata(where: str, file: BinaryIO) -> tuple[pq.FileMetaData, pa.Schema]:
     footer = extensions.muted(file.read(length))
     with _reading(where):
         metadata = pq.read_metadata(pa.BufferReader(_MAGIC + footer + len(footer).to_bytes(4, "little") + _MAGIC))
-        return metadata, metadata.schema.to_arrow_schema()
+        return metadata, _plain_schema(metadata.schema.to_arrow_schema())
+
+
+def _plain_schema(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([_plain(field) for field in schema], schema.metadata)
+
+
+def _in_plain(rows: Any) -> Any:
+    # Rows just read, because pyarrow cannot cast a slice of a struct that has a field of nulls.
+    return rows.cast(_plain_schema(rows.schema))
+
+
+def _plain(field: pa.Field) -> pa.Field:
+    """Return a column without what its writer chose and its values do not need: dictionaries, views, wide offsets.
+
+    Files of one dataset often differ in these. A column with an extension type keeps the form which that needs.
+    """
+    kind, types = field.type, pa.types
+    if extension_of(field):
+        return field
+    if types.is_dictionary(kind):
+        return _plain(field.with_type(kind.value_type))
+    if types.is_large_string(kind) or types.is_string_view(kind):
+        kind = pa.string()
+    elif types.is_large_binary(kind) or types.is_binary_view(kind):
+        kind = pa.binary()
+    elif types.is_list(kind) or types.is_large_list(kind):
+        kind = pa.list_(_plain(kind.value_field))
+    elif types.is_struct(kind):
+        kind = pa.struct([_plain(each) for each in kind])
+    return field.with_type(kind)
 
 
 def _reader(file: BinaryIO, metadata: pq.FileMetaData, **settings: Any) -> pq.ParquetFile:
@@ -277,9 +308,10 @@ class _Stream:
         self.file, self.place, self.rows = file, place, metadata.num_rows
         group = metadata.row_group(first)
         fitting = _BATCH_BYTES * group.num_rows // max(1, group.total_byte_size)
-        self.batches = _reader(file, metadata, pre_buffer=False, buffer_size=_BUFFER_BYTES).iter_batches(
+        batches = _reader(file, metadata, pre_buffer=False, buffer_size=_BUFFER_BYTES).iter_batches(
             max(1, min(_BATCH_ROWS, fitting)), range(first, metadata.num_row_groups), columns
         )
+        self.batches = map(_in_plain, batches)
         self.held: pa.RecordBatch | None = None
 
     def take(self, start: int, stop: int) -> pa.Table:
@@ -355,26 +387,21 @@ def _check_columns(where: str, schema: pa.Schema, config: DataConfig) -> None:
         )
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
 def _may_be_labels(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
         kind = kind.value_type
-    return _is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _read_column(where: str, metadata: pq.FileMetaData, file: BinaryIO, name: str) -> pa.ChunkedArray:
     with _reading(where):
-        return _reader(file, metadata).read(columns=[name])[name]
+        return _in_plain(_reader(file, metadata).read(columns=[name]))[name]
 
 
 def _texts(where: str, column: pa.ChunkedArray) -> set[str] | None:
     """Return the different texts of a column of labels, None if it holds no text but whole numbers."""
     column = _one_each(where, column)
-    if not _is_text(column.type):
+    if not pa.types.is_string(column.type):
         _whole_labels(where, column, None)
         return None
     column = _plain_text(where, "label", column)
@@ -383,8 +410,6 @@ def _texts(where: str, column: pa.ChunkedArray) -> set[str] | None:
 
 def _plain_text(where: str, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     try:
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
         return column.cast(pa.string())
     except pa.ArrowException as error:
         raise InputError(
@@ -410,7 +435,7 @@ def _whole_labels(where: str, column: pa.ChunkedArray, classes: Sequence[str] | 
     column = _one_each(where, column)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-    if _is_text(column.type):
+    if pa.types.is_string(column.type):
         column = _plain_text(where, "label", column)
         places = None if classes is None else {name.strip(): place for place, name in enumerate(classes)}
         texts = column.unique().drop_null()
@@ -444,7 +469,7 @@ def _refuse_paths(where: str, metadata: pq.FileMetaData, file: BinaryIO, config:
         known = empty and absent and empty.has_null_count and absent.has_null_count
         if known and empty.null_count > absent.null_count:
             with _reading(where):
-                table = _reader(file, metadata).read_row_group(group, [config.image_column])
+                table = _in_plain(_reader(file, metadata).read_row_group(group, [config.image_column]))
             _encoded(where, table, first, config)
         first += metadata.row_group(group).num_rows
 
@@ -469,7 +494,7 @@ def _encoded(
         if paths is not None:
             paths = _plain_text(where, f"{config.image_column}.path", paths)
     # A missing image becomes empty bytes. It fails later in decoding, with its id, so that no row is lost.
-    encoded = pc.fill_null(encoded.cast(pa.binary()), b"")
+    encoded = pc.fill_null(encoded, b"")
     if paths is not None:
         lone = pc.and_(pc.equal(pc.binary_length(encoded), 0), paths.is_valid())
         row = pc.index(lone, True).as_py()
@@ -518,7 +543,7 @@ def _check_image_type(where: str, name: str, kind: pa.DataType) -> None:
     if pa.types.is_struct(kind):
         names = [kind.field(index).name for index in range(kind.num_fields)]
         inner = kind.field(names.index("bytes")).type if "bytes" in names else kind
-    if not (pa.types.is_binary(inner) or pa.types.is_large_binary(inner) or pa.types.is_binary_view(inner)):
+    if not pa.types.is_binary(inner):
         raise InputError(
             f"{where}: column {name!r} holds {kind}, expected encoded images as binary or "
             "struct<bytes: binary, path: string>; name another column with --set data.image_column=NAME"

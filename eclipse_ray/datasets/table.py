@@ -24,6 +24,8 @@ METADATA_KEY = b"eclipse_ray"
 # The key that makes a column an Arrow extension type, and what takes its place while a table is in this package
 # (as long, with the same first and last byte, so that it can be exchanged in base64 too).
 EXTENSION, MUTED = b"ARROW:extension:name", b"ARROW_extension_name"
+# The key of what else a file says of such a type, such as the shape of tensors.
+OF_EXTENSION = b"ARROW:extension:metadata"
 # Images per row group. A reader must fetch a whole row group for one image, so it is small.
 ROW_GROUP_IMAGES = 512
 
@@ -174,18 +176,33 @@ def refuse_repeated(url: str, ids: Sequence[str]) -> None:
         raise InputError(f"{url}: id {twice} occurs more than once; give every image its own id")
 
 
-def refuse_types(url: str, files: Mapping[str, Mapping[str, pa.DataType]], config: DataConfig) -> None:
-    """Raise InputError if an extra column is of different types in two files of a dataset, given by their keys."""
-    first: dict[str, tuple[str, pa.DataType]] = {}
-    for key, kinds in files.items():
-        for name, kind in kinds.items():
-            # A column without a value fits any type.
-            other, known = (key, kind) if kind == pa.null() else first.setdefault(name, (key, kind))
-            if kind != known and config.extra_columns == "keep":
+def refuse_types(url: str, files: Mapping[str, Iterable[pa.Field]], config: DataConfig) -> None:
+    """Raise InputError if an extra column is of two types that no table can hold, in files given by their keys.
+
+    Tensors of two shapes are such types, because a table has one shape for a column.
+    """
+    known: dict[str, tuple[str, pa.Field]] = {}
+    for key, fields in files.items() if config.extra_columns == "keep" else ():
+        for field in fields:
+            other, before = known.setdefault(field.name, (key, field))
+            if field.equals(before, check_metadata=True):
+                continue
+            first, second = _type_words(before), _type_words(field)
+            try:
+                if first != second and extension_of(before) and extension_of(field):
+                    raise pa.ArrowTypeError("extension types differ")
+                both = pa.unify_schemas([pa.schema([before]), pa.schema([field])]).field(0)
+            except pa.ArrowException as error:
                 raise InputError(
-                    f"{url}: column {name!r} holds {known} in {other} and {kind} in {key}; make them alike, or "
-                    "leave such columns out with --set data.extra_columns=drop"
-                )
+                    f"{url}: column {field.name!r} holds {first} in {other} and {second} in {key}; make them "
+                    "alike, or leave such columns out with --set data.extra_columns=drop"
+                ) from error
+            known[field.name] = (other if both.type == before.type else key, both)
+
+
+def _type_words(field: pa.Field) -> str:
+    said = ((field.metadata or {}).get(name, b"").decode("utf-8", "replace") for name in (MUTED, OF_EXTENSION))
+    return " ".join([str(field.type), *filter(None, said)])
 
 
 def say_left_out(url: str, names: Collection[str], image: str, label: str | None, config: DataConfig) -> None:

@@ -528,9 +528,7 @@ def _members(store: Store, table: pa.Table) -> Iterator[dict[str, bytes]]:
 def _check_columns(store: Store, table: pa.Table) -> None:
     for field in extra_columns(table).schema:
         name, kind = field.name, field.type
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        bytes_ = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        fits = (text and is_text(name)) or (bytes_ and not is_text(name) and not is_image(name))
+        fits = not is_image(name) and kind == (pa.string() if is_text(name) else pa.binary())
         words = name.split(".")
         plain = name == name.lower() and all(words) and not set(name) & set(" /\\\n\t\r\0")
         if not fits or not plain or not PICKLED.isdisjoint(words) or name == "cls":

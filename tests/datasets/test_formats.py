@@ -248,7 +248,7 @@ def test_ids_that_occur_twice_are_named_with_their_files(tmp_path, suffix, what)
     ):
         refuse_repeated_ids(open_source(str(tmp_path), CONFIG))
     ids_of("x", "a", "a")
-    with pytest.raises(InputError, match=f"id 'a' occurs twice, in x.{suffix} and x.{suffix}"):
+    with pytest.raises(InputError, match=f"id 'a' occurs twice, in x.{suffix}; make"):
         refuse_repeated_ids(open_source(f"{tmp_path}/x.{suffix}", CONFIG))
 
 

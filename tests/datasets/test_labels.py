@@ -489,15 +489,15 @@ def test_numbers_with_gaps_are_named_and_a_set_without_any_is_said_in_short(tmp_
 
 def test_every_file_is_read_or_counted_and_strict_refuses(tmp_path, capsys):
     url = fill(tmp_path / "set", "a.png", "b.jfif", "c.jpe")
-    for name in ("x.heic", "y.heic", "labels.csv", ".c.png", ".DS_Store"):
+    for name in ("x.heic", "y.heic", "labels.csv", ".a.csv", ".c.png", ".DS_Store"):
         (tmp_path / "set" / name).write_bytes(b"x")
-    sentence = "5 files are passed over: 2 .heic, 1 without a suffix, 1 .png, 1 .csv, such as .DS_Store"
+    sentence = "6 files are passed over: 2 .csv, 2 .heic, 1 without a suffix, 1 .png, such as .DS_Store"
     source = open_source(url, CONFIG)
     assert (source.passed_over, source.images) == (sentence, 3)
     assert open_source(f"{url}/a.png", CONFIG).passed_over == ""
     said = capsys.readouterr().err
     assert f"{url}: {sentence}; if it holds labels, read them with --set data.labels={url}/labels.csv" in said
-    refused(url, "5 files are passed over", "; take them out of the source, or leave out --strict", strict=True)
+    refused(url, "6 files are passed over", "; take them out of the source, or leave out --strict", strict=True)
     convert(url, str(tmp_path / "out"), CONFIG)
     assert json.loads((tmp_path / "out" / "_eclipse" / "dataset.json").read_text())["passed_over"] == sentence
     assert open_source(str(tmp_path / "out"), DataConfig(strict=True)).passed_over == ""

@@ -51,7 +51,7 @@ def test_hugging_face_file_gets_ids_by_row(tmp_path):
     assert rows.column_names == ["id", "image", "label"]
 
 
-STRUCT = pa.struct([("path", pa.string()), ("bytes", pa.binary())])
+STRUCT, LIST = pa.struct([("path", pa.string()), ("bytes", pa.binary())]), pa.list_(pa.string())
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), STRUCT])
@@ -427,6 +427,43 @@ def test_labels_may_be_names_whole_floats_or_lists_of_one(tmp_path, stored, labe
     source = open_source(url, CONFIG)
     assert (source.classes, read_all(url)["label"].to_pylist()) == (classes, labels)
     assert read_labels(source).tolist() == [-1 if label is None else label for label in labels]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind"),
+    [
+        (pa.array(["a"]), pa.array(["b"], pa.large_string()), pa.string()),
+        (pa.array(["a"], pa.string_view()), pa.array(["b"]).dictionary_encode(), pa.string()),
+        (pa.array([b"a"], pa.binary_view()), pa.array([b"b"], pa.large_binary()), pa.binary()),
+        (pa.array([1]).dictionary_encode(), pa.array([2]), pa.int64()),
+        (pa.nulls(1), pa.array([2]), pa.int64()),
+        (pa.array([2]), pa.nulls(1), pa.int64()),
+        (pa.array([[]], pa.list_(pa.null())), pa.array([["b"]], pa.large_list(pa.large_string())), LIST),
+        (
+            pa.array([{"n": 1, "s": "a"}]),
+            pa.array([{"s": "b", "n": 2}], pa.struct([("s", pa.large_string()), ("n", pa.int64())])),
+            pa.struct([("n", pa.int64()), ("s", pa.string())]),
+        ),
+    ],
+)
+def test_an_extra_column_may_be_stored_in_two_ways(tmp_path, first, second, kind):
+    for number, column in enumerate((first, second)):
+        put(tmp_path, pa.table({"image": [PNG], "note": column}), f"{number}.parquet")
+    table = read_all(tmp_path)
+    assert (table["note"].to_pylist(), table.schema.field("note").type) == (
+        [*first.to_pylist(), *second.to_pylist()],
+        kind,
+    )
+
+
+def test_an_extra_column_of_tensors_has_one_shape_in_all_files(tmp_path):
+    for number, shape in enumerate([(1, 2, 3), (1, 2, 3), (1, 3, 2)]):
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros(shape))
+        put(tmp_path, pa.table({"image": [PNG], "depth": column}), f"{number}.parquet")
+        if number < 2:
+            assert read_all(tmp_path).num_rows == number + 1
+    refused(tmp_path, '"shape":[2,3]', "in 0.parquet", '"shape":[3,2]', "in 2.parquet", "extra_columns=drop")
+    assert read_all(tmp_path, extra_columns="drop").num_rows == 3
 
 
 def test_names_of_classes_are_those_of_all_files(tmp_path):

@@ -143,9 +143,9 @@ FORMATS: dict[str, Format] = {
 class Source:
     """A dataset and how it is read: with the settings `data`; labels are indices into `classes`, if known.
 
-    A label file in `data` is about this dataset.
-    Keys of `parts` are relative to `url`. Workers are told what to read, and get a source without its parts.
-    `passed_over` is a sentence on the files that are not read, empty if there are none.
+    A label file in `data` is about this dataset. Keys of `parts` are relative to `url`. Workers are told what to
+    read, and get a source without its parts. `passed_over` is a sentence on the files that are not read, empty
+    if there are none.
     """
 
     url: str

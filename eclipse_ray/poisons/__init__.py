@@ -115,13 +115,12 @@ def check_poison(config: PoisonConfig) -> None:
 
 
 def _refuse_unknown(chosen: Collection[str], known: Collection[str], sentence: str) -> None:
-    if wrong := [key for key in chosen if key not in known]:
+    wrong = [key for key in chosen if key not in known]
+    if wrong:
         like = [*known, "name", "cost", *PoisonConfig.OF_A_RUN]
         close = dict.fromkeys(one for key in wrong for one in meant("poison.", key, like))
-        said, named = (
-            ", ".join(f"poison.{key}" for key in wrong),
-            ", ".join(close or map("poison.{}".format, known)),
-        )
+        said = ", ".join(f"poison.{key}" for key in wrong)
+        named = ", ".join(close or [f"poison.{one}" for one in known])
         raise ConfigError(f"{said}: {sentence}; {'did you mean' if close else 'there are'} {named}")
 
 

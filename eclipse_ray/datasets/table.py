@@ -230,7 +230,8 @@ def all_labels(url: str, table: pa.Table, least: int = -1) -> list[int] | None:
     labels: list[int | None] = table["label"].to_pylist()
     found = [label for label in labels if label is not None and label >= least]
     if len(found) < len(labels):
-        name = table["id"][next(row for row, label in enumerate(labels) if label not in found)].as_py()
+        row = next(row for row, label in enumerate(labels) if label is None or label < least)
+        name = table["id"][row].as_py()
         raise InputError(f"{url}: image {name} has no label; use the parquet layout for it")
     return found
 

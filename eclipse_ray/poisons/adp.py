@@ -56,6 +56,11 @@ class Adp(Em):
     compensation_sigma: float = Field(0.05, ge=0, description="Deviation of fine noise, on [0, 1].")
     compensation_coarse_sigma: float = Field(0.0, ge=0, description="Deviation of coarse noise, on [0, 1].")
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """A U-Net for paper, else the victim's network."""
+        return ("unet",) if self.variant == "paper" else super().networks
+
 
 def fit_adp(data: LabelledImages, settings: Adp, seed: int, session: Session) -> State:
     """Fit noise and network together, as em does, to images as the defender's victim would see them.

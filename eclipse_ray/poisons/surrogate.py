@@ -55,11 +55,15 @@ class SurrogateSettings(LinfSettings):
     step_size_255: float = Field(gt=0, description="Size of such a step in 1/255.")
     perturb_batch_size: int = Field(512, ge=1, description="Images of one pass when noise is made.")
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Which surrogates this poison can have."""
+        return ("small", "resnet18")
+
     @model_validator(mode="after")
     def _fits(self) -> SurrogateSettings:
-        wanted = ("unet",) if getattr(self, "variant", "") == "paper" else ("small", "resnet18")
-        if self.surrogate not in wanted:
-            raise ValueError(f"surrogate {self.surrogate}: this poison wants {' or '.join(wanted)}")
+        if self.surrogate not in self.networks:
+            raise ValueError(f"surrogate {self.surrogate}: this poison wants {' or '.join(self.networks)}")
         return self
 
 
